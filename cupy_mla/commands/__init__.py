@@ -1,0 +1,1 @@
+"""One file per command of ``cupy-mla``; cli.py puts them together."""

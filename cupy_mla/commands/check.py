@@ -1,0 +1,40 @@
+"""``cupy-mla check``: the numerical self-test."""
+
+from __future__ import annotations
+
+import time
+
+import click
+
+from .common import backend_option, choose_backend
+
+
+@click.command()
+@backend_option
+@click.pass_context
+def check(ctx: click.Context, backend: str) -> None:
+    """Decode a few dozen cases on poisoned caches and compare them with float64.
+
+    Heads, query tokens, masks, types, page sizes, splits and strides; each case runs twice and must give the same
+    bits. Takes under a minute, with the compilation of the kernels. Exits with 1 if a case fails.
+    """
+    from ..accuracy import LSE_BOUND
+    from ..check import CHECK_CASES, run_checks
+
+    chosen = choose_backend(backend)
+    if chosen.note:
+        click.echo(chosen.note)
+    click.echo(f"{len(CHECK_CASES)} cases on {chosen.device}; errors as shares of their bounds")
+    failed = 0
+    start = time.perf_counter()
+    for result in run_checks(chosen.name):
+        failed += not result.passed
+        verdict = "ok    " if result.passed else "FAILED"
+        line = f"{verdict}  {result.case.name}"
+        if result.accuracy is not None:
+            out = result.accuracy.out_error / result.accuracy.out_bound
+            line = f"{verdict}  out {out:4.0%}  lse {result.accuracy.lse_error / LSE_BOUND:4.0%}  {result.case.name}"
+        click.echo(line + (f": {result.problem}" if result.problem else ""))
+    seconds = time.perf_counter() - start
+    click.echo(f"{len(CHECK_CASES) - failed} of {len(CHECK_CASES)} cases passed in {seconds:.1f} s")
+    ctx.exit(1 if failed else 0)

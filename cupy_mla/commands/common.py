@@ -1,0 +1,111 @@
+"""What several commands share: choosing the backend, options that describe a batch, and printing."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+import click
+import numpy as np
+import numpy.typing as npt
+
+from .. import device
+from ..case_arrays import DTYPES
+from ..lengths import mid_decode_lengths, read_lengths, shipped_lengths
+from ..presets import DEFAULT_PRESET, PRESETS
+from ..settings import BACKENDS, get_settings
+
+Command = TypeVar("Command", bound=Callable[..., Any])
+
+DEFAULT_BATCH = 128
+
+
+@dataclass(frozen=True, slots=True)
+class Backend:
+    """``name`` is cuda or numpy; ``note`` says why it is not cuda when that was the wish, else empty."""
+
+    name: str
+    device: str
+    note: str = ""
+
+
+def choose_backend(asked: str) -> Backend:
+    """The backend for ``--backend``; ``auto`` is the GPU where the kernels run, else NumPy.
+
+    Raises
+    ------
+    UnsupportedDeviceError
+        ``cuda`` was asked for and the kernels cannot run here.
+    """
+    wanted = get_settings().backend if asked == "auto" else asked
+    reason = None if wanted == "numpy" else device.why_unsupported()
+    if wanted == "cuda":
+        device.require_supported()
+    if wanted == "numpy" or reason is not None:
+        return Backend("numpy", "CPU", "" if reason is None else f"NumPy backend: {reason}")
+    return Backend("cuda", device.describe_device().name)
+
+
+def backend_option(command: Command) -> Command:
+    return click.option(
+        "--backend", type=click.Choice(BACKENDS), default="auto", show_default=True, help="auto: the GPU if it can run."
+    )(command)
+
+
+def json_option(command: Command) -> Command:
+    return click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead of a table.")(command)
+
+
+def batch_options(command: Command) -> Command:
+    """Options that describe a batch to build."""
+    options = (
+        click.option("--lengths", type=click.Path(path_type=Path), help="CSV: context_tokens, generated_tokens."),
+        click.option("--batch", type=click.IntRange(min=1), help="Requests, drawn from the lengths."),
+        click.option("--preset", type=click.Choice(list(PRESETS)), default=DEFAULT_PRESET, show_default=True),
+        click.option("--tp", type=click.IntRange(min=1), default=1, show_default=True, help="Tensor-parallel ranks."),
+        click.option("--dtype", type=click.Choice(list(DTYPES)), default="bfloat16", show_default=True),
+        click.option("--page-size", type=click.IntRange(min=1), default=64, show_default=True, help="Tokens."),
+        click.option("--seqlen-q", type=click.IntRange(min=1), default=1, show_default=True, help="Tokens a request."),
+        click.option("--causal", is_flag=True, help="Mask aligned to the bottom right (for --seqlen-q above 1)."),
+        click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True),
+    )
+    for option in reversed(options):
+        command = option(command)
+    return command
+
+
+def draw_lengths(lengths: Path | None, batch: int, seed: int) -> npt.NDArray[np.int64]:
+    """KV lengths of ``batch`` requests in mid-decode, from a file or the shipped sample."""
+    return mid_decode_lengths(read_lengths(shipped_lengths() if lengths is None else lengths), batch, seed)
+
+
+def describe_lengths(kv_lengths: npt.NDArray[np.int64]) -> str:
+    """For example ``128 requests, 12 to 4,312 tokens each, 146,113 in all``."""
+    return (
+        f"{len(kv_lengths)} requests, {kv_lengths.min():,} to {kv_lengths.max():,} tokens each, "
+        f"{kv_lengths.sum():,} in all"
+    )
+
+
+def format_time(seconds: float) -> str:
+    """In the unit that suits: the GPU takes microseconds, a CPU seconds."""
+    for unit, size in (("s", 1.0), ("ms", 1e-3)):
+        if seconds >= 10 * size:
+            return f"{seconds / size:,.1f} {unit}"
+    return f"{seconds * 1e6:,.1f} us"
+
+
+def print_facts(title: str, facts: Mapping[str, str]) -> None:
+    """Print a table of two columns."""
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table(title=title, title_justify="left", show_header=False)
+    table.add_column(style="bold", no_wrap=True)
+    table.add_column(overflow="fold")
+    for name, fact in facts.items():
+        table.add_row(name, Text(fact))  # Text: square brackets in a shape are not rich's markup
+    Console().print(table)

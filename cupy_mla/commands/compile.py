@@ -1,0 +1,78 @@
+"""``cupy-mla compile``: kernels ahead of time, without a GPU."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Sequence
+
+import click
+
+from ..compile_job import KernelReport, NamedKernel, compile_all, select_kernels
+
+
+@click.command("compile")
+@click.argument("patterns", nargs=-1, metavar="[PATTERN]...")
+@click.option("--jobs", type=click.IntRange(min=1), default=os.cpu_count() or 1, help="Processes; one per core.")
+@click.option("--fresh", is_flag=True, help="Compile again what the kernel cache has, to see how long it takes.")
+@click.option("--list", "list_only", is_flag=True, help="Print the names and stop.")
+@click.pass_context
+def compile_kernels(ctx: click.Context, patterns: tuple[str, ...], jobs: int, fresh: bool, list_only: bool) -> None:
+    """Compile kernels into the cache, so that no first call has to.
+
+    Without a PATTERN all of them; with patterns (as of file names, * and ?) those whose name matches one, for example
+    "*512+64_page64*". Needs no GPU. Exits with 1 if a kernel spills registers, has a stack frame, draws a C75xx warning
+    (serialised wgmma) or does not compile.
+    """
+    kernels = select_kernels(patterns)
+    if list_only:
+        for kernel in kernels:
+            click.echo(kernel.name)
+        return
+    start = time.perf_counter()
+    reports = []
+    with click.progressbar(
+        compile_all(kernels, jobs, fresh=fresh), length=len(kernels), label="Compiling", file=click.get_text_stream("stderr")
+    ) as finished:
+        reports = list(finished)
+    _print(kernels, reports)
+    failures = [report for report in reports if report.problems]
+    for report in failures:
+        for problem in report.problems:
+            click.echo(f"{report.kernel.name}: {problem}", err=True)
+    compiled = sum(not report.from_cache for report in reports)
+    click.echo(
+        f"{len(reports)} kernels, {compiled} compiled now, {len(failures)} with problems, "
+        f"{time.perf_counter() - start:.1f} s"
+    )
+    ctx.exit(1 if failures else 0)
+
+
+def _print(kernels: Sequence[NamedKernel], reports: Sequence[KernelReport]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    # Narrow enough for the longest name in 80 columns.
+    table = Table(box=None, padding=(0, 1, 0, 0))
+    table.add_column("kernel", overflow="fold")
+    for heading in ("threads", "registers", "spills", "smem KB", "s"):
+        table.add_column(heading, justify="right")
+    by_name = {report.kernel.name: report for report in reports}
+    for kernel in kernels:
+        report = by_name[kernel.name]
+        table.add_row(
+            kernel.name,
+            "" if kernel.threads is None else str(kernel.threads),
+            *_figures(kernel, report),
+        )
+    Console().print(table)
+    if any(report.from_cache for report in reports):
+        click.echo("* from the cache: the time is that of its compilation")
+
+
+def _figures(kernel: NamedKernel, report: KernelReport) -> tuple[str, ...]:
+    if report.registers == 0:
+        return ("does not compile", "", "", "")
+    shared = (kernel.shared_memory + report.static_shared) / 1024
+    seconds = f"{report.seconds:.2f}{'*' if report.from_cache else ''}"
+    return str(report.registers), str(report.spill_bytes), f"{shared:.1f}", seconds

@@ -1,0 +1,143 @@
+"""``cupy-mla decode``: the main job."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import click
+from click.core import ParameterSource
+
+from ..array_files import check_suffix
+from ..case_files import load_case, save_result
+from ..cases import Case, build_case
+from ..errors import InvalidArgumentError
+from ..presets import find_preset
+from ..timing import Timing
+from .common import (
+    DEFAULT_BATCH,
+    Backend,
+    backend_option,
+    batch_options,
+    choose_backend,
+    describe_lengths,
+    draw_lengths,
+    format_time,
+    json_option,
+    print_facts,
+)
+
+# A CPU does in seconds what the GPU does in microseconds: a smaller batch unless one is asked for.
+DEFAULT_BATCH_ON_CPU = 16
+_BUILD_OPTIONS = ("lengths", "batch", "preset", "tp", "dtype", "page_size", "seqlen_q", "causal")
+
+
+@click.command()
+@click.option("--input", "input_file", type=click.Path(path_type=Path), help="A case: .npz or .safetensors.")
+@batch_options
+@backend_option
+@click.option(
+    "--sample", type=click.IntRange(min=1), default=4, show_default=True, help="Requests checked against float64."
+)
+@click.option("--save", type=click.Path(path_type=Path), help="Write out and lse: .npz or .safetensors.")
+@json_option
+@click.pass_context
+def decode(
+    ctx: click.Context,
+    input_file: Path | None,
+    backend: str,
+    sample: int,
+    save: Path | None,
+    as_json: bool,
+    **build: Any,
+) -> None:
+    """Decode a batch, check a sample against float64, and report time, speed and error.
+
+    Without arguments: a batch of real request lengths in DeepSeek-V3's dimensions. With --input: your own case, a file
+    with q, kv_cache, block_table and cache_seqlens, and if need be cu_seqlens_q, softmax_scale, causal and head_dim_v.
+    Exits with 1 if the error is above the bound.
+    """
+    if save is not None:
+        check_suffix(save, "save")
+    chosen = choose_backend(backend)
+    notes = [chosen.note] if chosen.note else []
+    if input_file is None:
+        case, title = _build(chosen, build, notes)
+    else:
+        _refuse_build_options(ctx)
+        case, title = load_case(input_file).on(chosen.name), str(input_file)
+
+    from ..decode_job import run_case
+
+    report = run_case(case, requests_checked=sample, seed=build["seed"])
+    if save is not None:
+        save_result(save, report.out, report.lse)
+    facts = {
+        "backend": chosen.name,
+        "device": chosen.device,
+        "case": title,
+        "requests": case.batch,
+        "kv_tokens": int(case.kv_lengths.sum()),
+        "notes": notes,
+        **report.as_dict(),
+    }
+    if as_json:
+        click.echo(json.dumps(facts, indent=2))
+    else:
+        _print(facts, case, report.timing)
+    ctx.exit(0 if report.accuracy.passed else 1)
+
+
+def _build(backend: Backend, build: dict[str, Any], notes: list[str]) -> tuple[Case, str]:
+    batch = build["batch"]
+    if batch is None:
+        batch = DEFAULT_BATCH if backend.name == "cuda" else DEFAULT_BATCH_ON_CPU
+        if batch != DEFAULT_BATCH:
+            notes.append(f"{batch} requests on a CPU instead of {DEFAULT_BATCH}; --batch asks for more")
+    model = find_preset(build["preset"])
+    num_heads_q = model.heads_per_rank(build["tp"])
+    case = build_case(
+        draw_lengths(build["lengths"], batch, build["seed"]),
+        num_heads_q=num_heads_q,
+        latent_dim=model.latent_dim,
+        rope_dim=model.rope_dim,
+        seqlens_q=build["seqlen_q"],
+        dtype=build["dtype"],
+        page_size=build["page_size"],
+        causal=build["causal"],
+        seed=build["seed"],
+        backend=backend.name,
+    )
+    lengths = "real lengths that ship with cupy-mla" if build["lengths"] is None else str(build["lengths"])
+    return case, f"{model.name}, {num_heads_q} heads (TP {build['tp']}), {lengths}, seed {build['seed']}"
+
+
+def _refuse_build_options(ctx: click.Context) -> None:
+    """An option that would be ignored is a mistake worth a word."""
+    for name in _BUILD_OPTIONS:
+        if ctx.get_parameter_source(name) is ParameterSource.COMMANDLINE:
+            raise InvalidArgumentError("--" + name.replace("_", "-"), "nothing beside --input", "both")
+
+
+def _print(facts: dict[str, Any], case: Case, timing: Timing) -> None:
+    for note in facts["notes"]:
+        click.echo(note)
+    shape = f"q {list(case.q.shape)}, cache {list(case.kv_cache.shape)}, {case.q.dtype}{', causal' * case.causal}"
+    print_facts(
+        "cupy-mla decode",
+        {
+            "case": facts["case"],
+            "batch": describe_lengths(case.kv_lengths),
+            "shapes": shape,
+            "backend": f"{facts['backend']} on {facts['device']}",
+            "first call": f"{facts['first_call_s']:.3f} s (with compiling or loading, and validation)",
+            "time": f"{format_time(timing.seconds)} ({format_time(timing.fastest)} to {format_time(timing.slowest)})",
+            "timed": facts["protocol"],
+            "speed": f"{facts['tflops']:.4g} TFLOPS, {facts['gigabytes_per_second']:,.4g} GB/s",
+            "checked": f"{len(facts['requests_checked'])} of {case.batch} requests against float64",
+            "relative error": f"{facts['relative_error']:.2e} (bound {facts['relative_error_bound']:.0e})",
+            "lse error": f"{facts['lse_error']:.2e} (bound {facts['lse_error_bound']:.0e})",
+            "verdict": "passed" if facts["passed"] else "FAILED: an error is above its bound",
+        },
+    )

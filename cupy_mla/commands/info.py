@@ -1,0 +1,81 @@
+"""``cupy-mla info``: what is here, and what is supported or why not."""
+
+from __future__ import annotations
+
+import json
+import platform
+from importlib import metadata
+
+import click
+
+from .. import device
+from ..errors import MlaError
+from ..jit import cache, compiler
+from ..settings import BACKEND_VARIABLE, CACHE_DIR_VARIABLE, VALIDATE_VARIABLE, get_settings
+from .common import json_option, print_facts
+
+_PACKAGES = ("numpy", "ml_dtypes", "apache-tvm-ffi", "cuda-bindings", "torch", "jax")
+_CUPY_WHEELS = ("cupy-cuda12x", "cupy-cuda13x", "cupy")
+_MISSING = "not installed"
+
+
+@click.command()
+@json_option
+def info(as_json: bool) -> None:
+    """Show GPUs, driver, CuPy, NVRTC, kernel cache and settings, and what is supported or why not."""
+    facts = collect_facts()
+    if as_json:
+        click.echo(json.dumps(facts, indent=2))
+    else:
+        print_facts("cupy-mla info", facts)
+
+
+def collect_facts() -> dict[str, str]:
+    """Everything that ``cupy-mla info`` shows, by name."""
+    settings = get_settings()
+    kernels, size = cache.count_entries(settings.cache_dir)
+    return {
+        "cupy-mla": _version("cupy-mla"),
+        "Python": f"{platform.python_version()} on {platform.platform()}",
+        **_gpus(),
+        "driver": f"supports CUDA {device.driver_cuda_version()}" if device.driver_cuda_version() else "none",
+        "CuPy": next((f"{_version(name)} ({name})" for name in _CUPY_WHEELS if _version(name) != _MISSING), _MISSING),
+        "compiler": _compiler(),
+        **{name: _version(name) for name in _PACKAGES},
+        "kernel cache": f"{settings.cache_dir}: {kernels} kernels, {size / 1e6:.1f} MB ({CACHE_DIR_VARIABLE})",
+        "backend": f"{settings.backend} ({BACKEND_VARIABLE})",
+        "validate": f"{'on' if settings.validate else 'off'} ({VALIDATE_VARIABLE})",
+        "CUDA arrays": _support(device.why_unsupported()),
+        "CPU arrays": "supported: NumPy backend",
+        "compiling ahead": _support(compiler.why_unavailable()),
+    }
+
+
+def _gpus() -> dict[str, str]:
+    facts = {}
+    for number in range(device.count_devices()):
+        gpu = device.describe_device(number)
+        major, minor = gpu.compute_capability
+        facts[f"GPU {number}"] = (
+            f"{gpu.name}, compute capability {major}.{minor}, {gpu.num_sms} SMs, {gpu.memory_bytes / 1e9:.0f} GB, "
+            f"{gpu.l2_bytes / 1e6:.0f} MB L2"
+        )
+    return facts or {"GPU": "none"}
+
+
+def _compiler() -> str:
+    try:
+        return compiler.compiler_version()
+    except MlaError as error:
+        return str(error)
+
+
+def _support(reason: str | None) -> str:
+    return "supported" if reason is None else f"not supported: {reason}"
+
+
+def _version(package: str) -> str:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return _MISSING

@@ -1,0 +1,77 @@
+"""``cupy-mla plan``: the split schedule of a batch, drawn as text."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import click
+import numpy as np
+import numpy.typing as npt
+
+from ..configs import choose_config
+from ..errors import InvalidArgumentError
+from ..plan import schedule_shape
+from ..presets import find_preset
+from ..problem import DecodeProblem
+from ..schedule import make_schedule
+from ..schedule_text import draw_schedule
+from .common import DEFAULT_BATCH, batch_options, describe_lengths, draw_lengths
+
+DEFAULT_SMS = 132  # of an H100 SXM or H200
+
+
+@click.command()
+@click.argument("kv_lengths", nargs=-1, type=click.IntRange(min=0), metavar="[KV_LENGTH]...")
+@batch_options
+@click.option("--sms", type=click.IntRange(min=1), default=DEFAULT_SMS, show_default=True, help="SMs of the GPU.")
+@click.option("--fixed-split-tokens", type=click.IntRange(min=1), help="Cut after so many tokens, in any batch.")
+@click.option("--width", type=click.IntRange(min=40), help="Characters of a line; the terminal's unless given.")
+@click.option("--lines", type=click.IntRange(min=1), default=40, show_default=True, help="Lines for the parts.")
+def plan(
+    kv_lengths: tuple[int, ...],
+    lengths: Path | None,
+    batch: int | None,
+    seed: int,
+    sms: int,
+    fixed_split_tokens: int | None,
+    width: int | None,
+    lines: int,
+    **options: Any,
+) -> None:
+    """Draw how a batch is divided among the SMs: for the KV lengths given, or drawn from real ones. Needs no GPU."""
+    if kv_lengths and (lengths is not None or batch is not None):
+        raise InvalidArgumentError("KV_LENGTH", "no lengths beside --lengths or --batch", "both")
+    if kv_lengths:
+        drawn = np.array(kv_lengths, dtype=np.int64)
+    else:
+        drawn = draw_lengths(lengths, DEFAULT_BATCH if batch is None else batch, seed)
+    problem = _describe(drawn, **options)
+    config = choose_config(problem)
+    shape = schedule_shape(problem, config, sms, fixed_split_tokens=fixed_split_tokens)
+    click.echo(f"{describe_lengths(drawn)}; {problem.num_heads_q} heads, {sms} SMs, kernel {config.name}")
+    columns = width or shutil.get_terminal_size().columns
+    click.echo(draw_schedule(make_schedule(shape, drawn), shape, width=columns, max_lines=lines))
+
+
+def _describe(
+    kv_lengths: npt.NDArray[np.int64], preset: str, tp: int, dtype: str, page_size: int, seqlen_q: int, causal: bool
+) -> DecodeProblem:
+    model = find_preset(preset)
+    page_counts = -(-kv_lengths // page_size)
+    return DecodeProblem(
+        batch=len(kv_lengths),
+        seqlen_q=seqlen_q,
+        num_heads_q=model.heads_per_rank(tp),
+        num_heads_kv=1,
+        latent_dim=model.latent_dim,
+        rope_dim=model.rope_dim,
+        dtype=dtype,
+        page_size=page_size,
+        num_pages=int(page_counts.sum()),
+        max_pages_per_seq=int(page_counts.max()),
+        causal=causal,
+        ragged=False,
+        total_q=len(kv_lengths) * seqlen_q,
+    )

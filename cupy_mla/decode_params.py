@@ -1,0 +1,29 @@
+"""The by-value parameters of the decode kernels: kernels_cu/decode/params.h, DecodeParams, field by field."""
+
+from __future__ import annotations
+
+import numpy as np
+
+_POINTER = np.uint64
+DECODE_PARAMS = np.dtype(
+    [
+        ("q_latent", _POINTER),
+        ("q_latent_strides", np.int64, 3),  # batch, seq, head; elements, as all strides here
+        ("q_rope", _POINTER),
+        ("q_rope_strides", np.int64, 3),
+        ("block_table", _POINTER),
+        ("block_table_stride", np.int64),
+        ("out", _POINTER),
+        ("out_strides", np.int64, 3),
+        ("lse", _POINTER),
+        ("lse_strides", np.int64, 3),  # batch, seq, head
+        ("partial_out", _POINTER),
+        ("partial_lse", _POINTER),
+        ("plan", _POINTER),
+        ("num_parts", np.int32),
+        ("blocks_per_job", np.int32),
+        ("group_heads", np.int32),
+        ("scale_log2", np.float32),
+    ],
+    align=True,
+)

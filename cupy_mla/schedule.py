@@ -1,0 +1,516 @@
+"""Lengths to work: which CTA computes which piece of which request.
+
+Words
+-----
+A *row* is one query token of one head; row ``r`` of a kv head is token ``r // group_heads``, head ``r % group_heads``
+of the group. A *row block* is ``rows`` consecutive rows, one CTA's share. A *job* is a request, a kv head and
+``blocks_per_job`` consecutive row blocks, whose CTAs read the same KV tiles at the same time. A *piece* is a range of
+KV tiles of a job. A *part* is the list of pieces of one group of ``blocks_per_job`` CTAs. A job in more than one piece
+leaves partial results in *slots*, which a second kernel merges.
+
+This module is the planner in NumPy and the oracle of the one on the device (``kernels_cu/plan``), which makes the same
+lists to the bit: all costs are integers.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from .errors import InvalidArgumentError
+
+TILE_TOKENS = 64  # KV tokens of a tile, the unit of a split: kTileTokens in kernels_cu/core/work.h
+TILE_COST = 16  # costs are counted in 1/16 tile
+WHOLE_JOB = -1  # slot of a piece that is a whole job
+MAX_BLOCKS_PER_JOB = 8
+
+_HEAD_BLOCK_SHIFT = 16
+_MAX_ROW_BLOCKS = 1 << _HEAD_BLOCK_SHIFT
+_MAX_KV_HEADS = 1 << (31 - _HEAD_BLOCK_SHIFT)
+_MAX_OVERHEAD = 64 * TILE_COST
+_MAX_COST = 2**30  # budgets stay clear of int32's end
+_CANDIDATES = 256
+
+Int32Array = npt.NDArray[np.int32]
+_Int64Array = npt.NDArray[np.int64]
+
+
+def ceil_div(a: int, b: int) -> int:
+    """The quotient of two non-negative integers, rounded up."""
+    return -(-a // b)
+
+
+@dataclass(frozen=True, slots=True)
+class CostModel:
+    """What a piece costs besides its tiles, in 1/16 of a tile's time.
+
+    Attributes
+    ----------
+    piece_overhead
+        Of a job computed whole: queries loaded, the first tile waited for, the result written.
+    split_overhead
+        Of each piece of a job that is cut; it also writes a partial result that is read again. Not below
+        ``piece_overhead``.
+    merge_overhead
+        Of having any cut at all: the merge runs after the last part has ended.
+    """
+
+    piece_overhead: int = 2 * TILE_COST
+    split_overhead: int = 3 * TILE_COST
+    merge_overhead: int = TILE_COST
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.piece_overhead <= self.split_overhead <= _MAX_OVERHEAD:
+            raise InvalidArgumentError(
+                "cost",
+                f"1 <= piece_overhead <= split_overhead <= {_MAX_OVERHEAD}",
+                f"{self.piece_overhead} and {self.split_overhead}",
+            )
+        if not 0 <= self.merge_overhead <= _MAX_OVERHEAD:
+            raise InvalidArgumentError("cost", f"0 <= merge_overhead <= {_MAX_OVERHEAD}", str(self.merge_overhead))
+
+
+@dataclass(frozen=True, slots=True)
+class ScheduleShape:
+    """All that bounds a schedule besides the lengths.
+
+    Attributes
+    ----------
+    num_parts
+        Parts to fill; the decode kernel has ``num_parts * blocks_per_job`` CTAs.
+    blocks_per_job
+        Row blocks of a job.
+    rows
+        Query rows of a row block.
+    group_heads
+        Query heads per kv head.
+    num_heads_kv
+        kv heads.
+    batch
+        Requests.
+    seqlen_q
+        Query tokens of a request; when ragged, of the longest.
+    max_seqlen_k
+        Largest length a request may have, in tokens; longer ones are taken for this.
+    causal
+        Whether query i of s_q sees keys up to length - s_q + i only.
+    ragged
+        Whether the number of query tokens differs among requests.
+    fixed_split_tokens
+        Cut every job after each so many tokens (a multiple of 64) and nowhere else, so that a request is cut the same
+        way in any batch. None: cut where the load asks for it.
+    total_q
+        Query tokens of all requests together; needed when ragged.
+
+    Raises
+    ------
+    InvalidArgumentError
+        A number out of range.
+    """
+
+    num_parts: int
+    blocks_per_job: int
+    rows: int
+    group_heads: int
+    num_heads_kv: int
+    batch: int
+    seqlen_q: int
+    max_seqlen_k: int
+    causal: bool = False
+    ragged: bool = False
+    fixed_split_tokens: int | None = None
+    total_q: int | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("num_parts", "blocks_per_job", "rows", "group_heads", "num_heads_kv"):
+            _require(name, "a positive integer", getattr(self, name), getattr(self, name) > 0)
+        for name in ("batch", "seqlen_q", "max_seqlen_k"):
+            _require(name, "a non-negative integer", getattr(self, name), getattr(self, name) >= 0)
+        _require("total_q", "a number, since ragged", self.total_q, not self.ragged or self.total_q is not None)
+        split = self.fixed_split_tokens
+        _require(
+            "fixed_split_tokens",
+            f"a positive multiple of {TILE_TOKENS}",
+            split,
+            split is None or (split > 0 and split % TILE_TOKENS == 0),
+        )
+        _require("num_heads_kv", f"less than {_MAX_KV_HEADS}", self.num_heads_kv, self.num_heads_kv < _MAX_KV_HEADS)
+        row_blocks = ceil_div(self.seqlen_q * self.group_heads, self.rows)
+        _require("seqlen_q", f"at most {_MAX_ROW_BLOCKS} row blocks", row_blocks, row_blocks <= _MAX_ROW_BLOCKS)
+        cost = ceil_div(self.max_jobs, self.num_parts) * (self.max_tiles * TILE_COST + _MAX_OVERHEAD)
+        _require("max_seqlen_k", "less work for a part", self.max_seqlen_k, cost < _MAX_COST)
+
+    @property
+    def rows_per_job(self) -> int:
+        """Query rows of a job, and of a partial slot."""
+        return self.blocks_per_job * self.rows
+
+    @property
+    def jobs_per_request(self) -> int:
+        """Jobs of a request with ``seqlen_q`` query tokens."""
+        return self.num_heads_kv * ceil_div(self.seqlen_q * self.group_heads, self.rows_per_job)
+
+    @property
+    def max_tiles(self) -> int:
+        """KV tiles of the longest request."""
+        return ceil_div(self.max_seqlen_k, TILE_TOKENS)
+
+    @property
+    def max_jobs(self) -> int:
+        """Most jobs there can be."""
+        jobs = self.batch * self.jobs_per_request
+        if not self.ragged or self.total_q is None:
+            return jobs
+        # Only one job of each request and kv head is not full of rows.
+        full = self.total_q * self.group_heads // self.rows_per_job
+        return min(jobs, self.num_heads_kv * (full + self.batch))
+
+    @property
+    def fixed_split_tiles(self) -> int:
+        """Tiles of a piece when the split is fixed, else 0."""
+        return (self.fixed_split_tokens or 0) // TILE_TOKENS
+
+    @property
+    def _max_cuts(self) -> int:
+        """Most cuts, when jobs are cut only where one part ends and the next begins."""
+        return min(self.num_parts - 1, self.max_jobs * max(self.max_tiles - 1, 0))
+
+    @property
+    def _max_fixed_pieces(self) -> int:
+        return ceil_div(self.max_tiles, self.fixed_split_tiles)
+
+    @property
+    def max_merges(self) -> int:
+        """Most jobs that can be in more than one piece. 0: nothing is ever merged, whatever the lengths."""
+        if self.fixed_split_tiles:
+            return self.max_jobs if self._max_fixed_pieces > 1 else 0
+        return min(self._max_cuts, self.max_jobs)
+
+    @property
+    def max_items(self) -> int:
+        """Most pieces."""
+        if self.fixed_split_tiles:
+            return self.max_jobs * max(self._max_fixed_pieces, 1)
+        return self.max_jobs + self._max_cuts
+
+    @property
+    def max_slots(self) -> int:
+        """Most partial results; each takes ``rows_per_job`` rows of memory."""
+        if self.fixed_split_tiles:
+            return self.max_merges * self._max_fixed_pieces
+        return self._max_cuts + self.max_merges
+
+
+def _require(name: str, expected: str, got: object, condition: bool) -> None:
+    if not condition:
+        raise InvalidArgumentError(name, expected, str(got))
+
+
+def choose_parts(num_sms: int, row_blocks: int) -> tuple[int, int]:
+    """Row blocks per job and number of parts that leave the fewest CTAs of a GPU idle.
+
+    With R row blocks and G of them per job, ceil(R / G) jobs use R / (ceil(R / G) * G) of their CTAs, and
+    num_sms // G groups of G CTAs fit the GPU. Among equals the larger G wins: CTAs of a job share what they read in L2.
+
+    Parameters
+    ----------
+    num_sms
+        Multiprocessors of the GPU, one CTA each.
+    row_blocks
+        Row blocks of one request and kv head: ceil(seqlen_q * group_heads / rows); for ragged batches, of one token.
+
+    Returns
+    -------
+    blocks_per_job, num_parts : int
+
+    Raises
+    ------
+    InvalidArgumentError
+        ``num_sms`` is not positive.
+    """
+    _require("num_sms", "a positive integer", num_sms, num_sms > 0)
+    row_blocks = max(row_blocks, 1)
+    best, best_parts, best_jobs = 1, num_sms, row_blocks
+    for blocks in range(2, min(MAX_BLOCKS_PER_JOB, row_blocks, num_sms) + 1):
+        parts, jobs = num_sms // blocks, ceil_div(row_blocks, blocks)
+        # The busy share is row_blocks / num_sms * parts / jobs; compared without division.
+        if parts * best_jobs >= best_parts * jobs:
+            best, best_parts, best_jobs = blocks, parts, jobs
+    return best, best_parts
+
+
+@dataclass(slots=True)
+class Schedule:
+    """A work list.
+
+    Attributes
+    ----------
+    part_begin
+        int32 [num_parts + 1]: part p has items ``part_begin[p]:part_begin[p + 1]``.
+    items
+        int32 [n, 8]: request, kv_head << 16 | first row block, first tile, end tile, seqlen_k, seqlen_q, first query
+        token (0 unless ragged), slot (-1: the piece is a whole job).
+    merges
+        int32 [m, 8]: request, kv_head << 16 | first row block, seqlen_q, first query token, first slot, number of
+        slots, 0, 0.
+    num_slots
+        Partial results in all.
+    budget
+        The cost that no part exceeds, in 1/16 tile.
+    num_jobs
+        Jobs, with and without visible keys.
+    """
+
+    part_begin: Int32Array
+    items: Int32Array
+    merges: Int32Array
+    num_slots: int
+    budget: int
+    num_jobs: int
+
+
+def kv_head_of(head_block: int) -> int:
+    """The kv head in the second number of an item."""
+    return head_block >> _HEAD_BLOCK_SHIFT
+
+
+def first_row_block_of(head_block: int) -> int:
+    """The first row block in the second number of an item."""
+    return head_block & (_MAX_ROW_BLOCKS - 1)
+
+
+@dataclass(frozen=True, slots=True)
+class _Job:
+    request: int
+    kv_head: int
+    first_row_block: int
+    tiles: int
+    seqlen_k: int
+    seqlen_q: int
+    q_begin: int
+
+    @property
+    def head_block(self) -> int:
+        return self.kv_head << _HEAD_BLOCK_SHIFT | self.first_row_block
+
+
+@dataclass(frozen=True, slots=True)
+class _Piece:
+    tile_begin: int
+    tile_end: int
+    part: int
+
+
+def make_schedule(
+    shape: ScheduleShape,
+    cache_seqlens: npt.ArrayLike,
+    cu_seqlens_q: npt.ArrayLike | None = None,
+    cost: CostModel | None = None,
+) -> Schedule:
+    """Divide the work of a batch among the parts.
+
+    Jobs are walked in order of request, kv head and rows. Each part takes from them until its budget is used up; a job
+    that does not fit is cut there if at least one tile fits. The budget is the smallest with which the parts suffice.
+    If leaving all jobs whole needs hardly more (``CostModel.merge_overhead``), nothing is cut. Each job is covered
+    once; a job without a visible key has one piece of no tiles.
+
+    Parameters
+    ----------
+    shape
+        Bounds and settings.
+    cache_seqlens
+        int [batch]: KV tokens of each request. Taken as 0 if negative, as ``shape.max_seqlen_k`` if larger.
+    cu_seqlens_q
+        int [batch + 1], when ``shape.ragged``: query tokens of request i are rows ``cu_seqlens_q[i]`` to
+        ``cu_seqlens_q[i + 1]`` of q.
+    cost
+        What pieces cost besides their tiles.
+
+    Returns
+    -------
+    Schedule
+
+    Raises
+    ------
+    InvalidArgumentError
+        An array of the wrong length, or ``cu_seqlens_q`` given or missing against ``shape.ragged``.
+    """
+    cost = cost or CostModel()
+    lengths = np.asarray(cache_seqlens, dtype=np.int64)
+    _require("cache_seqlens", f"shape ({shape.batch},)", lengths.shape, lengths.shape == (shape.batch,))
+    _require("cu_seqlens_q", "an array if and only if ragged", cu_seqlens_q, (cu_seqlens_q is not None) == shape.ragged)
+    offsets = np.zeros(0, np.int64) if cu_seqlens_q is None else np.asarray(cu_seqlens_q, dtype=np.int64)
+    if shape.ragged:
+        _require("cu_seqlens_q", f"shape ({shape.batch + 1},)", offsets.shape, offsets.shape == (shape.batch + 1,))
+    jobs = _list_jobs(shape, lengths, offsets)
+    tiles = [job.tiles for job in jobs]
+    if shape.fixed_split_tiles:
+        cuts = [_fixed_cuts(count, shape.fixed_split_tiles) for count in tiles]
+        budget = _fixed_budget(cuts, shape.num_parts, cost)
+        pieces = _place_fixed(cuts, budget, cost)
+    else:
+        budget, may_cut = _budget(np.array(tiles, np.int64), shape.num_parts, cost)
+        pieces = _place(tiles, budget, cost) if may_cut else _place_fixed([[count] for count in tiles], budget, cost)
+    return _number(shape, jobs, pieces, budget)
+
+
+def _list_jobs(shape: ScheduleShape, lengths: _Int64Array, offsets: _Int64Array) -> list[_Job]:
+    jobs: list[_Job] = []
+    for request in range(shape.batch):
+        seqlen_k = min(max(int(lengths[request]), 0), shape.max_seqlen_k)
+        seqlen_q, q_begin = shape.seqlen_q, 0
+        if shape.ragged:
+            q_begin = min(max(int(offsets[request]), 0), shape.total_q or 0)
+            q_end = min(max(int(offsets[request + 1]), q_begin), shape.total_q or 0)
+            seqlen_q = min(q_end - q_begin, shape.seqlen_q)
+        num_rows = seqlen_q * shape.group_heads
+        for kv_head in range(shape.num_heads_kv):
+            for first_row in range(0, num_rows, shape.rows_per_job):
+                visible = seqlen_k
+                if shape.causal:
+                    last_token = (min(first_row + shape.rows_per_job, num_rows) - 1) // shape.group_heads
+                    visible = min(max(seqlen_k - seqlen_q + last_token + 1, 0), seqlen_k)
+                tiles = ceil_div(visible, TILE_TOKENS)
+                jobs.append(_Job(request, kv_head, first_row // shape.rows, tiles, seqlen_k, seqlen_q, q_begin))
+    return jobs[: shape.max_jobs]  # more only if the offsets do not rise
+
+
+def _place(tiles: list[int], budget: int, cost: CostModel) -> list[list[_Piece]]:
+    """Fill part after part; jobs may be cut where a budget ends. The pieces of each job."""
+    part, left = 0, budget
+    placed: list[list[_Piece]] = []
+    for count in tiles:
+        pieces: list[_Piece] = []
+        done = 0
+        while not pieces or done < count:
+            rest = count - done
+            if done == 0 and rest * TILE_COST + cost.piece_overhead <= left:
+                take, overhead = rest, cost.piece_overhead
+            else:
+                take, overhead = min(max((left - cost.split_overhead) // TILE_COST, 0), rest), cost.split_overhead
+            if (take == 0 and rest > 0) or overhead > left:
+                part, left = part + 1, budget
+                continue
+            pieces.append(_Piece(done, done + take, part))
+            left -= take * TILE_COST + overhead
+            done += take
+        placed.append(pieces)
+    return placed
+
+
+def _fixed_cuts(tiles: int, length: int) -> list[int]:
+    """Tiles of each piece of a job."""
+    return [min(length, tiles - begin) for begin in range(0, tiles, length)] or [0]
+
+
+def _piece_cost(cuts: list[int], index: int, cost: CostModel) -> int:
+    return cuts[index] * TILE_COST + (cost.piece_overhead if len(cuts) == 1 else cost.split_overhead)
+
+
+def _place_fixed(cuts: list[list[int]], budget: int, cost: CostModel) -> list[list[_Piece]]:
+    """Fill part after part with pieces that are not cut further. The pieces of each job."""
+    part, left = 0, budget
+    placed: list[list[_Piece]] = []
+    for of_job in cuts:
+        pieces: list[_Piece] = []
+        begin = 0
+        for index, count in enumerate(of_job):
+            price = _piece_cost(of_job, index, cost)
+            if price > left:
+                part, left = part + 1, budget
+            left -= price
+            pieces.append(_Piece(begin, begin + count, part))
+            begin += count
+        placed.append(pieces)
+    return placed
+
+
+def _budget(tiles: _Int64Array, num_parts: int, cost: CostModel) -> tuple[int, bool]:
+    """The smallest budget that num_parts parts suffice for, and whether jobs may be cut with it.
+
+    Filling in order leaves less than a tile and an overhead of each part unused, and a cut adds at most two overheads,
+    so the budget with cuts lies in a short range above the mean load. All of it is searched: a larger budget may move a
+    cut and need one part more.
+    """
+    whole_costs = tiles * TILE_COST + cost.piece_overhead
+    mean = ceil_div(int(whole_costs.sum()), num_parts)
+    span = np.arange(TILE_COST + 3 * cost.split_overhead + cost.merge_overhead + 1)
+    with_cuts = max(mean, TILE_COST + cost.split_overhead) + span
+    best_cut = int(with_cuts[_parts_with_cuts(tiles, with_cuts, cost) <= num_parts].min())
+    whole = max(mean, int(whole_costs.max(initial=0))) + span
+    feasible = whole[_parts_whole(whole_costs, whole) <= num_parts]
+    if feasible.size and int(feasible.min()) <= best_cut + cost.merge_overhead:
+        return int(feasible.min()), False
+    return best_cut, True
+
+
+def _parts_whole(costs: _Int64Array, budgets: _Int64Array) -> _Int64Array:
+    """Parts that each budget needs, when costs[i] must each fit one part."""
+    part = np.zeros_like(budgets)
+    left = budgets.copy()
+    for price in costs:
+        fits = price <= left
+        part += ~fits
+        left = np.where(fits, left, budgets) - price
+    return part + 1
+
+
+def _parts_with_cuts(tiles: _Int64Array, budgets: _Int64Array, cost: CostModel) -> _Int64Array:
+    """Parts that each budget needs, when jobs are cut where a budget ends: `_place`, a job at a time."""
+    per_part = (budgets - cost.split_overhead) // TILE_COST
+    part = np.zeros_like(budgets)
+    left = budgets.copy()
+    for count in tiles:
+        price = count * TILE_COST + cost.piece_overhead
+        head = np.maximum((left - cost.split_overhead) // TILE_COST, 0)  # tiles that still go into the open part
+        fits_here = price <= left
+        fits_next = (head == 0) & (price <= budgets)
+        rest = count - head
+        parts = -(-rest // per_part)
+        last = rest - (parts - 1) * per_part
+        part += np.where(fits_here, 0, np.where(fits_next, 1, parts))
+        after_cut = budgets - (last * TILE_COST + cost.split_overhead)
+        left = np.where(fits_here, left - price, np.where(fits_next, budgets - price, after_cut))
+    return part + 1
+
+
+def _fixed_budget(cuts: list[list[int]], num_parts: int, cost: CostModel) -> int:
+    """The smallest budget that num_parts parts suffice for, with pieces that are not cut further."""
+    costs = np.array([_piece_cost(of_job, i, cost) for of_job in cuts for i in range(len(of_job))], np.int64)
+    mean = ceil_div(int(costs.sum()), num_parts)
+    largest = int(costs.max(initial=0))
+    low, high = max(mean, largest), mean + largest  # a part is left only when it is fuller than the mean
+    while low < high:  # a larger budget never needs more parts here
+        step = ceil_div(high - low, _CANDIDATES)
+        budgets = np.minimum(np.arange(low, high + step, step), high)
+        high = int(budgets[_parts_whole(costs, budgets) <= num_parts].min())
+        low = max(low, high - step + 1)
+    return high
+
+
+def _number(shape: ScheduleShape, jobs: list[_Job], pieces: list[list[_Piece]], budget: int) -> Schedule:
+    """Write the lists; slots are numbered in the order of the items."""
+    items: list[tuple[int, ...]] = []
+    merges: list[tuple[int, ...]] = []
+    parts: list[int] = []
+    num_slots = 0
+    for job, of_job in zip(jobs, pieces, strict=True):
+        split = len(of_job) > 1
+        if split:
+            merges.append((job.request, job.head_block, job.seqlen_q, job.q_begin, num_slots, len(of_job), 0, 0))
+        for piece in of_job:
+            slot = num_slots if split else WHOLE_JOB
+            num_slots += split
+            request = (job.seqlen_k, job.seqlen_q, job.q_begin)
+            items.append((job.request, job.head_block, piece.tile_begin, piece.tile_end, *request, slot))
+            parts.append(piece.part)
+    return Schedule(
+        part_begin=np.searchsorted(parts, np.arange(shape.num_parts + 1)).astype(np.int32),
+        items=np.array(items, np.int32).reshape(-1, 8),
+        merges=np.array(merges, np.int32).reshape(-1, 8),
+        num_slots=num_slots,
+        budget=budget,
+        num_jobs=len(jobs),
+    )

@@ -1,0 +1,108 @@
+"""Settings from the environment. Nothing else in the package reads ``os.environ``."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+
+from .errors import InvalidArgumentError
+
+CACHE_DIR_VARIABLE = "CUPY_MLA_CACHE_DIR"
+VALIDATE_VARIABLE = "CUPY_MLA_VALIDATE"
+BACKEND_VARIABLE = "CUPY_MLA_BACKEND"
+
+BACKENDS = ("auto", "cuda", "numpy")
+_TRUE_WORDS = frozenset({"1", "true", "yes", "on"})
+_FALSE_WORDS = frozenset({"", "0", "false", "no", "off"})
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What the environment asks for.
+
+    Attributes
+    ----------
+    cache_dir
+        Where compiled kernels are kept. ``CUPY_MLA_CACHE_DIR``; by default ``$XDG_CACHE_HOME/cupy_mla`` or
+        ``~/.cache/cupy_mla``.
+    validate
+        Whether calls that do not say so themselves read lengths and page numbers back and check them.
+        ``CUPY_MLA_VALIDATE``: 1/true/yes/on or 0/false/no/off; off by default.
+    backend
+        ``CUPY_MLA_BACKEND``: ``auto`` (the default: the kernels for CUDA arrays, NumPy for CPU arrays), ``cuda``
+        or ``numpy``.
+    """
+
+    cache_dir: Path
+    validate: bool
+    backend: str
+
+
+@lru_cache(maxsize=1)
+def get_settings() -> Settings:
+    """The settings of this process, read from the environment once.
+
+    Raises
+    ------
+    InvalidArgumentError
+        A variable has a value that is not one of its own; ``argument`` is the variable's name.
+    """
+    return read_settings(os.environ)
+
+
+def reload_settings() -> Settings:
+    """Read the environment again, e.g. after a program has changed it.
+
+    Raises
+    ------
+    InvalidArgumentError
+        As in `get_settings`.
+    """
+    get_settings.cache_clear()
+    return get_settings()
+
+
+def read_settings(environment: Mapping[str, str]) -> Settings:
+    """The settings that ``environment`` asks for.
+
+    Raises
+    ------
+    InvalidArgumentError
+        A variable has a value that is not one of its own; ``argument`` is the variable's name.
+    """
+    backend = environment.get(BACKEND_VARIABLE, "").strip().lower() or BACKENDS[0]
+    if backend not in BACKENDS:
+        raise InvalidArgumentError(BACKEND_VARIABLE, "one of " + ", ".join(BACKENDS), repr(backend))
+    return Settings(
+        cache_dir=_cache_dir(environment),
+        validate=_switch(environment, VALIDATE_VARIABLE),
+        backend=backend,
+    )
+
+
+def _switch(environment: Mapping[str, str], variable: str) -> bool:
+    word = environment.get(variable, "").strip().lower()
+    if word in _TRUE_WORDS:
+        return True
+    if word in _FALSE_WORDS:
+        return False
+    raise InvalidArgumentError(variable, "1/true/yes/on or 0/false/no/off", repr(environment[variable]))
+
+
+def _cache_dir(environment: Mapping[str, str]) -> Path:
+    if chosen := environment.get(CACHE_DIR_VARIABLE):
+        # Absolute, so that a later chdir does not move the cache.
+        return Path(chosen).expanduser().absolute()
+    base = environment.get("XDG_CACHE_HOME", "")
+    if os.path.isabs(base):  # the XDG specification tells to ignore a relative path
+        return Path(base) / "cupy_mla"
+    try:
+        return Path.home() / ".cache" / "cupy_mla"
+    except RuntimeError:
+        # A user without a home directory (some containers). Private to this process: a fixed name in a shared
+        # temporary directory could be planted by someone else.
+        return Path(tempfile.mkdtemp(prefix="cupy_mla-"))

@@ -1,0 +1,29 @@
+// The configuration this kernel is compiled for; cupy_mla/configs.py passes the macros.
+#pragma once
+#include "core/smem_descriptor.h"
+#include "core/types.h"
+#include "core/work.h"
+
+namespace mla {
+
+using Element = MLA_DTYPE;               // Bf16 or Fp16
+constexpr u32 kLatent = MLA_LATENT;      // also the width of V and of the output
+constexpr u32 kRope = MLA_ROPE;          // may be 0
+constexpr u32 kPageSize = MLA_PAGE_SIZE; // tokens
+constexpr bool kCausal = MLA_CAUSAL;
+constexpr u32 kRows = MLA_ROWS;          // query rows of a CTA
+
+constexpr u32 kElementBytes = 2;
+constexpr u32 kLatentBoxes = kLatent / kBoxColumns;
+constexpr u32 kRopeBoxes = kRope / kBoxColumns;
+static_assert(kLatent % kBoxColumns == 0 && kRope % kBoxColumns == 0, "widths are whole boxes");
+
+constexpr MLA_DEVICE u32 greatest_common_divisor(u32 a, u32 b) { return b == 0 ? a : greatest_common_divisor(b, a % b); }
+// Tokens of a tile that surely lie in one page: what one copy-engine box takes.
+constexpr u32 kChunkTokens = greatest_common_divisor(kPageSize, kTileTokens);
+constexpr u32 kChunks = kTileTokens / kChunkTokens;
+
+constexpr u32 kWarpThreads = 32;
+constexpr u32 kWarpgroupThreads = 128;
+
+}  // namespace mla

@@ -1,0 +1,56 @@
+// Dense MLA decode for 16 or 32 query rows a CTA, operands swapped; kernels_cu/DESIGN.md tells the schedule. 160 threads:
+//   warps 0-3  consumers: S^T = K Q^T, softmax, O^T += V^T P^T
+//   warp 4     producer: asks the copy engine for KV boxes, as far ahead as the ring reaches
+#include "decode/narrow_load.h"
+#include "decode/narrow_math.h"
+#include "ptx/launch.h"
+
+namespace mla {
+
+constexpr u32 kThreads = kConsumerThreads + kWarpThreads;
+
+MLA_DEVICE void initialise_barriers(u32 smem) {
+    for (u32 slot = 0; slot < NarrowSmem::slots; ++slot) {
+        mbarrier_init(full_barrier(smem, slot), kFullArrivals);
+        mbarrier_init(empty_barrier(smem, slot), kEmptyArrivals);
+    }
+    mbarrier_init_fence();
+}
+
+}  // namespace mla
+
+extern "C" __global__ void __launch_bounds__(mla::kThreads, 1)
+mla_decode_narrow(const __grid_constant__ mla::TensorMap kv_latent, const __grid_constant__ mla::TensorMap kv_rope,
+                  const __grid_constant__ mla::DecodeParams params) {
+    using namespace mla;
+    extern __shared__ __align__(1024) u8 shared[];
+    const u32 smem = shared_address(shared);
+    if (threadIdx.x == 0) {
+        initialise_barriers(smem);
+        tma_prefetch_map(&kv_latent);
+        if (kRopeBoxes > 0) tma_prefetch_map(&kv_rope);
+    }
+    __syncthreads();
+    pdl_wait();
+    pdl_launch_dependents();
+
+    const i32* part_begin = plan_part_begin(params.plan) + part_index();
+    const i32 item_begin = part_begin[0];
+    const i32 item_end = part_begin[1];
+    const u32 warp = __shfl_sync(kFullWarp, threadIdx.x / kWarpThreads, 0);
+
+    if (warp == kConsumerWarps) {
+        // Walks exactly the tiles that the consumers walk: both skip items whose block does not exist or sees no tile.
+        BoxLoader loader(&kv_latent, &kv_rope, params, smem, threadIdx.x % kWarpThreads);
+        for (i32 item = item_begin; item < item_end; ++item) {
+            const BlockWork work = load_block_work(params, item);
+            if (work.exists() && work.tile_begin < work.tile_end) loader.load_item(work);
+        }
+    } else {
+        ConsumerRole consumer(params, smem, threadIdx.x);
+        for (i32 item = item_begin; item < item_end; ++item) {
+            const BlockWork work = load_block_work(params, item);
+            if (work.exists()) consumer.run_item(work);
+        }
+    }
+}

@@ -1,0 +1,86 @@
+// The producer warp of the narrow kernel: walks a part's items tile by tile, ahead of the arithmetic and across items, and
+// asks the copy engine for the boxes of each tile.
+#pragma once
+#include "decode/block_work.h"
+#include "decode/narrow_smem.h"
+#include "ptx/mbarrier.h"
+#include "ptx/tma.h"
+
+namespace mla {
+
+class BoxLoader {
+public:
+    MLA_DEVICE BoxLoader(const TensorMap* latent, const TensorMap* rope, const DecodeParams& params, u32 smem, u32 lane)
+        : latent_(latent), rope_(rope), params_(params), smem_(smem), lane_(lane) {}
+
+    // Page numbers are read one tile ahead, before the wait for free slots: their latency hides behind it.
+    MLA_DEVICE void load_item(const BlockWork& work) {
+        const i32* table = params_.block_table + work.request * params_.block_table_stride;
+        Pages pages = read_pages(table, work, work.tile_begin);
+        for (i32 tile = work.tile_begin; tile < work.tile_end; ++tile) {
+            const Pages next = read_pages(table, work, min_i32(tile + 1, work.tile_end - 1));
+            load_tile(work, tile, pages);
+            pages = next;
+        }
+    }
+
+private:
+    // Lane l holds the pages of chunks l, l + 32, ... of a tile.
+    static constexpr u32 kChunksPerLane = (kChunks + kWarpThreads - 1) / kWarpThreads;
+    struct Pages {
+        i32 number[kChunksPerLane];
+    };
+
+    MLA_DEVICE Pages read_pages(const i32* table, const BlockWork& work, i32 tile) const {
+        Pages pages;
+#pragma unroll
+        for (u32 i = 0; i < kChunksPerLane; ++i) {
+            const u32 chunk = lane_ + i * kWarpThreads;
+            const u32 token = tile * kTileTokens + chunk * kChunkTokens;
+            // Entries past the last page may hold anything and are never read as pages.
+            const bool is_read = chunk < kChunks && token < static_cast<u32>(work.seqlen_k);
+            pages.number[i] = is_read ? __ldg(table + token / kPageSize) : 0;
+        }
+        return pages;
+    }
+
+    MLA_DEVICE void load_tile(const BlockWork& work, i32 tile, const Pages& pages) {
+        const i32 first_key = tile * kTileTokens;
+        const u32 valid_tokens = min_i32(work.seqlen_k - first_key, kTileTokens);
+        const u32 valid_chunks = (valid_tokens + kChunkTokens - 1) / kChunkTokens;
+        // Lane b serves box b. All boxes of a tile are asked for back to back once all their slots are free: 0.5% faster.
+        if (lane_ < kTileBoxes) {
+            const BoxRing::Slot slot = ring_.slot(lane_);
+            mbarrier_wait(empty_barrier(smem_, slot.index), slot.parity ^ 1);  // passes at once in the first lap
+            mbarrier_arrive_expect_bytes(full_barrier(smem_, slot.index), valid_chunks * kChunkTokens * kBoxRowBytes);
+        }
+        __syncwarp();
+#pragma unroll
+        for (u32 i = 0; i < kChunksPerLane; ++i) {
+            const u32 chunk = lane_ + i * kWarpThreads;
+            if (chunk < valid_chunks) load_chunk(work, first_key, chunk, pages.number[i]);
+        }
+        __syncwarp();
+        ring_.advance();
+    }
+
+    MLA_DEVICE void load_chunk(const BlockWork& work, i32 first_key, u32 chunk, i32 page) const {
+        const i32 offset = (static_cast<u32>(first_key) + chunk * kChunkTokens) % kPageSize;
+        const u32 row_offset = chunk * kChunkTokens * kBoxRowBytes;
+#pragma unroll
+        for (u32 box = 0; box < kTileBoxes; ++box) {
+            const u32 slot = ring_.slot(box).index;
+            const bool is_latent = box < kLatentBoxes;
+            tma_load_5d(box_address(smem_, slot) + row_offset, is_latent ? latent_ : rope_, full_barrier(smem_, slot), 0,
+                        offset, is_latent ? box : box - kLatentBoxes, work.kv_head, page);
+        }
+    }
+
+    const TensorMap* latent_;
+    const TensorMap* rope_;
+    const DecodeParams& params_;
+    u32 smem_, lane_;
+    BoxRing ring_;
+};
+
+}  // namespace mla

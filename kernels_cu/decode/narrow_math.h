@@ -1,0 +1,302 @@
+// The consumer warpgroup of the narrow kernel: S^T = K Q^T for one tile, softmax, O^T += V^T P^T, then the next tile.
+//
+// Operands are swapped: tokens (or latent columns) along M, query rows along N, so 16 rows cost 16 rows of arithmetic.
+// In a fragment a thread holds, for each 8 query rows along N, two neighbouring ones at two places along M. The rows it
+// holds are the same for S^T and every O^T: maximum, sum and rescale factors of a row stay in its registers. What must
+// cross lanes and warps (a row's 64 tokens are spread over all of them) does so only when a maximum moves and at the end.
+#pragma once
+#include "core/quad.h"
+#include "decode/block_work.h"
+#include "decode/narrow_smem.h"
+#include "decode/narrow_store.h"
+#include "ptx/mbarrier.h"
+#include "ptx/warp.h"
+#include "ptx/wgmma.h"
+
+namespace mla {
+
+// The running maximum moves only when a score exceeds it by more than this (log2 units): P stays below 2^8.
+constexpr float kRescaleThreshold = 8.0f;
+constexpr float kLn2 = 0.693147180559945309f;
+
+constexpr u32 kFragment = kRows / 2;    // accumulators a thread holds of a 64 x kRows tile
+constexpr u32 kThreadRows = kRows / 4;  // query rows among them
+constexpr u32 kStepTokens = 16;         // k16 steps of PV run over tokens
+constexpr u32 kWarpTokens = 16;         // rows along M of a warp's share
+constexpr u32 kBoxSteps = kBoxRowBytes / kStepBytes;
+
+// V^T as M-major A operand: one box is 64 latent columns, all of M, so the leading offset is not used.
+constexpr u64 kValueBox = encode_descriptor(16, kSwizzleAtomBytes, kSwizzle128B);
+
+// Where a thread's row `i` lies: its first accumulator (the one 8 further along M is 2 further), and its row in the block.
+MLA_DEVICE constexpr u32 row_element(u32 i) { return i / 2 * 4 + i % 2; }
+MLA_DEVICE u32 row_of_lane(u32 lane, u32 i) { return i / 2 * 8 + lane % 4 * 2 + i % 2; }
+
+class ConsumerRole {
+public:
+    MLA_DEVICE ConsumerRole(const DecodeParams& params, u32 smem, u32 thread)
+        : params_(params), smem_(smem), thread_(thread), warp_(thread / kWarpThreads), lane_(thread % kWarpThreads) {}
+
+    MLA_DEVICE void run_item(const BlockWork& work) {
+        if (work.tile_begin >= work.tile_end) {
+            store_empty(params_, work, thread_);
+            return;
+        }
+        load_query(work);
+        float output[kLatentBoxes][kFragment];
+        RowStatistics rows;
+        for (i32 tile = work.tile_begin; tile < work.tile_end; ++tile) {
+            const bool is_first = tile == work.tile_begin;
+            float scores[kFragment];
+            issue_scores(scores);
+            wgmma_wait<0>();
+            wgmma_pin(scores);
+            scale_and_mask(work, tile, scores);
+            clear_dead_values(work, tile);
+            softmax(is_first, scores, rows, output);
+            issue_values(!is_first, output);
+            wgmma_wait<0>();
+#pragma unroll
+            for (u32 box = 0; box < kLatentBoxes; ++box) wgmma_pin(output[box]);
+            release_tile();
+        }
+        store(work, rows, output);
+    }
+
+private:
+    // Of the thread's rows. The maximum is the same in all threads that hold the row; the sum covers the thread's tokens.
+    struct RowStatistics {
+        float maximum[kThreadRows];
+        float sum[kThreadRows];
+        MLA_DEVICE RowStatistics() {
+#pragma unroll
+            for (u32 i = 0; i < kThreadRows; ++i) {
+                maximum[i] = minus_infinity();
+                sum[i] = 0.0f;
+            }
+        }
+    };
+
+    MLA_DEVICE void barrier() const { named_barrier_sync(kConsumerBarrier, kConsumerThreads); }
+
+    MLA_DEVICE void load_query(const BlockWork& work) {
+        // The space still holds the previous item's output. No barrier is needed before this: a thread overwrites only the
+        // chunks that it has read itself (QueryRows and store_output_rows deal them out alike).
+        QueryRows query;
+        query.read(params_, work, thread_);
+        query.write(smem_ + NarrowSmem::query, thread_);
+        fence_async_proxy();
+        barrier();  // Q is complete before any warp's wgmma reads it
+    }
+
+    // S^T of the tile at ring_, box by box as they land.
+    MLA_DEVICE void issue_scores(float (&scores)[kFragment]) const {
+        const u64 q = descriptor_at(kBoxKMajor, smem_ + NarrowSmem::query);
+        wgmma_pin(scores);
+#pragma unroll
+        for (u32 box = 0; box < kTileBoxes; ++box) {
+            const BoxRing::Slot slot = ring_.slot(box);
+            mbarrier_wait(full_barrier(smem_, slot.index), slot.parity);
+            wgmma_fence();
+            const u64 k = descriptor_at(kBoxKMajor, box_address(smem_, slot.index));
+#pragma unroll
+            for (u32 step = 0; step < kBoxSteps; ++step)
+                wgmma_ss<Element, 0, 0>(scores, k + descriptor_offset(step * kStepBytes),
+                                        q + descriptor_offset(box * kRowBoxBytes + step * kStepBytes), box + step > 0);
+        }
+        wgmma_commit();
+    }
+
+    // To log2 units. Hidden scores are overwritten, not added to: K past a sequence's end may be NaN.
+    MLA_DEVICE void scale_and_mask(const BlockWork& work, i32 tile, float (&scores)[kFragment]) const {
+#pragma unroll
+        for (u32 i = 0; i < kFragment; ++i) scores[i] *= params_.scale_log2;
+        const i32 first_key = tile * kTileTokens;
+        const i32 first_token = kCausal ? work.first_row / params_.group_heads : 0;
+        if (first_key + kTileTokens <= work.visible_end(first_token)) return;
+        const i32 key = first_key + static_cast<i32>(warp_ * kWarpTokens + lane_ / 4);
+#pragma unroll
+        for (u32 i = 0; i < kThreadRows; ++i) {
+            const i32 token = kCausal ? locate_row(params_, work, row_of_lane(lane_, i)).token : 0;
+            const i32 end = min_i32(work.visible_end(token), work.seqlen_k);  // padding rows have tokens past the last
+            float& upper = scores[row_element(i)];
+            float& lower = scores[row_element(i) + 2];
+            upper = key < end ? upper : minus_infinity();
+            lower = key + 8 < end ? lower : minus_infinity();
+        }
+    }
+
+    // V rows past the sequence's end may be NaN or left over from another tile, and 0 * NaN is NaN. Each warp clears the
+    // tokens that its own share of QK has read. Followed by the fence and the barrier of store_probabilities.
+    MLA_DEVICE void clear_dead_values(const BlockWork& work, i32 tile) const {
+        const i32 first_dead = work.seqlen_k - tile * kTileTokens;
+        if (first_dead >= kTileTokens) return;
+        constexpr u32 kRowsPerWarpPass = kWarpThreads / kChunksPerBoxRow;
+        for (u32 row = lane_ / kChunksPerBoxRow; row < kWarpTokens; row += kRowsPerWarpPass) {
+            const u32 token = warp_ * kWarpTokens + row;
+            if (static_cast<i32>(token) < first_dead) continue;
+            const u32 offset = token * kBoxRowBytes + lane_ % kChunksPerBoxRow * 16;
+#pragma unroll
+            for (u32 box = 0; box < kLatentBoxes; ++box)
+                store_shared_16b(box_address(smem_, ring_.slot(box).index) + offset, uint4{0, 0, 0, 0});
+        }
+    }
+
+    // Scores to P in shared memory, statistics, and O rescaled when a maximum moved. P is first made with the old
+    // maxima, which nearly always stand; the one barrier that publishes it also tells whether any row outgrew its own.
+    MLA_DEVICE void softmax(bool is_first, const float (&scores)[kFragment], RowStatistics& rows,
+                            float (&output)[kLatentBoxes][kFragment]) {
+        float probabilities[kFragment];
+        bool move_maxima = is_first;
+        if (!is_first) {
+            bool outgrown = false;
+#pragma unroll
+            for (u32 i = 0; i < kThreadRows; ++i) {
+                const float limit = rows.maximum[i] + kRescaleThreshold;  // -inf: any visible key moves it
+                outgrown |= fmaxf(scores[row_element(i)], scores[row_element(i) + 2]) > limit;
+            }
+            store_probabilities(scores, rows, probabilities);
+            // All of P (and of clear_dead_values) is written before any warp's PV; all warps are done with the PV of the
+            // tile before, whose P buffer the next tile writes.
+            move_maxima = named_barrier_or(kConsumerBarrier, kConsumerThreads, outgrown);
+        }
+        if (move_maxima) {
+            float factor[kThreadRows];
+            raise_maxima(scores, rows, factor);
+            store_probabilities(scores, rows, probabilities);
+            barrier();  // as above, for the new P; and all have read the maxima of raise_maxima
+#pragma unroll
+            for (u32 i = 0; i < kThreadRows; ++i) rows.sum[i] *= factor[i];
+            if (!is_first) rescale(factor, output);
+        }
+#pragma unroll
+        for (u32 i = 0; i < kThreadRows; ++i)
+            rows.sum[i] += probabilities[row_element(i)] + probabilities[row_element(i) + 2];
+    }
+
+    MLA_DEVICE void store_probabilities(const float (&scores)[kFragment], const RowStatistics& rows,
+                                        float (&probabilities)[kFragment]) const {
+#pragma unroll
+        for (u32 i = 0; i < kThreadRows; ++i) {
+            // A row that has seen no key: its scores are -inf, and -inf - -inf would be NaN.
+            const float shift = rows.maximum[i] == minus_infinity() ? 0.0f : rows.maximum[i];
+#pragma unroll
+            for (u32 half = 0; half < 2; ++half) {
+                const u32 element = row_element(i) + half * 2;
+                probabilities[element] = fast_exp2(scores[element] - shift);
+            }
+        }
+        store_fragment_transposed(probability_buffer(), warp_, lane_, probabilities);
+        fence_async_proxy();
+    }
+
+    // Moves the maxima of the rows whose tile maximum is above the threshold; factor = 2^(old - new), 1 if it stays.
+    MLA_DEVICE void raise_maxima(const float (&scores)[kFragment], RowStatistics& rows, float (&factor)[kThreadRows]) const {
+        float tile_maximum[kThreadRows];
+#pragma unroll
+        for (u32 i = 0; i < kThreadRows; ++i) tile_maximum[i] = fmaxf(scores[row_element(i)], scores[row_element(i) + 2]);
+        across_warps(tile_maximum, [](float a, float b) { return fmaxf(a, b); });
+#pragma unroll
+        for (u32 i = 0; i < kThreadRows; ++i) {
+            factor[i] = 1.0f;
+            if (tile_maximum[i] > rows.maximum[i] + kRescaleThreshold) {
+                factor[i] = fast_exp2(rows.maximum[i] - tile_maximum[i]);
+                rows.maximum[i] = tile_maximum[i];
+            }
+        }
+    }
+
+    // Reduces each row's value over all threads that hold the row, in a fixed order. One barrier inside; another one must
+    // follow before the next call, so that all have read.
+    template <class Reduce>
+    MLA_DEVICE void across_warps(float (&values)[kThreadRows], Reduce reduce) const {
+        const u32 exchange = smem_ + NarrowSmem::exchange;
+#pragma unroll
+        for (u32 i = 0; i < kThreadRows; ++i) {
+#pragma unroll
+            for (u32 distance = 4; distance < kWarpThreads; distance *= 2)
+                values[i] = reduce(values[i], __shfl_xor_sync(kFullWarp, values[i], distance));
+            if (lane_ < 4) store_shared_f32(exchange + (warp_ * kRows + row_of_lane(lane_, i)) * sizeof(f32), values[i]);
+        }
+        barrier();  // every warp's value of every row is there
+#pragma unroll
+        for (u32 i = 0; i < kThreadRows; ++i) {
+            const u32 address = exchange + row_of_lane(lane_, i) * sizeof(f32);
+            values[i] = load_shared_f32(address);
+#pragma unroll
+            for (u32 warp = 1; warp < kConsumerWarps; ++warp)
+                values[i] = reduce(values[i], load_shared_f32(address + warp * kRows * sizeof(f32)));
+        }
+    }
+
+    MLA_DEVICE static void rescale(const float (&factor)[kThreadRows], float (&output)[kLatentBoxes][kFragment]) {
+#pragma unroll
+        for (u32 box = 0; box < kLatentBoxes; ++box) {
+#pragma unroll
+            for (u32 i = 0; i < kThreadRows; ++i) {
+                output[box][row_element(i)] *= factor[i];
+                output[box][row_element(i) + 2] *= factor[i];
+            }
+        }
+    }
+
+    // O^T += V^T P^T of the tile at ring_: one box of V is one M block of O^T.
+    MLA_DEVICE void issue_values(bool accumulate, float (&output)[kLatentBoxes][kFragment]) const {
+        const u64 p = descriptor_at(kBoxKMajor, probability_buffer());
+#pragma unroll
+        for (u32 box = 0; box < kLatentBoxes; ++box) wgmma_pin(output[box]);
+        wgmma_fence();
+#pragma unroll
+        for (u32 box = 0; box < kLatentBoxes; ++box) {
+            const u64 v = descriptor_at(kValueBox, box_address(smem_, ring_.slot(box).index));
+#pragma unroll
+            for (u32 step = 0; step < kTileTokens / kStepTokens; ++step)
+                wgmma_ss<Element, 1, 0>(output[box], v + descriptor_offset(step * kStepTokens * kBoxRowBytes),
+                                        p + descriptor_offset(step * kStepBytes), accumulate || step > 0);
+        }
+        wgmma_commit();
+    }
+
+    // This warp's wgmmas have read the tile for the last time. Lane b frees the slot of box b.
+    MLA_DEVICE void release_tile() {
+        __syncwarp();
+        if (lane_ < kTileBoxes) mbarrier_arrive(empty_barrier(smem_, ring_.slot(lane_).index));
+        ring_.advance();
+        odd_tile_ ^= 1;
+    }
+
+    // Two buffers: while a slow warp's PV still reads P of one tile, a fast warp may already write P of the next. It
+    // cannot get further ahead: every tile has a barrier between its P and its PV.
+    MLA_DEVICE u32 probability_buffer() const { return smem_ + NarrowSmem::probabilities + odd_tile_ * kRowBoxBytes; }
+
+    // Normalises, turns O^T into rows through the space of Q (dead: a barrier followed the last QK), writes O and lse.
+    MLA_DEVICE void store(const BlockWork& work, const RowStatistics& rows, float (&output)[kLatentBoxes][kFragment]) const {
+        float sum[kThreadRows];
+        float inverse[kThreadRows];
+#pragma unroll
+        for (u32 i = 0; i < kThreadRows; ++i) sum[i] = rows.sum[i];
+        across_warps(sum, [](float a, float b) { return a + b; });
+#pragma unroll
+        for (u32 i = 0; i < kThreadRows; ++i) inverse[i] = sum[i] == 0.0f ? 0.0f : 1.0f / sum[i];
+        rescale(inverse, output);
+        const u32 staged = smem_ + NarrowSmem::query;
+#pragma unroll
+        for (u32 box = 0; box < kLatentBoxes; ++box)
+            store_fragment_transposed(staged + box * kRowBoxBytes, warp_, lane_, output[box]);
+        barrier();  // all of the output is staged; and all have read the sums of across_warps
+        store_staged_output(params_, work, staged, thread_);
+#pragma unroll
+        for (u32 i = 0; i < kThreadRows; ++i) {
+            if (i / 2 != warp_ || lane_ >= 4) continue;  // warp j writes the lse of the j-th eight rows
+            store_lse(params_, work, row_of_lane(lane_, i),
+                      sum[i] == 0.0f ? minus_infinity() : (rows.maximum[i] + fast_log2(sum[i])) * kLn2);
+        }
+    }
+
+    const DecodeParams& params_;
+    u32 smem_, thread_, warp_, lane_;
+    u32 odd_tile_ = 0;
+    BoxRing ring_;
+};
+
+}  // namespace mla

@@ -1,0 +1,102 @@
+// How the consumer warpgroup of the narrow kernel moves whole query rows between global memory and boxes of [kRows][64].
+// Eight threads share a row: 16 bytes each, 128 contiguous bytes per box, free of bank conflicts in the swizzled box.
+#pragma once
+#include "decode/block_work.h"
+#include "decode/narrow_smem.h"
+#include "ptx/convert.h"
+#include "ptx/mbarrier.h"
+#include "ptx/warp.h"
+
+namespace mla {
+
+constexpr u32 kChunkColumns = 8;  // 16-bit values in 16 bytes
+constexpr u32 kChunksPerBoxRow = kBoxColumns / kChunkColumns;
+constexpr u32 kRowsPerPass = kConsumerThreads / kChunksPerBoxRow;
+constexpr u32 kRowPasses = kRows / kRowsPerPass;
+
+MLA_DEVICE uint4 load_shared_16b(u32 address) {
+    return *static_cast<const uint4*>(__cvta_shared_to_generic(address));
+}
+
+// Q of the block, latent boxes first; zero for rows that do not exist.
+class QueryRows {
+public:
+    MLA_DEVICE void read(const DecodeParams& params, const BlockWork& work, u32 thread) {
+        const u32 column = thread % kChunksPerBoxRow * kChunkColumns;
+#pragma unroll
+        for (u32 pass = 0; pass < kRowPasses; ++pass) {
+            const RowPlace place = locate_row(params, work, thread / kChunksPerBoxRow + pass * kRowsPerPass);
+            const i64 token = work.q_begin + place.token;
+            const u16* latent = params.q_latent + work.request * params.q_latent_stride_batch +
+                                token * params.q_latent_stride_seq + place.head * params.q_latent_stride_head + column;
+            const u16* rope = params.q_rope + work.request * params.q_rope_stride_batch + token * params.q_rope_stride_seq +
+                              place.head * params.q_rope_stride_head + column;
+#pragma unroll
+            for (u32 box = 0; box < kTileBoxes; ++box) {
+                const u16* source = box < kLatentBoxes ? latent + box * kBoxColumns : rope + (box - kLatentBoxes) * kBoxColumns;
+                chunks_[pass][box] = place.exists ? __ldg(reinterpret_cast<const uint4*>(source)) : uint4{0, 0, 0, 0};
+            }
+        }
+    }
+
+    MLA_DEVICE void write(u32 query, u32 thread) const {
+#pragma unroll
+        for (u32 pass = 0; pass < kRowPasses; ++pass) {
+            const u32 row = thread / kChunksPerBoxRow + pass * kRowsPerPass;
+#pragma unroll
+            for (u32 box = 0; box < kTileBoxes; ++box)
+                store_shared_16b(query + box * kRowBoxBytes + box_chunk_offset(row, thread % kChunksPerBoxRow),
+                                 chunks_[pass][box]);
+        }
+    }
+
+private:
+    uint4 chunks_[kRowPasses][kTileBoxes];
+};
+
+// A fragment of the transposed accumulators (m64nN: lane / 4 and lane / 4 + 8 along M of the warp's 16, query rows along N)
+// as 16-bit values into a box of [kRows][64 along M]. The warp writes chunks 2 * warp and 2 * warp + 1 of every row.
+MLA_DEVICE void store_fragment_transposed(u32 box, u32 warp, u32 lane, const float (&fragment)[kRows / 2]) {
+    constexpr u32 kRowsPerStore = 16;  // four 8x8 matrices: two of 8 rows, for each two of 8 along M
+    const u32 row = lane / 16 * 8 + lane % 8;
+    const u32 address = box + box_chunk_offset(row, warp * 2 + lane / 8 % 2);
+#pragma unroll
+    for (u32 store = 0; store < kRows / kRowsPerStore; ++store) {
+        const float* f = fragment + store * 8;
+        store_matrix_x4_transposed(address + store * kRowsPerStore * kBoxRowBytes, pack2<Element>(f[0], f[1]),
+                                   pack2<Element>(f[2], f[3]), pack2<Element>(f[4], f[5]), pack2<Element>(f[6], f[7]));
+    }
+}
+
+// Writes the rows that exist; `chunk(box, row, index)` gives 16 bytes of the output.
+template <class Chunk>
+MLA_DEVICE void store_output_rows(const DecodeParams& params, const BlockWork& work, u32 thread, Chunk chunk) {
+    const u32 index = thread % kChunksPerBoxRow;
+#pragma unroll
+    for (u32 pass = 0; pass < kRowPasses; ++pass) {
+        const i32 row = thread / kChunksPerBoxRow + pass * kRowsPerPass;
+        if (work.first_row + row >= work.num_rows) continue;
+        u16* destination = output_row(params, work, row) + index * kChunkColumns;
+#pragma unroll
+        for (u32 box = 0; box < kLatentBoxes; ++box)
+            *reinterpret_cast<uint4*>(destination + box * kBoxColumns) = chunk(box, row, index);
+    }
+}
+
+MLA_DEVICE void store_staged_output(const DecodeParams& params, const BlockWork& work, u32 staged, u32 thread) {
+    store_output_rows(params, work, thread, [staged](u32 box, u32 row, u32 index) {
+        return load_shared_16b(staged + box * kRowBoxBytes + box_chunk_offset(row, index));
+    });
+}
+
+MLA_DEVICE void store_lse(const DecodeParams& params, const BlockWork& work, i32 row, float lse) {
+    if (work.first_row + row < work.num_rows) *lse_row(params, work, row) = lse;
+}
+
+// No key is visible to any row: out = 0, lse = -inf.
+MLA_DEVICE void store_empty(const DecodeParams& params, const BlockWork& work, u32 thread) {
+    store_output_rows(params, work, thread, [](u32, u32, u32) { return uint4{0, 0, 0, 0}; });
+    if (thread < kRows) store_lse(params, work, thread, minus_infinity());
+}
+
+}  // namespace mla

@@ -1,0 +1,29 @@
+// What a decode kernel is told by value. cupy_mla/launch_params.py mirrors DecodeParams; a test compares the two.
+#pragma once
+#include "core/types.h"
+#include "core/work.h"
+
+namespace mla {
+
+// Strides in elements. T is the configuration's 16-bit type; D_v = latent width.
+struct DecodeParams {
+    const u16* q_latent;  // T [batch, seqlen_q, heads, latent] or ragged [total_q, heads, latent] (batch stride 0)
+    i64 q_latent_stride_batch, q_latent_stride_seq, q_latent_stride_head;
+    const u16* q_rope;  // T [..., rope]
+    i64 q_rope_stride_batch, q_rope_stride_seq, q_rope_stride_head;
+    const i32* block_table;  // [batch, max_pages_per_seq]
+    i64 block_table_stride;
+    u16* out;  // T [batch, seqlen_q, heads, D_v] or ragged [total_q, heads, D_v]
+    i64 out_stride_batch, out_stride_seq, out_stride_head;
+    f32* lse;  // [batch, heads, seqlen_q] or ragged [heads, total_q], natural logarithm
+    i64 lse_stride_batch, lse_stride_seq, lse_stride_head;
+    u16* partial_out;  // T [slots, blocks_per_job * rows, D_v], normalised
+    f32* partial_lse;  // [slots, blocks_per_job * rows], natural logarithm
+    const i32* plan;   // core/work.h
+    i32 num_parts;
+    i32 blocks_per_job;
+    i32 group_heads;  // query heads per kv head
+    f32 scale_log2;   // softmax_scale * log2(e): the softmax works in powers of two
+};
+
+}  // namespace mla

@@ -1,0 +1,113 @@
+// Walks a part's items tile by tile, ahead of the arithmetic, and asks the copy engine for each KV tile.
+// Run by one whole warp. Page numbers are read one tile ahead: their latency hides behind a tile's arithmetic.
+#pragma once
+#include "decode/block_work.h"
+#include "decode/wide_smem.h"
+#include "ptx/mbarrier.h"
+#include "ptx/tma.h"
+
+namespace mla {
+
+// Where the loader stands, in shared memory: the values warpgroup it runs in has no registers to spare.
+struct alignas(16) LoaderState {
+    i32 tile, tile_end;  // next tile of the current item
+    i32 seqlen_k, kv_head;
+    i32 request;
+    i32 item, item_end;
+    i32 reserved;
+};
+static_assert(sizeof(LoaderState) == kLoaderStateBytes, "WideSmem reserves this much");
+
+class TileLoader {
+public:
+    MLA_DEVICE TileLoader(const TensorMap* latent, const TensorMap* rope, const DecodeParams& params, u32 smem,
+                          LoaderState* state)
+        : latent_(latent), rope_(rope), params_(params), smem_(smem), state_(state) {}
+
+    MLA_DEVICE void start(i32 item, i32 item_end) { open_item(item, item_end); }
+
+    // Asks for the next tile, if there is one, into a stage that is free.
+    MLA_DEVICE void load_next(u32 stage_index) {
+        const i32 tile = state_->tile;
+        if (tile >= state_->tile_end) return;
+        const u32 stage = stage_address(smem_, stage_index);
+        const u32 full = smem_ + WideSmem::tile_full + stage_index * sizeof(u64);
+        // Chunks past the sequence's end have no page to come from.
+        const u32 valid_chunks =
+            kChunks == 1 ? 1 : ceil_div(min_i32(state_->seqlen_k - tile * kTileTokens, kTileTokens), kChunkTokens);
+        if (lane() == 0)
+            mbarrier_arrive_expect_bytes(full, valid_chunks * kChunkTokens * (kLatent + kRope) * kElementBytes);
+        __syncwarp();
+#pragma unroll
+        for (u32 i = 0; i < kChunksPerLane; ++i) {
+            const u32 chunk = lane() + i * kWarpThreads;
+            if (chunk < valid_chunks) load_chunk(stage, full, tile, chunk, pages_[i]);
+        }
+        __syncwarp();
+        if (tile + 1 < state_->tile_end) {
+            if (lane() == 0) state_->tile = tile + 1;
+            __syncwarp();
+            read_pages();
+        } else {
+            open_item(state_->item + 1, state_->item_end);
+        }
+    }
+
+private:
+    // From the special register each time: no register is left to keep it in.
+    static MLA_DEVICE u32 lane() { return threadIdx.x % kWarpThreads; }
+    static constexpr u32 kChunksPerLane = (kChunks + kWarpThreads - 1) / kWarpThreads;
+
+    // Moves to the first item from `item` on that has tiles for this CTA.
+    MLA_DEVICE void open_item(i32 item, i32 item_end) {
+        LoaderState next{};
+        for (; item < item_end; ++item) {
+            const BlockWork work = load_block_work(params_, item);
+            if (!work.exists() || work.tile_begin >= work.tile_end) continue;
+            next = {work.tile_begin, work.tile_end, work.seqlen_k, work.kv_head, work.request, item, item_end, 0};
+            break;
+        }
+        __syncwarp();
+        if (lane() == 0) *state_ = next;
+        __syncwarp();
+        if (item < item_end) read_pages();
+    }
+
+    MLA_DEVICE void read_pages() {
+        const i32* table = params_.block_table + state_->request * params_.block_table_stride;
+#pragma unroll
+        for (u32 i = 0; i < kChunksPerLane; ++i) {
+            const u32 token = state_->tile * kTileTokens + (lane() + i * kWarpThreads) * kChunkTokens;
+            // Entries past the last page may hold anything and are never read as pages.
+            pages_[i] = lane() < kChunks && token < static_cast<u32>(state_->seqlen_k) ? __ldg(table + token / kPageSize) : 0;
+        }
+    }
+
+    MLA_DEVICE void load_chunk(u32 stage, u32 full, i32 tile, u32 chunk, i32 page) {
+        const i32 kv_head = state_->kv_head;
+        const i32 offset = (tile * kTileTokens + chunk * kChunkTokens) % kPageSize;
+        if constexpr (kChunks == 1) {  // a tile is one box of all latent columns and one of all rope columns
+            tma_load_5d(stage, latent_, full, 0, offset, 0, kv_head, page);
+            if constexpr (kRopeBoxes > 0)
+                tma_load_5d(stage + kLatentBoxes * kBoxBytes, rope_, full, 0, offset, 0, kv_head, page);
+        } else {
+            u32 destination = stage + chunk * kChunkTokens * kBoxRowBytes;
+#pragma unroll 1
+            for (i32 box = 0; box < static_cast<i32>(kLatentBoxes + kRopeBoxes); ++box) {
+                const bool is_latent = box < static_cast<i32>(kLatentBoxes);
+                tma_load_5d(destination, is_latent ? latent_ : rope_, full, 0, offset,
+                            is_latent ? box : box - static_cast<i32>(kLatentBoxes), kv_head, page);
+                destination += kBoxBytes;
+            }
+        }
+    }
+
+    const TensorMap* latent_;
+    const TensorMap* rope_;
+    const DecodeParams& params_;
+    u32 smem_;
+    LoaderState* state_;
+    i32 pages_[kChunksPerLane];
+};
+
+}  // namespace mla

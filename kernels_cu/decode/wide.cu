@@ -1,0 +1,67 @@
+// Dense MLA decode for up to 64 query rows a CTA; kernels_cu/DESIGN.md tells the schedule. Three warpgroups:
+//   0    scores: S = Q K^T, softmax, P
+//   1, 2 values: O += P V, half of the columns each; a warp of the first also asks the copy engine for the KV tiles
+#include "decode/tile_loader.h"
+#include "decode/wide_scores.h"
+#include "decode/wide_values.h"
+#include "ptx/launch.h"
+
+namespace mla {
+
+constexpr u32 kThreads = (1 + kValueWarpgroups) * kWarpgroupThreads;
+// At entry every thread has 168 registers (65536 / 384, in eights); the roles then share the 3 * 168 = 504 out.
+constexpr int kScoresRegisters = 184;
+constexpr int kValuesRegisters = 160;
+
+MLA_DEVICE void initialise_barriers(u32 smem) {
+    constexpr u32 kWarps = kWarpgroupThreads / kWarpThreads;
+    for (u32 stage = 0; stage < kStages; ++stage) {
+        mbarrier_init(smem + WideSmem::tile_full + stage * sizeof(u64), 1);  // the loader, with the bytes to come
+        mbarrier_init(smem + WideSmem::tile_empty + stage * sizeof(u64), kValueWarpgroups * kWarps);
+        mbarrier_init(smem + WideSmem::probabilities_full + stage * sizeof(u64), kWarps);
+    }
+    mbarrier_init_fence();
+}
+
+}  // namespace mla
+
+extern "C" __global__ void __launch_bounds__(mla::kThreads, 1)
+mla_decode_wide(const __grid_constant__ mla::TensorMap kv_latent, const __grid_constant__ mla::TensorMap kv_rope,
+                const __grid_constant__ mla::DecodeParams params) {
+    using namespace mla;
+    extern __shared__ __align__(1024) u8 shared[];
+    const u32 smem = shared_address(shared);
+    if (threadIdx.x == 0) {
+        initialise_barriers(smem);
+        tma_prefetch_map(&kv_latent);
+        if (kRopeBoxes > 0) tma_prefetch_map(&kv_rope);
+    }
+    __syncthreads();
+    pdl_wait();
+    pdl_launch_dependents();
+
+    const i32* part_begin = plan_part_begin(params.plan) + part_index();
+    const u32 warpgroup = __shfl_sync(kFullWarp, threadIdx.x / kWarpgroupThreads, 0);
+
+    if (warpgroup == 0) {
+        registers_increase<kScoresRegisters>();
+        ScoresRole scores(params, smem);
+        for (i32 item = part_begin[0]; item < part_begin[1]; ++item) scores.run_item(item);
+    } else {
+        registers_decrease<kValuesRegisters>();
+        ValuesRole values(params, smem);
+        const bool loads = threadIdx.x / kWarpThreads == kWarpgroupThreads / kWarpThreads;
+        TileLoader loader(&kv_latent, &kv_rope, params, smem, reinterpret_cast<LoaderState*>(shared + WideSmem::loader));
+        if (loads) {
+            loader.start(part_begin[0], part_begin[1]);
+            for (u32 stage = 0; stage < kStages; ++stage) loader.load_next(stage);
+        }
+        for (i32 item = part_begin[0]; item < part_begin[1]; ++item) {
+            values.run_item(item, [&](const RingPosition& done) {
+                if (threadIdx.x / kWarpThreads != kWarpgroupThreads / kWarpThreads) return;
+                mbarrier_wait(smem + WideSmem::tile_empty + done.stage * sizeof(u64), done.parity);
+                loader.load_next(done.stage);
+            });
+        }
+    }
+}

@@ -1,0 +1,59 @@
+// Shared memory of the wide kernel. cupy_mla/configs.py adds up the same sizes; a test compares the totals.
+#pragma once
+#include "decode/config.h"
+
+namespace mla {
+
+// K is walked in k16 steps, latent first. As many steps of Q as the registers hold stay there for the whole item; the
+// rest lies in shared memory. Measured: 31 fit beside a 64x64 score tile in 184 registers; 32 serialise wgmma (C7512).
+constexpr u32 kSteps = (kLatent + kRope) / 16;
+constexpr u32 kMaxRegisterSteps = 31;
+constexpr u32 kRegisterSteps = kSteps < kMaxRegisterSteps ? kSteps : kMaxRegisterSteps;
+constexpr u32 kSharedSteps = kSteps - kRegisterSteps;
+
+constexpr u32 kStages = 3;  // the third stage is what matters most (DESIGN.md); a fourth does not fit at 576
+// P takes the place of its stage's rope box, dead after QK; without rope it has a box of its own.
+constexpr u32 kStageBoxes = kLatentBoxes + (kRopeBoxes > 0 ? kRopeBoxes : 1);
+constexpr u32 kStageBytes = kStageBoxes * kBoxBytes;
+constexpr u32 kProbabilityBox = kLatentBoxes;
+
+// One k16 step of Q for 64 rows: 32 bytes a row, 32-byte swizzle.
+constexpr u32 kQStepRowBytes = 32;
+constexpr u32 kQStepBytes = kRows * kQStepRowBytes;
+constexpr u64 kQStepKMajor = encode_descriptor(16, 8 * kQStepRowBytes, kSwizzle32B);
+MLA_DEVICE u32 q_step_chunk_offset(u32 row, u32 chunk) {
+    return row * kQStepRowBytes + ((chunk ^ ((row >> 2) & 1)) << 4);
+}
+
+constexpr u32 kLoaderStateBytes = 32;
+
+struct WideSmem {
+    static constexpr u32 stages = 0;
+    static constexpr u32 q_steps = stages + kStages * kStageBytes;
+    // Rescale factor of each row, written with P; one set a stage, so that a stage's release also releases it.
+    static constexpr u32 factors = q_steps + kSharedSteps * kQStepBytes;
+    static constexpr u32 loader = factors + kStages * kRows * sizeof(f32);        // LoaderState
+    static constexpr u32 tile_full = loader + kLoaderStateBytes;                  // copy engine -> scores
+    static constexpr u32 tile_empty = tile_full + kStages * sizeof(u64);          // values -> loader
+    static constexpr u32 probabilities_full = tile_empty + kStages * sizeof(u64); // scores -> values
+    static constexpr u32 total = probabilities_full + kStages * sizeof(u64);
+};
+constexpr u32 kMaxSharedBytes = 232448;  // opt-in limit of a Hopper block
+static_assert(WideSmem::total <= kMaxSharedBytes, "the wide kernel's shared memory does not fit");
+static_assert(WideSmem::total == MLA_SHARED_BYTES, "cupy_mla/configs.py adds up other sizes");
+
+MLA_DEVICE u32 stage_address(u32 smem, u32 stage) { return smem + WideSmem::stages + stage * kStageBytes; }
+
+// Position in the ring of stages; every role walks the same sequence of tiles.
+struct RingPosition {
+    u32 stage = 0;
+    u32 parity = 0;
+    MLA_DEVICE void advance() {
+        if (++stage == kStages) {
+            stage = 0;
+            parity ^= 1;
+        }
+    }
+};
+
+}  // namespace mla

@@ -1,0 +1,116 @@
+// A values warpgroup: O += P V for half of the latent columns; rescales O when the running maximum moved; stores O.
+#pragma once
+#include "core/quad.h"
+#include "decode/block_work.h"
+#include "decode/wide_smem.h"
+#include "ptx/convert.h"
+#include "ptx/mbarrier.h"
+#include "ptx/warp.h"
+#include "ptx/wgmma.h"
+
+namespace mla {
+
+constexpr u32 kValueWarpgroups = 2;
+constexpr u32 kValueColumns = kLatent / kValueWarpgroups;
+static_assert(kLatent % (kValueWarpgroups * kBoxColumns) == 0, "each values warpgroup takes whole boxes");
+constexpr u32 kAccumulators = kRows * kValueColumns / kWarpgroupThreads;
+
+class ValuesRole {
+public:
+    MLA_DEVICE ValuesRole(const DecodeParams& params, u32 smem)
+        : params_(params), smem_(smem) {}
+
+    // `after_tile(position)` runs when this warp is done with the tile at that ring position.
+    template <class AfterTile>
+    MLA_DEVICE void run_item(i32 item, AfterTile after_tile) {
+        i32 tiles;
+        {
+            const BlockWork work = load_block_work(params_, item);
+            if (!work.exists()) return;
+            tiles = work.tile_end - work.tile_begin;
+        }
+        float output[kAccumulators];
+#pragma unroll
+        for (u32 i = 0; i < kAccumulators; ++i) output[i] = 0.0f;
+        for (; tiles > 0; --tiles) {
+            mbarrier_wait(smem_ + WideSmem::probabilities_full + ring_.stage * sizeof(u64), ring_.parity);
+            rescale(output);
+            multiply(output);
+            __syncwarp();
+            if (lane() == 0) mbarrier_arrive(smem_ + WideSmem::tile_empty + ring_.stage * sizeof(u64));
+            after_tile(ring_);
+            ring_.advance();
+        }
+        store(item, output);
+    }
+
+private:
+    // From the special register each time: no registers are left to keep them in.
+    static MLA_DEVICE u32 lane() { return threadIdx.x % kWarpThreads; }
+    static MLA_DEVICE u32 warp() { return threadIdx.x % kWarpgroupThreads / kWarpThreads; }
+    static MLA_DEVICE u32 first_column() { return (threadIdx.x / kWarpgroupThreads - 1) * kValueColumns; }
+
+    MLA_DEVICE void rescale(float (&output)[kAccumulators]) {
+        const u32 factors = smem_ + WideSmem::factors + (ring_.stage * kRows + warp() * 16 + lane() / 4) * sizeof(f32);
+        const float upper = load_shared_f32(factors);
+        const float lower = load_shared_f32(factors + 8 * sizeof(f32));
+        if (__any_sync(kFullWarp, upper != 1.0f || lower != 1.0f)) {
+#pragma unroll
+            for (u32 i = 0; i < kAccumulators; i += 4) {
+                output[i] *= upper;
+                output[i + 1] *= upper;
+                output[i + 2] *= lower;
+                output[i + 3] *= lower;
+            }
+        }
+    }
+
+    MLA_DEVICE void multiply(float (&output)[kAccumulators]) {
+        const u32 stage = stage_address(smem_, ring_.stage);
+        const u64 p = descriptor_at(kBoxKMajor, stage + kProbabilityBox * kBoxBytes);
+        const u64 v = descriptor_at(kBoxMNMajor, stage + first_column() / kBoxColumns * kBoxBytes);
+        constexpr u32 kStepTokens = 16;
+        wgmma_pin(output);
+        wgmma_fence();
+#pragma unroll
+        for (u32 step = 0; step < kTileTokens / kStepTokens; ++step)
+            wgmma_ss<Element, 0, 1>(output, p + descriptor_offset(step * kStepBytes),
+                                    v + descriptor_offset(step * kStepTokens * kBoxRowBytes), 1);
+        wgmma_commit();
+        wgmma_wait<0>();
+        wgmma_pin(output);
+    }
+
+    MLA_DEVICE void store(i32 item, const float (&output)[kAccumulators]) {
+        // Packing first frees the registers that the addresses below need.
+        u32 packed[kAccumulators / 2];
+#pragma unroll
+        for (u32 i = 0; i < kAccumulators / 2; ++i) {
+            packed[i] = pack2<Element>(output[2 * i], output[2 * i + 1]);
+            pin_register(packed[i]);
+        }
+        const BlockWork work = load_block_work(params_, item);
+        const u32 lane_in_quad = lane() % 4;
+#pragma unroll
+        for (int half = 0; half < 2; ++half) {
+            const i32 row = warp() * 16 + lane() / 4 + half * 8;
+            const bool exists = work.first_row + row < work.num_rows;
+            u16* destination = output_row(params_, work, row) + first_column() + lane_in_quad * 8;
+#pragma unroll
+            for (u32 block = 0; block < kValueColumns / 32; ++block) {
+                u32 words[4];
+#pragma unroll
+                for (u32 j = 0; j < 4; ++j) words[j] = packed[(block * 4 + j) * 2 + half];
+                quad_transpose(words, lane_in_quad);
+                if (exists)
+                    *reinterpret_cast<uint4*>(destination + block * 32) = uint4{words[0], words[1], words[2], words[3]};
+            }
+        }
+    }
+
+    const DecodeParams& params_;
+    u32 smem_;
+    RingPosition ring_;
+};
+
+}  // namespace mla

@@ -1,0 +1,30 @@
+// What the planner is told by value. cupy_mla/plan_layout.py mirrors it; a test compares the two.
+#pragma once
+#include "core/types.h"
+
+namespace mla {
+
+struct PlanParams {
+    i32 batch;
+    i32 num_parts;
+    i32 blocks_per_job;
+    i32 rows;  // query rows of a row block
+    i32 group_heads;
+    i32 num_heads_kv;
+    i32 seqlen_q;  // the largest of any request
+    i32 total_q;   // rows of a ragged q; batch * seqlen_q otherwise
+    i32 max_seqlen_k;
+    i32 causal;              // 0 or 1
+    i32 fixed_split_tiles;   // 0: split where the load asks for it
+    i32 piece_overhead;      // these three in 1/16 tile, see CostModel in cupy_mla/schedule.py
+    i32 split_overhead;
+    i32 merge_overhead;
+    i32 max_jobs;
+    i32 merges_offset;       // in the plan buffer, ints
+    i32 workspace_offset;
+    i32 table_in_shared;  // 1: the job table lies in dynamic shared memory and the plan has no workspace
+};
+
+static_assert(sizeof(PlanParams) == 18 * sizeof(i32), "no padding");
+
+}  // namespace mla

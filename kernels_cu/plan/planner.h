@@ -1,0 +1,280 @@
+// The planner's steps, each done by all threads of one CTA and ended by a barrier:
+// job table -> smallest budget that needs no more than num_parts parts -> pieces counted -> lists written.
+// Only the walks over all jobs are unrolled, so that loads run ahead; unrolling the rest doubles the compile time.
+#pragma once
+#include "plan/jobs.h"
+#include "plan/pieces.h"
+
+namespace mla {
+
+constexpr i32 kPlanThreads = 256;  // each tries one budget: more than the usual search range (about 200) holds
+constexpr i32 kNoBudget = 0x7fffffff;
+
+// What all jobs cost, cut only where a fixed split asks for it.
+struct Load {
+    i64 total;
+    i32 largest;  // of what may not be cut further
+    i32 jobs;
+
+    MLA_DEVICE Load then(const Load& next) const {
+        return {total + next.total, max_i32(largest, next.largest), jobs + next.jobs};
+    }
+};
+
+struct Counts {
+    i32 items, slots, merges;
+
+    MLA_DEVICE Counts then(const Counts& next) const {
+        return {items + next.items, slots + next.slots, merges + next.merges};
+    }
+};
+
+// Shared memory besides the job table.
+struct PlanScratch {
+    Load loads[2][kPlanThreads];
+    Counts counts[2][kPlanThreads];
+    i32 jobs_until[2][kPlanThreads];
+    i32 best_whole;  // smallest feasible budgets found: jobs left whole, or cut only at fixed places
+    i32 best_cut;    // jobs cut where budgets end
+    i32 parts_used;
+    i32 padding;
+};
+static_assert(sizeof(PlanScratch) == 16400, "cupy_mla/plan_layout.py adds the job table to it");
+
+MLA_DEVICE i32 combine(i32 a, i32 b) { return a + b; }
+MLA_DEVICE Load combine(const Load& a, const Load& b) { return a.then(b); }
+MLA_DEVICE Counts combine(const Counts& a, const Counts& b) { return a.then(b); }
+
+// Inclusive prefix over the CTA's threads; returns the buffer that holds it.
+template <typename T>
+MLA_DEVICE const T* scan_threads(T (&buffers)[2][kPlanThreads], const T& mine, i32 thread) {
+    T* from = buffers[0];
+    T* to = buffers[1];
+    from[thread] = mine;
+    __syncthreads();
+#pragma unroll 1
+    for (i32 distance = 1; distance < kPlanThreads; distance *= 2) {
+        to[thread] = thread < distance ? from[thread] : combine(from[thread - distance], from[thread]);
+        __syncthreads();
+        T* const written = to;
+        to = from;
+        from = written;
+    }
+    return from;
+}
+
+// Contiguous share of `count` elements for a thread.
+struct Share {
+    i32 begin, end;
+
+    MLA_DEVICE Share(i32 count, i32 thread) {
+        const i32 each = ceil_div(count, kPlanThreads);
+        begin = min_i32(thread * each, count);
+        end = min_i32(begin + each, count);
+    }
+};
+
+struct Planner {
+    const PlanParams& params;
+    const PlanInputs inputs;
+    const JobTable table;
+    PlanScratch& scratch;
+    i32* const plan;
+    const i32 thread;
+
+    MLA_DEVICE void run() const {
+        const Load load = inputs.cu_seqlens_q == nullptr ? make_uniform_jobs() : make_ragged_jobs();
+        const Rule rule = params.fixed_split_tiles > 0 ? search_fixed(load) : search(load);
+        if (thread == 0) assign_parts(rule, load.jobs);
+        __syncthreads();
+        const Counts totals = number_pieces(rule, load.jobs);
+#pragma unroll 1
+        for (i32 item = thread; item < totals.items; item += kPlanThreads) {
+            write_item(rule, load.jobs, item, totals.items);
+        }
+#pragma unroll 1
+        for (i32 part = scratch.parts_used + thread; part <= params.num_parts; part += kPlanThreads) {
+            plan[kPlanPartBeginOffset + part] = totals.items;
+        }
+        if (thread == 0) {
+            *reinterpret_cast<PlanHeader*>(plan) =
+                PlanHeader{totals.items, totals.merges, totals.slots, rule.budget, load.jobs, {0, 0, 0}};
+        }
+    }
+
+    MLA_DEVICE Load job_load(i32 tiles) const {
+        const i32 fixed_tiles = params.fixed_split_tiles;
+        if (fixed_tiles == 0 || tiles <= fixed_tiles) {
+            const i32 cost = tiles * kTileCost + params.piece_overhead;
+            return {cost, cost, 1};
+        }
+        const i64 overhead = static_cast<i64>(ceil_div(tiles, fixed_tiles)) * params.split_overhead;
+        return {static_cast<i64>(tiles) * kTileCost + overhead, fixed_tiles * kTileCost + params.split_overhead, 1};
+    }
+
+    // Every request has as many jobs as the next: one thread per job.
+    MLA_DEVICE Load make_uniform_jobs() const {
+        const i32 jobs_of_request = jobs_of_head(params, params.seqlen_q) * params.num_heads_kv;
+        Load mine{0, 0, 0};
+        for (i32 job = thread; job < params.batch * jobs_of_request; job += kPlanThreads) {
+            const i32 index = job / jobs_of_request;
+            const Request request = load_request(params, inputs, index);
+            mine = mine.then(job_load(write_job(params, table, request, index, job - index * jobs_of_request, job)));
+        }
+        return scan_threads(scratch.loads, mine, thread)[kPlanThreads - 1];
+    }
+
+    // One thread per request, which first has to learn how many jobs come before its own.
+    MLA_DEVICE Load make_ragged_jobs() const {
+        const Share share(params.batch, thread);
+        i32 jobs = 0;
+#pragma unroll 1
+        for (i32 index = share.begin; index < share.end; ++index) {
+            jobs += jobs_of_head(params, load_request(params, inputs, index).seqlen_q) * params.num_heads_kv;
+        }
+        i32 job = scan_threads(scratch.jobs_until, jobs, thread)[thread] - jobs;
+        Load mine{0, 0, 0};
+#pragma unroll 1
+        for (i32 index = share.begin; index < share.end; ++index) {
+            const Request request = load_request(params, inputs, index);
+            const i32 jobs_of_request = jobs_of_head(params, request.seqlen_q) * params.num_heads_kv;
+            // Offsets that do not rise can ask for more jobs than total_q has room for: those are left out.
+            for (i32 i = 0; i < jobs_of_request && job < params.max_jobs; ++i, ++job) {
+                mine = mine.then(job_load(write_job(params, table, request, index, i, job)));
+            }
+        }
+        return scan_threads(scratch.loads, mine, thread)[kPlanThreads - 1];
+    }
+
+    MLA_DEVICE i32 mean_load(const Load& load) const {
+        return static_cast<i32>((load.total + params.num_parts - 1) / params.num_parts);
+    }
+
+    // The smallest feasible budgets with cuts where budgets end, and without. Filling in order leaves less than a tile and
+    // an overhead of each part unused, and a cut adds at most two overheads: the first lies within `candidates` of the mean
+    // load. Every one is tried, because a larger budget may move a cut and need one part more.
+    MLA_DEVICE Rule search(const Load& load) const {
+        const i32 lowest_cut = max_i32(mean_load(load), kTileCost + params.split_overhead);
+        const i32 lowest_whole = max_i32(mean_load(load), load.largest);
+        const i32 candidates = kTileCost + 3 * params.split_overhead + params.merge_overhead + 1;
+        if (thread == 0) scratch.best_whole = scratch.best_cut = kNoBudget;
+        __syncthreads();
+#pragma unroll 1
+        for (i32 i = thread; i < candidates; i += kPlanThreads) {
+            const Rule cut = make_rule(Cutting::kBudget, params, lowest_cut + i);
+            const Rule whole = make_rule(Cutting::kNone, params, lowest_whole + i);
+            Fill cut_fill{0, cut.budget};
+            Fill whole_fill{0, whole.budget};
+#pragma unroll 4
+            for (i32 job = 0; job < load.jobs; ++job) {  // two independent chains, one in the other's latency
+                const i32 tiles = table.tiles[job];
+                cut_fill = place_job(cut, cut_fill, tiles);
+                whole_fill = place_job(whole, whole_fill, tiles);
+            }
+            if (cut_fill.part < params.num_parts) atomicMin(&scratch.best_cut, cut.budget);
+            if (whole_fill.part < params.num_parts) atomicMin(&scratch.best_whole, whole.budget);
+        }
+        __syncthreads();
+        // Cuts cost a merge after the last part has ended: they must save more than that.
+        const bool whole_is_as_good = scratch.best_whole <= scratch.best_cut + params.merge_overhead;
+        return whole_is_as_good ? make_rule(Cutting::kNone, params, scratch.best_whole)
+                                : make_rule(Cutting::kBudget, params, scratch.best_cut);
+    }
+
+    // The smallest budget for pieces cut at fixed places. Here a larger budget never needs more parts, so each round
+    // narrows the range kPlanThreads-fold.
+    MLA_DEVICE Rule search_fixed(const Load& load) const {
+        i32 low = max_i32(mean_load(load), load.largest);
+        i32 high = mean_load(load) + load.largest;  // feasible: a part is closed only when it is fuller than the mean
+        if (thread == 0) scratch.best_whole = high;
+        __syncthreads();
+        while (low < high) {
+            const i32 step = ceil_div(high - low, kPlanThreads - 1);
+            const Rule rule = make_rule(Cutting::kFixed, params, min_i32(low + thread * step, high));
+            Fill fill{0, rule.budget};
+            for (i32 job = 0; job < load.jobs; ++job) fill = place_job(rule, fill, table.tiles[job]);
+            if (fill.part < params.num_parts) atomicMin(&scratch.best_whole, rule.budget);
+            __syncthreads();
+            high = scratch.best_whole;
+            low = max_i32(low, high - step + 1);
+            __syncthreads();  // all have read it before the next round lowers it
+        }
+        return make_rule(Cutting::kFixed, params, high);
+    }
+
+    // One thread: each job's fill depends on the one before.
+    MLA_DEVICE void assign_parts(const Rule& rule, i32 num_jobs) const {
+        Fill fill{0, rule.budget};
+        for (i32 job = 0; job < num_jobs; ++job) {
+            table.part[job] = fill.part;
+            table.left[job] = fill.left;
+            fill = place_job(rule, fill, table.tiles[job]);
+        }
+        scratch.parts_used = num_jobs > 0 ? fill.part + 1 : 0;
+    }
+
+    MLA_DEVICE Counts count_job(const Rule& rule, i32 job) const {
+        const i32 pieces = count_pieces(rule, Fill{table.part[job], table.left[job]}, table.tiles[job]);
+        return pieces > 1 ? Counts{pieces, pieces, 1} : Counts{1, 0, 0};
+    }
+
+    // Where each job's items and slots begin. Writes the merge list; returns the totals.
+    MLA_DEVICE Counts number_pieces(const Rule& rule, i32 num_jobs) const {
+        const Share share(num_jobs, thread);
+        Counts mine{0, 0, 0};
+#pragma unroll 1
+        for (i32 job = share.begin; job < share.end; ++job) mine = mine.then(count_job(rule, job));
+        const Counts* const until = scan_threads(scratch.counts, mine, thread);
+        Counts before = thread == 0 ? Counts{0, 0, 0} : until[thread - 1];
+#pragma unroll 1
+        for (i32 job = share.begin; job < share.end; ++job) {
+            const Counts of_job = count_job(rule, job);
+            table.item_begin[job] = before.items;
+            table.slot_begin[job] = of_job.merges > 0 ? before.slots : kWholeJob;
+            if (of_job.merges > 0) write_merge(job, before.merges, before.slots, of_job.slots);
+            before = before.then(of_job);
+        }
+        __syncthreads();
+        return until[kPlanThreads - 1];
+    }
+
+    MLA_DEVICE void write_merge(i32 job, i32 merge, i32 slot_begin, i32 slot_count) const {
+        const Request request = load_request(params, inputs, table.request[job]);
+        reinterpret_cast<MergeItem*>(plan + params.merges_offset)[merge] =
+            MergeItem{table.request[job], table.head_block[job], request.seqlen_q, request.q_begin,
+                      slot_begin,         slot_count,            {0, 0}};
+    }
+
+    // The last job that begins at or before this item.
+    MLA_DEVICE i32 job_of_item(i32 num_jobs, i32 item) const {
+        i32 first = 0;
+        i32 end = num_jobs;
+#pragma unroll 1
+        while (end - first > 1) {
+            const i32 middle = (first + end) / 2;
+            (table.item_begin[middle] <= item ? first : end) = middle;
+        }
+        return first;
+    }
+
+    MLA_DEVICE void write_item(const Rule& rule, i32 num_jobs, i32 item, i32 num_items) const {
+        const i32 job = job_of_item(num_jobs, item);
+        const i32 begin = table.item_begin[job];
+        const i32 index = item - begin;
+        const i32 count = (job + 1 < num_jobs ? table.item_begin[job + 1] : num_items) - begin;
+        const i32 tiles = table.tiles[job];
+        const Fill fill{table.part[job], table.left[job]};
+        const Piece piece = piece_at(rule, fill, tiles, count, index);
+        // Nothing costs nothing, so only the very first job meets a part that is empty.
+        const bool opens_part = index > 0 ? piece.part != piece_at(rule, fill, tiles, count, index - 1).part
+                                          : piece.part != fill.part || job == 0;
+        if (opens_part) plan[kPlanPartBeginOffset + piece.part] = item;
+        const Request request = load_request(params, inputs, table.request[job]);
+        const i32 slot = table.slot_begin[job] == kWholeJob ? kWholeJob : table.slot_begin[job] + index;
+        reinterpret_cast<WorkItem*>(plan + plan_items_offset(params.num_parts))[item] =
+            WorkItem{table.request[job], table.head_block[job], piece.tile_begin, piece.tile_end,
+                     request.seqlen_k,   request.seqlen_q,      request.q_begin,  slot};
+    }
+};
+
+}  // namespace mla

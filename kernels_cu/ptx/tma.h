@@ -1,0 +1,28 @@
+// The tensor memory accelerator: tiled loads from global to shared memory through a tensor map.
+// PTX ISA, "cp.async.bulk.tensor".
+#pragma once
+#include "core/types.h"
+
+namespace mla {
+
+// CUtensorMap, opaque here: 128 bytes encoded by the host with cuTensorMapEncodeTiled.
+struct alignas(64) TensorMap {
+    u64 words[16];
+};
+static_assert(sizeof(TensorMap) == 128, "the driver's CUtensorMap has 128 bytes");
+
+MLA_DEVICE void tma_prefetch_map(const TensorMap* map) {
+    asm volatile("prefetch.tensormap [%0];" ::"l"(map) : "memory");
+}
+
+// Coordinates in elements of the map's dimensions, innermost first. Parts outside the tensor are filled with zeros and
+// count as bytes written.
+MLA_DEVICE void tma_load_5d(u32 destination, const TensorMap* map, u32 barrier, i32 c0, i32 c1, i32 c2, i32 c3, i32 c4) {
+    asm volatile(
+        "cp.async.bulk.tensor.5d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%3, %4, %5, %6, %7}], "
+        "[%2];" ::"r"(destination),
+        "l"(map), "r"(barrier), "r"(c0), "r"(c1), "r"(c2), "r"(c3), "r"(c4)
+        : "memory");
+}
+
+}  // namespace mla

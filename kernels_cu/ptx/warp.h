@@ -1,0 +1,86 @@
+// Warp and warpgroup housekeeping: named barriers, proxies, register budgets, matrix stores.
+#pragma once
+#include "core/types.h"
+
+namespace mla {
+
+// Barrier 0 is __syncthreads(); roles use 1 and up.
+MLA_DEVICE void named_barrier_sync(u32 id, u32 threads) {
+    asm volatile("barrier.cta.sync %0, %1;" ::"r"(id), "r"(threads) : "memory");
+}
+
+// OR of a predicate over the threads of a named barrier.
+MLA_DEVICE bool named_barrier_or(u32 id, u32 threads, bool predicate) {
+    u32 any;
+    asm volatile(
+        "{\n"
+        ".reg .pred p, q;\n"
+        "setp.ne.u32 p, %3, 0;\n"
+        "barrier.cta.red.or.pred q, %1, %2, p;\n"
+        "selp.u32 %0, 1, 0, q;\n"
+        "}\n"
+        : "=r"(any)
+        : "r"(id), "r"(threads), "r"(static_cast<u32>(predicate))
+        : "memory");
+    return any != 0;
+}
+
+// Orders this thread's ordinary shared-memory writes before later reads by wgmma and the copy engine.
+MLA_DEVICE void fence_async_proxy() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
+
+// Fixes a value's place in program order: it is computed before, and used only after, this point.
+MLA_DEVICE void pin_register(u32& value) { asm volatile("" : "+r"(value)::"memory"); }
+
+template <int Registers>
+MLA_DEVICE void registers_increase() {
+    asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(Registers) : "memory");
+}
+
+template <int Registers>
+MLA_DEVICE void registers_decrease() {
+    asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(Registers) : "memory");
+}
+
+// Four 8x8 matrices of 16-bit values; lane l gives the row address of row l % 8 of matrix l / 8.
+MLA_DEVICE void store_matrix_x4(u32 row_address, u32 m0, u32 m1, u32 m2, u32 m3) {
+    asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(row_address), "r"(m0), "r"(m1),
+                 "r"(m2), "r"(m3)
+                 : "memory");
+}
+
+MLA_DEVICE void store_matrix_x4_transposed(u32 row_address, u32 m0, u32 m1, u32 m2, u32 m3) {
+    asm volatile("stmatrix.sync.aligned.m8n8.x4.trans.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(row_address), "r"(m0),
+                 "r"(m1), "r"(m2), "r"(m3)
+                 : "memory");
+}
+
+MLA_DEVICE void store_shared_16b(u32 address, uint4 value) {
+    asm volatile("st.shared.v4.b32 [%0], {%1, %2, %3, %4};" ::"r"(address), "r"(value.x), "r"(value.y), "r"(value.z),
+                 "r"(value.w)
+                 : "memory");
+}
+
+MLA_DEVICE void store_shared_f32(u32 address, float value) {
+    asm volatile("st.shared.f32 [%0], %1;" ::"r"(address), "f"(value) : "memory");
+}
+
+MLA_DEVICE float load_shared_f32(u32 address) {
+    float value;
+    asm volatile("ld.shared.f32 %0, [%1];" : "=f"(value) : "r"(address) : "memory");
+    return value;
+}
+
+// 2^x and log2(x) of the special-function unit (relative error about 2^-22; subnormals flushed).
+MLA_DEVICE float fast_exp2(float x) {
+    float y;
+    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+    return y;
+}
+
+MLA_DEVICE float fast_log2(float x) {
+    float y;
+    asm("lg2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+    return y;
+}
+
+}  // namespace mla

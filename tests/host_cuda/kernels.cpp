@@ -1,0 +1,96 @@
+// The planner and the merging kernels as a shared library for the CPU, and the layout of their structs.
+// Compiled once per MERGE_STATES_DTYPE.
+#define MLA_DTYPE Bf16
+#include "combine/combine.cu"
+#undef MLA_DTYPE
+#define Element MergeStatesElement  // both files name their element type so
+#define MLA_DTYPE MERGE_STATES_DTYPE
+#include "combine/merge_states.cu"
+#undef Element
+#include "plan/plan.cu"
+
+#include <cstddef>
+
+alignas(1024) unsigned char shared[64 * 1024];
+
+extern "C" {
+
+void host_plan(const int* cache_seqlens, const int* cu_seqlens_q, int* plan, const mla::PlanParams* params, bool reverse) {
+    std::memset(shared, 0xA5, sizeof(shared));  // shared memory holds anything at first
+    host_cuda::launch(1, mla::kPlanThreads, reverse, [=] { mla_plan(cache_seqlens, cu_seqlens_q, plan, *params); });
+}
+
+void host_combine(const mla::CombineParams* params, unsigned grid, unsigned block) {
+    host_cuda::launch(grid, block, false, [=] { mla_combine(*params); });
+}
+
+void host_merge_states(const mla::MergeStatesParams* params, unsigned grid, unsigned block) {
+    host_cuda::launch(grid, block, false, [=] { mla_merge_states(*params); });
+}
+
+// sizeof, then the offset of each field that Python knows by name.
+int struct_layout(const char* name, int index) {
+    using namespace mla;
+    const std::vector<std::pair<const char*, std::vector<std::size_t>>> layouts = {
+        {"PLAN_HEADER",
+         {sizeof(PlanHeader), offsetof(PlanHeader, num_items), offsetof(PlanHeader, num_merges),
+          offsetof(PlanHeader, num_slots), offsetof(PlanHeader, budget), offsetof(PlanHeader, num_jobs),
+          offsetof(PlanHeader, reserved)}},
+        {"WORK_ITEM",
+         {sizeof(WorkItem), offsetof(WorkItem, request), offsetof(WorkItem, head_block), offsetof(WorkItem, tile_begin),
+          offsetof(WorkItem, tile_end), offsetof(WorkItem, seqlen_k), offsetof(WorkItem, seqlen_q),
+          offsetof(WorkItem, q_begin), offsetof(WorkItem, slot)}},
+        {"MERGE_ITEM",
+         {sizeof(MergeItem), offsetof(MergeItem, request), offsetof(MergeItem, head_block), offsetof(MergeItem, seqlen_q),
+          offsetof(MergeItem, q_begin), offsetof(MergeItem, slot_begin), offsetof(MergeItem, slot_count),
+          offsetof(MergeItem, reserved)}},
+        {"PLAN_PARAMS",
+         {sizeof(PlanParams), offsetof(PlanParams, batch), offsetof(PlanParams, num_parts),
+          offsetof(PlanParams, blocks_per_job), offsetof(PlanParams, rows), offsetof(PlanParams, group_heads),
+          offsetof(PlanParams, num_heads_kv), offsetof(PlanParams, seqlen_q), offsetof(PlanParams, total_q),
+          offsetof(PlanParams, max_seqlen_k), offsetof(PlanParams, causal), offsetof(PlanParams, fixed_split_tiles),
+          offsetof(PlanParams, piece_overhead), offsetof(PlanParams, split_overhead),
+          offsetof(PlanParams, merge_overhead), offsetof(PlanParams, max_jobs), offsetof(PlanParams, merges_offset),
+          offsetof(PlanParams, workspace_offset), offsetof(PlanParams, table_in_shared)}},
+        {"COMBINE_PARAMS",
+         {sizeof(CombineParams), offsetof(CombineParams, partial_out), offsetof(CombineParams, partial_lse),
+          offsetof(CombineParams, plan), offsetof(CombineParams, out), offsetof(CombineParams, out_stride_batch),
+          offsetof(CombineParams, lse), offsetof(CombineParams, lse_stride_batch), offsetof(CombineParams, merges_offset),
+          offsetof(CombineParams, slot_rows), offsetof(CombineParams, rows), offsetof(CombineParams, group_heads),
+          offsetof(CombineParams, d_v), offsetof(CombineParams, aligned)}},
+        {"MERGE_STATES_PARAMS",
+         {sizeof(MergeStatesParams), offsetof(MergeStatesParams, outs), offsetof(MergeStatesParams, outs_stride_state),
+          offsetof(MergeStatesParams, lses), offsetof(MergeStatesParams, lses_stride_state),
+          offsetof(MergeStatesParams, out), offsetof(MergeStatesParams, out_stride0), offsetof(MergeStatesParams, lse),
+          offsetof(MergeStatesParams, lse_stride0), offsetof(MergeStatesParams, num_states),
+          offsetof(MergeStatesParams, size0), offsetof(MergeStatesParams, d_v), offsetof(MergeStatesParams, aligned)}},
+    };
+    for (const auto& layout : layouts) {
+        if (std::strcmp(layout.first, name) == 0) {
+            return index < static_cast<int>(layout.second.size()) ? static_cast<int>(layout.second[index]) : -1;
+        }
+    }
+    return -1;
+}
+
+int kernel_constant(const char* name) {
+    using namespace mla;
+    const std::vector<std::pair<const char*, int>> constants = {
+        {"PLAN_THREADS", kPlanThreads},
+        {"MERGE_STATES_THREADS", kMergeStatesThreads},
+        {"TILE_TOKENS", kTileTokens},
+        {"TILE_COST", kTileCost},
+        {"OCTET", kOctet},
+        {"WHOLE_JOB", kWholeJob},
+        {"_JOB_COLUMNS", JobTable::kColumns},
+        {"_SCRATCH_BYTES", static_cast<int>(sizeof(PlanScratch))},
+        {"_SECTION_INTS", kPlanSectionInts},
+        {"COMBINE_THREADS", kCombineThreads},
+    };
+    for (const auto& constant : constants) {
+        if (std::strcmp(constant.first, name) == 0) return constant.second;
+    }
+    return -1;
+}
+
+}  // extern "C"

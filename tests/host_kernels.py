@@ -1,0 +1,89 @@
+"""Kernels that use no Hopper instruction, compiled for the CPU by g++ and run as they are (tests/host_cuda)."""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import shutil
+import subprocess
+import tempfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from cupy_mla.jit.source import kernels_root
+from cupy_mla.plan_layout import MERGE_STATES_THREADS, plan_layout, plan_params, read_plan
+from cupy_mla.schedule import CostModel, Schedule, ScheduleShape
+
+HOST_CUDA = Path(__file__).parent / "host_cuda"
+OPTIONS = ("-std=c++17", "-O2", "-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas", "-shared", "-fPIC")
+
+needs_compiler = pytest.mark.skipif(shutil.which("g++") is None, reason="no g++ to compile kernels for the CPU")
+
+
+@functools.cache
+def _folder() -> tempfile.TemporaryDirectory[str]:
+    return tempfile.TemporaryDirectory(prefix="host_kernels_")  # removed at exit
+
+
+@functools.cache
+def library(merge_states_tag: str = "Bf16") -> ctypes.CDLL:
+    """The kernels; mla_merge_states is for the type of this tag, mla_combine for bf16."""
+    path = Path(_folder().name) / f"kernels_{merge_states_tag}.so"
+    includes = ("-I", str(HOST_CUDA), "-I", str(kernels_root()), "-include", str(HOST_CUDA / "cuda_on_host.h"))
+    define = f"-DMERGE_STATES_DTYPE={merge_states_tag}"
+    command = ["g++", *OPTIONS, define, *includes, str(HOST_CUDA / "kernels.cpp"), "-o", str(path)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return ctypes.CDLL(str(path))
+
+
+def struct_layout(name: str, fields: int) -> tuple[int, ...]:
+    """sizeof a struct and the offsets of its fields, as the C++ compiler sees them."""
+    get = library().struct_layout
+    return tuple(get(name.encode(), index) for index in range(fields + 1))
+
+
+def kernel_constant(name: str) -> int:
+    """A constant of the kernels, by its name in Python."""
+    return int(library().kernel_constant(name.encode()))
+
+
+def _address(array: np.ndarray | None) -> ctypes.c_void_p:
+    return ctypes.c_void_p(None if array is None else array.ctypes.data)
+
+
+GUARD_INTS = 64
+GUARD = 0x5A5A5A5A
+
+
+def run_plan(
+    shape: ScheduleShape,
+    cache_seqlens: np.ndarray,
+    cu_seqlens_q: np.ndarray | None = None,
+    cost: CostModel | None = None,
+    reverse: bool = False,
+    into: np.ndarray | None = None,
+) -> Schedule:
+    """mla_plan; fails when it writes past the plan. The whole buffer is copied to ``into`` if given."""
+    total = plan_layout(shape).total_ints
+    plan = np.full(total + GUARD_INTS, GUARD, np.int32)
+    lengths = np.asarray(cache_seqlens, np.int32)
+    offsets = None if cu_seqlens_q is None else np.asarray(cu_seqlens_q, np.int32)
+    params = plan_params(shape, cost)
+    library().host_plan(_address(lengths), _address(offsets), _address(plan), _address(params), ctypes.c_bool(reverse))
+    assert (plan[total:] == GUARD).all(), "written past the plan"
+    if into is not None:
+        into[:] = plan[:total]
+    return read_plan(plan[:total], shape)
+
+
+def run_combine(params: np.ndarray, grid: int, block: int) -> None:
+    """mla_combine for bf16."""
+    library().host_combine(_address(params), grid, block)
+
+
+def run_merge_states(tag: str, params: np.ndarray, grid: int, block: int = MERGE_STATES_THREADS) -> None:
+    """mla_merge_states for a type."""
+    library(tag).host_merge_states(_address(params), grid, block)

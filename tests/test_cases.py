@@ -1,0 +1,395 @@
+"""Cases: lengths, presets, files, builders, the work they stand for, and their comparison with float64."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+import pytest
+
+from cupy_mla import case_files, cases
+from cupy_mla.accuracy import OUT_BOUNDS, choose_requests, decode_float64, measure_accuracy
+from cupy_mla.array_files import read_arrays, write_arrays
+from cupy_mla.cases import Case, build_case, visible_pairs
+from cupy_mla.check import CHECK_CASES, CheckCase, build_check
+from cupy_mla.errors import InvalidArgumentError
+from cupy_mla.lengths import mid_decode_lengths, read_lengths, shipped_lengths
+from cupy_mla.presets import PRESETS, find_preset
+from cupy_mla.problem import describe_decode
+from cupy_mla.reference import mla_decode_reference
+from cupy_mla.timing import COLD_BYTES, graph_shape
+
+BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
+SUFFIXES = (".npz", ".safetensors")
+
+
+def small_case(**changes: Any) -> Case:
+    arguments: dict[str, Any] = {"num_heads_q": 4, "latent_dim": 64, "rope_dim": 64, "page_size": 16, "seed": 3}
+    return build_case([40, 0, 17, 1], **{**arguments, **changes})
+
+
+def stored(case: Case, **more: Any) -> dict[str, Any]:
+    """What a user would put in a file."""
+    arrays = {name: getattr(case, name) for name in (*cases.TENSORS, "cu_seqlens_q") if getattr(case, name) is not None}
+    return {**arrays, "head_dim_v": np.int64(case.head_dim_v), "causal": np.bool_(case.causal), **more}
+
+
+# --- lengths and presets ---
+
+
+def test_shipped_lengths_are_real_requests() -> None:
+    requests = read_lengths(shipped_lengths())
+    assert requests.shape == (1024, 2)
+    assert requests[0].tolist() == [374, 44]
+    readme = shipped_lengths().with_name("README.md").read_text(encoding="utf-8")
+    assert "Splitwise" in readme and "CC-BY 4.0" in readme
+
+
+@pytest.mark.parametrize("header", ["context_tokens,generated_tokens", "TIMESTAMP,ContextTokens,GeneratedTokens"])
+def test_lengths_are_read_by_column_name(tmp_path: Path, header: str) -> None:
+    row = "7,3" if header.startswith("context") else "noon,7,3"
+    file = tmp_path / "lengths.csv"
+    file.write_text(f"{header}\n{row}\n")
+    assert read_lengths(file).tolist() == [[7, 3]]
+
+
+def test_generated_tokens_may_be_unknown(tmp_path: Path) -> None:
+    file = tmp_path / "lengths.csv"
+    file.write_text("context_tokens\n7\n8\n")
+    assert read_lengths(file).tolist() == [[7, 0], [8, 0]]
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("tokens\n3\n", "context_tokens"),
+        ("context_tokens\n", "at least one request"),
+        ("context_tokens\n4\nmany\n", "line 3"),
+        ("context_tokens\n-4\n", "'-4'"),
+        ("context_tokens,generated_tokens\n4\n", "None"),
+        ("", "context_tokens"),
+    ],
+)
+def test_wrong_lengths_are_named(tmp_path: Path, text: str, words: str) -> None:
+    file = tmp_path / "lengths.csv"
+    file.write_text(text)
+    with pytest.raises(InvalidArgumentError, match=words) as caught:
+        read_lengths(file)
+    assert caught.value.argument == "lengths"
+
+
+def test_missing_lengths_file(tmp_path: Path) -> None:
+    with pytest.raises(InvalidArgumentError, match="nowhere"):
+        read_lengths(tmp_path / "nowhere.csv")
+
+
+def test_mid_decode_lengths_lie_between_prompt_and_whole_answer() -> None:
+    requests = np.array([[10 * i, i] for i in range(1, 200)])
+    lengths = mid_decode_lengths(requests, 199, seed=1)
+    order = np.argsort(lengths)
+    context = np.sort(requests[:, 0])
+    assert (lengths[order] >= context).all()
+    assert np.array_equal(lengths, mid_decode_lengths(requests, 199, seed=1))
+    assert not np.array_equal(lengths, mid_decode_lengths(requests, 199, seed=2))
+    assert set(mid_decode_lengths(np.array([[5, 2]] * 300), 300, seed=0)) == {5, 6, 7}
+
+
+@pytest.mark.parametrize("batch", [0, 6])
+def test_mid_decode_lengths_refuse_a_batch_that_the_file_has_not(batch: int) -> None:
+    with pytest.raises(InvalidArgumentError, match="batch: expected 1 to 5"):
+        mid_decode_lengths(np.ones((5, 2), dtype=np.int64), batch, seed=0)
+
+
+def test_presets() -> None:
+    assert PRESETS["deepseek-v3"].heads_per_rank(8) == 16
+    assert find_preset("kimi-k2").heads_per_rank(1) == 64
+    with pytest.raises(InvalidArgumentError, match="tp: expected a divisor of the 128 heads"):
+        PRESETS["deepseek-v3"].heads_per_rank(3)
+    with pytest.raises(InvalidArgumentError, match="preset: expected one of deepseek-v3"):
+        find_preset("gpt-2")
+
+
+# --- built cases ---
+
+
+def test_built_case_has_the_shapes_of_the_contract() -> None:
+    case = build_case([130, 0, 64], num_heads_q=8, seqlens_q=2, page_size=64)
+    assert case.q.shape == (3, 2, 8, 576) and case.q.dtype == BFLOAT16
+    assert case.kv_cache.shape == (4, 64, 1, 576) and case.kv_cache.dtype == BFLOAT16
+    assert case.cache_seqlens.tolist() == [130, 0, 64] and case.cache_seqlens.dtype == np.int32
+    assert case.block_table.shape == (3, 3) and case.block_table.dtype == np.int32
+    used = case.block_table[case.block_table != cases.NO_PAGE]
+    assert sorted(used) == [0, 1, 2, 3]
+    assert (case.block_table == cases.NO_PAGE).sum(axis=1).tolist() == [0, 3, 2]
+    assert case.head_dim_v == 512 and case.backend == "numpy"
+
+
+def test_ragged_case() -> None:
+    case = small_case(seqlens_q=(2, 1, 0, 3), dtype="float16")
+    assert case.q.shape == (6, 4, 128) and case.q.dtype == np.float16
+    assert case.cu_seqlens_q is not None and case.cu_seqlens_q.tolist() == [0, 2, 3, 3, 6]
+    assert case.cu_seqlens_q.dtype == np.int32
+
+
+def test_case_of_empty_requests() -> None:
+    case = build_case([0, 0], num_heads_q=1)
+    assert case.kv_cache.shape[0] == 1 and case.block_table.shape == (2, 1)
+
+
+def test_seed_decides_the_case() -> None:
+    first, same, other = small_case(), small_case(), small_case(seed=4)
+    for name in cases.TENSORS:
+        assert getattr(first, name).tobytes() == getattr(same, name).tobytes()
+    assert first.kv_cache.tobytes() != other.kv_cache.tobytes()
+    assert first.q.tobytes() != other.q.tobytes()
+
+
+def test_values_are_normal() -> None:
+    values = build_case([4096], num_heads_q=1).kv_cache.astype(np.float64)
+    assert abs(values.mean()) < 0.01 and abs(values.std() - 1) < 0.01
+
+
+@pytest.mark.parametrize("causal", [False, True])
+def test_visible_pairs_counts_the_mask(causal: bool) -> None:
+    lengths, q_lengths = np.array([0, 1, 2, 5, 40, 7]), np.array([3, 1, 5, 5, 4, 0])
+    counted = 0
+    for length, s_q in zip(lengths, q_lengths, strict=True):
+        for i in range(s_q):
+            counted += max(0, length - s_q + i + 1) if causal else length
+    assert visible_pairs(lengths, q_lengths, causal) == counted
+
+
+def test_work_of_the_anchor_shape() -> None:
+    """128 requests of 8,192 tokens, 128 heads: 2,176 FLOP per head and token, 1,152 bytes per token."""
+    case = build_case([64], num_heads_q=128)
+    tokens = 64
+    assert case.work.flops == 128 * tokens * 2176
+    assert case.work.bytes == tokens * 1152 + 128 * (576 + 512) * 2
+
+
+def test_work_counts_kv_heads_and_query_tokens() -> None:
+    case = small_case(num_heads_kv=2, seqlens_q=(1, 2, 0, 2))  # lengths 40, 0, 17, 1; the third has no query
+    assert case.work.bytes == 2 * ((40 + 0 + 1) * 2 * 128 + 5 * 4 * (128 + 64))
+    assert case.work.flops == 2 * (128 + 64) * 4 * (40 + 0 + 0 + 2)
+
+
+@pytest.mark.parametrize("seqlens_q", [2, (2, 1, 0, 3)])
+def test_a_request_alone_gives_its_part_of_the_result(seqlens_q: Any) -> None:
+    case = small_case(seqlens_q=seqlens_q, causal=True)
+    problem, inputs = describe_decode(*case.tensors, **case.options)
+    out, lse = mla_decode_reference(problem, inputs, problem.default_softmax_scale, dtype=np.float64)
+    for index in range(case.batch):
+        alone_out, alone_lse = decode_float64(case.request(index))
+        of_request = case.request_result(index, out, lse)
+        np.testing.assert_array_equal(of_request[0], alone_out[0])
+        np.testing.assert_array_equal(of_request[1], alone_lse[0])
+
+
+# --- files ---
+
+
+@pytest.mark.parametrize("suffix", SUFFIXES)
+@pytest.mark.parametrize("seqlens_q", [1, (2, 1, 0, 3)])
+def test_case_comes_back_from_a_file(tmp_path: Path, suffix: str, seqlens_q: Any) -> None:
+    case = small_case(seqlens_q=seqlens_q, causal=True)
+    path = tmp_path / f"case{suffix}"
+    write_arrays(path, stored(case, softmax_scale=np.float64(0.25)))
+    loaded = case_files.load_case(path)
+    for name in (*cases.TENSORS, "kv_lengths", "q_lengths"):
+        expected = getattr(case, name)
+        assert getattr(loaded, name).dtype == expected.dtype
+        assert getattr(loaded, name).tobytes() == expected.tobytes()
+    assert (loaded.cu_seqlens_q is None) == (case.cu_seqlens_q is None)
+    assert (loaded.softmax_scale, loaded.causal, loaded.head_dim_v) == (0.25, True, 64)
+
+
+def test_settings_have_the_defaults_of_the_call(tmp_path: Path) -> None:
+    case = build_case([5], num_heads_q=2)
+    path = tmp_path / "case.npz"
+    write_arrays(path, {name: getattr(case, name) for name in cases.TENSORS})
+    loaded = case_files.load_case(path)
+    assert (loaded.softmax_scale, loaded.causal, loaded.head_dim_v) == (None, False, 512)
+
+
+def test_bits_and_wide_integers_are_taken(tmp_path: Path) -> None:
+    """As a framework without bfloat16 in NumPy would save them."""
+    case = small_case()
+    path = tmp_path / "case.npz"
+    changed = {"q": case.q.view(np.uint16), "kv_cache": case.kv_cache.view(np.uint16)}
+    wide = {name: getattr(case, name).astype(np.int64) for name in ("block_table", "cache_seqlens")}
+    write_arrays(path, {**stored(case), **changed, **wide})
+    loaded = case_files.load_case(path)
+    assert loaded.q.dtype == BFLOAT16 and loaded.q.tobytes() == case.q.tobytes()
+    assert loaded.block_table.dtype == np.int32
+
+
+def test_safetensors_package_reads_and_writes_the_same(tmp_path: Path) -> None:
+    package = pytest.importorskip("safetensors.numpy")
+    case = small_case()
+    ours, theirs = tmp_path / "ours.safetensors", tmp_path / "theirs.safetensors"
+    arrays = {name: getattr(case, name) for name in cases.TENSORS}
+    write_arrays(ours, arrays)
+    for name, array in package.load_file(ours).items():
+        assert array.dtype == arrays[name].dtype and array.tobytes() == arrays[name].tobytes()
+    package.save_file(arrays, theirs, metadata={"causal": "True", "softmax_scale": "0.5", "head_dim_v": "64"})
+    loaded = case_files.load_case(theirs)
+    assert (loaded.softmax_scale, loaded.causal, loaded.head_dim_v) == (0.5, True, 64)
+    assert loaded.kv_cache.tobytes() == case.kv_cache.tobytes()
+
+
+@pytest.mark.parametrize("suffix", SUFFIXES)
+def test_result_is_saved(tmp_path: Path, suffix: str) -> None:
+    out, lse = np.ones((2, 1, 4, 64), dtype=BFLOAT16), np.full((2, 4, 1), -np.inf, dtype=np.float32)
+    path = tmp_path / f"result{suffix}"
+    case_files.save_result(path, out, lse)
+    found = read_arrays(path)
+    assert found["out"].dtype == BFLOAT16 and found["out"].tobytes() == out.tobytes()
+    assert found["lse"].tobytes() == lse.tobytes()
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"q": None}, "input: expected an array q"),
+        ({"cu_seqlen_q": np.zeros(5, np.int32)}, "also cu_seqlen_q"),
+        ({"cu_seqlens_q": np.array([0, 1], np.int32)}, r"cu_seqlens_q: expected batch \+ 1"),
+        ({"cu_seqlens_q": np.array([0, 2, 1, 3, 4], np.int32)}, "cu_seqlens_q: expected .* never fall"),
+        ({"block_table": np.zeros(4, np.int32)}, r"block_table: expected 2 dimension\(s\)"),
+        ({"cache_seqlens": np.zeros(4, np.float32)}, "cache_seqlens: expected int32"),
+        ({"cache_seqlens": np.full(4, 2**40)}, "cache_seqlens: expected int32"),
+        ({"softmax_scale": np.ones(2)}, "softmax_scale: expected a single value"),
+        ({"causal": np.int64(2)}, "causal: expected a single value"),
+    ],
+)
+def test_wrong_case_is_named(tmp_path: Path, changes: dict[str, Any], words: str) -> None:
+    arrays = {name: array for name, array in {**stored(small_case()), **changes}.items() if array is not None}
+    path = tmp_path / "case.npz"
+    write_arrays(path, arrays)
+    with pytest.raises(InvalidArgumentError, match=words):
+        case_files.load_case(path)
+
+
+def safetensors_bytes(header: Any, data: bytes = b"") -> bytes:
+    text = header if isinstance(header, bytes) else json.dumps(header).encode()
+    return len(text).to_bytes(8, "little") + text + data
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"",
+        b"short",
+        (2**62).to_bytes(8, "little") + b"{}",
+        safetensors_bytes(b"{not json"),
+        safetensors_bytes({"q": {"dtype": "F32", "shape": [4], "data_offsets": [0, 16]}}),
+        safetensors_bytes({"q": {"dtype": "F32", "shape": [3], "data_offsets": [0, 16]}}, bytes(16)),
+        safetensors_bytes({"q": {"dtype": "F32", "shape": [4], "data_offsets": [-16, 0]}}, bytes(16)),
+        safetensors_bytes({"q": {"dtype": "F77", "shape": [4], "data_offsets": [0, 16]}}, bytes(16)),
+        safetensors_bytes({"q": {"shape": [4]}}),
+        safetensors_bytes([1, 2]),
+    ],
+)
+@pytest.mark.parametrize("suffix", SUFFIXES)
+def test_damaged_file_is_refused(tmp_path: Path, suffix: str, content: bytes) -> None:
+    path = tmp_path / f"case{suffix}"
+    path.write_bytes(content)
+    with pytest.raises(InvalidArgumentError, match="input: expected a readable"):
+        case_files.load_case(path)
+
+
+@pytest.mark.parametrize("name", ["case.pt", "nowhere.npz", "nowhere.safetensors"])
+def test_unreadable_file_is_refused(tmp_path: Path, name: str) -> None:
+    with pytest.raises(InvalidArgumentError, match=f"input: .*{name}"):
+        case_files.load_case(tmp_path / name)
+
+
+def test_file_that_cannot_be_written(tmp_path: Path) -> None:
+    with pytest.raises(InvalidArgumentError, match="save: expected a file that can be written"):
+        write_arrays(tmp_path / "no" / "folder.npz", {})
+
+
+# --- accuracy ---
+
+
+def exact_result(case: Case) -> tuple[Any, Any]:
+    problem, inputs = describe_decode(*case.tensors, **case.options)
+    return mla_decode_reference(problem, inputs, problem.default_softmax_scale)
+
+
+@pytest.mark.parametrize("dtype", OUT_BOUNDS)
+def test_numpy_backend_is_within_the_bounds(dtype: str) -> None:
+    case = small_case(dtype=dtype, seqlens_q=2, causal=True)
+    accuracy = measure_accuracy(case, *exact_result(case), range(case.batch))
+    assert accuracy.passed and 0 < accuracy.out_error < accuracy.out_bound
+
+
+@pytest.mark.parametrize(
+    ("array", "value"),
+    [("out", np.nan), ("out", 1.0), ("lse", np.nan), ("lse", 0.0), ("lse", -np.inf)],
+)
+def test_a_wrong_value_is_found(array: str, value: float) -> None:
+    case = small_case()
+    out, lse = exact_result(case)
+    if array == "out":
+        out[2, 0, 1, :8] = value
+    else:
+        lse[2, 1, 0] = value
+    assert not measure_accuracy(case, out, lse, range(case.batch)).passed
+    assert measure_accuracy(case, out, lse, [0, 1, 3]).passed
+
+
+def test_an_empty_request_must_be_exactly_nothing() -> None:
+    case = small_case()
+    out, lse = exact_result(case)
+    out[1, 0, 0, 0] = 1e-6
+    assert not measure_accuracy(case, out, lse, [1]).passed
+    out[1] = 0
+    lse[1] = np.inf
+    assert not measure_accuracy(case, out, lse, [1]).passed
+
+
+def test_chosen_requests_include_the_longest_and_the_shortest() -> None:
+    case = build_case([5, 9, 2, 7, 3, 8], num_heads_q=1, latent_dim=64, rope_dim=0)
+    for seed in range(5):
+        chosen = choose_requests(case, 3, seed)
+        assert len(set(chosen)) == 3 and {1, 2} <= set(chosen) and chosen == sorted(chosen)
+    assert choose_requests(case, 1) == [1]
+    assert choose_requests(case, 100) == list(range(6))
+
+
+# --- the self-test and timing ---
+
+
+@pytest.mark.parametrize("strided", [False, True])
+def test_checks_run_on_poisoned_caches(strided: bool) -> None:
+    case = build_check(CheckCase((0, 1, 65), 2, page_size=64, strided=strided), "numpy")
+    values = case.kv_cache.astype(np.float32)
+    assert np.isnan(values).any()
+    for index in range(case.batch):
+        length = int(case.kv_lengths[index])
+        pages = case.block_table[index, : -(-length // 64)]
+        own = values[pages].reshape(-1, 576)
+        assert np.isfinite(own[:length]).all() and np.isnan(own[length:]).all()
+    used = np.arange(case.block_table.shape[1]) < -(-case.kv_lengths // 64)[:, None]
+    garbage = case.block_table[~used]
+    assert (garbage < 0).any() and (garbage >= len(values)).any()
+    assert case.kv_cache.flags.c_contiguous != strided
+    assert case.kv_cache.strides[-1] == 2
+
+
+def test_checks_cover_the_contract() -> None:
+    assert len(CHECK_CASES) >= 24
+    assert len({case.name for case in CHECK_CASES}) == len(CHECK_CASES)
+    assert {case.dtype for case in CHECK_CASES} == {"bfloat16", "float16"}
+    assert {case.page_size for case in CHECK_CASES} >= {16, 32, 64, 128}
+
+
+@pytest.mark.parametrize("megabytes", [0.0001, 0.07, 1, 5, 100, 199, 201, 255, 300, 5000])
+def test_copies_of_the_cache_exceed_l2(megabytes: float) -> None:
+    cache_bytes = int(megabytes * 1e6)
+    calls, copies = graph_shape(cache_bytes)
+    assert 1 <= copies <= calls
+    assert copies * cache_bytes >= COLD_BYTES or calls == 1024

@@ -1,0 +1,291 @@
+"""The command line: what each command prints, its exit code, and one line for each mistake."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+import pytest
+from click.testing import CliRunner, Result
+
+from cupy_mla import accuracy, check, compile_job, device
+from cupy_mla.array_files import read_arrays, write_arrays
+from cupy_mla.cases import TENSORS, build_case
+from cupy_mla.cli import main
+from cupy_mla.compile_job import NamedKernel, compile_all, select_kernels
+from cupy_mla.errors import MissingDependencyError
+from cupy_mla.jit import compiler
+from cupy_mla.jit.source import KernelSource
+
+needs_compiler = pytest.mark.skipif(
+    compiler.why_unavailable() is not None, reason=f"no compiler: {compiler.why_unavailable()}"
+)
+# DeepSeek-V3 on 128 ranks: one head, so that the CPU is quick.
+QUICK = ["--batch", "3", "--tp", "128", "--backend", "numpy"]
+
+
+def run(*arguments: str) -> Result:
+    result = CliRunner().invoke(main, arguments)
+    if result.exception is not None and not isinstance(result.exception, SystemExit):
+        raise result.exception
+    return result
+
+
+def words_of(text: str) -> str:
+    """Without the borders and line breaks of a table."""
+    return " ".join(text.replace("│", " ").split())
+
+
+def assert_mistake(result: Result, *words: str) -> None:
+    assert result.exit_code == 2
+    message = result.stderr.strip().splitlines()[-1]
+    assert message.startswith("Error: ")
+    for word in words:
+        assert word in message
+    assert "Traceback" not in result.output
+
+
+def test_help_names_every_command() -> None:
+    output = run("--help").output
+    for command in ("decode", "info", "check", "compile", "plan"):
+        assert command in output
+        assert run(command, "--help").exit_code == 0
+
+
+# --- decode ---
+
+
+def test_decode_runs_the_shipped_lengths() -> None:
+    result = run("decode", *QUICK)
+    assert result.exit_code == 0
+    output = words_of(result.output)
+    for words in ("deepseek-v3, 1 heads (TP 128)", "3 requests", "3 of 3 requests", "TFLOPS", "GB/s", "passed"):
+        assert words in output
+
+
+def test_decode_says_that_a_cpu_gets_a_smaller_batch(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(device, "why_unsupported", lambda: "there is no GPU")
+    result = run("decode", "--tp", "128")
+    assert result.exit_code == 0
+    assert "NumPy backend: there is no GPU" in result.output
+    assert "16 requests on a CPU instead of 128" in result.output
+
+
+def test_decode_prints_json_and_nothing_else(tmp_path: Path) -> None:
+    lengths = tmp_path / "lengths.csv"
+    lengths.write_text("context_tokens,generated_tokens\n70,0\n5,0\n9,0\n")
+    result = run("decode", *QUICK, "--lengths", str(lengths), "--seqlen-q", "2", "--causal", "--json", "--sample", "2")
+    facts = json.loads(result.stdout)
+    assert facts["backend"] == "numpy" and facts["passed"] is True
+    assert (facts["requests"], facts["kv_tokens"]) == (3, 84)
+    assert len(facts["requests_checked"]) == 2
+    assert facts["relative_error"] < facts["relative_error_bound"]
+    assert facts["lse_error"] < facts["lse_error_bound"]
+    assert facts["time_us"] > 0 and facts["tflops"] > 0 and facts["gigabytes_per_second"] > 0
+
+
+@pytest.mark.parametrize("suffix", [".npz", ".safetensors"])
+def test_decode_takes_a_case_and_saves_the_result(tmp_path: Path, suffix: str) -> None:
+    case = build_case([40, 0, 7], num_heads_q=4, seqlens_q=(2, 1, 1), causal=True, seed=5)
+    source, target = tmp_path / f"case{suffix}", tmp_path / f"result{suffix}"
+    arrays = {name: getattr(case, name) for name in (*TENSORS, "cu_seqlens_q")}
+    write_arrays(source, {**arrays, "causal": np.bool_(True), "softmax_scale": np.float64(0.1)})
+    result = run("decode", "--input", str(source), "--save", str(target), "--backend", "numpy")
+    assert result.exit_code == 0
+    found = read_arrays(target)
+    assert found["out"].shape == (4, 4, 512) and found["out"].dtype == np.dtype(ml_dtypes.bfloat16)
+    assert found["lse"].shape == (4, 4) and np.isneginf(found["lse"][:, 2]).all()
+    scale = accuracy.decode_float64(build_request := case.request(0))[1]
+    assert build_request.softmax_scale is None
+    assert not np.allclose(found["lse"][:, :2], scale[0], atol=1e-3), "the file's softmax_scale was not used"
+
+
+def test_decode_exits_with_1_above_the_bound(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(accuracy.OUT_BOUNDS, "bfloat16", 1e-9)
+    result = run("decode", *QUICK)
+    assert result.exit_code == 1
+    assert "FAILED" in result.output
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--tp", "3"], ["tp", "divisor of the 128 heads"]),
+        (["--batch", "5000"], ["batch", "1 to 1024"]),
+        (["--batch", "0"], ["--batch"]),
+        (["--preset", "gpt-2"], ["--preset"]),
+        (["--lengths", "nowhere.csv"], ["lengths", "nowhere.csv"]),
+        (["--input", "nowhere.npz"], ["input", "nowhere.npz"]),
+        (["--input", "case.pt"], ["input", ".npz or .safetensors"]),
+        (["--input", "case.npz", "--batch", "4"], ["--batch", "--input"]),
+        (["--input", "case.npz", "--page-size", "64"], ["--page-size", "--input"]),
+        (["--save", "result.txt"], ["save", ".npz or .safetensors"]),
+        (["--save", "no/such/folder/result.npz", *QUICK], ["save", "written"]),
+    ],
+)
+def test_decode_names_the_wrong_argument(arguments: list[str], words: list[str]) -> None:
+    assert_mistake(run("decode", *arguments), *words)
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"q": np.zeros((1, 1, 4, 64), np.float32)}, ["q:"]),
+        ({"block_table": np.array([[7]], np.int32)}, ["block_table[0, 0]", "7"]),
+        ({"cache_seqlens": np.array([65], np.int32)}, ["cache_seqlens[0]", "65"]),
+        ({"head_dim_v": np.int64(2000)}, ["head_dim_v"]),
+    ],
+)
+def test_decode_checks_the_case(tmp_path: Path, changes: dict[str, Any], words: list[str]) -> None:
+    case = build_case([30], num_heads_q=4)
+    path = tmp_path / "case.npz"
+    write_arrays(path, {**{name: getattr(case, name) for name in TENSORS}, **changes})
+    assert_mistake(run("decode", "--input", str(path), "--backend", "numpy"), *words)
+
+
+def test_decode_on_a_gpu_that_is_not_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(device, "_why_no_cuda", lambda: "there is no GPU")
+    result = run("decode", "--backend", "cuda")
+    assert result.exit_code == 3
+    assert "there is no GPU" in result.stderr and "NumPy backend" in result.stderr
+
+
+def test_too_little_memory_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    def out_of_memory(*_: Any, **__: Any) -> None:
+        raise MemoryError("Unable to allocate 9 TB")
+
+    monkeypatch.setattr("cupy_mla.commands.decode.build_case", out_of_memory)
+    result = run("decode", *QUICK)
+    assert result.exit_code == 3
+    assert result.stderr.strip().endswith("Unable to allocate 9 TB")
+
+
+# --- info and check ---
+
+
+def test_info_says_what_is_here() -> None:
+    facts = json.loads(run("info", "--json").stdout)
+    assert {"GPU", "GPU 0"} & facts.keys()
+    for name in ("driver", "CuPy", "compiler", "kernel cache", "CUDA arrays", "CPU arrays", "numpy"):
+        assert facts[name]
+    table = words_of(run("info").output)
+    assert "kernel cache" in table and facts["numpy"] in table
+
+
+def test_info_says_why_not(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(device, "why_unsupported", lambda: "GPU 0 is a toaster")
+    assert json.loads(run("info", "--json").stdout)["CUDA arrays"] == "not supported: GPU 0 is a toaster"
+
+
+def test_check_runs_on_numpy(monkeypatch: pytest.MonkeyPatch) -> None:
+    cases = check.CHECK_CASES[:3] + check.CHECK_CASES[-1:]
+    monkeypatch.setattr(check, "CHECK_CASES", cases)
+    monkeypatch.setattr(check.run_checks, "__defaults__", (cases,))
+    result = run("check", "--backend", "numpy")
+    assert result.exit_code == 0
+    assert "4 of 4 cases passed" in result.output
+
+
+def test_check_exits_with_1_when_a_case_fails(monkeypatch: pytest.MonkeyPatch) -> None:
+    cases = check.CHECK_CASES[:1]
+    monkeypatch.setattr(check, "CHECK_CASES", cases)
+    monkeypatch.setattr(check.run_checks, "__defaults__", (cases,))
+    monkeypatch.setitem(accuracy.OUT_BOUNDS, "bfloat16", 1e-9)
+    result = run("check", "--backend", "numpy")
+    assert result.exit_code == 1
+    assert "FAILED" in result.output and "0 of 1 cases passed" in result.output
+
+
+# --- compile ---
+
+
+def test_compile_lists_names() -> None:
+    names = run("compile", "--list").output.split()
+    assert len(names) == len(set(names)) == len(select_kernels(()))
+    assert {"plan", "append", "combine_bfloat16"} <= set(names)
+    assert run("compile", "--list", "wide64*_page64").output.split() == [
+        name for name in names if name.startswith("wide64") and name.endswith("_page64")
+    ]
+
+
+def test_compile_names_a_pattern_without_a_kernel() -> None:
+    assert_mistake(run("compile", "wide65*"), "pattern", "wide65*")
+
+
+@needs_compiler
+def test_compile_reports_and_uses_the_cache(tmp_path: Path, set_environment: Any) -> None:
+    set_environment(CUPY_MLA_CACHE_DIR=str(tmp_path))
+    first = run("compile", "append", "combine_*", "--jobs", "2")
+    assert first.exit_code == 0
+    assert "3 kernels, 3 compiled now, 0 with problems" in first.output
+    assert "combine_float16" in first.output
+    assert "3 kernels, 0 compiled now" in run("compile", "append", "combine_*").output
+    assert "1 kernels, 1 compiled now" in run("compile", "append", "--fresh").output
+
+
+BAD_KERNELS = {
+    "spills": 'extern "C" __global__ void bad(int* p, int n) { int a[64]; for (int i = 0; i < 64; ++i) a[i] = p[i]; '
+    "p[0] = a[n & 63]; }",
+    "nonsense": 'extern "C" __global__ void bad() { nonsense; }',
+}
+
+
+@needs_compiler
+@pytest.mark.parametrize("kind", BAD_KERNELS)
+def test_compile_exits_with_1_on_a_bad_kernel(
+    kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, set_environment: Any
+) -> None:
+    set_environment(CUPY_MLA_CACHE_DIR=str(tmp_path / "cache"))
+    (tmp_path / "bad.cu").write_text(BAD_KERNELS[kind])
+    monkeypatch.setattr("cupy_mla.jit.source.kernels_root", lambda: tmp_path)
+    monkeypatch.setattr("cupy_mla.jit.compiler.kernels_root", lambda: tmp_path)
+    monkeypatch.setattr(compile_job, "all_kernels", lambda: [NamedKernel("bad", KernelSource("bad.cu", "bad"))])
+    result = run("compile")
+    assert result.exit_code == 1
+    assert "1 with problems" in result.output
+    assert ("stack frame" if kind == "spills" else "nonsense") in result.output
+
+
+def test_compile_without_a_compiler_fails_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    def missing() -> str:
+        raise MissingDependencyError("nvidia-cuda-nvrtc-cu12", "cuda12", "compiling kernels")
+
+    monkeypatch.setattr(compiler, "compiler_version", missing)
+    with pytest.raises(MissingDependencyError):
+        list(compile_all(select_kernels(()), jobs=2))
+    result = run("compile")
+    assert result.exit_code == 3
+    assert result.stderr.strip().splitlines()[-1].startswith("Error: compiling kernels needs nvidia-cuda-nvrtc")
+
+
+# --- plan ---
+
+
+def test_plan_draws_given_lengths() -> None:
+    result = run("plan", "4096", "64", "--tp", "8", "--sms", "16", "--width", "80")
+    assert result.exit_code == 0
+    assert "2 requests, 64 to 4,096 tokens each, 4,160 in all; 16 heads, 16 SMs" in result.output
+    assert "request 0" in result.output and "[1" in result.output
+
+
+def test_plan_draws_real_lengths_and_fixed_splits() -> None:
+    assert "128 requests" in run("plan").output
+    result = run("plan", "--batch", "4", "--fixed-split-tokens", "512", "--seqlen-q", "2", "--causal")
+    assert result.exit_code == 0 and "4 requests" in result.output
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--fixed-split-tokens", "100"], ["fixed_split_tokens", "multiple of 64"]),
+        (["100", "--batch", "3"], ["KV_LENGTH", "--batch"]),
+        (["--sms", "0"], ["--sms"]),
+        (["ten"], ["ten"]),
+        (["--lengths", "nowhere.csv"], ["lengths"]),
+    ],
+)
+def test_plan_names_the_wrong_argument(arguments: list[str], words: list[str]) -> None:
+    assert_mistake(run("plan", *arguments), *words)

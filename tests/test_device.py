@@ -1,0 +1,98 @@
+"""device: what is said of GPUs that cannot run the kernels (CUDA's runtime stood in for)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from types import SimpleNamespace
+
+import pytest
+
+from cupy_mla import device
+from cupy_mla.errors import UnsupportedDeviceError
+
+
+class FakeRuntimeError(RuntimeError):
+    """Stands for CuPy's CUDARuntimeError."""
+
+
+def fake_runtime(count: int | Exception, *, driver: int, built_for: int = 12090, major: int = 9) -> SimpleNamespace:
+    def get_device_count() -> int:
+        if isinstance(count, Exception):
+            raise count
+        return count
+
+    properties = {
+        "name": b"NVIDIA H200",
+        "major": major,
+        "minor": 0,
+        "multiProcessorCount": 132,
+        "totalGlobalMem": 141 << 30,
+        "l2CacheSize": 60 << 20,
+        "sharedMemPerBlockOptin": 232448,
+    }
+    return SimpleNamespace(
+        CUDARuntimeError=FakeRuntimeError,
+        getDeviceCount=get_device_count,
+        driverGetVersion=lambda: driver,
+        runtimeGetVersion=lambda: built_for,
+        getDeviceProperties=lambda device_id: properties,
+    )
+
+
+@pytest.fixture(autouse=True)
+def _fresh() -> Iterator[None]:
+    def clear() -> None:
+        device.describe_device.cache_clear()
+        device._why_no_cuda.cache_clear()
+
+    clear()
+    yield
+    clear()
+
+
+def test_a_hopper_gpu_is_supported(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(device, "_runtime", lambda: fake_runtime(2, driver=13000))
+    assert device.count_devices() == 2
+    assert device.why_unsupported(1) is None
+    assert device.driver_cuda_version() == "13.0"
+    info = device.require_supported(1)
+    assert (info.device_id, info.name, info.compute_capability, info.num_sms) == (1, "NVIDIA H200", (9, 0), 132)
+    assert info.is_hopper
+
+
+def no_cupy() -> SimpleNamespace:
+    raise ImportError("No module named 'cupy'")
+
+
+@pytest.mark.parametrize(
+    ("runtime", "reason"),
+    [
+        (no_cupy, r"cupy-mla\[cuda12\]"),
+        (lambda: fake_runtime(0, driver=0), "no NVIDIA driver"),
+        (lambda: fake_runtime(0, driver=13000), "there is no GPU"),
+        (
+            lambda: fake_runtime(FakeRuntimeError("insufficient"), driver=12040, built_for=13000),
+            r"supports CUDA 12\.4, but this CuPy is built for CUDA 13\.0.*cupy-mla\[cuda12\]",
+        ),
+        (lambda: fake_runtime(FakeRuntimeError("cudaErrorNoDevice"), driver=13000), "cudaErrorNoDevice"),
+        (lambda: fake_runtime(1, driver=13000, major=8), r"compute capability 8\.0; the kernels need Hopper"),
+    ],
+    ids=["no CuPy", "no driver", "no GPU", "old driver", "hidden GPU", "not Hopper"],
+)
+def test_what_is_missing_is_said(monkeypatch: pytest.MonkeyPatch, runtime: object, reason: str) -> None:
+    monkeypatch.setattr(device, "_runtime", runtime)
+    with pytest.raises(UnsupportedDeviceError, match=f"{reason}.*NumPy backend"):
+        device.require_supported()
+
+
+def test_a_gpu_number_out_of_range_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(device, "_runtime", lambda: fake_runtime(2, driver=13000))
+    for device_id in (-1, 2):
+        with pytest.raises(UnsupportedDeviceError, match=rf"no GPU {device_id} \(GPUs: 2\)"):
+            device.describe_device(device_id)
+
+
+def test_counting_never_fails(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(device, "_runtime", no_cupy)
+    assert device.count_devices() == 0
+    assert device.driver_cuda_version() is None

@@ -1,0 +1,53 @@
+"""Every kernel compiles for sm_90a into code without spills, stack frames, serialised wgmma or any other warning.
+
+Needs the NVRTC library, no GPU. Cubins come from the cache where it has them: their digest covers every source file, so
+a kept report is as good as a new one.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+from collections.abc import Iterator, Mapping
+from concurrent.futures import Future, ProcessPoolExecutor
+
+import pytest
+
+from cupy_mla.compile_job import all_kernels
+from cupy_mla.configs import standard_configs
+from cupy_mla.jit import compiler
+from cupy_mla.jit.compiler import CompiledKernel
+from cupy_mla.jit.module import get_cubin
+from cupy_mla.jit.source import kernels_root
+
+needs_nvrtc = pytest.mark.skipif(
+    compiler.why_unavailable() is not None, reason=f"no compiler: {compiler.why_unavailable()}"
+)
+
+SOURCES = {kernel.name: kernel.source for kernel in all_kernels()}
+
+
+@pytest.fixture(scope="module")
+def compilations() -> Iterator[Mapping[str, Future[CompiledKernel]]]:
+    """All compilations, under way. In processes: NVRTC takes one program at a time in each."""
+    with ProcessPoolExecutor(os.cpu_count(), mp_context=multiprocessing.get_context("spawn")) as pool:
+        yield {name: pool.submit(get_cubin, source) for name, source in SOURCES.items()}
+        pool.shutdown(cancel_futures=True)
+
+
+@needs_nvrtc
+@pytest.mark.parametrize("name", SOURCES)
+def test_kernel_compiles_cleanly(name: str, compilations: Mapping[str, Future[CompiledKernel]]) -> None:
+    kernel = compilations[name].result()
+    assert kernel.problems == ()
+    assert kernel.warnings == ()
+
+
+def test_every_standard_configuration_is_compiled() -> None:
+    assert {config.source() for config in standard_configs()} <= set(SOURCES.values())
+
+
+def test_every_kernel_file_is_compiled() -> None:
+    """A kernel file that nothing here names would be compiled by nobody before a user's GPU does."""
+    files = {path.relative_to(kernels_root()).as_posix() for path in kernels_root().rglob("*.cu")}
+    assert files == {source.entry for source in SOURCES.values()}

@@ -1,0 +1,181 @@
+"""The merging kernels, run on the CPU, against the formula in float64."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import ml_dtypes
+import numpy as np
+import pytest
+from host_kernels import needs_compiler, run_combine, run_merge_states, run_plan
+from test_schedule import dense
+
+from cupy_mla.plan_layout import COMBINE_PARAMS, MERGE_STATES_PARAMS, OCTET, merge_states_geometry, plan_layout
+from cupy_mla.schedule import ScheduleShape, make_schedule
+
+pytestmark = needs_compiler
+
+BLOCK = 64  # two warps: fibers are slow, and nothing depends on the number
+TYPES = {"Bf16": (np.dtype(ml_dtypes.bfloat16), 8e-3), "Fp32": (np.dtype(np.float32), 3e-6)}
+
+
+def merge_exactly(outs: np.ndarray, lses: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """lse = log sum exp(lse_i), out = sum exp(lse_i - lse) out_i, over axis 0; nothing seen gives 0 and -inf."""
+    outs, lses = outs.astype(np.float64), lses.astype(np.float64)
+    largest = lses.max(axis=0)
+    reference = np.where(np.isfinite(largest), largest, 0.0)
+    weights = np.exp(lses - reference)
+    total = weights.sum(axis=0)
+    seen = weights[..., None] > 0
+    sums = (np.where(seen, outs, 0.0) * weights[..., None]).sum(axis=0)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        return np.where(total[..., None] > 0, sums / total[..., None], 0.0), reference + np.log(total)
+
+
+def random_states(rng: np.random.Generator, dtype: np.dtype, *shape: int) -> tuple[np.ndarray, np.ndarray]:
+    """States of [n, ..., d]; some have seen nothing, and hold NaN."""
+    outs = rng.standard_normal(shape).astype(dtype)
+    lses = (rng.standard_normal(shape[:-1]) * 6 + 3).astype(np.float32)
+    nothing = rng.random(lses.shape) < 0.2
+    nothing.reshape(len(nothing), -1)[:, 0] = True  # one row has nothing at all
+    lses[nothing] = -np.inf
+    outs[nothing] = np.nan
+    return outs, lses
+
+
+def element_strides(array: np.ndarray) -> tuple[int, ...]:
+    return tuple(stride // array.itemsize for stride in array.strides)
+
+
+def merge_states(
+    outs: np.ndarray, lses: np.ndarray, out: np.ndarray, lse: np.ndarray, aligned: bool, grid: int, tag: str
+) -> None:
+    """Run the kernel on [n, a, b, c, d]; lses and lse are [n, a, b, c], in any layout."""
+    params = np.zeros(1, MERGE_STATES_PARAMS)
+    params["outs"], params["lses"] = outs.ctypes.data, lses.ctypes.data
+    params["out"], params["lse"] = out.ctypes.data, lse.ctypes.data
+    params["outs_strides"], params["lses_strides"] = element_strides(outs)[:4], element_strides(lses)
+    params["out_strides"], params["lse_strides"] = element_strides(out)[:3], element_strides(lse)
+    params["num_states"], params["sizes"] = len(outs), outs.shape[1:4]
+    params["d_v"], params["aligned"] = outs.shape[-1], aligned
+    run_merge_states(tag, params, grid, BLOCK)
+
+
+@pytest.mark.parametrize("tag", TYPES)
+@pytest.mark.parametrize("num_states", [1, 2, 3, 8, 9, 33, 130])
+def test_merge_states(tag: str, num_states: int) -> None:
+    dtype, tolerance = TYPES[tag]
+    rng = np.random.default_rng(num_states)
+    for sizes, d_v in (((2, 3, 2), 72), ((1, 1, 3), 320)):
+        outs, lses = random_states(rng, dtype, num_states, *sizes, d_v)
+        out, lse = np.full((*sizes, d_v), 99, dtype), np.full(sizes, 99, np.float32)
+        merge_states(outs, lses, out, lse, True, 3, tag)
+        expected_out, expected_lse = merge_exactly(outs, lses)
+        np.testing.assert_allclose(out.astype(np.float64), expected_out, tolerance, tolerance)
+        np.testing.assert_allclose(lse, expected_lse, 1e-6, 1e-6)
+
+
+@pytest.mark.parametrize("tag", TYPES)
+def test_merge_states_of_any_layout(tag: str) -> None:
+    """Heads before tokens in lse, as mla_decode returns it; outs in the middle of a wider array, at odd addresses."""
+    dtype, tolerance = TYPES[tag]
+    rng = np.random.default_rng(5)
+    n, batch, tokens, heads, d_v = 4, 2, 3, 2, 64
+    outs, lses = random_states(rng, dtype, n, batch, tokens, heads, d_v)
+    wide = np.zeros((n, batch, tokens, heads, d_v + 5), dtype)
+    wide[..., 1:-4] = outs
+    swapped = np.ascontiguousarray(lses.swapaxes(2, 3))
+    out_wide = np.full((batch, tokens, heads, d_v + 7), 99, dtype)
+    lse_swapped = np.full((batch, heads, tokens), 99, np.float32)
+    out, lse = out_wide[..., 3:-4], lse_swapped.swapaxes(1, 2)
+    merge_states(wide[..., 1:-4], swapped.swapaxes(2, 3), out, lse, False, 2, tag)
+    expected_out, expected_lse = merge_exactly(outs, lses)
+    np.testing.assert_allclose(out.astype(np.float64), expected_out, tolerance, tolerance)
+    np.testing.assert_allclose(lse, expected_lse, 1e-6, 1e-6)
+    assert (out_wide[..., :3] == 99).all()
+    assert (out_wide[..., -4:] == 99).all()
+
+
+def test_bits_do_not_depend_on_the_grid_or_on_other_rows() -> None:
+    """Columns are cut more finely when there is less to do; sums keep their order."""
+    rng = np.random.default_rng(1)
+    outs, lses = random_states(rng, TYPES["Fp32"][0], 40, 6, 1, 1, 512)
+
+    def merge(rows: slice, grid: int) -> tuple[bytes, bytes]:
+        some_outs, some_lses = np.ascontiguousarray(outs[:, rows]), np.ascontiguousarray(lses[:, rows])
+        out, lse = np.zeros(some_outs.shape[1:], np.float32), np.zeros(some_lses.shape[1:], np.float32)
+        merge_states(some_outs, some_lses, out, lse, True, grid, "Fp32")
+        return out[-1].tobytes(), lse[-1].tobytes()
+
+    assert merge(slice(0, 6), 1) == merge(slice(5, 6), 1) == merge(slice(5, 6), 7) == merge(slice(2, 6), 2)
+
+
+COMBINE_SHAPES = {
+    "one request": dense(1, num_parts=40),
+    "rows past the end": ScheduleShape(12, 2, 16, 12, 1, 3, 3, 4096),
+    "kv heads": ScheduleShape(30, 1, 16, 3, 2, 2, 2, 4096, causal=True),
+    "fixed": ScheduleShape(5, 1, 16, 16, 1, 4, 1, 4096, fixed_split_tokens=320),
+    "ragged": ScheduleShape(20, 2, 16, 12, 1, 4, 4, 4096, ragged=True, total_q=7),
+    "whole": dense(3, num_parts=1),
+}
+
+
+@pytest.mark.parametrize("name", COMBINE_SHAPES)
+@pytest.mark.parametrize("out_padding", [0, 1])
+def test_combine(name: str, out_padding: int) -> None:
+    shape = dataclasses.replace(COMBINE_SHAPES[name], max_seqlen_k=4096)
+    d_v = 8 * OCTET
+    rng = np.random.default_rng(len(name))
+    lengths = rng.integers(1000, 4097, shape.batch)
+    offsets = np.array([0, 3, 3, 4, 7]) if shape.ragged else None
+    heads = shape.num_heads_kv * shape.group_heads
+    bf16 = np.dtype(ml_dtypes.bfloat16)
+    plan = make_schedule(shape, lengths, offsets)
+    assert (len(plan.merges) == 0) == (name == "whole")
+
+    # What the decode kernel leaves: rows past a request's end are never written, so they hold anything.
+    partial_out, partial_lse = random_states(rng, bf16, max(plan.num_slots, 1), shape.rows_per_job, d_v)
+    tokens = shape.total_q if shape.ragged else shape.seqlen_q
+    out_shape = (1 if shape.ragged else shape.batch, tokens, heads)
+    wide_out = np.full((*out_shape, d_v + out_padding), 99, bf16)
+    lse = np.full((out_shape[0], heads, tokens), 99, np.float32)
+    out = wide_out[..., :d_v]
+    expected_out, expected_lse = np.full(out.shape, 99.0), np.full(lse.shape, 99.0)
+    for request, head_block, seqlen_q, q_begin, begin, count, *_ in plan.merges.tolist():
+        merged_out, merged_lse = merge_exactly(partial_out[begin : begin + count], partial_lse[begin : begin + count])
+        for row_in_slot in range(shape.rows_per_job):
+            token, head = divmod((head_block & 0xFFFF) * shape.rows + row_in_slot, shape.group_heads)
+            if token < seqlen_q:
+                place = (0 if shape.ragged else request, q_begin + token)
+                head += (head_block >> 16) * shape.group_heads
+                expected_out[(*place, head)] = merged_out[row_in_slot]
+                expected_lse[place[0], head, place[1]] = merged_lse[row_in_slot]
+
+    buffer = device_plan(shape, lengths, offsets)
+    params = np.zeros(1, COMBINE_PARAMS)
+    params["partial_out"], params["partial_lse"] = partial_out.ctypes.data, partial_lse.ctypes.data
+    params["plan"], params["out"], params["lse"] = buffer.ctypes.data, out.ctypes.data, lse.ctypes.data
+    out_strides, lse_strides = element_strides(out), element_strides(lse)
+    batch_stride = 0 if shape.ragged else 1
+    params["out_strides"] = (out_strides[0] * batch_stride, *out_strides[1:3])
+    params["lse_strides"] = (lse_strides[0] * batch_stride, lse_strides[2], lse_strides[1])
+    params["merges_offset"] = plan_layout(shape).merges_offset
+    params["slot_rows"], params["rows"], params["group_heads"] = shape.rows_per_job, shape.rows, shape.group_heads
+    params["d_v"], params["aligned"] = d_v, out_padding == 0
+    run_combine(params, 5, BLOCK)
+    np.testing.assert_allclose(out.astype(np.float64), expected_out, 8e-3, 8e-3)
+    np.testing.assert_allclose(lse, expected_lse, 1e-6, 1e-6)
+    assert (wide_out[..., d_v:] == 99).all()
+
+
+def device_plan(shape: ScheduleShape, lengths: np.ndarray, offsets: np.ndarray | None) -> np.ndarray:
+    """The plan as it lies in device memory."""
+    buffer = np.zeros(plan_layout(shape).total_ints, np.int32)
+    run_plan(shape, lengths, offsets, into=buffer)
+    return buffer
+
+
+def test_merge_states_grid() -> None:
+    assert merge_states_geometry(132, 100_000, 512).grid == (132, 1, 1)
+    assert merge_states_geometry(132, 2, 64).grid == (8, 1, 1)
+    assert merge_states_geometry(132, 0, 64).grid == (1, 1, 1)

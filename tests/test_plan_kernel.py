@@ -1,0 +1,95 @@
+"""The planner's kernel, run on the CPU: the same lists as the NumPy schedule, to the bit."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import numpy as np
+import pytest
+from host_kernels import kernel_constant, needs_compiler, run_plan, struct_layout
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from test_schedule import Case, cases, dense
+
+from cupy_mla import plan_layout, schedule
+from cupy_mla.errors import InvalidArgumentError
+from cupy_mla.schedule import CostModel, Schedule, make_schedule
+
+pytestmark = needs_compiler
+
+MANY_JOBS = 3000  # more than the job table in shared memory holds
+
+
+def assert_same(found: Schedule, expected: Schedule) -> None:
+    for name in ("part_begin", "items", "merges"):
+        np.testing.assert_array_equal(getattr(found, name), getattr(expected, name), name)
+    for name in ("num_slots", "budget", "num_jobs"):
+        assert getattr(found, name) == getattr(expected, name), name
+
+
+@settings(deadline=None, max_examples=200)
+@given(cases(), st.booleans())
+def test_lists_are_equal(case: Case, reverse: bool) -> None:
+    """In either order of the threads: a missing barrier shows in one of them."""
+    found = run_plan(case.shape, case.lengths, case.offsets, case.cost, reverse)
+    assert_same(found, case.make())
+
+
+@pytest.mark.parametrize("reverse", [False, True])
+@pytest.mark.parametrize("fixed_split_tokens", [None, 2048])
+@pytest.mark.parametrize("batch", [1, 20, 128, 1024, MANY_JOBS])
+def test_lists_are_equal_at_full_size(batch: int, fixed_split_tokens: int | None, reverse: bool) -> None:
+    shape = dense(batch, fixed_split_tokens=fixed_split_tokens)
+    lengths = np.random.default_rng(batch).integers(0, 32768, batch)
+    assert_same(run_plan(shape, lengths, reverse=reverse), make_schedule(shape, lengths))
+
+
+def test_long_requests_and_large_overheads() -> None:
+    """More candidates than threads, and fixed pieces so long that the search takes several rounds."""
+    cost = CostModel(piece_overhead=300, split_overhead=900, merge_overhead=1000)
+    lengths = [2**20, 77, 300_000, 0, 2**19]
+    for fixed_split_tokens in (None, 2**18):
+        shape = dense(5, num_parts=11, fixed_split_tokens=fixed_split_tokens)
+        assert_same(run_plan(shape, lengths, cost=cost), make_schedule(shape, lengths, cost=cost))
+
+
+@settings(deadline=None, max_examples=50)
+@given(st.lists(st.integers(-(2**31), 2**31 - 1), min_size=11, max_size=11), st.booleans())
+def test_arrays_may_hold_anything(values: list[int], fixed: bool) -> None:
+    """Garbage gives a useless plan, but one within its bounds."""
+    shape = dense(5, seqlen_q=40, ragged=True, total_q=50, fixed_split_tokens=4096 if fixed else None)
+    shape = dataclasses.replace(shape, max_seqlen_k=5000, num_parts=3)
+    lengths, offsets = values[:5], values[5:]
+    found = run_plan(shape, lengths, offsets)
+    assert_same(found, make_schedule(shape, lengths, offsets))
+    assert len(found.items) <= shape.max_items
+    assert (found.items[:, 5] + found.items[:, 6] <= 50).all()
+
+
+@pytest.mark.parametrize(
+    "name", ["PLAN_HEADER", "WORK_ITEM", "MERGE_ITEM", "PLAN_PARAMS", "COMBINE_PARAMS", "MERGE_STATES_PARAMS"]
+)
+def test_structs_are_the_same_on_both_sides(name: str) -> None:
+    dtype: np.dtype = getattr(plan_layout, name)
+    assert dtype.fields is not None
+    offsets = tuple(dtype.fields[field][1] for field in dtype.names or ())
+    assert (dtype.itemsize, *offsets) == struct_layout(name, len(offsets))
+
+
+def test_constants_are_the_same_on_both_sides() -> None:
+    for name in ("TILE_TOKENS", "TILE_COST", "WHOLE_JOB"):
+        assert getattr(schedule, name) == kernel_constant(name), name
+    names = ("PLAN_THREADS", "COMBINE_THREADS", "MERGE_STATES_THREADS", "OCTET")
+    for name in (*names, "_JOB_COLUMNS", "_SCRATCH_BYTES", "_SECTION_INTS"):
+        assert getattr(plan_layout, name) == kernel_constant(name), name
+
+
+def test_the_planner_needs_no_more_shared_memory_than_every_kernel_may_have() -> None:
+    for batch in (1, 128, 1024, 1025, 65536):
+        assert plan_layout.plan_geometry(dense(batch)).shared_memory <= 48 * 1024
+
+
+def test_a_plan_too_large_to_address_is_refused() -> None:
+    shape = dense(4096, fixed_split_tokens=64, max_seqlen_k=2**23)
+    with pytest.raises(InvalidArgumentError, match="fixed_split_tokens"):
+        plan_layout.plan_layout(shape)
