@@ -86,9 +86,7 @@ def write_arrays(path: Path, arrays: Mapping[str, Array], argument: str = "save"
 def _read_npz(path: Path) -> dict[str, Array]:
     with np.load(path, allow_pickle=False) as archive:
         arrays = {name: archive[name] for name in archive.files}
-    return {
-        name: array.view(_BFLOAT16) if array.dtype == np.dtype("V2") else array for name, array in arrays.items()
-    }
+    return {name: array.view(_BFLOAT16) if array.dtype == np.dtype("V2") else array for name, array in arrays.items()}
 
 
 def _read_safetensors(path: Path) -> dict[str, Array]:

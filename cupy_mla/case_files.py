@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -47,9 +48,11 @@ def load_case(path: Path) -> Case:
     return Case(
         q=q,
         kv_cache=_float_array(found["kv_cache"]),
+        block_table=indices["block_table"],
+        cache_seqlens=indices["cache_seqlens"],
         kv_lengths=kv_lengths,
         q_lengths=q_lengths,
-        **indices,
+        cu_seqlens_q=indices.get("cu_seqlens_q"),
         **_settings(found),
     )
 
@@ -69,7 +72,7 @@ def _index_array(name: str, array: Array) -> Array:
 
 def _settings(found: dict[str, Array]) -> dict[str, Any]:
     """The single values of a file; text where they come from safetensors metadata."""
-    readers = {"softmax_scale": float, "head_dim_v": int, "causal": _truth}
+    readers: dict[str, Callable[[Any], Any]] = {"softmax_scale": float, "head_dim_v": int, "causal": _truth}
     settings = {}
     for name in readers.keys() & found.keys():
         try:

@@ -94,8 +94,14 @@ class Case:
         if backend == self.backend:
             return self
         move = to_device if backend == "cuda" else to_host
-        present = [name for name in (*TENSORS, "cu_seqlens_q") if getattr(self, name) is not None]
-        return replace(self, **{name: move(getattr(self, name)) for name in present})
+        return replace(
+            self,
+            q=move(self.q),
+            kv_cache=move(self.kv_cache),
+            block_table=move(self.block_table),
+            cache_seqlens=move(self.cache_seqlens),
+            cu_seqlens_q=None if self.cu_seqlens_q is None else move(self.cu_seqlens_q),
+        )
 
     def request(self, index: int) -> Case:
         """One request as a host case of batch 1, q [1, its query tokens, h_q, d_qk], with only its own pages."""
@@ -174,18 +180,19 @@ def build_case(
     table = page_table(page_counts, np.random.default_rng(seed).permutation(num_pages))
     head_dim = latent_dim + rope_dim
     rows = (int(q_lengths.sum()),) if ragged else (len(lengths), int(q_lengths[0]))
-    indices = {"block_table": table, "cache_seqlens": lengths.astype(np.int32)}
-    if ragged:
-        indices["cu_seqlens_q"] = np.concatenate([[0], np.cumsum(q_lengths)]).astype(np.int32)
+    cu_seqlens_q = np.concatenate([[0], np.cumsum(q_lengths)]).astype(np.int32) if ragged else None
+    move = to_device if backend == "cuda" else to_host
     return Case(
         # Two streams of values from one seed: the query must not repeat the cache.
         q=random_normal((*rows, num_heads_q, head_dim), dtype, 2 * seed, backend),
         kv_cache=random_normal((num_pages, page_size, num_heads_kv, head_dim), dtype, 2 * seed + 1, backend),
+        block_table=move(table),
+        cache_seqlens=move(lengths.astype(np.int32)),
         kv_lengths=lengths,
         q_lengths=q_lengths,
+        cu_seqlens_q=None if cu_seqlens_q is None else move(cu_seqlens_q),
         head_dim_v=latent_dim,
         causal=causal,
-        **{name: to_device(array) if backend == "cuda" else array for name, array in indices.items()},
     )
 
 

@@ -7,6 +7,7 @@ do not exist past the end of each row of the block table.
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -156,11 +157,7 @@ def _poisoned(case: Case) -> Case:
 
 def _with_gaps(array: Any) -> Any:
     """The same values as a view of an array whose last dimension is wider, with not-a-number in between."""
-    if isinstance(array, np.ndarray):
-        xp: Any = np
-    else:
-        import cupy as xp
-
+    xp = np if isinstance(array, np.ndarray) else importlib.import_module("cupy")
     bits = array.view(np.uint16)
     not_a_number = np.uint16(0x7FFF)  # in bfloat16 and float16
     wide = xp.full((*array.shape[:-1], array.shape[-1] + _PADDING), not_a_number, dtype=np.uint16)
@@ -174,5 +171,3 @@ def _same_bits(case: Case, first: tuple[Any, Any], again: tuple[Any, Any]) -> bo
         return out.tobytes(), lse.tobytes()
 
     return all(bits(index, first) == bits(index, again) for index in range(case.batch))
-
-

@@ -6,6 +6,7 @@ from typing import Any
 
 import click
 
+from . import __version__
 from .commands.check import check
 from .commands.compile import compile_kernels
 from .commands.decode import decode
@@ -41,7 +42,7 @@ class _Commands(click.Group):
 
 
 @click.group(cls=_Commands, context_settings={"help_option_names": ["-h", "--help"]})
-@click.version_option(package_name="cupy-mla")
+@click.version_option(__version__)
 def main() -> None:
     """MLA decoding on Hopper GPUs: run it, check it, and see what it does.
 

@@ -1,4 +1,4 @@
-"""Request lengths: read from a CSV file, the sample that ships with the package, and a draw of requests in mid-decode."""
+"""Request lengths: from a CSV file, the sample that ships with the package, and a draw of requests in mid-decode."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def read_lengths(path: Path) -> IntArray:
     Raises
     ------
     InvalidArgumentError
-        The file cannot be read, has no such column, no rows, or a value that is not a whole number >= 0 (named by line).
+        The file cannot be read, has no such column or no rows, or a value is not a whole number (named by its line).
     """
     try:
         with path.open(newline="", encoding="utf-8-sig") as file:

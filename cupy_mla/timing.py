@@ -7,6 +7,7 @@ finds it in HBM, not in L2, as a decode step does after the other layers of a mo
 
 from __future__ import annotations
 
+import itertools
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -88,7 +89,7 @@ def replay_graph(calls: Sequence[Callable[[], object]]) -> list[float]:
             graph.launch(stream)
             event.record(stream)
         stream.synchronize()
-    milliseconds = [cupy.cuda.get_elapsed_time(*pair) for pair in zip(events, events[1:], strict=False)]
+    milliseconds = [cupy.cuda.get_elapsed_time(*pair) for pair in itertools.pairwise(events)]
     return [value / 1e3 for value in milliseconds]
 
 
@@ -128,7 +129,7 @@ def _time_on_cpu(case: Case) -> Timing:
         start = time.perf_counter()
         mla_decode(*case.tensors, **case.options)
         seconds.append(time.perf_counter() - start)
-    return _timing(seconds, 1, f"wall time, median of {len(seconds)} calls")
+    return _timing(seconds, 1, f"wall time, median of {len(seconds)}")
 
 
 def _timing(seconds: list[float], calls: int, protocol: str) -> Timing:

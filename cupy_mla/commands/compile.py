@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 import time
 from collections.abc import Sequence
 
@@ -30,10 +31,8 @@ def compile_kernels(ctx: click.Context, patterns: tuple[str, ...], jobs: int, fr
             click.echo(kernel.name)
         return
     start = time.perf_counter()
-    reports = []
-    with click.progressbar(
-        compile_all(kernels, jobs, fresh=fresh), length=len(kernels), label="Compiling", file=click.get_text_stream("stderr")
-    ) as finished:
+    compilations = compile_all(kernels, jobs, fresh=fresh)
+    with click.progressbar(compilations, length=len(kernels), label="Compiling", file=sys.stderr) as finished:
         reports = list(finished)
     _print(kernels, reports)
     failures = [report for report in reports if report.problems]

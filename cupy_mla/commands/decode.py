@@ -45,6 +45,7 @@ _BUILD_OPTIONS = ("lengths", "batch", "preset", "tp", "dtype", "page_size", "seq
 @click.pass_context
 def decode(
     ctx: click.Context,
+    /,
     input_file: Path | None,
     backend: str,
     sample: int,

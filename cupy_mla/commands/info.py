@@ -8,7 +8,7 @@ from importlib import metadata
 
 import click
 
-from .. import device
+from .. import __version__, device
 from ..errors import MlaError
 from ..jit import cache, compiler
 from ..settings import BACKEND_VARIABLE, CACHE_DIR_VARIABLE, VALIDATE_VARIABLE, get_settings
@@ -35,7 +35,7 @@ def collect_facts() -> dict[str, str]:
     settings = get_settings()
     kernels, size = cache.count_entries(settings.cache_dir)
     return {
-        "cupy-mla": _version("cupy-mla"),
+        "cupy-mla": __version__,
         "Python": f"{platform.python_version()} on {platform.platform()}",
         **_gpus(),
         "driver": f"supports CUDA {device.driver_cuda_version()}" if device.driver_cuda_version() else "none",

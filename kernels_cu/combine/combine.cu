@@ -11,7 +11,7 @@ using Element = MLA_DTYPE;  // Bf16 or Fp16
 // 96 registers a thread: an SM holds one CTA, so the grid spreads over all SMs even while few of them are free.
 constexpr i32 kCombineThreads = 640;
 
-// One row of one merge item; rows past the request's end do not exist, and the decode kernel never wrote their partials.
+// One row of one merge item. Rows past the request's end do not exist: the decode kernel never wrote their partials.
 MLA_DEVICE void merge_row(const CombineParams& params, const MergeItem& item, const RowChunks& chunks, i32 row_in_slot,
                           i32 chunk, i32 lane) {
     const i32 row = first_row_block_of(item.head_block) * params.rows + row_in_slot;
@@ -38,7 +38,7 @@ MLA_DEVICE void merge_row(const CombineParams& params, const MergeItem& item, co
 
 }  // namespace mla
 
-// grid: one CTA per SM, block kCombineThreads, no dynamic shared memory. A task is a chunk of one row of one merge item.
+// grid: one CTA per SM; block: kCombineThreads; no dynamic shared memory. A task is a chunk of a row of a merge item.
 extern "C" __global__ void __launch_bounds__(mla::kCombineThreads, 1)
 mla_combine(const __grid_constant__ mla::CombineParams params) {
     using namespace mla;

@@ -1,7 +1,7 @@
 // The merge of attention states: lse = log sum_i exp(lse_i), out = sum_i exp(lse_i - lse) * out_i.
 // One warp merges some columns of one row, without shared memory. Its lanes form `groups` groups; group g reads states
 // g, g + groups, ... and each lane of a group eight columns (an octet). Groups meet in a butterfly at the end.
-// The order of every sum follows from the number of states alone, so results depend neither on the grid nor on the batch.
+// The order of every sum follows from the number of states alone: results depend neither on the grid nor on the batch.
 #pragma once
 #include "core/quad.h"
 #include "ptx/convert.h"
@@ -127,8 +127,8 @@ struct PartialMerge {
         largest = new_largest;
     }
 
-    // States first, first + step, ... (kBatch of them), all loads in flight at once. Past the end the last state is loaded
-    // again and not counted: a load without a condition leaves the compiler free to issue it early.
+    // States first, first + step, ... (kBatch of them), all loads in flight at once. Past the end the last state is
+    // loaded again and not counted: a load without a condition leaves the compiler free to issue it early.
     template <typename T, i32 kBatch>
     MLA_DEVICE void take(const RowStates& states, i32 first, i32 step) {
         f32 lses[kBatch];
@@ -156,7 +156,8 @@ struct PartialMerge {
         }
     }
 
-    // Sums over the lanes whose numbers differ in `distance` and its multiples up to half a warp; all of them get the result.
+    // Merges lanes l, l + nearest, l + 2 * nearest, ...; all of them get the result. The two partners of a step add the
+    // same two numbers, so they get the same bits.
     MLA_DEVICE void join_lanes(i32 nearest) {
         f32 larger = largest;
         for (i32 distance = nearest; distance < kWarpLanes; distance *= 2) {
@@ -210,7 +211,9 @@ struct RowChunks {
         const i32 octets = d_v / kOctet;
         const i64 enough = static_cast<i64>(gridDim.x) * kEnoughWarpsOfCta;
         octets_of_chunk = kWarpLanes;
-        while (octets_of_chunk > kMinOctets && num_rows * ceil_div(octets, octets_of_chunk) < enough) octets_of_chunk /= 2;
+        while (octets_of_chunk > kMinOctets && num_rows * ceil_div(octets, octets_of_chunk) < enough) {
+            octets_of_chunk /= 2;
+        }
         chunks_of_row = ceil_div(octets, octets_of_chunk);
     }
 };
@@ -222,8 +225,8 @@ struct RowTarget {
     bool aligned;
 };
 
-// Merges one chunk of a row and stores it; the row's first chunk stores the lse. `states.outs` points at the row's start;
-// `target()` gives the RowTarget, asked for only when the loads are done: its addresses would cost registers before.
+// Merges one chunk of a row and stores it; the row's first chunk stores the lse. `states.outs` points at the row's
+// start. `target()` gives the RowTarget, asked for only when the loads are done: before, it would cost registers.
 template <typename T, typename Target>
 MLA_DEVICE void merge_chunk(RowStates states, const RowChunks& chunks, i32 chunk, i32 d_v, i32 lane, Target target) {
     constexpr i32 kOctetBytes = kOctet * T::kBytes;

@@ -25,8 +25,10 @@ mla_merge_states(const __grid_constant__ mla::MergeStatesParams params) {
         const i64 index2 = row - row01 * params.size2;
         const i64 index0 = row01 / params.size1;
         const i64 index1 = row01 - index0 * params.size1;
-        const i64 outs_offset = index0 * params.outs_stride0 + index1 * params.outs_stride1 + index2 * params.outs_stride2;
-        const i64 lses_offset = index0 * params.lses_stride0 + index1 * params.lses_stride1 + index2 * params.lses_stride2;
+        const i64 outs_offset =
+            index0 * params.outs_stride0 + index1 * params.outs_stride1 + index2 * params.outs_stride2;
+        const i64 lses_offset =
+            index0 * params.lses_stride0 + index1 * params.lses_stride1 + index2 * params.lses_stride2;
         const bool aligned = params.aligned != 0;
         const RowStates states{params.outs + outs_offset * Element::kBytes,
                                params.outs_stride_state * Element::kBytes,

@@ -41,9 +41,9 @@ struct PlanScratch {
 };
 static_assert(sizeof(PlanScratch) == 16400, "cupy_mla/plan_layout.py adds the job table to it");
 
-MLA_DEVICE i32 combine(i32 a, i32 b) { return a + b; }
-MLA_DEVICE Load combine(const Load& a, const Load& b) { return a.then(b); }
-MLA_DEVICE Counts combine(const Counts& a, const Counts& b) { return a.then(b); }
+MLA_DEVICE i32 join(i32 a, i32 b) { return a + b; }
+MLA_DEVICE Load join(const Load& a, const Load& b) { return a.then(b); }
+MLA_DEVICE Counts join(const Counts& a, const Counts& b) { return a.then(b); }
 
 // Inclusive prefix over the CTA's threads; returns the buffer that holds it.
 template <typename T>
@@ -54,7 +54,7 @@ MLA_DEVICE const T* scan_threads(T (&buffers)[2][kPlanThreads], const T& mine, i
     __syncthreads();
 #pragma unroll 1
     for (i32 distance = 1; distance < kPlanThreads; distance *= 2) {
-        to[thread] = thread < distance ? from[thread] : combine(from[thread - distance], from[thread]);
+        to[thread] = thread < distance ? from[thread] : join(from[thread - distance], from[thread]);
         __syncthreads();
         T* const written = to;
         to = from;
@@ -150,9 +150,9 @@ struct Planner {
         return static_cast<i32>((load.total + params.num_parts - 1) / params.num_parts);
     }
 
-    // The smallest feasible budgets with cuts where budgets end, and without. Filling in order leaves less than a tile and
-    // an overhead of each part unused, and a cut adds at most two overheads: the first lies within `candidates` of the mean
-    // load. Every one is tried, because a larger budget may move a cut and need one part more.
+    // The smallest feasible budgets with cuts where budgets end, and without. Filling in order leaves less than a tile
+    // and an overhead of each part unused, and a cut adds at most two overheads: the first lies within `candidates` of
+    // the mean load. Every one is tried, because a larger budget may move a cut and need one part more.
     MLA_DEVICE Rule search(const Load& load) const {
         const i32 lowest_cut = max_i32(mean_load(load), kTileCost + params.split_overhead);
         const i32 lowest_whole = max_i32(mean_load(load), load.largest);

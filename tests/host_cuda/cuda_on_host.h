@@ -1,5 +1,5 @@
-// Enough of CUDA to run a kernel of this project on the CPU, unchanged: every thread of a CTA is a fiber. Threads run in
-// order (or in reverse) until they reach a barrier or a shuffle, so a kernel that forgets one computes something else.
+// Enough of CUDA to run a kernel of this project on the CPU, unchanged: every thread of a CTA is a fiber. Threads run
+// in order (or in reverse) until they reach a barrier or a shuffle, so a kernel that forgets one computes something else.
 // Given to g++ with -include; ptx/ beside this file stands in for kernels_cu/ptx.
 #pragma once
 #include <ucontext.h>
@@ -98,7 +98,7 @@ inline void launch(unsigned grid, unsigned block, bool reverse, const std::funct
                 threadIdx.x = current;
                 swapcontext(&scheduler, &fiber.context);
             }
-            // All that live wait: the barrier opens. (A barrier that some threads have left without is undefined in CUDA.)
+            // When all wait, the barrier opens. In CUDA a barrier that some threads have left without is undefined.
             bool all_wait = true;
             for (const Fiber& fiber : fibers) {
                 alive = alive || !fiber.done;

@@ -15,7 +15,8 @@ alignas(1024) unsigned char shared[64 * 1024];
 
 extern "C" {
 
-void host_plan(const int* cache_seqlens, const int* cu_seqlens_q, int* plan, const mla::PlanParams* params, bool reverse) {
+void host_plan(const int* cache_seqlens, const int* cu_seqlens_q, int* plan, const mla::PlanParams* params,
+               bool reverse) {
     std::memset(shared, 0xA5, sizeof(shared));  // shared memory holds anything at first
     host_cuda::launch(1, mla::kPlanThreads, reverse, [=] { mla_plan(cache_seqlens, cu_seqlens_q, plan, *params); });
 }
@@ -41,8 +42,8 @@ int struct_layout(const char* name, int index) {
           offsetof(WorkItem, tile_end), offsetof(WorkItem, seqlen_k), offsetof(WorkItem, seqlen_q),
           offsetof(WorkItem, q_begin), offsetof(WorkItem, slot)}},
         {"MERGE_ITEM",
-         {sizeof(MergeItem), offsetof(MergeItem, request), offsetof(MergeItem, head_block), offsetof(MergeItem, seqlen_q),
-          offsetof(MergeItem, q_begin), offsetof(MergeItem, slot_begin), offsetof(MergeItem, slot_count),
+         {sizeof(MergeItem), offsetof(MergeItem, request), offsetof(MergeItem, head_block),
+          offsetof(MergeItem, seqlen_q), offsetof(MergeItem, q_begin), offsetof(MergeItem, slot_begin), offsetof(MergeItem, slot_count),
           offsetof(MergeItem, reserved)}},
         {"PLAN_PARAMS",
          {sizeof(PlanParams), offsetof(PlanParams, batch), offsetof(PlanParams, num_parts),
@@ -55,7 +56,8 @@ int struct_layout(const char* name, int index) {
         {"COMBINE_PARAMS",
          {sizeof(CombineParams), offsetof(CombineParams, partial_out), offsetof(CombineParams, partial_lse),
           offsetof(CombineParams, plan), offsetof(CombineParams, out), offsetof(CombineParams, out_stride_batch),
-          offsetof(CombineParams, lse), offsetof(CombineParams, lse_stride_batch), offsetof(CombineParams, merges_offset),
+          offsetof(CombineParams, lse), offsetof(CombineParams, lse_stride_batch),
+          offsetof(CombineParams, merges_offset),
           offsetof(CombineParams, slot_rows), offsetof(CombineParams, rows), offsetof(CombineParams, group_heads),
           offsetof(CombineParams, d_v), offsetof(CombineParams, aligned)}},
         {"MERGE_STATES_PARAMS",
