@@ -239,7 +239,8 @@ def _launch(
     stream: int,
 ) -> None:
     config, shape = plan.config, plan.shape
-    assert config is not None and shape is not None  # a plan on a GPU has both
+    assert config is not None  # a plan on a GPU has both
+    assert shape is not None
     kv_latent = kv_tensor_map(inputs.kv_latent, config, config.boxes_per_load)
     kv_rope = kv_latent if inputs.kv_rope is None else kv_tensor_map(inputs.kv_rope, config, 1)
     params = np.zeros(1, DECODE_PARAMS)
@@ -277,7 +278,8 @@ def _launch_combine(
     lse_strides: tuple[int, int, int],
     stream: int,
 ) -> None:
-    assert plan.combine_kernel is not None and plan.shape is not None
+    assert plan.combine_kernel is not None
+    assert plan.shape is not None
     params = np.zeros(1, COMBINE_PARAMS)
     params["partial_out"], params["partial_lse"], params["plan"] = plan.partial_out, plan.partial_lse, plan.pointer
     params["out"], params["out_strides"] = out.pointer, out_strides

@@ -11,6 +11,7 @@ import numpy as np
 
 from .driver import check, driver
 
+
 class Launch:
     """A kernel launch whose arguments and geometry are packed once and queued any number of times.
 

@@ -65,7 +65,8 @@ def merge_states(outs: Any, lses: Any, *, stream: int | None = None) -> tuple[An
         params = np.zeros(1, MERGE_STATES_PARAMS)
         # Row indices (batch, token, head); a ragged array has one batch.
         params["sizes"] = (out_shape[0] if len(out_shape) == 4 else 1, *out_shape[-3:-1])
-        params["outs"], params["outs_strides"] = outs_view.pointer, (outs_view.strides[0], *_rows(outs_view.strides[1:]))
+        params["outs"] = outs_view.pointer
+        params["outs_strides"] = (outs_view.strides[0], *_rows(outs_view.strides[1:]))
         params["out"], params["out_strides"] = out_view.pointer, _rows(out_view.strides)
         params["lses"] = lses_view.pointer
         params["lses_strides"] = (lses_view.strides[0], *_lse_rows(lses_view.strides[1:]))

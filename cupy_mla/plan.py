@@ -1,4 +1,4 @@
-"""Decode plans: how the work of a batch is cut and who does it, made on the device and used by every layer of a step."""
+"""Decode plans: how the work of a batch is cut, made on the device once and used by every layer of a step."""
 
 from __future__ import annotations
 
@@ -15,7 +15,6 @@ from .launch import launch_kernel
 from .plan_layout import PLAN_SOURCE, combine_source, plan_geometry, plan_layout, plan_params
 from .problem import DecodeInputs, DecodeProblem
 from .schedule import ScheduleShape, ceil_div, choose_parts
-
 
 _PARTIAL_ALIGNMENT = 256  # bytes; sections of the workspace
 _ELEMENT_BYTES = 2
