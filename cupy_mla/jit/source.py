@@ -17,6 +17,7 @@ COMPILE_OPTIONS: tuple[str, ...] = (
     "-default-device",
     "-lineinfo",
     "--ptxas-options=-v",  # registers, spills and stack frames in the program log
+    "--no-cache",  # a hit in the compiler's own cache skips ptxas, and the log then has no report
 )
 
 _PACKAGE = Path(__file__).resolve().parent.parent

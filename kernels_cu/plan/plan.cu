@@ -1,4 +1,5 @@
-// Lengths to a work list, on the device: one CTA, no host synchronisation. A captured graph follows lengths that change.
+// Lengths to a work list, on the device: one CTA, no host synchronisation, so that a captured graph follows lengths
+// that change.
 #include "plan/planner.h"
 
 // grid 1, block kPlanThreads. Dynamic shared memory: PlanScratch, then the job table if params.table_in_shared.

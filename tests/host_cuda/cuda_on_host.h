@@ -1,5 +1,5 @@
 // Enough of CUDA to run a kernel of this project on the CPU, unchanged: every thread of a CTA is a fiber. Threads run
-// in order (or in reverse) until they reach a barrier or a shuffle, so a kernel that forgets one computes something else.
+// in order (or in reverse) until they reach a barrier or a shuffle: a kernel that forgets one computes something else.
 // Given to g++ with -include; ptx/ beside this file stands in for kernels_cu/ptx.
 #pragma once
 #include <ucontext.h>
