@@ -187,7 +187,7 @@ def current_stream(obj: Any, device_id: int) -> int:
     return int(_cupy().cuda.get_current_stream(device_id).ptr)
 
 
-def empty_like(obj: Any, shape: tuple[int, ...], dtype: str) -> Any:
+def empty_like(obj: Any, shape: tuple[int, ...], dtype: str, stream: int | None = None) -> Any:
     """An uninitialised C-contiguous array on the device of ``obj``, from the allocator of its framework.
 
     Parameters
@@ -198,6 +198,9 @@ def empty_like(obj: Any, shape: tuple[int, ...], dtype: str) -> Any:
         Extents of the new array.
     dtype
         Name of its element type.
+    stream
+        CUDA stream that the array will be used on: allocators reuse memory in the order of the stream it was asked for
+        on. None: the current stream.
 
     Returns
     -------
@@ -212,7 +215,11 @@ def empty_like(obj: Any, shape: tuple[int, ...], dtype: str) -> Any:
     """
     framework = framework_of(obj)
     if framework == "torch":
-        return obj.new_empty(shape, dtype=getattr(sys.modules["torch"], dtype))
+        torch = sys.modules["torch"]
+        if stream is None or not obj.is_cuda:
+            return obj.new_empty(shape, dtype=getattr(torch, dtype))
+        with torch.cuda.stream(torch.cuda.ExternalStream(stream, device=obj.device)):
+            return obj.new_empty(shape, dtype=getattr(torch, dtype))
     if framework == "numpy":
         return np.empty(shape, numpy_dtype(dtype))
     if framework == "cupy":
@@ -222,7 +229,7 @@ def empty_like(obj: Any, shape: tuple[int, ...], dtype: str) -> Any:
         if device == CPU:
             return np.empty(shape, numpy_dtype(dtype))
     cupy = _cupy()
-    with cupy.cuda.Device(device_id):
+    with cupy.cuda.Device(device_id), _on_stream(stream):
         return cupy.empty(shape, numpy_dtype(dtype))
 
 

@@ -11,11 +11,12 @@ import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from .schedule import TILE_TOKENS
+
 if TYPE_CHECKING:
     from .jit.source import KernelSource
     from .problem import DecodeProblem
 
-TILE_TOKENS = 64  # KV tokens of a tile: core/work.h, kTileTokens
 BOX_COLUMNS = 64  # columns of one swizzled copy-engine box: core/smem_descriptor.h, kBoxColumns
 MAX_SHARED_BYTES = 232_448  # dynamic shared memory that a Hopper block can opt in to
 

@@ -116,16 +116,16 @@ def mla_decode(
     if not on_gpu:
         return _decode_on_cpu(problem, inputs, scale, first_q, out, lse)
 
-    device_id = inputs.location[1]
+    given_stream = stream
     if stream is None:
-        stream = current_stream(first_q, device_id)
-    out_array = empty_like(first_q, problem.out_shape, problem.dtype) if out is None else out
-    lse_array = empty_like(first_q, problem.lse_shape, "float32") if lse is None else lse
+        stream = current_stream(first_q, inputs.location[1])
+    out_array = empty_like(first_q, problem.out_shape, problem.dtype, given_stream) if out is None else out
+    lse_array = empty_like(first_q, problem.lse_shape, "float32", given_stream) if lse is None else lse
     out_view = out_view or view(out_array, "out", stream)
     lse_view = lse_view or view(lse_array, "lse", stream)
     if 0 not in problem.out_shape:
         if plan is None:
-            plan = DecodePlan(problem, inputs.location, first_q)
+            plan = DecodePlan(problem, inputs.location, first_q, stream=given_stream)
             starts = 0 if inputs.cu_seqlens_q is None else inputs.cu_seqlens_q.pointer
             plan.launch(inputs.cache_seqlens.pointer, starts, stream)
         _launch(problem, inputs, plan, scale, out_view, lse_view, stream)
@@ -190,7 +190,12 @@ def plan_decode(
     _require_backend(inputs)
     first_q = q[0] if isinstance(q, (tuple, list)) else q
     plan = DecodePlan(
-        problem, inputs.location, first_q, max_seqlen_k=max_seqlen_k, fixed_split_tokens=fixed_split_tokens
+        problem,
+        inputs.location,
+        first_q,
+        max_seqlen_k=max_seqlen_k,
+        fixed_split_tokens=fixed_split_tokens,
+        stream=stream,
     )
     plan.update(cache_seqlens, cu_seqlens_q, stream=stream)
     return plan

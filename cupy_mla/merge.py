@@ -57,9 +57,10 @@ def merge_states(outs: Any, lses: Any, *, stream: int | None = None) -> tuple[An
         return _merge_on_cpu(outs, lses, out_shape, lse_shape, outs_view.dtype)
     device_id = outs_view.device_id
     info = require_supported(device_id)
+    out = empty_like(outs, out_shape, outs_view.dtype, stream)
+    lse = empty_like(outs, lse_shape, "float32", stream)
     if stream is None:
         stream = current_stream(outs, device_id)
-    out, lse = empty_like(outs, out_shape, outs_view.dtype), empty_like(outs, lse_shape, "float32")
     out_view, lse_view = view(out, "out", stream), view(lse, "lse", stream)
     if 0 not in out_shape:
         params = np.zeros(1, MERGE_STATES_PARAMS)

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from .arrays import empty_like, view
+from .arrays import CUDA, ArrayView, current_stream, empty_like, view
 from .configs import KernelConfig, choose_config
 from .device import describe_device
 from .errors import InvalidArgumentError, PlanMismatchError
@@ -18,7 +18,7 @@ from .schedule import ScheduleShape, ceil_div, choose_parts
 
 _PARTIAL_ALIGNMENT = 256  # bytes; sections of the workspace
 _ELEMENT_BYTES = 2
-_FLOAT_BYTES = 4
+_WORD_BYTES = 4  # int32 of the plan, float32 of the lse
 
 
 def schedule_shape(
@@ -72,12 +72,13 @@ class DecodePlan:
         *,
         max_seqlen_k: int | None = None,
         fixed_split_tokens: int | None = None,
+        stream: int | None = None,
     ) -> None:
         self.problem = problem
         self.location = location
         self.config: KernelConfig | None = None
         self.shape: ScheduleShape | None = None
-        if location[0] != "cuda":
+        if location[0] != CUDA:
             return
         device_id = location[1]
         info = describe_device(device_id)
@@ -95,12 +96,12 @@ class DecodePlan:
         self._params = plan_params(shape)
         self._geometry = plan_geometry(shape)
         rows = shape.max_slots * shape.rows_per_job
-        sections = (layout.total_ints * _FLOAT_BYTES, rows * problem.head_dim_v * _ELEMENT_BYTES, rows * _FLOAT_BYTES)
+        sections = (layout.total_ints * _WORD_BYTES, rows * problem.head_dim_v * _ELEMENT_BYTES, rows * _WORD_BYTES)
         offsets = [0]
         for size in sections:
             offsets.append(offsets[-1] + ceil_div(size, _PARTIAL_ALIGNMENT) * _PARTIAL_ALIGNMENT)
         # From q's framework, whose allocator knows its streams and its graph captures.
-        self._workspace = empty_like(owner, (offsets[-1],), "uint8")
+        self._workspace = empty_like(owner, (offsets[-1],), "uint8", stream)
         base = view(self._workspace, "workspace").pointer
         self.pointer, self.partial_out, self.partial_lse = base, base + offsets[1], base + offsets[2]
         self.workspace_bytes = offsets[-1]
@@ -122,8 +123,6 @@ class DecodePlan:
         InvalidArgumentError
             A wrong shape, type or device, or cu_seqlens_q given or missing against the plan.
         """
-        from .arrays import current_stream
-
         if self.shape is None:
             return
         if stream is None:
@@ -179,7 +178,7 @@ class DecodePlan:
         )
 
 
-def _check_index(array: Any, name: str, length: int, location: tuple[str, int]) -> None:
+def _check_index(array: ArrayView, name: str, length: int, location: tuple[str, int]) -> None:
     if array.shape != (length,) or array.dtype != "int32" or (length > 1 and array.strides != (1,)):
         raise InvalidArgumentError(name, f"contiguous int32 [{length}]", f"{array.dtype} {list(array.shape)}")
     if array.location != location:

@@ -11,12 +11,13 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from . import configs
 from .errors import InvalidArgumentError
 from .jit.source import KernelSource
 from .schedule import CostModel, Schedule, ScheduleShape, ceil_div
 
 PLAN_SOURCE = KernelSource(entry="plan/plan.cu", function="mla_plan")
-DTYPE_TAGS = {"bfloat16": "Bf16", "float16": "Fp16", "float32": "Fp32"}
+DTYPE_TAGS = {**configs.DTYPE_TAGS, "float32": "Fp32"}
 
 PLAN_THREADS = 256
 COMBINE_THREADS = 640

@@ -2,7 +2,8 @@
 
 CUDA graphs of 64 calls (4 above 200 MB of cache) over copies of the KV cache that hold 256 MB in all, replayed in turn
 with the peer's; the median of 5 replays. Plans (and the peer's metadata) are made once, before. The peer needs torch
-and the folder that shared/tools/fetch_peers.sh fills; without torch, ours alone is timed through CuPy.
+and a folder with FlashMLA as the vLLM wheel packs it (vllm/_flashmla_C*.so and vllm/third_party/flashmla); without
+torch, ours alone is timed through CuPy.
 """
 
 from __future__ import annotations
@@ -306,7 +307,7 @@ NAME_WIDTH = 24
 
 
 @click.command(help=__doc__)
-@click.option("--peers", type=click.Path(exists=True, file_okay=False), help="Folder of FlashMLA (fetch_peers.sh).")
+@click.option("--peers", type=click.Path(exists=True, file_okay=False), help="Folder with FlashMLA, see above.")
 @click.option("--cases", "substring", default="", help="Only cases whose name has this in it, e.g. h16 or b1_.")
 @click.option("--sustained", is_flag=True, help="Also 0.3 s back to back, ours and the peer's in turn.")
 @click.option("--json", "json_path", type=click.Path(dir_okay=False), help="Also write the rows to this file.")

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from test_schedule import Case, cases, dense
 
 from cupy_mla import plan_layout, schedule
+from cupy_mla.decode_params import DECODE_PARAMS
 from cupy_mla.errors import InvalidArgumentError
 from cupy_mla.schedule import CostModel, Schedule, make_schedule
 
@@ -67,10 +68,11 @@ def test_arrays_may_hold_anything(values: list[int], fixed: bool) -> None:
 
 
 @pytest.mark.parametrize(
-    "name", ["PLAN_HEADER", "WORK_ITEM", "MERGE_ITEM", "PLAN_PARAMS", "COMBINE_PARAMS", "MERGE_STATES_PARAMS"]
+    "name",
+    ["PLAN_HEADER", "WORK_ITEM", "MERGE_ITEM", "PLAN_PARAMS", "DECODE_PARAMS", "COMBINE_PARAMS", "MERGE_STATES_PARAMS"],
 )
 def test_structs_are_the_same_on_both_sides(name: str) -> None:
-    dtype: np.dtype = getattr(plan_layout, name)
+    dtype: np.dtype = DECODE_PARAMS if name == "DECODE_PARAMS" else getattr(plan_layout, name)
     assert dtype.fields is not None
     offsets = tuple(dtype.fields[field][1] for field in dtype.names or ())
     assert (dtype.itemsize, *offsets) == struct_layout(name, len(offsets))

@@ -4,6 +4,7 @@
 // The order of every sum follows from the number of states alone: results depend neither on the grid nor on the batch.
 #pragma once
 #include "core/quad.h"
+#include "core/softmax.h"
 #include "ptx/convert.h"
 #include "ptx/warp.h"
 
@@ -13,10 +14,6 @@ constexpr i32 kOctet = 8;
 constexpr i32 kWarpLanes = 32;
 constexpr i32 kMaxGroups = 16;         // two lanes a group: 32 bytes of a state, one sector
 constexpr i32 kStatesPerLane = 8;      // more groups only when a lane would read more states than this
-constexpr f32 kLog2e = 1.4426950408889634f;
-constexpr f32 kLn2 = 0.6931471805599453f;
-
-MLA_DEVICE f32 minus_infinity() { return __int_as_float(0xff800000); }
 
 MLA_DEVICE i32 state_groups(i32 num_states) {
     i32 groups = 1;

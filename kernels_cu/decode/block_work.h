@@ -5,8 +5,6 @@
 
 namespace mla {
 
-MLA_DEVICE f32 minus_infinity() { return __int_as_float(0xff800000); }
-
 struct BlockWork {
     i32 request, kv_head;
     i32 first_row;   // of this CTA, among the request's seqlen_q * group_heads rows of the kv head

@@ -6,6 +6,7 @@
 // cross lanes and warps (a row's 64 tokens are spread over all of them) does so only when a maximum moves and at the end.
 #pragma once
 #include "core/quad.h"
+#include "core/softmax.h"
 #include "decode/block_work.h"
 #include "decode/narrow_smem.h"
 #include "decode/narrow_store.h"
@@ -14,10 +15,6 @@
 #include "ptx/wgmma.h"
 
 namespace mla {
-
-// The running maximum moves only when a score exceeds it by more than this (log2 units): P stays below 2^8.
-constexpr float kRescaleThreshold = 8.0f;
-constexpr float kLn2 = 0.693147180559945309f;
 
 constexpr u32 kFragment = kRows / 2;    // accumulators a thread holds of a 64 x kRows tile
 constexpr u32 kThreadRows = kRows / 4;  // query rows among them

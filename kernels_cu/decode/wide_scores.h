@@ -1,6 +1,7 @@
 // The scores warpgroup: S = Q K^T for one tile after the other, online softmax, P to shared memory.
 #pragma once
 #include "core/quad.h"
+#include "core/softmax.h"
 #include "decode/block_work.h"
 #include "decode/wide_smem.h"
 #include "ptx/convert.h"
@@ -14,9 +15,6 @@ constexpr u32 kScoresBarrier = 1;  // named barrier of this warpgroup
 // PV of tile t is released when all but this many k16 steps of QK(t + 1) are done: the tensor pipe alternates between
 // warpgroups by instruction, and wide PV instructions would starve narrow QK ones. 4 to 20 are good, 0 costs 5%.
 constexpr u32 kStepsAfterRelease = kSteps > 20 ? 10 : 4;
-// The running maximum moves only when a score exceeds it by more than this (log2 units): P stays below 2^8.
-constexpr float kRescaleThreshold = 8.0f;
-constexpr float kLn2 = 0.693147180559945309f;
 
 class ScoresRole {
 public:

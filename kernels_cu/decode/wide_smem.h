@@ -1,4 +1,4 @@
-// Shared memory of the wide kernel. cupy_mla/configs.py adds up the same sizes; a test compares the totals.
+// Shared memory of the wide kernel. cupy_mla/configs.py adds up the same sizes and passes the total.
 #pragma once
 #include "decode/config.h"
 

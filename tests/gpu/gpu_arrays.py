@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
@@ -17,6 +18,7 @@ try:
 except ImportError:
     cupy = None
 
+DELAY_CYCLES = 100_000_000  # about 50 ms
 NAN_BITS = 0x7FFF  # a NaN in bfloat16 and in float16
 
 
@@ -181,3 +183,32 @@ def expected(
         keys = keys_of(case, arrays, request, length)
         results.append(attention(keys, q, case.latent_dim, case.scale, case.causal))
     return results
+
+
+@contextlib.contextmanager
+def delayed_stream() -> Iterator[int]:
+    """A stream that is busy for a while before what is queued on it; waited for at the end."""
+    if torch is not None:
+        stream = torch.cuda.Stream()
+        with torch.cuda.stream(stream):
+            torch.cuda._sleep(DELAY_CYCLES)
+        yield stream.cuda_stream
+    else:
+        stream = cupy.cuda.Stream(non_blocking=True)
+        with stream:
+            values = cupy.ones((8192, 8192), np.float32)
+            for _ in range(8):
+                values = values @ values
+        yield stream.ptr
+    stream.synchronize()
+
+
+def scribble(size: int) -> None:
+    """Fill so many newly allocated bytes with ones, in pieces of the sizes that allocators keep apart."""
+    pieces = [2**power for power in range(9, 22)]
+    for piece in pieces:
+        for _ in range(max(1, min(64, size // piece // len(pieces)))):
+            if torch is None:
+                cupy.full(piece, 0xFF, np.uint8)
+            else:
+                torch.full((piece,), 0xFF, dtype=torch.uint8, device="cuda")

@@ -334,6 +334,17 @@ def test_graph_replayed_after_lengths_changed(heads: int) -> None:
         on_gpu.check(out, lse, lengths)
 
 
+def test_stream_argument_keeps_the_workspace_of_a_call_without_plan() -> None:
+    """Memory that the call frees must not go to work on the current stream while the given stream is behind."""
+    on_gpu = OnGpu(DenseCase(lengths=(4096,), num_heads_q=16))
+    gpu.synchronize()
+    with gpu.delayed_stream() as stream:
+        out, lse = on_gpu.decode(stream=stream)
+        for _ in range(4):  # overwrites what the current stream's allocator hands out
+            gpu.scribble(64 * 2**20)
+    on_gpu.check(out, lse)
+
+
 def test_plan_of_other_shapes_is_refused() -> None:
     on_gpu = OnGpu(DenseCase(num_heads_q=16))
     plan = plan_decode(*OnGpu(DenseCase(num_heads_q=64)).tensors)

@@ -7,6 +7,7 @@
 #define MLA_DTYPE MERGE_STATES_DTYPE
 #include "combine/merge_states.cu"
 #undef Element
+#include "decode/params.h"
 #include "plan/plan.cu"
 
 #include <cstddef>
@@ -54,6 +55,15 @@ int struct_layout(const char* name, int index) {
           offsetof(PlanParams, piece_overhead), offsetof(PlanParams, split_overhead),
           offsetof(PlanParams, merge_overhead), offsetof(PlanParams, max_jobs), offsetof(PlanParams, merges_offset),
           offsetof(PlanParams, workspace_offset), offsetof(PlanParams, table_in_shared)}},
+        {"DECODE_PARAMS",
+         {sizeof(DecodeParams), offsetof(DecodeParams, q_latent), offsetof(DecodeParams, q_latent_stride_batch),
+          offsetof(DecodeParams, q_rope), offsetof(DecodeParams, q_rope_stride_batch),
+          offsetof(DecodeParams, block_table), offsetof(DecodeParams, block_table_stride),
+          offsetof(DecodeParams, out), offsetof(DecodeParams, out_stride_batch), offsetof(DecodeParams, lse),
+          offsetof(DecodeParams, lse_stride_batch), offsetof(DecodeParams, partial_out),
+          offsetof(DecodeParams, partial_lse), offsetof(DecodeParams, plan), offsetof(DecodeParams, num_parts),
+          offsetof(DecodeParams, blocks_per_job), offsetof(DecodeParams, group_heads),
+          offsetof(DecodeParams, scale_log2)}},
         {"COMBINE_PARAMS",
          {sizeof(CombineParams), offsetof(CombineParams, partial_out), offsetof(CombineParams, partial_lse),
           offsetof(CombineParams, plan), offsetof(CombineParams, out), offsetof(CombineParams, out_stride_batch),
