@@ -18,7 +18,7 @@ MLA_DEVICE void initialise_barriers(u32 smem) {
     for (u32 stage = 0; stage < kStages; ++stage) {
         mbarrier_init(smem + WideSmem::tile_full + stage * sizeof(u64), 1);  // the loader, with the bytes to come
         mbarrier_init(smem + WideSmem::tile_empty + stage * sizeof(u64), kValueWarpgroups * kWarps);
-        mbarrier_init(smem + WideSmem::probabilities_full + stage * sizeof(u64), kWarps);
+        mbarrier_init(smem + WideSmem::probabilities_full + stage * sizeof(u64), kWarpgroupThreads);
     }
     mbarrier_init_fence();
 }

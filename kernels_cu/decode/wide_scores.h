@@ -246,9 +246,10 @@ private:
     }
 
     // Of the tile before ring_'s: a tile's P is released while the next tile is being multiplied.
+    // Every lane releases what it wrote itself; one lane for its warp is no faster.
     MLA_DEVICE void release_probabilities() {
         const u32 stage = ring_.stage == 0 ? kStages - 1 : ring_.stage - 1;
-        if (lane() == 0) mbarrier_arrive(smem_ + WideSmem::probabilities_full + stage * sizeof(u64));
+        mbarrier_arrive(smem_ + WideSmem::probabilities_full + stage * sizeof(u64));
     }
 
     MLA_DEVICE void write_lse(const BlockWork& work, u32 row, const float (&maximum)[2], const float (&sum)[2]) {

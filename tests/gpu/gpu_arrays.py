@@ -203,12 +203,6 @@ def delayed_stream() -> Iterator[int]:
     stream.synchronize()
 
 
-def scribble(size: int) -> None:
-    """Fill so many newly allocated bytes with ones, in pieces of the sizes that allocators keep apart."""
-    pieces = [2**power for power in range(9, 22)]
-    for piece in pieces:
-        for _ in range(max(1, min(64, size // piece // len(pieces)))):
-            if torch is None:
-                cupy.full(piece, 0xFF, np.uint8)
-            else:
-                torch.full((piece,), 0xFF, dtype=torch.uint8, device="cuda")
+def allocate(size: int) -> Any:
+    """So many bytes from the allocator, as the current stream gets them."""
+    return cupy.empty(size, np.uint8) if torch is None else torch.empty(size, dtype=torch.uint8, device="cuda")

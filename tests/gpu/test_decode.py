@@ -11,6 +11,8 @@ import pytest
 from cases_dense import DTYPES, DenseArrays, DenseCase, frobenius_error
 
 from cupy_mla import InvalidArgumentError, PlanMismatchError, merge_states, mla_decode, plan_decode
+from cupy_mla import plan as plan_module
+from cupy_mla.arrays import empty_like, view
 
 from . import gpu_arrays as gpu
 
@@ -334,14 +336,24 @@ def test_graph_replayed_after_lengths_changed(heads: int) -> None:
         on_gpu.check(out, lse, lengths)
 
 
-def test_stream_argument_keeps_the_workspace_of_a_call_without_plan() -> None:
-    """Memory that the call frees must not go to work on the current stream while the given stream is behind."""
+def test_workspace_of_a_call_without_plan_stays_with_the_given_stream(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The call frees it while the stream is still behind; the current stream must not get that memory meanwhile."""
+    workspaces: list[tuple[int, int]] = []
+
+    def recording_empty_like(*arguments: Any) -> Any:
+        array = empty_like(*arguments)
+        workspaces.append((view(array, "workspace").pointer, array.shape[0]))
+        return array
+
+    monkeypatch.setattr(plan_module, "empty_like", recording_empty_like)
     on_gpu = OnGpu(DenseCase(lengths=(4096,), num_heads_q=16))
     gpu.synchronize()
     with gpu.delayed_stream() as stream:
         out, lse = on_gpu.decode(stream=stream)
-        for _ in range(4):  # overwrites what the current stream's allocator hands out
-            gpu.scribble(64 * 2**20)
+        [(begin, size)] = workspaces
+        for other in [gpu.allocate(size) for _ in range(4)]:
+            pointer = view(other, "other").pointer
+            assert pointer + size <= begin or begin + size <= pointer
     on_gpu.check(out, lse)
 
 
