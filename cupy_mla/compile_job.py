@@ -15,7 +15,6 @@ from .jit import compiler
 from .jit.module import get_cubin
 from .jit.source import KernelSource
 from .plan_layout import (
-    COMBINE_THREADS,
     MERGE_STATES_THREADS,
     PLAN_SOURCE,
     PLAN_THREADS,
@@ -66,7 +65,7 @@ def all_kernels() -> list[NamedKernel]:
     decode = [
         NamedKernel(config.name, config.source(), config.threads, config.shared_memory) for config in standard_configs()
     ]
-    combine = [NamedKernel(f"combine_{dtype}", combine_source(dtype), COMBINE_THREADS) for dtype in DTYPE_TAGS]
+    combine = [NamedKernel(f"combine_{dtype}", combine_source(dtype)) for dtype in DTYPE_TAGS]
     merge = [
         NamedKernel(f"merge_states_{dtype}", merge_states_source(dtype), MERGE_STATES_THREADS)
         for dtype in _MERGE_STATES_DTYPES

@@ -11,7 +11,7 @@ import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from .schedule import TILE_TOKENS
+from .schedule import TILE_COST, TILE_TOKENS, CostModel, ceil_div, choose_parts
 
 if TYPE_CHECKING:
     from .jit.source import KernelSource
@@ -23,6 +23,7 @@ MAX_SHARED_BYTES = 232_448  # dynamic shared memory that a Hopper block can opt 
 WIDE_ROWS = 64  # rows of wgmma's M
 NARROW_ROWS = (16, 32)  # rows of wgmma's N, the operands swapped
 
+_CTA_SHARED_BYTES = 1024  # that every CTA takes besides its own
 _NARROW_THREADS = 160  # one consumer warpgroup, one producer warp
 _NARROW_CONSUMER_WARPS = 4
 _NARROW_PROBABILITY_BUFFERS = 2
@@ -36,7 +37,12 @@ _ELEMENT_BYTES = 2
 _FLOAT_BYTES = 4
 _BOX_BYTES = TILE_TOKENS * BOX_COLUMNS * _ELEMENT_BYTES
 _LOADER_STATE_BYTES = 32
+_WIDE_LOADER_WARPS = 4  # where a tile has several pages
 _BARRIER_BYTES = 8
+
+_NARROW_COST = CostModel()
+_WIDE_COST = CostModel(piece_overhead=4 * TILE_COST, split_overhead=5 * TILE_COST)
+_COMBINE_THREADS = {("narrow", 16): 256, ("narrow", 32): 256, ("wide", WIDE_ROWS): 640}
 
 DTYPE_TAGS = {"bfloat16": "Bf16", "float16": "Fp16"}
 
@@ -81,6 +87,24 @@ class KernelConfig:
         return _WIDE_THREADS if self.kernel == "wide" else _NARROW_THREADS
 
     @property
+    def combine_threads(self) -> int:
+        """Threads of a CTA of the merge, at most 96 registers each, as a CTA of this kernel leaves room for.
+
+        An SM has four register files of 16,384. One of them holds two of the 16-row kernel's five warps, 144 registers
+        a thread, and has room for two warps more: 384 threads do not fit, and cost 0.9 us at 1 x 4096 x 16 heads. The
+        other kernels leave no room; after the wide one, whose merges are the largest, 640 threads fill the SM.
+        """
+        return _COMBINE_THREADS[self.kernel, self.rows]
+
+    @property
+    def cost(self) -> CostModel:
+        """What a piece costs besides its tiles: 64 rows of queries and of output are most of a tile's bytes again.
+
+        Measured on an H200, 128 real requests and 128 heads: 103 us with the narrow kernels' costs, 92 us with these.
+        """
+        return _WIDE_COST if self.kernel == "wide" else _NARROW_COST
+
+    @property
     def chunk_tokens(self) -> int:
         """Tokens of a tile that surely lie in one page: what one copy-engine box takes."""
         return math.gcd(self.page_size, TILE_TOKENS)
@@ -104,14 +128,16 @@ class KernelConfig:
         query = shared_steps * self.rows * _STEP_COLUMNS * _ELEMENT_BYTES
         factors = _WIDE_STAGES * self.rows * _FLOAT_BYTES
         barriers = 3 * _WIDE_STAGES * _BARRIER_BYTES
-        return ring + query + factors + _LOADER_STATE_BYTES + barriers
+        loader_warps = 1 if self.chunk_tokens == TILE_TOKENS else _WIDE_LOADER_WARPS
+        return ring + query + factors + loader_warps * _LOADER_STATE_BYTES + barriers
 
     def _narrow_shared_memory(self) -> int:
         row_box = self.rows * BOX_COLUMNS * _ELEMENT_BYTES
         boxes = (self.latent_dim + self.rope_dim) // BOX_COLUMNS
         fixed = (boxes + _NARROW_PROBABILITY_BUFFERS) * row_box + _NARROW_CONSUMER_WARPS * self.rows * _FLOAT_BYTES
         slot = _BOX_BYTES + 2 * _BARRIER_BYTES
-        return fixed + (MAX_SHARED_BYTES - fixed) // slot * slot  # as many KV boxes as fit
+        # As many KV boxes as fit beside a CTA of the merge.
+        return fixed + (MAX_SHARED_BYTES - _CTA_SHARED_BYTES - fixed) // slot * slot
 
     def source(self) -> KernelSource:
         """What the run-time compiler is given."""
@@ -132,25 +158,80 @@ class KernelConfig:
         )
 
 
-def choose_config(problem: DecodeProblem) -> KernelConfig:
-    """The configuration that serves a problem.
+def choose_config(
+    problem: DecodeProblem,
+    num_sms: int,
+    max_seqlen_k: int | None = None,
+    fixed_split_tokens: int | None = None,
+) -> KernelConfig:
+    """The configuration that serves a problem: the one that should take the least time.
 
-    Rows are the query heads and tokens that share a kv head. Up to 32 rows, swapped operands waste no tensor work on
-    padding and leave room for a deeper ring; beyond, 64 rows a CTA read the cache the fewest times.
-    A mask is compiled in only where it can hide anything: one query token sees every key.
+    Rows are the query heads and tokens that share a kv head. With a fixed split, which promises the same bits in any
+    batch, they alone decide. A mask is compiled in only where it can hide anything: one query token sees every key.
+
+    Parameters
+    ----------
+    problem
+        Shapes and settings.
+    num_sms
+        Multiprocessors of the GPU.
+    max_seqlen_k
+        Largest length there will be, in tokens; None: what the block table can hold.
+    fixed_split_tokens
+        The fixed split, if there is one.
     """
-    tokens = -(-problem.total_q // max(problem.batch, 1))  # of a request, on average when ragged
+    tokens = ceil_div(problem.total_q, max(problem.batch, 1))  # of a request, on average when ragged
+    if problem.seqlen_q <= 2 * tokens:  # else the longest request is an exception, or its length is not known
+        tokens = problem.seqlen_q
     rows = problem.group_heads * tokens
-    fitting = [narrow for narrow in NARROW_ROWS if rows <= narrow]
+    if fixed_split_tokens is not None:
+        kernel = next((kernel for kernel in _KERNEL_TIMES if rows <= kernel[1]), ("wide", WIDE_ROWS))
+    else:
+        tokens_k = problem.max_seqlen_k if max_seqlen_k is None else min(max_seqlen_k, problem.max_seqlen_k)
+        requests = problem.batch * problem.num_heads_kv
+        kernel = min(_KERNEL_TIMES, key=lambda kernel: _estimate_time(kernel, rows, requests, tokens_k, num_sms))
     return KernelConfig(
-        kernel="narrow" if fitting else "wide",
-        rows=fitting[0] if fitting else WIDE_ROWS,
+        kernel=kernel[0],
+        rows=kernel[1],
         latent_dim=problem.latent_dim,
         rope_dim=problem.rope_dim,
         dtype=problem.dtype,
         page_size=problem.page_size,
         causal=problem.causal and problem.seqlen_q > 1,
     )
+
+
+@dataclass(frozen=True, slots=True)
+class _KernelTimes:
+    """Microseconds of a call with nothing to do, of a merge, and, on the SM that has most of them, of each KV tile and
+    of each item after the first."""
+
+    start: float
+    tile: float
+    item: float
+    merge: float
+
+
+# Fitted to batches of 1 to 64 on an H200, from 64 to 131,072 tokens (kernels_cu/DESIGN.md has the table). Few rows a
+# CTA: many CTAs, each soon done, for a small batch; many rows a CTA: the cache is read fewer times, for a large one.
+_KERNEL_TIMES = {
+    ("narrow", 16): _KernelTimes(start=5.0, tile=1.36, item=3.4, merge=0.9),
+    ("narrow", 32): _KernelTimes(start=6.9, tile=1.55, item=5.6, merge=2.1),
+    ("wide", WIDE_ROWS): _KernelTimes(start=8.5, tile=1.7, item=8.3, merge=5.5),
+}
+
+
+def _estimate_time(kernel: tuple[str, int], rows: int, requests: int, tokens_k: int, num_sms: int) -> float:
+    """About how long a decode takes in which all requests are as long as the longest may be, whole or cut."""
+    times = _KERNEL_TIMES[kernel]
+    row_blocks = ceil_div(rows, kernel[1])
+    blocks_per_job, num_parts = choose_parts(num_sms, row_blocks)
+    jobs = requests * ceil_div(row_blocks, blocks_per_job)
+    tiles = ceil_div(tokens_k, TILE_TOKENS)
+    items = ceil_div(jobs, num_parts)
+    whole = times.tile * items * tiles
+    cut = times.tile * ceil_div(jobs * tiles, num_parts) + times.merge
+    return times.start + times.item * max(items - 1, 0) + min(whole, cut)
 
 
 # What the models in use need: (latent, rope) of DeepSeek V2/V3/R1 and Kimi K2, without rope, and a small MLA.

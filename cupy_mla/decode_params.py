@@ -24,6 +24,8 @@ DECODE_PARAMS = np.dtype(
         ("blocks_per_job", np.int32),
         ("group_heads", np.int32),
         ("scale_log2", np.float32),
+        ("empty_lse", np.float32),
+        ("plan_is_settled", np.int32),
     ],
     align=True,
 )

@@ -20,7 +20,6 @@ PLAN_SOURCE = KernelSource(entry="plan/plan.cu", function="mla_plan")
 DTYPE_TAGS = {**configs.DTYPE_TAGS, "float32": "Fp32"}
 
 PLAN_THREADS = 256
-COMBINE_THREADS = 640
 MERGE_STATES_THREADS = 256
 OCTET = 8  # columns that a lane merges: d_v is a multiple of this
 STORE_ALIGNMENT = 16  # bytes; rows of the output that begin at multiples of it are stored faster
@@ -108,6 +107,8 @@ COMBINE_PARAMS = np.dtype(
         ("group_heads", np.int32),
         ("d_v", np.int32),
         ("aligned", np.int32),
+        ("empty_lse", np.float32),
+        ("reserved", np.int32),
     ]
 )
 MERGE_STATES_PARAMS = np.dtype(
@@ -197,7 +198,7 @@ def _align(ints: int) -> int:
 
 def plan_params(shape: ScheduleShape, cost: CostModel | None = None) -> npt.NDArray[Any]:
     """The planner's by-value argument: one element of PLAN_PARAMS."""
-    cost = cost or CostModel()
+    cost = cost or shape.cost
     layout = plan_layout(shape)
     params = np.zeros(1, PLAN_PARAMS)
     for name in ("batch", "num_parts", "blocks_per_job", "rows", "group_heads", "num_heads_kv", "seqlen_q"):
@@ -221,9 +222,12 @@ def plan_geometry(shape: ScheduleShape) -> Geometry:
     return Geometry((1, 1, 1), (PLAN_THREADS, 1, 1), _SCRATCH_BYTES + jobs * _JOB_COLUMNS * _INT_BYTES)
 
 
-def combine_geometry(num_sms: int) -> Geometry:
-    """How mla_combine is launched: one CTA per SM. Not at all when ``shape.max_merges`` is 0."""
-    return Geometry((num_sms, 1, 1), (COMBINE_THREADS, 1, 1))
+def combine_geometry(num_sms: int, threads: int) -> Geometry:
+    """How mla_combine is launched: one CTA per SM, of ``KernelConfig.combine_threads``.
+
+    Not at all when ``shape.max_merges`` is 0.
+    """
+    return Geometry((num_sms, 1, 1), (threads, 1, 1))
 
 
 def merge_states_geometry(num_sms: int, num_rows: int, d_v: int) -> Geometry:

@@ -81,7 +81,7 @@ def test_structs_are_the_same_on_both_sides(name: str) -> None:
 def test_constants_are_the_same_on_both_sides() -> None:
     for name in ("TILE_TOKENS", "TILE_COST", "WHOLE_JOB"):
         assert getattr(schedule, name) == kernel_constant(name), name
-    names = ("PLAN_THREADS", "COMBINE_THREADS", "MERGE_STATES_THREADS", "OCTET")
+    names = ("PLAN_THREADS", "MERGE_STATES_THREADS", "OCTET")
     for name in (*names, "_JOB_COLUMNS", "_SCRATCH_BYTES", "_SECTION_INTS"):
         assert getattr(plan_layout, name) == kernel_constant(name), name
 

@@ -48,7 +48,7 @@ def plan(
     else:
         drawn = draw_lengths(lengths, DEFAULT_BATCH if batch is None else batch, seed)
     problem = _describe(drawn, **options)
-    config = choose_config(problem)
+    config = choose_config(problem, sms, fixed_split_tokens=fixed_split_tokens)
     shape = schedule_shape(problem, config, sms, fixed_split_tokens=fixed_split_tokens)
     click.echo(f"{describe_lengths(drawn)}; {problem.num_heads_q} heads, {sms} SMs, kernel {config.name}")
     columns = width or shutil.get_terminal_size().columns

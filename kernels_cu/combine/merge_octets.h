@@ -1,6 +1,7 @@
 // The merge of attention states: lse = log sum_i exp(lse_i), out = sum_i exp(lse_i - lse) * out_i.
 // One warp merges some columns of one row, without shared memory. Its lanes form `groups` groups; group g reads states
-// g, g + groups, ... and each lane of a group eight columns (an octet). Groups meet in a butterfly at the end.
+// g, g + groups, ... and each lane of a group eight columns (an octet), or twice eight where rows are many. Groups meet in
+// a butterfly at the end.
 // The order of every sum follows from the number of states alone: results depend neither on the grid nor on the batch.
 #pragma once
 #include "core/quad.h"
@@ -97,9 +98,11 @@ struct Octet {
     }
 };
 
-// States of one row: state i has its lse at lses[i * lse_stride] and the caller's octet at outs + i * out_stride bytes.
+// States of one row: state i has its lse at lses[i * lse_stride] and the caller's octets at outs + i * out_stride bytes and
+// second bytes further.
 struct RowStates {
     const u8* outs;
+    i32 second;
     i64 out_stride;
     const f32* lses;
     i64 lse_stride;
@@ -107,11 +110,12 @@ struct RowStates {
     bool aligned;
 };
 
-// What a lane has merged so far of its octet: sums of exp(lse_i - largest) and of the same times out_i.
+// What a lane has merged so far of its octets: sums of exp(lse_i - largest) and of the same times out_i.
+template <i32 kOctets>
 struct PartialMerge {
     f32 largest;
     f32 weights;
-    f32 sums[kOctet];
+    f32 sums[kOctets][kOctet];
 
     // A lane that has seen nothing keeps largest = -inf; its zeros must not meet inf - inf.
     static MLA_DEVICE f32 reference_of(f32 largest) { return largest == minus_infinity() ? 0.0f : largest; }
@@ -120,7 +124,10 @@ struct PartialMerge {
         const f32 keep = fast_exp2((largest - reference_of(new_largest)) * kLog2e);
         weights *= keep;
 #pragma unroll
-        for (i32 i = 0; i < kOctet; ++i) sums[i] *= keep;
+        for (i32 j = 0; j < kOctets; ++j) {
+#pragma unroll
+            for (i32 i = 0; i < kOctet; ++i) sums[j][i] *= keep;
+        }
         largest = new_largest;
     }
 
@@ -129,27 +136,36 @@ struct PartialMerge {
     template <typename T, i32 kBatch>
     MLA_DEVICE void take(const RowStates& states, i32 first, i32 step) {
         f32 lses[kBatch];
-        Octet<T> octets[kBatch];
+        Octet<T> octets[kBatch][kOctets];
 #pragma unroll
         for (i32 i = 0; i < kBatch; ++i) {
             const i32 state = min_i32(first + i * step, states.count - 1);
             lses[i] = states.lses[state * states.lse_stride];
-            octets[i].load(states.outs + state * states.out_stride, states.aligned);
+#pragma unroll
+            for (i32 j = 0; j < kOctets; ++j)
+                octets[i][j].load(states.outs + state * states.out_stride + j * states.second, states.aligned);
         }
-        f32 larger = largest;
 #pragma unroll
         for (i32 i = 0; i < kBatch; ++i) {
             if (first + i * step >= states.count) lses[i] = minus_infinity();
-            larger = fmaxf(larger, lses[i]);
         }
-        rebase(larger);
-        const f32 reference = reference_of(larger);
+        // In groups of one size, however many were loaded: the roundings must not depend on it.
+        constexpr i32 kGroup = 8 / T::kBytes;
 #pragma unroll
-        for (i32 i = 0; i < kBatch; ++i) {
-            if (lses[i] == minus_infinity()) continue;  // nothing seen: its octet may hold anything
-            const f32 weight = fast_exp2((lses[i] - reference) * kLog2e);
-            weights += weight;
-            octets[i].add_to(sums, weight);
+        for (i32 begin = 0; begin < kBatch; begin += kGroup) {
+            f32 larger = largest;
+#pragma unroll
+            for (i32 i = begin; i < begin + kGroup && i < kBatch; ++i) larger = fmaxf(larger, lses[i]);
+            rebase(larger);
+            const f32 reference = reference_of(larger);
+#pragma unroll
+            for (i32 i = begin; i < begin + kGroup && i < kBatch; ++i) {
+                if (lses[i] == minus_infinity()) continue;  // nothing seen: its octets may hold anything
+                const f32 weight = fast_exp2((lses[i] - reference) * kLog2e);
+                weights += weight;
+#pragma unroll
+                for (i32 j = 0; j < kOctets; ++j) octets[i][j].add_to(sums[j], weight);
+            }
         }
     }
 
@@ -164,51 +180,55 @@ struct PartialMerge {
         for (i32 distance = nearest; distance < kWarpLanes; distance *= 2) {
             weights += __shfl_xor_sync(kFullWarp, weights, distance);
 #pragma unroll
-            for (i32 i = 0; i < kOctet; ++i) sums[i] += __shfl_xor_sync(kFullWarp, sums[i], distance);
+            for (i32 j = 0; j < kOctets; ++j) {
+#pragma unroll
+                for (i32 i = 0; i < kOctet; ++i) sums[j][i] += __shfl_xor_sync(kFullWarp, sums[j][i], distance);
+            }
         }
     }
 };
 
-// All lanes of the warp call this with the same row; lanes with the same lane % (32 / groups) name the same octet.
-// Every lane gets the merged octet of its columns and returns the row's lse.
-template <typename T>
-MLA_DEVICE f32 merge_octets(const RowStates& states, i32 lane, i32 groups, Octet<T>& merged) {
+// All lanes of the warp call this with the same row; lanes with the same lane % (32 / groups) name the same octets.
+// Every lane gets the merged octets of its columns and returns the row's lse.
+template <typename T, i32 kOctets>
+MLA_DEVICE f32 merge_octets(const RowStates& states, i32 lane, i32 groups, Octet<T> (&merged)[kOctets]) {
     // 128 bytes a lane in flight: enough to hide the latency, and within 96 registers.
-    constexpr i32 kBatch = 16 / T::kBytes;
+    constexpr i32 kBatch = 16 / T::kBytes / kOctets;
     const i32 group_lanes = kWarpLanes / groups;
-    PartialMerge merge{minus_infinity(), 0.0f, {}};
+    PartialMerge<kOctets> merge{minus_infinity(), 0.0f, {}};
     i32 done = 0;
     i32 batch = kBatch;
     for (; done < states.count; done += batch * groups) {
         const i32 first = done + lane / group_lanes;
         while (batch > 2 && states.count - done <= batch / 2 * groups) batch /= 2;
         if (batch == kBatch) {
-            merge.take<T, kBatch>(states, first, groups);
+            merge.template take<T, kBatch>(states, first, groups);
         } else if (batch == 4) {
-            merge.take<T, 4>(states, first, groups);
+            merge.template take<T, 4>(states, first, groups);
         } else {
-            merge.take<T, 2>(states, first, groups);
+            merge.template take<T, 2>(states, first, groups);
         }
     }
     merge.join_lanes(group_lanes);
     const f32 scale = merge.weights == 0.0f ? 0.0f : 1.0f / merge.weights;
 #pragma unroll
-    for (i32 i = 0; i < kOctet; i += 2) merged.set_pair(i, merge.sums[i] * scale, merge.sums[i + 1] * scale);
+    for (i32 j = 0; j < kOctets; ++j) {
+#pragma unroll
+        for (i32 i = 0; i < kOctet; i += 2) merged[j].set_pair(i, merge.sums[j][i] * scale, merge.sums[j][i + 1] * scale);
+    }
     return merge.weights == 0.0f ? minus_infinity() : merge.largest + fast_log2(merge.weights) * kLn2;
 }
 
-// How rows are cut into chunks of columns, one warp each: as wide as keeps all CTAs busy.
+// How rows are cut into chunks of columns, one warp each: as narrow as lets every warp do with one chunk.
 struct RowChunks {
     i32 octets_of_chunk;  // a power of two
     i32 chunks_of_row;
 
-    MLA_DEVICE RowChunks(i64 num_rows, i32 d_v) {
+    MLA_DEVICE RowChunks(i64 num_rows, i32 d_v, i64 num_warps) {
         constexpr i32 kMinOctets = 2;          // one 32-byte sector of 16-bit values
-        constexpr i32 kEnoughWarpsOfCta = 8;   // that have work
         const i32 octets = d_v / kOctet;
-        const i64 enough = static_cast<i64>(gridDim.x) * kEnoughWarpsOfCta;
-        octets_of_chunk = kWarpLanes;
-        while (octets_of_chunk > kMinOctets && num_rows * ceil_div(octets, octets_of_chunk) < enough) {
+        octets_of_chunk = 2 * kWarpLanes;
+        while (octets_of_chunk > kMinOctets && num_rows * ceil_div(octets, octets_of_chunk / 2) <= num_warps) {
             octets_of_chunk /= 2;
         }
         chunks_of_row = ceil_div(octets, octets_of_chunk);
@@ -220,27 +240,40 @@ struct RowTarget {
     u8* out;
     f32* lse;
     bool aligned;
+    f32 empty_lse;  // instead of -inf
 };
+
+// Merges the octets first, first + 1, ... of a row (as many as kOctets times the lanes of a group; those from `end` on are
+// left out) and stores them; octet 0 comes with the lse.
+template <typename T, i32 kOctets, typename Target>
+MLA_DEVICE void merge_columns(RowStates states, i32 first, i32 end, i32 lane, i32 groups, Target& target) {
+    constexpr i32 kOctetBytes = kOctet * T::kBytes;
+    const i32 group_lanes = kWarpLanes / groups;
+    const i32 octet = first + lane % group_lanes;
+    const i32 loaded = min_i32(octet, end - 1);
+    states.outs += loaded * kOctetBytes;
+    states.second = (min_i32(octet + group_lanes, end - 1) - loaded) * kOctetBytes;
+    Octet<T> merged[kOctets];
+    const f32 lse = merge_octets<T, kOctets>(states, lane, groups, merged);
+    if (octet >= end || lane >= group_lanes) return;
+    const RowTarget place = target();
+    merged[0].store(place.out + octet * kOctetBytes, place.aligned);
+    if (kOctets > 1 && octet + group_lanes < end)
+        merged[kOctets - 1].store(place.out + (octet + group_lanes) * kOctetBytes, place.aligned);
+    if (octet == 0) *place.lse = lse == minus_infinity() ? place.empty_lse : lse;
+}
 
 // Merges one chunk of a row and stores it; the row's first chunk stores the lse. `states.outs` points at the row's
 // start. `target()` gives the RowTarget, asked for only when the loads are done: before, it would cost registers.
 template <typename T, typename Target>
-MLA_DEVICE void merge_chunk(RowStates states, const RowChunks& chunks, i32 chunk, i32 d_v, i32 lane, Target target) {
-    constexpr i32 kOctetBytes = kOctet * T::kBytes;
+MLA_DEVICE void merge_chunk(const RowStates& states, const RowChunks& chunks, i32 chunk, i32 d_v, i32 lane, Target target) {
     const i32 groups = state_groups(states.count);
     const i32 group_lanes = kWarpLanes / groups;
     const i32 end = min_i32((chunk + 1) * chunks.octets_of_chunk, d_v / kOctet);
-    const u8* const row = states.outs;
-    for (i32 first = chunk * chunks.octets_of_chunk; first < end; first += group_lanes) {
-        const i32 octet = first + lane % group_lanes;
-        states.outs = row + min_i32(octet, end - 1) * kOctetBytes;
-        Octet<T> merged;
-        const f32 merged_lse = merge_octets<T>(states, lane, groups, merged);
-        if (octet >= end || lane >= group_lanes) continue;
-        const RowTarget place = target();
-        merged.store(place.out + octet * kOctetBytes, place.aligned);
-        if (octet == 0) *place.lse = merged_lse;
-    }
+    i32 first = chunk * chunks.octets_of_chunk;
+    for (; end - first > group_lanes; first += 2 * group_lanes)
+        merge_columns<T, 2>(states, first, end, lane, groups, target);
+    if (first < end) merge_columns<T, 1>(states, first, end, lane, groups, target);
 }
 
 }  // namespace mla

@@ -11,15 +11,15 @@ constexpr i32 kMergeStatesThreads = 256;
 }  // namespace mla
 
 // grid: one CTA per SM (fewer for few rows), block kMergeStatesThreads, no dynamic shared memory.
-extern "C" __global__ void __launch_bounds__(mla::kMergeStatesThreads, 3)
+extern "C" __global__ void __launch_bounds__(mla::kMergeStatesThreads, 2)
 mla_merge_states(const __grid_constant__ mla::MergeStatesParams params) {
     using namespace mla;
     const i32 lane = threadIdx.x % kWarpLanes;
     const i64 num_rows = static_cast<i64>(params.size0) * params.size1 * params.size2;
-    const RowChunks chunks(num_rows, params.d_v);
+    const i64 num_warps = static_cast<i64>(gridDim.x) * (blockDim.x / kWarpLanes);
+    const RowChunks chunks(num_rows, params.d_v, num_warps);
     const i64 num_tasks = num_rows * chunks.chunks_of_row;
-    const i64 stride = static_cast<i64>(gridDim.x) * (blockDim.x / kWarpLanes);
-    for (i64 task = (threadIdx.x / kWarpLanes) * gridDim.x + blockIdx.x; task < num_tasks; task += stride) {
+    for (i64 task = (threadIdx.x / kWarpLanes) * gridDim.x + blockIdx.x; task < num_tasks; task += num_warps) {
         const i64 row = task / chunks.chunks_of_row;
         const i64 row01 = row / params.size2;
         const i64 index2 = row - row01 * params.size2;
@@ -31,6 +31,7 @@ mla_merge_states(const __grid_constant__ mla::MergeStatesParams params) {
             index0 * params.lses_stride0 + index1 * params.lses_stride1 + index2 * params.lses_stride2;
         const bool aligned = params.aligned != 0;
         const RowStates states{params.outs + outs_offset * Element::kBytes,
+                               0,
                                params.outs_stride_state * Element::kBytes,
                                params.lses + lses_offset,
                                params.lses_stride_state,
@@ -40,7 +41,7 @@ mla_merge_states(const __grid_constant__ mla::MergeStatesParams params) {
         merge_chunk<Element>(states, chunks, chunk, params.d_v, lane, [&] {
             const i64 out = index0 * params.out_stride0 + index1 * params.out_stride1 + index2 * params.out_stride2;
             const i64 lse = index0 * params.lse_stride0 + index1 * params.lse_stride1 + index2 * params.lse_stride2;
-            return RowTarget{params.out + out * Element::kBytes, params.lse + lse, aligned};
+            return RowTarget{params.out + out * Element::kBytes, params.lse + lse, aligned, minus_infinity()};
         });
     }
 }

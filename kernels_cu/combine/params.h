@@ -19,6 +19,8 @@ struct CombineParams {
     i32 group_heads;    // query heads per kv head
     i32 d_v;            // a multiple of 8
     i32 aligned;        // 1: every row of out begins at a multiple of 16 bytes
+    f32 empty_lse;      // lse of a row that sees no key
+    i32 reserved;
 };
 
 // n partial states of rows that three indices name, whatever they mean to the caller. T is the kernel's type.
@@ -37,7 +39,7 @@ struct MergeStatesParams {
     i32 aligned;  // 1: every row of outs and out begins at a multiple of 16 bytes
 };
 
-static_assert(sizeof(CombineParams) == 11 * sizeof(i64) + 6 * sizeof(i32), "no padding");
+static_assert(sizeof(CombineParams) == 11 * sizeof(i64) + 8 * sizeof(i32), "no padding");
 static_assert(sizeof(MergeStatesParams) == 18 * sizeof(i64) + 6 * sizeof(i32), "no padding");
 
 }  // namespace mla

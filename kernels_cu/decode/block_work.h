@@ -1,6 +1,7 @@
 // A CTA's share of a work item: which query rows, which KV tiles, which keys each row may see.
 #pragma once
 #include "decode/config.h"
+#include "core/softmax.h"
 #include "decode/params.h"
 
 namespace mla {
@@ -55,6 +56,11 @@ MLA_DEVICE RowPlace locate_row(const DecodeParams& params, const BlockWork& work
     const i32 row = work.first_row + row_in_block;
     const i32 token = row / params.group_heads;
     return {token, work.kv_head * params.group_heads + row - token * params.group_heads, row < work.num_rows};
+}
+
+// The lse of a row that sees no key. In a partial result it is the merge's neutral element, whatever the user asks for.
+MLA_DEVICE f32 empty_lse(const DecodeParams& params, const BlockWork& work) {
+    return work.is_partial() ? minus_infinity() : params.empty_lse;
 }
 
 // Output row of D_v elements: the user's array, or this job's partial slot.

@@ -31,26 +31,28 @@ mla_decode_narrow(const __grid_constant__ mla::TensorMap kv_latent, const __grid
         if (kRopeBoxes > 0) tma_prefetch_map(&kv_rope);
     }
     __syncthreads();
-    pdl_wait();
+    // Work may be read while the kernel ahead still runs, unless that is the planner.
+    if (!params.plan_is_settled) pdl_wait();
     pdl_launch_dependents();
-
     const i32* part_begin = plan_part_begin(params.plan) + part_index();
-    const i32 item_begin = part_begin[0];
     const i32 item_end = part_begin[1];
-    const u32 warp = __shfl_sync(kFullWarp, threadIdx.x / kWarpThreads, 0);
+    i32 item = part_begin[0];
+    BlockWork work{};
+    if (item < item_end) work = load_block_work(params, item);
+    pdl_wait();
 
-    if (warp == kConsumerWarps) {
+    if (__shfl_sync(kFullWarp, threadIdx.x / kWarpThreads, 0) == kConsumerWarps) {
         // Walks exactly the tiles that the consumers walk: both skip items whose block does not exist or sees no tile.
         BoxLoader loader(&kv_latent, &kv_rope, params, smem, threadIdx.x % kWarpThreads);
-        for (i32 item = item_begin; item < item_end; ++item) {
-            const BlockWork work = load_block_work(params, item);
+        while (item < item_end) {
             if (work.exists() && work.tile_begin < work.tile_end) loader.load_item(work);
+            if (++item < item_end) work = load_block_work(params, item);
         }
     } else {
         ConsumerRole consumer(params, smem, threadIdx.x);
-        for (i32 item = item_begin; item < item_end; ++item) {
-            const BlockWork work = load_block_work(params, item);
+        while (item < item_end) {
             if (work.exists()) consumer.run_item(work);
+            if (++item < item_end) work = load_block_work(params, item);
         }
     }
 }

@@ -286,7 +286,7 @@ private:
         for (u32 i = 0; i < kThreadRows; ++i) {
             if (i / 2 != warp_ || lane_ >= 4) continue;  // warp j writes the lse of the j-th eight rows
             store_lse(params_, work, row_of_lane(lane_, i),
-                      sum[i] == 0.0f ? minus_infinity() : (rows.maximum[i] + fast_log2(sum[i])) * kLn2);
+                      sum[i] == 0.0f ? empty_lse(params_, work) : (rows.maximum[i] + fast_log2(sum[i])) * kLn2);
         }
     }
 

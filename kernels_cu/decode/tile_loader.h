@@ -1,5 +1,5 @@
-// Walks a part's items tile by tile, ahead of the arithmetic, and asks the copy engine for each KV tile.
-// Run by one whole warp. Page numbers are read one tile ahead: their latency hides behind a tile's arithmetic.
+// Walks a part's items tile by tile, ahead of the arithmetic, and asks the copy engine for each KV tile, or for this
+// warp's share of it: the loader warps walk alike. Run by whole warps. Page numbers are read one tile ahead: their latency hides behind a tile's arithmetic.
 #pragma once
 #include "decode/block_work.h"
 #include "decode/wide_smem.h"
@@ -21,42 +21,61 @@ static_assert(sizeof(LoaderState) == kLoaderStateBytes, "WideSmem reserves this 
 class TileLoader {
 public:
     MLA_DEVICE TileLoader(const TensorMap* latent, const TensorMap* rope, const DecodeParams& params, u32 smem,
-                          LoaderState* state)
-        : latent_(latent), rope_(rope), params_(params), smem_(smem), state_(state) {}
+                          LoaderState* states)
+        : latent_(latent), rope_(rope), params_(params), smem_(smem), states_(states) {}
 
     MLA_DEVICE void start(i32 item, i32 item_end) { open_item(item, item_end); }
 
     // Asks for the next tile, if there is one, into a stage that is free.
     MLA_DEVICE void load_next(u32 stage_index) {
-        const i32 tile = state_->tile;
-        if (tile >= state_->tile_end) return;
+        const i32 tile = state()->tile;
+        if (tile >= state()->tile_end) return;
         const u32 stage = stage_address(smem_, stage_index);
         const u32 full = smem_ + WideSmem::tile_full + stage_index * sizeof(u64);
         // Chunks past the sequence's end have no page to come from.
         const u32 valid_chunks =
-            kChunks == 1 ? 1 : ceil_div(min_i32(state_->seqlen_k - tile * kTileTokens, kTileTokens), kChunkTokens);
-        if (lane() == 0)
-            mbarrier_arrive_expect_bytes(full, valid_chunks * kChunkTokens * (kLatent + kRope) * kElementBytes);
+            kChunks == 1 ? 1 : ceil_div(min_i32(state()->seqlen_k - tile * kTileTokens, kTileTokens), kChunkTokens);
+        if (lane() == 0) mbarrier_arrive_expect_bytes(full, own_bytes(valid_chunks));
         __syncwarp();
 #pragma unroll
         for (u32 i = 0; i < kChunksPerLane; ++i) {
-            const u32 chunk = lane() + i * kWarpThreads;
+            const u32 chunk = chunk_of(i);
             if (chunk < valid_chunks) load_chunk(stage, full, tile, chunk, pages_[i]);
         }
         __syncwarp();
-        if (tile + 1 < state_->tile_end) {
-            if (lane() == 0) state_->tile = tile + 1;
+        if (tile + 1 < state()->tile_end) {
+            if (lane() == 0) state()->tile = tile + 1;
             __syncwarp();
             read_pages();
         } else {
-            open_item(state_->item + 1, state_->item_end);
+            open_item(state()->item + 1, state()->item_end);
         }
     }
 
 private:
     // From the special register each time: no register is left to keep it in.
     static MLA_DEVICE u32 lane() { return threadIdx.x % kWarpThreads; }
-    static constexpr u32 kChunksPerLane = (kChunks + kWarpThreads - 1) / kWarpThreads;
+    static MLA_DEVICE u32 warp() { return kLoaderWarps == 1 ? 0 : threadIdx.x % kWarpgroupThreads / kWarpThreads; }
+
+    MLA_DEVICE LoaderState* state() const { return states_ + warp(); }
+
+    // Warps deal out the chunks of a tile, and where there are fewer chunks than warps, the boxes of a chunk.
+    static constexpr u32 kChunkWarps = kChunks < kLoaderWarps ? kChunks : kLoaderWarps;
+    static constexpr u32 kBoxWarps = kLoaderWarps / kChunkWarps;
+    static constexpr u32 kBoxes = kLatentBoxes + kRopeBoxes;
+    static constexpr u32 kChunksPerLane = (kChunks / kChunkWarps + kWarpThreads - 1) / kWarpThreads;
+    static MLA_DEVICE u32 chunk_of(u32 i) {
+        const u32 index = lane() + i * kWarpThreads;  // among this warp's
+        return index * kChunkWarps + warp() % kChunkWarps;
+    }
+    static MLA_DEVICE u32 first_box() { return kBoxWarps == 1 ? 0 : warp() / kChunkWarps; }
+
+    // What this warp asks for of a tile's first `valid_chunks` chunks.
+    static MLA_DEVICE u32 own_bytes(u32 valid_chunks) {
+        const u32 chunks = (valid_chunks + kChunkWarps - 1 - warp() % kChunkWarps) / kChunkWarps;
+        const u32 boxes = (kBoxes + kBoxWarps - 1 - first_box()) / kBoxWarps;
+        return chunks * boxes * kChunkTokens * kBoxRowBytes;
+    }
 
     // Moves to the first item from `item` on that has tiles for this CTA.
     MLA_DEVICE void open_item(i32 item, i32 item_end) {
@@ -68,36 +87,37 @@ private:
             break;
         }
         __syncwarp();
-        if (lane() == 0) *state_ = next;
+        if (lane() == 0) *state() = next;
         __syncwarp();
         if (item < item_end) read_pages();
     }
 
     MLA_DEVICE void read_pages() {
-        const i32* table = params_.block_table + state_->request * params_.block_table_stride;
+        const i32* table = params_.block_table + state()->request * params_.block_table_stride;
 #pragma unroll
         for (u32 i = 0; i < kChunksPerLane; ++i) {
-            const u32 token = state_->tile * kTileTokens + (lane() + i * kWarpThreads) * kChunkTokens;
+            const u32 chunk = chunk_of(i);
+            const u32 token = state()->tile * kTileTokens + chunk * kChunkTokens;
             // Entries past the last page may hold anything and are never read as pages.
-            pages_[i] = lane() < kChunks && token < static_cast<u32>(state_->seqlen_k) ? __ldg(table + token / kPageSize) : 0;
+            pages_[i] = chunk < kChunks && token < static_cast<u32>(state()->seqlen_k) ? __ldg(table + token / kPageSize) : 0;
         }
     }
 
     MLA_DEVICE void load_chunk(u32 stage, u32 full, i32 tile, u32 chunk, i32 page) {
-        const i32 kv_head = state_->kv_head;
+        const i32 kv_head = state()->kv_head;
         const i32 offset = (tile * kTileTokens + chunk * kChunkTokens) % kPageSize;
         if constexpr (kChunks == 1) {  // a tile is one box of all latent columns and one of all rope columns
             tma_load_5d(stage, latent_, full, 0, offset, 0, kv_head, page);
             if constexpr (kRopeBoxes > 0)
                 tma_load_5d(stage + kLatentBoxes * kBoxBytes, rope_, full, 0, offset, 0, kv_head, page);
         } else {
-            u32 destination = stage + chunk * kChunkTokens * kBoxRowBytes;
+            u32 destination = stage + first_box() * kBoxBytes + chunk * kChunkTokens * kBoxRowBytes;
 #pragma unroll 1
-            for (i32 box = 0; box < static_cast<i32>(kLatentBoxes + kRopeBoxes); ++box) {
+            for (i32 box = first_box(); box < static_cast<i32>(kBoxes); box += kBoxWarps) {
                 const bool is_latent = box < static_cast<i32>(kLatentBoxes);
                 tma_load_5d(destination, is_latent ? latent_ : rope_, full, 0, offset,
                             is_latent ? box : box - static_cast<i32>(kLatentBoxes), kv_head, page);
-                destination += kBoxBytes;
+                destination += kBoxWarps * kBoxBytes;
             }
         }
     }
@@ -106,7 +126,7 @@ private:
     const TensorMap* rope_;
     const DecodeParams& params_;
     u32 smem_;
-    LoaderState* state_;
+    LoaderState* states_;
     i32 pages_[kChunksPerLane];
 };
 

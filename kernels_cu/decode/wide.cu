@@ -1,6 +1,6 @@
 // Dense MLA decode for up to 64 query rows a CTA; kernels_cu/DESIGN.md tells the schedule. Three warpgroups:
 //   0    scores: S = Q K^T, softmax, P
-//   1, 2 values: O += P V, half of the columns each; a warp of the first also asks the copy engine for the KV tiles
+//   1, 2 values: O += P V, half of the columns each; warps of the first also ask the copy engine for the KV tiles
 #include "decode/tile_loader.h"
 #include "decode/wide_scores.h"
 #include "decode/wide_values.h"
@@ -13,10 +13,15 @@ constexpr u32 kThreads = (1 + kValueWarpgroups) * kWarpgroupThreads;
 constexpr int kScoresRegisters = 184;
 constexpr int kValuesRegisters = 160;
 
+// The first warps of the first values warpgroup. From the special register each time: no register is left to keep it in.
+MLA_DEVICE bool is_loader_warp() {
+    return threadIdx.x / kWarpThreads - kWarpgroupThreads / kWarpThreads < kLoaderWarps;
+}
+
 MLA_DEVICE void initialise_barriers(u32 smem) {
     constexpr u32 kWarps = kWarpgroupThreads / kWarpThreads;
     for (u32 stage = 0; stage < kStages; ++stage) {
-        mbarrier_init(smem + WideSmem::tile_full + stage * sizeof(u64), 1);  // the loader, with the bytes to come
+        mbarrier_init(smem + WideSmem::tile_full + stage * sizeof(u64), kLoaderWarps);  // with the bytes to come
         mbarrier_init(smem + WideSmem::tile_empty + stage * sizeof(u64), kValueWarpgroups * kWarps);
         mbarrier_init(smem + WideSmem::probabilities_full + stage * sizeof(u64), kWarpgroupThreads);
     }
@@ -50,15 +55,14 @@ mla_decode_wide(const __grid_constant__ mla::TensorMap kv_latent, const __grid_c
     } else {
         registers_decrease<kValuesRegisters>();
         ValuesRole values(params, smem);
-        const bool loads = threadIdx.x / kWarpThreads == kWarpgroupThreads / kWarpThreads;
         TileLoader loader(&kv_latent, &kv_rope, params, smem, reinterpret_cast<LoaderState*>(shared + WideSmem::loader));
-        if (loads) {
+        if (is_loader_warp()) {
             loader.start(part_begin[0], part_begin[1]);
             for (u32 stage = 0; stage < kStages; ++stage) loader.load_next(stage);
         }
         for (i32 item = part_begin[0]; item < part_begin[1]; ++item) {
             values.run_item(item, [&](const RingPosition& done) {
-                if (threadIdx.x / kWarpThreads != kWarpgroupThreads / kWarpThreads) return;
+                if (!is_loader_warp()) return;
                 mbarrier_wait(smem + WideSmem::tile_empty + done.stage * sizeof(u64), done.parity);
                 loader.load_next(done.stage);
             });

@@ -32,9 +32,11 @@ public:
             const BlockWork work = load_block_work(params_, item);
             if (!work.exists()) return;
             tiles = work.tile_end - work.tile_begin;
-            ends = visible_ends(work, row);
+            if (!kCausal) ends = visible_ends(work, row);
             if (tiles > 0) load_query(work, q);
         }
+        // A causal item is read again: no register is left to keep it, or what comes of it, in while Q is loaded.
+        if (kCausal) ends = visible_ends(load_block_work(params_, item), row);
         float scores[32];
         bool first = true;
         for (; tiles > 0; --tiles) {
@@ -144,7 +146,13 @@ private:
     MLA_DEVICE void multiply(const u32 (&q)[kRegisterSteps][4], float (&scores)[32], bool release_previous) {
         const u64 k = descriptor_at(kBoxKMajor, stage_address(smem_, ring_.stage));
         const u64 q_shared = descriptor_at(kQStepKMajor, smem_ + WideSmem::q_steps);
-        mbarrier_wait(smem_ + WideSmem::tile_full + ring_.stage * sizeof(u64), ring_.parity);
+        const u32 tile_full = smem_ + WideSmem::tile_full + ring_.stage * sizeof(u64);
+        if (!mbarrier_test_wait(tile_full, ring_.parity)) {
+            // The tile is late: no QK to keep the tensor pipe free for, and PV frees a stage for the copy engine.
+            if (release_previous) release_probabilities();
+            release_previous = false;
+            mbarrier_wait(tile_full, ring_.parity);
+        }
         wgmma_pin(scores);
         wgmma_fence();
         issue_steps<0, kSteps - kStepsAfterRelease>(q, scores, k, q_shared);
@@ -259,7 +267,7 @@ private:
             const i32 block_row = row + half * 8;
             if (work.first_row + block_row < work.num_rows)
                 *lse_row(params_, work, block_row) =
-                    sum[half] == 0.0f ? minus_infinity() : (maximum[half] + fast_log2(sum[half])) * kLn2;
+                    sum[half] == 0.0f ? empty_lse(params_, work) : (maximum[half] + fast_log2(sum[half])) * kLn2;
         }
     }
 

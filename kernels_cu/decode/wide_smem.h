@@ -25,6 +25,9 @@ MLA_DEVICE u32 q_step_chunk_offset(u32 row, u32 chunk) {
     return row * kQStepRowBytes + ((chunk ^ ((row >> 2) & 1)) << 4);
 }
 
+// Small pages make many small boxes of a tile: a warp asks for one in about 40 clocks, so four warps share them. One is
+// enough, and disturbs the others less, where a page holds a tile.
+constexpr u32 kLoaderWarps = kChunks == 1 ? 1 : kWarpgroupThreads / kWarpThreads;
 constexpr u32 kLoaderStateBytes = 32;
 
 struct WideSmem {
@@ -32,8 +35,8 @@ struct WideSmem {
     static constexpr u32 q_steps = stages + kStages * kStageBytes;
     // Rescale factor of each row, written with P; one set a stage, so that a stage's release also releases it.
     static constexpr u32 factors = q_steps + kSharedSteps * kQStepBytes;
-    static constexpr u32 loader = factors + kStages * kRows * sizeof(f32);        // LoaderState
-    static constexpr u32 tile_full = loader + kLoaderStateBytes;                  // copy engine -> scores
+    static constexpr u32 loader = factors + kStages * kRows * sizeof(f32);        // LoaderState of each loader warp
+    static constexpr u32 tile_full = loader + kLoaderWarps * kLoaderStateBytes;                  // copy engine -> scores
     static constexpr u32 tile_empty = tile_full + kStages * sizeof(u64);          // values -> loader
     static constexpr u32 probabilities_full = tile_empty + kStages * sizeof(u64); // scores -> values
     static constexpr u32 total = probabilities_full + kStages * sizeof(u64);

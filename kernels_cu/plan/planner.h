@@ -9,6 +9,7 @@ namespace mla {
 
 constexpr i32 kPlanThreads = 256;  // each tries one budget: more than the usual search range (about 200) holds
 constexpr i32 kNoBudget = 0x7fffffff;
+constexpr i32 kWholeShare = 16;  // jobs are left whole if that costs at most this part of a budget more
 
 // What all jobs cost, cut only where a fixed split asks for it.
 struct Load {
@@ -150,56 +151,63 @@ struct Planner {
         return static_cast<i32>((load.total + params.num_parts - 1) / params.num_parts);
     }
 
-    // The smallest feasible budgets with cuts where budgets end, and without. Filling in order leaves less than a tile
-    // and an overhead of each part unused, and a cut adds at most two overheads: the first lies within `candidates` of
-    // the mean load. Every one is tried, because a larger budget may move a cut and need one part more.
+    // The smallest feasible budget with cuts where budgets end. Filling in order leaves less than a tile and an overhead
+    // of each part unused, and a cut adds at most two overheads: it lies within `candidates` of the mean load. Every one
+    // is tried, because a larger budget may move a cut and need one part more. Then the smallest without cuts, if it is
+    // hardly larger.
     MLA_DEVICE Rule search(const Load& load) const {
         const i32 lowest_cut = max_i32(mean_load(load), kTileCost + params.split_overhead);
-        const i32 lowest_whole = max_i32(mean_load(load), load.largest);
         const i32 candidates = kTileCost + 3 * params.split_overhead + params.merge_overhead + 1;
-        if (thread == 0) scratch.best_whole = scratch.best_cut = kNoBudget;
+        if (thread == 0) scratch.best_cut = kNoBudget;
         __syncthreads();
 #pragma unroll 1
         for (i32 i = thread; i < candidates; i += kPlanThreads) {
             const Rule cut = make_rule(Cutting::kBudget, params, lowest_cut + i);
-            const Rule whole = make_rule(Cutting::kNone, params, lowest_whole + i);
-            Fill cut_fill{0, cut.budget};
-            Fill whole_fill{0, whole.budget};
+            Fill fill{0, cut.budget};
 #pragma unroll 4
-            for (i32 job = 0; job < load.jobs; ++job) {  // two independent chains, one in the other's latency
-                const i32 tiles = table.tiles[job];
-                cut_fill = place_job(cut, cut_fill, tiles);
-                whole_fill = place_job(whole, whole_fill, tiles);
-            }
-            if (cut_fill.part < params.num_parts) atomicMin(&scratch.best_cut, cut.budget);
-            if (whole_fill.part < params.num_parts) atomicMin(&scratch.best_whole, whole.budget);
+            for (i32 job = 0; job < load.jobs; ++job) fill = place_job(cut, fill, table.tiles[job]);
+            if (fill.part < params.num_parts) atomicMin(&scratch.best_cut, cut.budget);
         }
         __syncthreads();
-        // Cuts cost a merge after the last part has ended: they must save more than that.
-        const bool whole_is_as_good = scratch.best_whole <= scratch.best_cut + params.merge_overhead;
-        return whole_is_as_good ? make_rule(Cutting::kNone, params, scratch.best_whole)
-                                : make_rule(Cutting::kBudget, params, scratch.best_cut);
+        const i32 best_cut = scratch.best_cut;
+        const i32 lowest_whole = max_i32(mean_load(load), load.largest);
+        // cupy_mla/schedule.py says why 1/16.
+        const i32 highest_whole = best_cut + params.merge_overhead + best_cut / kWholeShare;
+        const i32 best_whole = lowest_whole <= highest_whole
+                                   ? smallest_whole(Cutting::kNone, load, lowest_whole, highest_whole)
+                                   : kNoBudget;
+        return best_whole != kNoBudget ? make_rule(Cutting::kNone, params, best_whole)
+                                       : make_rule(Cutting::kBudget, params, best_cut);
     }
 
-    // The smallest budget for pieces cut at fixed places. Here a larger budget never needs more parts, so each round
-    // narrows the range kPlanThreads-fold.
+    // The smallest budget for pieces cut at fixed places. The highest is feasible: a part is closed only when it is
+    // fuller than the mean.
     MLA_DEVICE Rule search_fixed(const Load& load) const {
-        i32 low = max_i32(mean_load(load), load.largest);
-        i32 high = mean_load(load) + load.largest;  // feasible: a part is closed only when it is fuller than the mean
-        if (thread == 0) scratch.best_whole = high;
+        const i32 mean = mean_load(load);
+        const i32 budget = smallest_whole(Cutting::kFixed, load, max_i32(mean, load.largest), mean + load.largest);
+        return make_rule(Cutting::kFixed, params, budget);
+    }
+
+    // The smallest feasible budget from low to high for pieces that are not cut where budgets end; kNoBudget if there is
+    // none. A larger budget never needs more parts here, so each round narrows the range kPlanThreads-fold.
+    MLA_DEVICE i32 smallest_whole(Cutting cutting, const Load& load, i32 low, i32 high) const {
+        if (thread == 0) scratch.best_whole = kNoBudget;
         __syncthreads();
-        while (low < high) {
+        do {
             const i32 step = ceil_div(high - low, kPlanThreads - 1);
-            const Rule rule = make_rule(Cutting::kFixed, params, min_i32(low + thread * step, high));
+            const Rule rule = make_rule(cutting, params, min_i32(low + thread * step, high));
             Fill fill{0, rule.budget};
+#pragma unroll 4
             for (i32 job = 0; job < load.jobs; ++job) fill = place_job(rule, fill, table.tiles[job]);
             if (fill.part < params.num_parts) atomicMin(&scratch.best_whole, rule.budget);
             __syncthreads();
-            high = scratch.best_whole;
-            low = max_i32(low, high - step + 1);
+            const i32 best = scratch.best_whole;
             __syncthreads();  // all have read it before the next round lowers it
-        }
-        return make_rule(Cutting::kFixed, params, high);
+            if (best == kNoBudget) return kNoBudget;
+            high = best;
+            low = max_i32(low, high - step + 1);
+        } while (low < high);
+        return high;
     }
 
     // One thread: each job's fill depends on the one before.

@@ -23,6 +23,21 @@ MLA_DEVICE void mbarrier_arrive_expect_bytes(u32 barrier, u32 bytes) {
                  : "memory");
 }
 
+// Whether the phase of the given parity has completed, without waiting.
+MLA_DEVICE bool mbarrier_test_wait(u32 barrier, u32 parity) {
+    u32 done;
+    asm volatile(
+        "{\n"
+        ".reg .pred p;\n"
+        "mbarrier.test_wait.parity.acquire.cta.shared::cta.b64 p, [%1], %2;\n"
+        "selp.u32 %0, 1, 0, p;\n"
+        "}\n"
+        : "=r"(done)
+        : "r"(barrier), "r"(parity)
+        : "memory");
+    return done != 0;
+}
+
 // True once the phase of the given parity has completed. May suspend the thread for a hardware-defined time first.
 MLA_DEVICE bool mbarrier_try_wait(u32 barrier, u32 parity) {
     u32 done;

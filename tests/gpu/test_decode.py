@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -10,18 +11,39 @@ import numpy as np
 import pytest
 from cases_dense import DTYPES, DenseArrays, DenseCase, frobenius_error
 
-from cupy_mla import InvalidArgumentError, PlanMismatchError, merge_states, mla_decode, plan_decode
+from cupy_mla import InvalidArgumentError, PlanMismatchError, known_calls, merge_states, mla_decode, plan_decode
 from cupy_mla import plan as plan_module
 from cupy_mla.arrays import empty_like, view
+from cupy_mla.configs import KernelConfig, choose_config
 
 from . import gpu_arrays as gpu
 
-pytestmark = pytest.mark.timeout(60)
+pytestmark = [pytest.mark.timeout(60), pytest.mark.usefixtures("kernel")]
 
 MAX_ERROR = {"bfloat16": 3e-3, "float16": 1e-3}
 LSE_TOLERANCE = 1e-5  # relative, and absolute
 RUNS = 10
 LENGTHS = (0, 1, 63, 64, 65, 140, 4096)
+
+
+@pytest.fixture(params=["chosen", "narrow16", "narrow32", "wide64"])
+def kernel(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    """Every test runs on the kernel that is chosen for its case, and on each of the kernels."""
+    name = request.param
+    if name != "chosen":
+
+        def choose(*args: Any, **options: Any) -> KernelConfig:
+            return replace(choose_config(*args, **options), kernel=name[:-2], rows=int(name[-2:]))
+
+        monkeypatch.setattr(plan_module, "choose_config", choose)
+    _forget_calls()
+    yield name
+    _forget_calls()
+
+
+def _forget_calls() -> None:
+    plan_module.blueprint.cache_clear()
+    known_calls._known.clear()
 
 
 class OnGpu:
@@ -176,6 +198,33 @@ def test_fp16(heads: int) -> None:
 @pytest.mark.parametrize("scale", [1e-3, 0.1, 1.0])
 def test_softmax_scale(scale: float) -> None:
     run(DenseCase(lengths=(64, 1000), softmax_scale=scale))
+
+
+# Rows that see no key, in requests that are whole and in ones cut so that whole pieces are beyond their rows' masks.
+EMPTY_ROWS = {
+    "empty requests": (DenseCase(lengths=(0, 140, 0, 4096)), None),
+    "causal": (DenseCase(lengths=(0, 1, 2, 3, 64, 1500), seqlens_q=4, causal=True), None),
+    "causal, more queries than keys": (DenseCase(lengths=(40, 200, 65, 0, 1000), seqlens_q=90, causal=True), None),
+    "cut everywhere": (DenseCase(lengths=(40, 200, 65, 0, 1000), seqlens_q=90, causal=True), 64),
+    "ragged": (DenseCase(lengths=(2, 100, 0, 3000), seqlens_q=(4, 130, 3, 1), causal=True), None),
+}
+
+
+@pytest.mark.parametrize("name", EMPTY_ROWS)
+@pytest.mark.parametrize("heads", [3, 16, 128])
+def test_empty_lse(heads: int, name: str) -> None:
+    case, fixed_split_tokens = EMPTY_ROWS[name]
+    on_gpu = OnGpu(replace(case, num_heads_q=heads))
+    plan = plan_decode(*on_gpu.tensors, **on_gpu.plan_options, fixed_split_tokens=fixed_split_tokens)
+    first_out, first_lse = on_gpu.decode(plan=plan)
+    on_gpu.check(first_out, first_lse)
+    neutral = gpu.download(first_lse)
+    assert np.isneginf(neutral).any()
+    outputs = {"out": gpu.empty(on_gpu.out_shape, "bfloat16"), "lse": gpu.empty(on_gpu.lse_shape, "float32")}
+    for empty_lse in (math.inf, -math.inf, math.inf):  # by turns: calls are remembered, with what they were told
+        out, lse = on_gpu.decode(plan=plan, empty_lse=empty_lse, **outputs)
+        assert np.array_equal(gpu.download(lse), np.where(np.isneginf(neutral), empty_lse, neutral))
+        assert np.array_equal(gpu.bits_of(out), gpu.bits_of(first_out))
 
 
 # Memory --------------------------------------------------------------------------------------------------------------
@@ -414,6 +463,7 @@ BAD_ARGUMENTS: dict[str, tuple[str, Change]] = {
     "value width beyond the key": ("head_dim_v", lambda c: {"head_dim_v": 600}),
     "value width of no kernel": ("head_dim_v", lambda c: {"head_dim_v": 500}),
     "causal that is no truth value": ("causal", lambda c: {"causal": 2}),
+    "lse of 0 for empty rows": ("empty_lse", lambda c: {"empty_lse": 0.0}),
     "plan that is none": ("plan", lambda c: {"plan": 1}),
     "out of another shape": ("out", lambda c: {"out": gpu.empty((3, 1, 16, 576), "bfloat16")}),
     "out of another type": ("out", lambda c: {"out": gpu.empty((3, 1, 16, 512), "float16")}),

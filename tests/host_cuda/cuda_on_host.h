@@ -18,6 +18,7 @@
 #define __shared__
 #define __grid_constant__
 #define __launch_bounds__(...)
+#define __maxnreg__(...)
 #define __align__(n) __attribute__((aligned(n)))
 
 struct uint4 {

@@ -1,0 +1,96 @@
+"""Which kernel serves which problem. The times behind it are measured; here, what must follow from them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from cupy_mla.configs import KernelConfig, choose_config
+from cupy_mla.problem import DecodeProblem
+
+NUM_SMS = 132
+
+
+def problem(batch: int, tokens_k: int, heads: int, **changes: Any) -> DecodeProblem:
+    values: dict[str, Any] = {
+        "batch": batch,
+        "seqlen_q": 1,
+        "num_heads_q": heads,
+        "num_heads_kv": 1,
+        "latent_dim": 512,
+        "rope_dim": 64,
+        "dtype": "bfloat16",
+        "page_size": 64,
+        "num_pages": batch * tokens_k // 64,
+        "max_pages_per_seq": tokens_k // 64,
+        "causal": False,
+        "ragged": False,
+        "total_q": batch,
+    }
+    return DecodeProblem(**values | changes)
+
+
+def name(config: KernelConfig) -> str:
+    return f"{config.kernel}{config.rows}"
+
+
+@pytest.mark.parametrize("batch", [132, 1024])
+@pytest.mark.parametrize(
+    ("heads", "expected"),
+    [
+        (1, "narrow16"),
+        (16, "narrow16"),
+        (17, "narrow32"),
+        (32, "narrow32"),
+        (33, "wide64"),
+        (64, "wide64"),
+        (128, "wide64"),
+    ],
+)
+def test_large_batches_read_the_cache_the_fewest_times(batch: int, heads: int, expected: str) -> None:
+    assert name(choose_config(problem(batch, 8192, heads), NUM_SMS)) == expected
+
+
+def test_small_batches_of_many_heads_spread_over_more_ctas() -> None:
+    assert name(choose_config(problem(1, 1024, 128), NUM_SMS)) == "narrow16"
+    assert name(choose_config(problem(1, 8192, 128), NUM_SMS)) == "narrow32"
+    assert name(choose_config(problem(1, 131072, 128), NUM_SMS)) == "wide64"
+    assert name(choose_config(problem(64, 64, 128), NUM_SMS)) == "wide64"  # an item each, nothing to cut
+
+
+def test_the_length_that_is_promised_counts() -> None:
+    wide_table = problem(1, 131072, 128)
+    assert name(choose_config(wide_table, NUM_SMS, max_seqlen_k=1024)) == "narrow16"
+    assert choose_config(wide_table, NUM_SMS, max_seqlen_k=10**9) == choose_config(wide_table, NUM_SMS)
+
+
+@pytest.mark.parametrize(("heads", "expected"), [(16, "narrow16"), (32, "narrow32"), (128, "wide64")])
+def test_with_a_fixed_split_only_the_rows_decide(heads: int, expected: str) -> None:
+    chosen = {
+        name(choose_config(problem(batch, tokens, heads), NUM_SMS, limit, fixed_split_tokens=256))
+        for batch in (1, 3, 200)
+        for tokens in (64, 4096, 131072)
+        for limit in (None, 640)
+    }
+    assert chosen == {expected}
+
+
+def test_ragged_queries_go_by_the_longest_unless_it_is_an_exception() -> None:
+    """16 heads, two tokens on average: 32 rows; with three at most, 48 rows are better served in one block."""
+    usual = problem(128, 8192, 16, ragged=True, total_q=256, seqlen_q=3)
+    assert name(choose_config(usual, NUM_SMS)) == "wide64"
+    unknown = problem(128, 8192, 16, ragged=True, total_q=256, seqlen_q=256)
+    assert name(choose_config(unknown, NUM_SMS)) == "narrow32"
+
+
+def test_a_mask_is_compiled_in_only_where_it_can_hide_anything() -> None:
+    assert not choose_config(problem(4, 640, 16, causal=True), NUM_SMS).causal
+    assert choose_config(problem(4, 640, 16, causal=True, seqlen_q=2, total_q=8), NUM_SMS).causal
+
+
+@pytest.mark.parametrize("batch", [0, 1, 65536])
+@pytest.mark.parametrize("num_sms", [1, 78, 132])
+def test_every_problem_gets_a_kernel(batch: int, num_sms: int) -> None:
+    for heads in (1, 8, 12, 96, 128, 1000):
+        choose_config(problem(batch, 64, heads), num_sms)
