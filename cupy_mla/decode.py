@@ -7,20 +7,27 @@ from typing import Any
 
 import numpy as np
 
-from .arrays import CUDA, ArrayView, as_numpy, current_stream, empty_like, finish, framework_of, keep_until_done, view
-from .configs import KernelConfig
-from .decode_params import DECODE_PARAMS
+from .arrays import (
+    CUDA,
+    ArrayView,
+    as_numpy,
+    contiguous_strides,
+    current_stream,
+    empty_like,
+    finish,
+    framework_of,
+    keep_until_done,
+    pointer_of,
+    view,
+)
+from .decode_call import CallLayout, DecodeCall, prepare
 from .device import require_supported
 from .errors import InvalidArgumentError, UnsupportedDeviceError
-from .launch import launch_kernel
-from .plan import DecodePlan
-from .plan_layout import COMBINE_PARAMS, STORE_ALIGNMENT, combine_geometry
-from .problem import DecodeInputs, DecodeProblem, check_output, describe_decode, validate_values
+from .known_calls import Addresses, identify, recall, remember
+from .plan import DecodePlan, blueprint
+from .problem import LSE_DTYPE, DecodeInputs, DecodeProblem, check_output, describe_decode, validate_values
 from .reference import mla_decode_reference
 from .settings import get_settings
-from .tensor_maps import kv_tensor_map
-
-_LOG2_E = math.log2(math.e)
 
 
 def mla_decode(
@@ -33,9 +40,11 @@ def mla_decode(
     softmax_scale: float | None = None,
     causal: bool = False,
     cu_seqlens_q: Any = None,
+    max_seqlen_q: int | None = None,
     plan: DecodePlan | None = None,
     out: Any = None,
     lse: Any = None,
+    empty_lse: float = -math.inf,
     stream: int | None = None,
     validate: bool | None = None,
 ) -> tuple[Any, Any]:
@@ -64,10 +73,15 @@ def mla_decode(
         Query i of s_q sees keys up to ``cache_seqlen - s_q + i`` only.
     cu_seqlens_q
         [batch + 1] int32: ragged queries; request r has queries cu_seqlens_q[r] to cu_seqlens_q[r + 1].
+    max_seqlen_q
+        Largest number of query tokens of a request when ragged; None: that of the plan, or total_q. Not read back: a
+        request that has more gets an output for the first so many only.
     plan
         From `plan_decode`, for calls that share their lengths. None: the call plans by itself.
     out, lse
         Arrays to write to, of the shapes returned; None: new ones of q's framework.
+    empty_lse
+        The lse of a query with no visible key: -inf, the neutral element of a merge, or +inf, as FlashMLA has it.
     stream
         ``cudaStream_t`` to run on; None: the current stream of q's framework.
     validate
@@ -79,7 +93,7 @@ def mla_decode(
         [batch, seqlen_q, num_heads_q, head_dim_v] of q's type, or [total_q, num_heads_q, head_dim_v].
     lse
         [batch, num_heads_q, seqlen_q] float32, or [num_heads_q, total_q]: natural logarithm of the sum of exponentials.
-        A query with no visible key gives out = 0 and lse = -inf.
+        A query with no visible key gives out = 0 and lse = ``empty_lse``.
 
     Raises
     ------
@@ -90,6 +104,26 @@ def mla_decode(
     UnsupportedDeviceError
         The arrays are on a GPU that is not Hopper, or the backend that the settings ask for cannot take them.
     """
+    settings = get_settings()
+    first_q = q[0] if isinstance(q, (tuple, list)) and q else q
+    identity = None
+    if not (settings.validate if validate is None else validate):
+        kind = plan.blueprint if type(plan) is DecodePlan else None
+        if kind is not None or plan is None:
+            others = block_table, cache_seqlens, cu_seqlens_q, out, lse
+            identity = identify(q, kv_cache, others, kind, head_dim_v, softmax_scale, causal, max_seqlen_q, empty_lse)
+    if identity is not None:
+        key, pointers = identity
+        known = recall(key, pointers, settings)
+        if known is not None:
+            return _launch(*known, first_q, plan, out, lse, stream)
+
+    if not (isinstance(empty_lse, float) and math.isinf(empty_lse)):
+        raise InvalidArgumentError("empty_lse", "-inf or +inf", repr(empty_lse))
+    if plan is not None and not isinstance(plan, DecodePlan):
+        raise InvalidArgumentError("plan", "a DecodePlan from plan_decode, or None", type(plan).__name__)
+    if plan is not None and plan.problem.ragged and cu_seqlens_q is not None and max_seqlen_q is None:
+        max_seqlen_q = plan.problem.seqlen_q
     problem, inputs = describe_decode(
         q,
         kv_cache,
@@ -99,42 +133,43 @@ def mla_decode(
         softmax_scale=softmax_scale,
         causal=causal,
         cu_seqlens_q=cu_seqlens_q,
-        max_seqlen_q=plan.problem.seqlen_q if plan is not None and cu_seqlens_q is not None else None,
+        max_seqlen_q=max_seqlen_q,
         stream=stream,
     )
-    first_q = q[0] if isinstance(q, (tuple, list)) else q
-    on_gpu = _require_backend(inputs)
+    on_gpu = require_backend(inputs)
     if plan is not None:
-        if not isinstance(plan, DecodePlan):
-            raise InvalidArgumentError("plan", "a DecodePlan from plan_decode, or None", type(plan).__name__)
         plan.check(problem, inputs)
     out_view = _given_output(out, "out", problem.out_shape, problem.dtype, inputs, stream)
-    lse_view = _given_output(lse, "lse", problem.lse_shape, "float32", inputs, stream)
-    if get_settings().validate if validate is None else validate:
+    lse_view = _given_output(lse, "lse", problem.lse_shape, LSE_DTYPE, inputs, stream)
+    if settings.validate if validate is None else validate:
         validate_values(problem, inputs, stream)
     scale = problem.default_softmax_scale if softmax_scale is None else float(softmax_scale)
     if not on_gpu:
-        return _decode_on_cpu(problem, inputs, scale, first_q, out, lse)
+        return _decode_on_cpu(problem, inputs, scale, empty_lse, first_q, out, lse)
 
-    given_stream = stream
-    if stream is None:
-        stream = current_stream(first_q, inputs.location[1])
-    out_array = empty_like(first_q, problem.out_shape, problem.dtype, given_stream) if out is None else out
-    lse_array = empty_like(first_q, problem.lse_shape, "float32", given_stream) if lse is None else lse
-    out_view = out_view or view(out_array, "out", stream)
-    lse_view = lse_view or view(lse_array, "lse", stream)
-    if 0 not in problem.out_shape:
-        if plan is None:
-            plan = DecodePlan(problem, inputs.location, first_q, stream=given_stream)
-            starts = 0 if inputs.cu_seqlens_q is None else inputs.cu_seqlens_q.pointer
-            plan.launch(inputs.cache_seqlens.pointer, starts, stream)
-        _launch(problem, inputs, plan, scale, out_view, lse_view, stream)
-        if framework_of(first_q) not in ("torch", "cupy"):
-            keep_until_done((inputs, plan), stream)
-    return (
-        out if out is not None else finish(first_q, out_array, stream),
-        lse if lse is not None else finish(first_q, lse_array, stream),
+    kind = blueprint(problem, inputs.location[1]) if plan is None else plan.blueprint
+    assert kind is not None  # a plan on a GPU has one
+    layout = CallLayout.of(
+        problem,
+        inputs,
+        contiguous_strides(problem.out_shape) if out_view is None else out_view.strides,
+        contiguous_strides(problem.lse_shape) if lse_view is None else lse_view.strides,
     )
+    call = prepare(kind, scale, empty_lse, layout)
+    if identity is not None:
+        remember(key, call, settings, inputs, pointers)
+    addresses = (
+        inputs.q_latent.pointer,
+        0 if inputs.q_rope is None else inputs.q_rope.pointer,
+        inputs.kv_latent.pointer,
+        0 if inputs.kv_rope is None else inputs.kv_rope.pointer,
+        inputs.block_table.pointer,
+        inputs.cache_seqlens.pointer,
+        0 if inputs.cu_seqlens_q is None else inputs.cu_seqlens_q.pointer,
+        0 if out_view is None else out_view.pointer,
+        0 if lse_view is None else lse_view.pointer,
+    )
+    return _launch(call, addresses, first_q, plan, out, lse, stream, inputs)
 
 
 def plan_decode(
@@ -187,21 +222,15 @@ def plan_decode(
         max_seqlen_q=max_seqlen_q,
         stream=stream,
     )
-    _require_backend(inputs)
+    on_gpu = require_backend(inputs)
     first_q = q[0] if isinstance(q, (tuple, list)) else q
-    plan = DecodePlan(
-        problem,
-        inputs.location,
-        first_q,
-        max_seqlen_k=max_seqlen_k,
-        fixed_split_tokens=fixed_split_tokens,
-        stream=stream,
-    )
+    kind = blueprint(problem, inputs.location[1], max_seqlen_k, fixed_split_tokens) if on_gpu else None
+    plan = DecodePlan(problem, inputs.location, first_q, kind, stream=stream)
     plan.update(cache_seqlens, cu_seqlens_q, stream=stream)
     return plan
 
 
-def _require_backend(inputs: DecodeInputs) -> bool:
+def require_backend(inputs: DecodeInputs) -> bool:
     """Whether the call runs on the GPU; refuses what the settings or the GPU do not allow."""
     device, device_id = inputs.location
     backend = get_settings().backend
@@ -226,87 +255,46 @@ def _given_output(
 
 
 def _decode_on_cpu(
-    problem: DecodeProblem, inputs: DecodeInputs, scale: float, q: Any, out: Any, lse: Any
+    problem: DecodeProblem, inputs: DecodeInputs, scale: float, empty_lse: float, q: Any, out: Any, lse: Any
 ) -> tuple[Any, Any]:
     out_array = empty_like(q, problem.out_shape, problem.dtype) if out is None else out
     lse_array = empty_like(q, problem.lse_shape, "float32") if lse is None else lse
-    mla_decode_reference(problem, inputs, scale, out=as_numpy(out_array), lse=as_numpy(lse_array))
+    lse_values = as_numpy(lse_array)
+    mla_decode_reference(problem, inputs, scale, out=as_numpy(out_array), lse=lse_values)
+    lse_values[np.isneginf(lse_values)] = empty_lse
     return (out if out is not None else finish(q, out_array), lse if lse is not None else finish(q, lse_array))
 
 
 def _launch(
-    problem: DecodeProblem,
-    inputs: DecodeInputs,
-    plan: DecodePlan,
-    scale: float,
-    out: ArrayView,
-    lse: ArrayView,
-    stream: int,
-) -> None:
-    config, shape = plan.config, plan.shape
-    assert config is not None  # a plan on a GPU has both
-    assert shape is not None
-    kv_latent = kv_tensor_map(inputs.kv_latent, config, config.boxes_per_load)
-    kv_rope = kv_latent if inputs.kv_rope is None else kv_tensor_map(inputs.kv_rope, config, 1)
-    params = np.zeros(1, DECODE_PARAMS)
-    params["q_latent"], params["q_latent_strides"] = inputs.q_latent.pointer, _query_strides(inputs.q_latent, problem)
-    if inputs.q_rope is not None:
-        params["q_rope"], params["q_rope_strides"] = inputs.q_rope.pointer, _query_strides(inputs.q_rope, problem)
-    params["block_table"], params["block_table_stride"] = inputs.block_table.pointer, inputs.block_table.strides[0]
-    out_strides, lse_strides = _query_strides(out, problem), _lse_strides(lse, problem)
-    params["out"], params["out_strides"] = out.pointer, out_strides
-    params["lse"], params["lse_strides"] = lse.pointer, lse_strides
-    params["partial_out"], params["partial_lse"] = plan.partial_out, plan.partial_lse
-    params["plan"] = plan.pointer
-    params["num_parts"], params["blocks_per_job"] = shape.num_parts, shape.blocks_per_job
-    params["group_heads"], params["scale_log2"] = problem.group_heads, scale * _LOG2_E
-    launch_kernel(
-        plan.decode_kernel,
-        (shape.blocks_per_job, shape.num_parts, 1),
-        (config.threads, 1, 1),
-        config.shared_memory,
-        stream,
-        (kv_latent, kv_rope, params),
-        programmatic=True,
+    call: DecodeCall,
+    addresses: Addresses,
+    q: Any,
+    plan: DecodePlan | None,
+    out: Any,
+    lse: Any,
+    given_stream: int | None,
+    inputs: DecodeInputs | None = None,
+) -> tuple[Any, Any]:
+    """Queue a prepared call; makes the outputs and the plan that were not given."""
+    q_latent, q_rope, kv_latent, kv_rope, block_table, cache_seqlens, cu_seqlens_q, out_address, lse_address = addresses
+    kind = call.kind
+    problem = kind.problem
+    stream = current_stream(q, kind.location[1]) if given_stream is None else given_stream
+    out_array, lse_array = out, lse
+    if out is None:
+        out_array = empty_like(q, problem.out_shape, problem.dtype, given_stream)
+        out_address = pointer_of(out_array)
+    if lse is None:
+        lse_array = empty_like(q, problem.lse_shape, LSE_DTYPE, given_stream)
+        lse_address = pointer_of(lse_array)
+    if plan is None:
+        plan = DecodePlan(problem, kind.location, q, kind, stream=given_stream)
+        plan.launch(cache_seqlens, cu_seqlens_q, stream)
+    call(q_latent, q_rope, kv_latent, kv_rope, block_table, out_address, lse_address, plan, stream)
+    if inputs is None or framework_of(q) in ("torch", "cupy"):
+        return out_array, lse_array
+    keep_until_done((inputs, plan), stream)
+    return (
+        out if out is not None else finish(q, out_array, stream),
+        lse if lse is not None else finish(q, lse_array, stream),
     )
-    if plan.combine_kernel is not None:
-        _launch_combine(problem, config, plan, out, out_strides, lse, lse_strides, stream)
-
-
-def _launch_combine(
-    problem: DecodeProblem,
-    config: KernelConfig,
-    plan: DecodePlan,
-    out: ArrayView,
-    out_strides: tuple[int, int, int],
-    lse: ArrayView,
-    lse_strides: tuple[int, int, int],
-    stream: int,
-) -> None:
-    assert plan.combine_kernel is not None
-    assert plan.shape is not None
-    params = np.zeros(1, COMBINE_PARAMS)
-    params["partial_out"], params["partial_lse"], params["plan"] = plan.partial_out, plan.partial_lse, plan.pointer
-    params["out"], params["out_strides"] = out.pointer, out_strides
-    params["lse"], params["lse_strides"] = lse.pointer, lse_strides
-    params["merges_offset"], params["slot_rows"] = plan.merges_offset, plan.shape.rows_per_job
-    params["rows"], params["group_heads"], params["d_v"] = config.rows, problem.group_heads, problem.head_dim_v
-    params["aligned"] = all(offset * 2 % STORE_ALIGNMENT == 0 for offset in (*out_strides, out.pointer // 2))
-    geometry = combine_geometry(plan.num_sms)
-    launch_kernel(
-        plan.combine_kernel, geometry.grid, geometry.block, geometry.shared_memory, stream, (params,), programmatic=True
-    )
-
-
-def _query_strides(array: ArrayView, problem: DecodeProblem) -> tuple[int, int, int]:
-    """Batch, token and head strides in elements of q or out; a ragged array's batch stride is 0."""
-    if problem.ragged:
-        return 0, array.strides[0], array.strides[1]
-    return array.strides[0], array.strides[1], array.strides[2]
-
-
-def _lse_strides(array: ArrayView, problem: DecodeProblem) -> tuple[int, int, int]:
-    """Batch, token and head strides in elements of lse [batch, heads, tokens] or [heads, tokens]."""
-    if problem.ragged:
-        return 0, array.strides[1], array.strides[0]
-    return array.strides[0], array.strides[2], array.strides[1]

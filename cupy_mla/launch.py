@@ -11,30 +11,53 @@ import numpy as np
 
 from .driver import check, driver
 
+# Launches that a thread without a current context, or with that of another GPU, is refused: CUDA_ERROR_INVALID_CONTEXT
+# and CUDA_ERROR_INVALID_HANDLE.
+_CONTEXT_ERRORS = (201, 400)
+
 
 class Launch:
     """A kernel launch whose arguments and geometry are packed once and queued any number of times.
 
+    The driver copies the arguments while it queues a launch, so what is written to them (or to ``addresses``) in place
+    holds from the next call on. Threads that share a launch must not write and queue at the same time.
+
     Parameters
     ----------
-    handle : int
-        The driver's ``CUfunction``.
+    kernel : jit.LoadedKernel
+        The kernel: the driver's ``handle`` of it, and the ``device_id`` of its GPU.
     grid, block : tuple of int
         CTAs and threads, (x, y, z).
     shared_memory : int
         Bytes of dynamic shared memory.
     arguments : tuple
         NumPy arrays of one element (by-value structs), NumPy scalars, or ``numpy.uint64`` addresses. Arrays are
-        referenced, not copied: a change in place holds for the next launch.
+        referenced, not copied.
     programmatic : bool
         The kernel may start before the one ahead of it in the stream has ended; it waits by itself (griddepcontrol).
+
+    Attributes
+    ----------
+    addresses : memoryview
+        Where each argument lies in host memory, uint64. An entry may be pointed at another argument of the same type,
+        which the caller keeps alive until the launch is queued.
     """
 
-    __slots__ = ("_arguments", "_config", "_function", "_pointers", "_pointers_address")
+    __slots__ = (
+        "_arguments",
+        "_config",
+        "_device_id",
+        "_function",
+        "_launch",
+        "_pointers_address",
+        "_stream",
+        "_stream_type",
+        "addresses",
+    )
 
     def __init__(
         self,
-        handle: int,
+        kernel: Any,
         grid: tuple[int, int, int],
         block: tuple[int, int, int],
         shared_memory: int,
@@ -54,11 +77,16 @@ class Launch:
             config.numAttrs = 1
         else:
             config.numAttrs = 0
+        self._launch = cuda.cuLaunchKernelEx
         self._config = config
-        self._function = cuda.CUfunction(handle)
+        self._function = cuda.CUfunction(kernel.handle)
+        self._device_id = kernel.device_id
+        self._stream_type = cuda.CUstream
+        self._stream: int | None = None  # the one in the configuration
         self._arguments = [np.asarray(argument) for argument in arguments]
-        self._pointers = np.array([argument.ctypes.data for argument in self._arguments], dtype=np.uint64)
-        self._pointers_address = self._pointers.ctypes.data
+        pointers = np.array([argument.ctypes.data for argument in self._arguments], dtype=np.uint64)
+        self._pointers_address = pointers.ctypes.data
+        self.addresses = pointers.data
 
     def __call__(self, stream: int) -> None:
         """Queue the launch on a stream (``cudaStream_t`` as an integer; 0 is the legacy default stream).
@@ -68,9 +96,22 @@ class Launch:
         DriverError
             The driver refused the launch.
         """
-        cuda = driver()
-        self._config.hStream = cuda.CUstream(stream)
-        check("cuLaunchKernelEx", cuda.cuLaunchKernelEx(self._config, self._function, self._pointers_address, 0))
+        if stream != self._stream:
+            self._config.hStream = self._stream_type(stream)
+            self._stream = stream
+        result = self._launch(self._config, self._function, self._pointers_address, 0)
+        if result[0]:  # CUDA_SUCCESS is 0
+            if int(result[0]) in _CONTEXT_ERRORS:
+                result = self._launch_in_context()
+            check("cuLaunchKernelEx", result)
+
+    def _launch_in_context(self) -> Any:
+        """Once more, with the kernel's GPU current. Only tried when it was not: asking before would cost every call."""
+        from cupy.cuda import Device
+
+        with Device(self._device_id) as device:
+            device.use()  # entering does nothing for a thread that has this GPU by default and no context yet
+            return self._launch(self._config, self._function, self._pointers_address, 0)
 
 
 def launch_kernel(
@@ -83,4 +124,4 @@ def launch_kernel(
     programmatic: bool = False,
 ) -> None:
     """Queue one launch of a `jit.LoadedKernel`; see `Launch` for the parameters."""
-    Launch(loaded.handle, grid, block, shared_memory, arguments, programmatic)(stream)
+    Launch(loaded, grid, block, shared_memory, arguments, programmatic)(stream)

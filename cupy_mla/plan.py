@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import functools
+import threading
 from typing import Any
 
 import numpy as np
 
-from .arrays import CUDA, ArrayView, current_stream, empty_like, view
+from .arrays import CUDA, ArrayView, current_stream, empty_like, pointer_of, view
 from .configs import KernelConfig, choose_config
 from .device import describe_device
 from .errors import InvalidArgumentError, PlanMismatchError
+from .html import facts_table
 from .jit.module import LoadedKernel, load
-from .launch import launch_kernel
+from .launch import Launch
 from .plan_layout import PLAN_SOURCE, combine_source, plan_geometry, plan_layout, plan_params
 from .problem import DecodeInputs, DecodeProblem
 from .schedule import ScheduleShape, ceil_div, choose_parts
@@ -19,6 +22,7 @@ from .schedule import ScheduleShape, ceil_div, choose_parts
 _PARTIAL_ALIGNMENT = 256  # bytes; sections of the workspace
 _ELEMENT_BYTES = 2
 _WORD_BYTES = 4  # int32 of the plan, float32 of the lse
+_BLUEPRINTS_KEPT = 1024  # ragged batches may bring a new one every step
 
 
 def schedule_shape(
@@ -44,7 +48,124 @@ def schedule_shape(
         ragged=problem.ragged,
         fixed_split_tokens=fixed_split_tokens,
         total_q=problem.total_q if problem.ragged else None,
+        cost=config.cost,
     )
+
+
+class Blueprint:
+    """What all plans of one kind of call on one GPU have in common; made once, by `blueprint`. Holds no device memory.
+
+    Attributes
+    ----------
+    problem : DecodeProblem
+        Shapes and settings.
+    location : (str, int)
+        Device and its number.
+    num_sms : int
+        Streaming multiprocessors of the GPU.
+    config : KernelConfig
+        The decode kernel.
+    shape : ScheduleShape
+        What the schedule depends on besides the lengths.
+    merges_offset : int
+        Where the merges lie in the plan, in ints.
+    plan_bytes, partial_out_bytes, partial_lse_bytes : int
+        Sizes of the plan and of the room for partial results, rounded up so that one may follow the other.
+    """
+
+    def __init__(
+        self, problem: DecodeProblem, device_id: int, max_seqlen_k: int | None, fixed_split_tokens: int | None
+    ) -> None:
+        self.problem = problem
+        self.location = (CUDA, device_id)
+        self.num_sms = describe_device(device_id).num_sms
+        self.config = choose_config(problem, self.num_sms, max_seqlen_k, fixed_split_tokens)
+        self.shape = schedule_shape(problem, self.config, self.num_sms, max_seqlen_k, fixed_split_tokens)
+        layout = plan_layout(self.shape)
+        self.merges_offset = layout.merges_offset
+        rows = self.shape.max_slots * self.shape.rows_per_job
+        self.plan_bytes = _section(layout.total_ints * _WORD_BYTES)
+        self.partial_out_bytes = _section(rows * problem.head_dim_v * _ELEMENT_BYTES)
+        self.partial_lse_bytes = _section(rows * _WORD_BYTES)
+        self._lock = threading.Lock()
+        self._pointers = np.zeros(3, np.uint64)  # cache_seqlens, cu_seqlens_q, plan
+
+    @property
+    def workspace_bytes(self) -> int:
+        """Bytes of a plan with its room for partial results."""
+        return self.plan_bytes + self.partial_out_bytes + self.partial_lse_bytes
+
+    @functools.cached_property
+    def decode_kernel(self) -> LoadedKernel:
+        """Compiled and loaded when first needed, like the others."""
+        return load(self.config.source(), self.location[1])
+
+    @functools.cached_property
+    def combine_kernel(self) -> LoadedKernel | None:
+        """The kernel that merges partial results; None when no schedule of this shape has any."""
+        return load(combine_source(self.problem.dtype), self.location[1]) if self.shape.max_merges > 0 else None
+
+    @functools.cached_property
+    def _planner(self) -> Launch:
+        geometry = plan_geometry(self.shape)
+        return Launch(
+            load(PLAN_SOURCE, self.location[1]),
+            geometry.grid,
+            geometry.block,
+            geometry.shared_memory,
+            (*(self._pointers[index : index + 1] for index in range(3)), plan_params(self.shape)),
+        )
+
+    def launch_planner(self, cache_seqlens: int, cu_seqlens_q: int, plan: int, stream: int) -> None:
+        """Queue the planner, given addresses (0 for no cu_seqlens_q)."""
+        planner = self._planner
+        with self._lock:
+            self._pointers[:] = cache_seqlens, cu_seqlens_q, plan
+            planner(stream)
+
+    def check(self, problem: DecodeProblem, location: tuple[str, int]) -> None:
+        """Refuse a call that a plan of this kind was not made for.
+
+        Raises
+        ------
+        PlanMismatchError
+            Shapes or settings differ from the plan's.
+        """
+        _check_same(self.problem, self.location, problem, location)
+
+
+@functools.lru_cache(maxsize=_BLUEPRINTS_KEPT)
+def blueprint(
+    problem: DecodeProblem, device_id: int, max_seqlen_k: int | None = None, fixed_split_tokens: int | None = None
+) -> Blueprint:
+    """The blueprint of a kind of call; the same object whenever it is asked for again.
+
+    Raises
+    ------
+    InvalidArgumentError
+        The plan would be too large, or ``fixed_split_tokens`` is no multiple of a tile.
+    UnsupportedDeviceError
+        There is no such GPU.
+    """
+    return Blueprint(problem, device_id, max_seqlen_k, fixed_split_tokens)
+
+
+def _section(size: int) -> int:
+    return ceil_div(size, _PARTIAL_ALIGNMENT) * _PARTIAL_ALIGNMENT
+
+
+def _check_same(
+    planned: DecodeProblem, planned_location: tuple[str, int], problem: DecodeProblem, location: tuple[str, int]
+) -> None:
+    if problem is not planned:
+        for field in DecodeProblem.__dataclass_fields__:
+            if field == "num_pages":  # the pool may have grown since
+                continue
+            was, came = getattr(planned, field), getattr(problem, field)
+            if was != came:
+                raise PlanMismatchError("plan", f"a plan for {field} = {came}", f"one for {field} = {was}")
+    if location != planned_location:
+        raise PlanMismatchError("plan", f"a plan on {location}", f"one on {planned_location}")
 
 
 class DecodePlan:
@@ -58,10 +179,24 @@ class DecodePlan:
     ----------
     problem : DecodeProblem
         Shapes and settings.
-    config : KernelConfig or None
-        The kernel; None on the CPU, where nothing is planned.
-    shape : ScheduleShape or None
-        What the schedule depends on besides the lengths; None on the CPU.
+    location : (str, int)
+        Device and its number.
+    blueprint : Blueprint or None
+        What all plans of this kind share; None on the CPU, where nothing is planned.
+    pointer, partial_out, partial_lse : int
+        Addresses of the plan and of the room for partial results.
+    is_settled : bool
+        Whether a decode was queued since the plan was written: later ones may read it before their predecessor ends.
+
+    Parameters
+    ----------
+    owner
+        An array whose framework and device the workspace comes from.
+    made
+        uint8 array that holds a plan already, ``kind.plan_bytes`` or more; None: there is room for one in the
+        workspace.
+    stream
+        CUDA stream that the plan will be used on; None: the current one.
     """
 
     def __init__(
@@ -69,42 +204,46 @@ class DecodePlan:
         problem: DecodeProblem,
         location: tuple[str, int],
         owner: Any,
+        kind: Blueprint | None,
         *,
-        max_seqlen_k: int | None = None,
-        fixed_split_tokens: int | None = None,
+        made: Any = None,
         stream: int | None = None,
     ) -> None:
         self.problem = problem
         self.location = location
-        self.config: KernelConfig | None = None
-        self.shape: ScheduleShape | None = None
-        if location[0] != CUDA:
+        self.blueprint = kind
+        self.pointer = self.partial_out = self.partial_lse = 0
+        self.is_settled = False
+        if kind is None:
             return
-        device_id = location[1]
-        info = describe_device(device_id)
-        config = choose_config(problem)
-        shape = schedule_shape(problem, config, info.num_sms, max_seqlen_k, fixed_split_tokens)
-        layout = plan_layout(shape)
-        self.config, self.shape = config, shape
-        self.decode_kernel = load(config.source(), device_id)
-        self.combine_kernel: LoadedKernel | None = None
-        if shape.max_merges > 0:
-            self.combine_kernel = load(combine_source(problem.dtype), device_id)
-        self.num_sms = info.num_sms
-        self.merges_offset = layout.merges_offset
-        self._plan_kernel = load(PLAN_SOURCE, device_id)
-        self._params = plan_params(shape)
-        self._geometry = plan_geometry(shape)
-        rows = shape.max_slots * shape.rows_per_job
-        sections = (layout.total_ints * _WORD_BYTES, rows * problem.head_dim_v * _ELEMENT_BYTES, rows * _WORD_BYTES)
-        offsets = [0]
-        for size in sections:
-            offsets.append(offsets[-1] + ceil_div(size, _PARTIAL_ALIGNMENT) * _PARTIAL_ALIGNMENT)
         # From q's framework, whose allocator knows its streams and its graph captures.
-        self._workspace = empty_like(owner, (offsets[-1],), "uint8", stream)
-        base = view(self._workspace, "workspace").pointer
-        self.pointer, self.partial_out, self.partial_lse = base, base + offsets[1], base + offsets[2]
-        self.workspace_bytes = offsets[-1]
+        size = kind.workspace_bytes - (0 if made is None else kind.plan_bytes)
+        workspace = empty_like(owner, (size,), "uint8", stream)
+        self._owners = (workspace, made)
+        base = pointer_of(workspace)
+        self.pointer = base if made is None else pointer_of(made)
+        self.partial_out = base + (kind.plan_bytes if made is None else 0)
+        self.partial_lse = self.partial_out + kind.partial_out_bytes
+
+    @classmethod
+    def at(cls, kind: Blueprint, workspace: int, made: int | None) -> DecodePlan:
+        """A plan in memory that is the caller's: addresses of a workspace, and of a plan if that is not in it."""
+        plan = cls(kind.problem, kind.location, None, None)
+        plan.blueprint = kind
+        plan.pointer = workspace if made is None else made
+        plan.partial_out = workspace + (kind.plan_bytes if made is None else 0)
+        plan.partial_lse = plan.partial_out + kind.partial_out_bytes
+        return plan
+
+    @property
+    def config(self) -> KernelConfig | None:
+        """The kernel; None on the CPU, where nothing is planned."""
+        return None if self.blueprint is None else self.blueprint.config
+
+    @property
+    def shape(self) -> ScheduleShape | None:
+        """What the schedule depends on besides the lengths; None on the CPU."""
+        return None if self.blueprint is None else self.blueprint.shape
 
     def update(self, cache_seqlens: Any, cu_seqlens_q: Any = None, *, stream: int | None = None) -> None:
         """Plan again for new lengths: one small kernel, no host synchronisation; may be captured in a CUDA graph.
@@ -123,7 +262,7 @@ class DecodePlan:
         InvalidArgumentError
             A wrong shape, type or device, or cu_seqlens_q given or missing against the plan.
         """
-        if self.shape is None:
+        if self.blueprint is None:
             return
         if stream is None:
             stream = current_stream(cache_seqlens, self.location[1])
@@ -141,14 +280,9 @@ class DecodePlan:
 
     def launch(self, cache_seqlens: int, cu_seqlens_q: int, stream: int) -> None:
         """Queue the planner, given addresses (0 for no cu_seqlens_q)."""
-        launch_kernel(
-            self._plan_kernel,
-            self._geometry.grid,
-            self._geometry.block,
-            self._geometry.shared_memory,
-            stream,
-            (np.uint64(cache_seqlens), np.uint64(cu_seqlens_q), np.uint64(self.pointer), self._params),
-        )
+        assert self.blueprint is not None  # a plan on a GPU has one
+        self.is_settled = False
+        self.blueprint.launch_planner(cache_seqlens, cu_seqlens_q, self.pointer, stream)
 
     def check(self, problem: DecodeProblem, inputs: DecodeInputs) -> None:
         """Refuse a call that this plan was not made for.
@@ -158,24 +292,35 @@ class DecodePlan:
         PlanMismatchError
             Shapes or settings differ from the plan's.
         """
-        if problem is self.problem and inputs.location == self.location:
-            return
-        for field in DecodeProblem.__dataclass_fields__:
-            if field == "num_pages":  # the pool may have grown since
-                continue
-            planned, came = getattr(self.problem, field), getattr(problem, field)
-            if planned != came:
-                raise PlanMismatchError("plan", f"a plan for {field} = {came}", f"one for {field} = {planned}")
-        if inputs.location != self.location:
-            raise PlanMismatchError("plan", f"a plan on {inputs.location}", f"one on {self.location}")
+        _check_same(self.problem, self.location, problem, inputs.location)
 
     def __repr__(self) -> str:
-        if self.config is None or self.shape is None:
+        kind = self.blueprint
+        if kind is None:
             return f"DecodePlan(batch={self.problem.batch}, NumPy backend)"
         return (
-            f"DecodePlan(batch={self.problem.batch}, kernel={self.config.name}, parts={self.shape.num_parts}, "
-            f"blocks_per_job={self.shape.blocks_per_job}, workspace={self.workspace_bytes / 2**20:.1f} MiB)"
+            f"DecodePlan(batch={self.problem.batch}, kernel={kind.config.name}, parts={kind.shape.num_parts}, "
+            f"blocks_per_job={kind.shape.blocks_per_job}, workspace={kind.workspace_bytes / 2**20:.1f} MiB)"
         )
+
+    def _repr_html_(self) -> str:
+        """Tables for notebooks: what the plan is, and what it is for."""
+        device, number = self.location
+        facts: dict[str, object] = {"device": f"{device}:{number}"}
+        kind = self.blueprint
+        if kind is None:
+            facts["kernel"] = "none: the NumPy backend plans nothing"
+        else:
+            facts |= {
+                "kernel": kind.config.name,
+                "SMs": kind.num_sms,
+                "parts": f"{kind.shape.num_parts}, CTAs of each: {kind.shape.blocks_per_job}",
+                "most pieces": kind.shape.max_items,
+                "most partial results": kind.shape.max_slots,
+                "fixed split, tokens": kind.shape.fixed_split_tokens or "none",
+                "workspace": f"{kind.workspace_bytes / 2**20:.1f} MiB",
+            }
+        return facts_table("DecodePlan", facts) + self.problem._repr_html_()
 
 
 def _check_index(array: ArrayView, name: str, length: int, location: tuple[str, int]) -> None:

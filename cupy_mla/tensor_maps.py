@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
@@ -15,8 +16,27 @@ TENSOR_MAP = np.dtype("V128")  # CUtensorMap, opaque
 _MAPS_KEPT = 1024  # layers * caches of a large model; 128 bytes each
 
 
-def kv_tensor_map(pages: ArrayView, config: KernelConfig, boxes_per_load: int) -> np.ndarray[Any, Any]:
+@dataclass(frozen=True, slots=True)
+class TensorMap:
+    """A tensor map in host memory.
+
+    Attributes
+    ----------
+    words : numpy.ndarray
+        One element of 128 bytes, as a kernel takes it by value.
+    address : int
+        Where it lies; valid while ``words`` lives.
+    """
+
+    words: np.ndarray[Any, Any]
+    address: int
+
+
+def kv_tensor_map(pages: ArrayView, config: KernelConfig, boxes_per_load: int) -> TensorMap:
     """The tensor map of one part (latent or rope) of a paged cache.
+
+    It depends on nothing but what it describes (address, shape, strides, type), so one that is kept is right whatever
+    became of the memory in between.
 
     Parameters
     ----------
@@ -30,8 +50,8 @@ def kv_tensor_map(pages: ArrayView, config: KernelConfig, boxes_per_load: int) -
 
     Returns
     -------
-    numpy.ndarray
-        One element of 128 bytes. The map has five dimensions, innermost first: 64 columns, tokens of a page, boxes
+    TensorMap
+        The map has five dimensions, innermost first: 64 columns, tokens of a page, boxes
         of 64 columns, kv heads, pages.
 
     Raises
@@ -50,7 +70,7 @@ def _encode(
     dtype: str,
     chunk_tokens: int,
     boxes_per_load: int,
-) -> np.ndarray[Any, Any]:
+) -> TensorMap:
     cuda = driver()
     num_pages, page_size, num_heads, width = shape
     item_bytes = 2
@@ -83,4 +103,5 @@ def _encode(
             cuda.CUtensorMapFloatOOBfill.CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE,
         ),
     )
-    return np.array([int(word) for word in tensor_map.opaque], dtype=np.uint64).view(TENSOR_MAP)
+    words = np.array([int(word) for word in tensor_map.opaque], dtype=np.uint64).view(TENSOR_MAP)
+    return TensorMap(words, words.ctypes.data)

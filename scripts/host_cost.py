@@ -1,0 +1,305 @@
+"""Where the host's time of one eager decode call goes, in microseconds; the GPU's time is not in it.
+
+Calls are queued back to back, 200 at a time, and waited for in between; the middle of 25 rounds is told, and the
+fastest. The shape is small, so that the GPU keeps up. Beside ours, for scale: a bare launch of an empty kernel through
+CuPy, and FlashMLA where it can be imported (or is packed in the vLLM wheel's folder given by --peers).
+
+Without a Hopper GPU the same code runs with CPU tensors that are taken for CUDA tensors and a driver that returns at
+once: what is told then is our own share, without the driver's.
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+import math
+import platform
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import click
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from cupy_mla import arrays, decode, driver, known_calls, mla_decode, plan, plan_decode
+from cupy_mla.device import DeviceInfo, why_unsupported
+from cupy_mla.problem import describe_decode
+from cupy_mla.settings import get_settings
+
+CALLS, ROUNDS = 200, 25  # two launches a call stay below the 1024 that a stream takes before it blocks
+BATCH, LENGTH, HEADS, PAGE_SIZE = 4, 1024, 16, 64
+HEAD_DIM, LATENT_DIM = 576, 512
+TARGET_MICROSECONDS = 15.0  # of a call with plan and outputs
+FULL_CALL = "mla_decode, plan and outputs given"
+EMPTY_KERNEL = 'extern "C" __global__ void empty(const void* a, const void* b, void* c, int n) {}'
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Microseconds of one call: the middle and the fastest round."""
+
+    name: str
+    median: float
+    fastest: float
+
+
+def measure(name: str, function: Callable[[], object], wait: Callable[[], object]) -> Cost:
+    for _ in range(CALLS):
+        function()
+    wait()
+    times = []
+    for _ in range(ROUNDS):
+        begin = time.perf_counter()
+        for _ in range(CALLS):
+            function()
+        times.append((time.perf_counter() - begin) / CALLS * 1e6)
+        wait()
+    return Cost(name, statistics.median(times), min(times))
+
+
+class NoGpu:
+    """Takes the place of a GPU: the driver's functions return at once, CPU tensors pass for CUDA tensors."""
+
+    def __init__(self, torch: Any) -> None:
+        class Anything:
+            def __getattr__(self, name: str) -> Any:
+                return 0
+
+        driver._driver = SimpleNamespace(
+            CUlaunchConfig=SimpleNamespace,
+            CUlaunchAttribute=lambda: SimpleNamespace(value=SimpleNamespace()),
+            CUlaunchAttributeID=Anything(),
+            CUtensorMapDataType=Anything(),
+            CUtensorMapInterleave=Anything(),
+            CUtensorMapSwizzle=Anything(),
+            CUtensorMapL2promotion=Anything(),
+            CUtensorMapFloatOOBfill=Anything(),
+            CUfunction=int,
+            CUstream=int,
+            cuuint64_t=int,
+            cuuint32_t=int,
+            cuLaunchKernelEx=lambda config, function, pointers, extra: (0,),
+            cuTensorMapEncodeTiled=lambda *description: (0, SimpleNamespace(opaque=[0] * 16)),
+        )
+        read = arrays._read_torch
+
+        def read_as_cuda(tensor: Any, name: str, stream: int | None) -> arrays.ArrayView:
+            view = read(tensor, name, stream)
+            view.device = arrays.CUDA
+            return view
+
+        arrays._READER_OF_FRAMEWORK["torch"] = read_as_cuda
+        info = DeviceInfo(0, "none", (9, 0), 132, 2**37, 2**25, 232448)
+        for module in (plan, decode):
+            module.current_stream = lambda array, device_id: 0  # type: ignore[attr-defined]
+        plan.describe_device = lambda device_id: info  # type: ignore[attr-defined]
+        plan.load = lambda source, device_id: SimpleNamespace(handle=1, device_id=0)  # type: ignore[attr-defined]
+        decode.require_supported = lambda device_id: info  # type: ignore[attr-defined]
+
+
+class Inputs:
+    """Arrays of a small decode step: torch's, or CuPy's where torch is not installed."""
+
+    def __init__(self, torch: Any, device: str) -> None:
+        columns = LENGTH // PAGE_SIZE
+        shapes = {"q": (BATCH, 1, HEADS, HEAD_DIM), "kv_cache": (BATCH * columns, PAGE_SIZE, 1, HEAD_DIM)}
+        outputs = {"out": ((BATCH, 1, HEADS, LATENT_DIM), "float16"), "lse": ((BATCH, HEADS, 1), "float32")}
+        if torch is None:
+            import cupy as xp
+
+            options: dict[str, Any] = {}
+        else:
+            xp = torch
+            options = {"device": device}
+        table = xp.arange(BATCH * columns, dtype=xp.int32, **options).reshape(BATCH, columns)
+        self.inputs = {
+            **{name: xp.zeros(shape, dtype=xp.float16, **options) for name, shape in shapes.items()},
+            "block_table": table,
+            "cache_seqlens": xp.full((BATCH,), LENGTH, dtype=xp.int32, **options),
+        }
+        self.outputs = {
+            name: xp.zeros(shape, dtype=getattr(xp, dtype), **options) for name, (shape, dtype) in outputs.items()
+        }
+
+
+def whole_calls(given: Inputs, torch: Any) -> dict[str, Callable[[], object]]:
+    """What users call."""
+    inputs, outputs = given.inputs, given.outputs
+    made = plan_decode(**inputs)
+    q, kv_cache, table, lengths = inputs.values()
+    out, lse = outputs.values()
+    q_pair, kv_pair = ((array[..., :LATENT_DIM], array[..., LATENT_DIM:]) for array in (q, kv_cache))
+    calls: dict[str, Callable[[], object]] = {
+        FULL_CALL: lambda: mla_decode(q, kv_cache, table, lengths, plan=made, out=out, lse=lse),
+        "the same, (latent, rope) pairs": lambda: mla_decode(
+            q_pair, kv_pair, table, lengths, plan=made, out=out, lse=lse
+        ),
+        "mla_decode, plan given": lambda: mla_decode(q, kv_cache, table, lengths, plan=made),
+        "mla_decode": lambda: mla_decode(q, kv_cache, table, lengths),
+        "plan.update": lambda: made.update(lengths),
+    }
+    if torch is not None:
+        importlib.import_module("cupy_mla.torch_ops")
+        operators = torch.ops.cupy_mla
+        plan_tensor = operators.plan_decode(**inputs)
+        calls["torch.ops, plan and outputs given"] = lambda: operators.mla_decode_out(
+            q, kv_cache, table, lengths, plan=plan_tensor, out=out, lse=lse
+        )
+        calls["torch.ops, plan given"] = lambda: operators.mla_decode(q, kv_cache, table, lengths, plan=plan_tensor)
+        calls["torch.ops"] = lambda: operators.mla_decode(q, kv_cache, table, lengths)
+    return calls
+
+
+def parts(given: Inputs) -> dict[str, Callable[[], object]]:
+    """The steps of the first of `whole_calls`, one by one, as it runs for a call seen before."""
+    inputs, outputs = given.inputs, given.outputs
+    made = plan_decode(**inputs)
+    mla_decode(**inputs, plan=made, **outputs)
+    others = inputs["block_table"], inputs["cache_seqlens"], None, outputs["out"], outputs["lse"]
+    named = (*inputs.values(), *outputs.values())
+
+    def identify() -> Any:
+        return known_calls.identify(
+            inputs["q"], inputs["kv_cache"], others, made.blueprint, LATENT_DIM, None, False, None, -math.inf
+        )
+
+    key, pointers = identify()
+    settings = get_settings()
+    call, addresses = known_calls.recall(key, pointers, settings)
+    q, q_rope, kv, kv_rope, table, _, _, out, lse = addresses
+    stream = decode.current_stream(inputs["q"], 0)
+    decode_launch, combine_launch = call._decode, call._combine
+
+    class Packed:
+        """The launch left out."""
+
+        addresses = decode_launch.addresses
+
+        def __call__(self, stream: int) -> None:
+            return None
+
+    def pack() -> None:
+        call(q, q_rope, kv, kv_rope, table, out, lse, made, stream)
+
+    def without_launches(function: Callable[[], None]) -> Callable[[], None]:
+        def run() -> None:
+            call._decode = call._combine = Packed()
+            try:
+                function()
+            finally:
+                call._decode, call._combine = decode_launch, combine_launch
+
+        return run
+
+    return {
+        "addresses, shapes, strides, types of the arrays": lambda: arrays.sketch_tensors(*named),
+        "the call described by them (includes the line above)": identify,
+        "call and plan's kind looked up, addresses checked": lambda: known_calls.recall(key, pointers, settings),
+        "current stream": lambda: decode.current_stream(inputs["q"], 0),
+        "tensor maps looked up": lambda: call._maps.get((kv, kv_rope)),
+        "tensor maps and arguments packed (includes it)": without_launches(pack),
+        "launch 1 (decode)": lambda: decode_launch(stream),
+        **({} if combine_launch is None else {"launch 2 (merge)": lambda: combine_launch(stream)}),
+    }
+
+
+def first_time_parts(given: Inputs) -> dict[str, Callable[[], object]]:
+    """What a call of a kind not seen before costs besides."""
+    inputs, outputs = given.inputs, given.outputs
+    made = plan_decode(**inputs)
+    named = {**inputs, **outputs}
+    problem, described = describe_decode(**inputs, head_dim_v=LATENT_DIM)
+    return {
+        "views of six arrays": lambda: [arrays.view(array, name) for name, array in named.items()],
+        "checked and described (includes five views)": lambda: describe_decode(**inputs, head_dim_v=LATENT_DIM),
+        "plan checked": lambda: made.check(problem, described),
+    }
+
+
+def for_scale(given: Inputs, torch: Any, peers: str | None) -> dict[str, Callable[[], object]]:
+    """What else a launch can cost."""
+    import cupy
+
+    kernel = cupy.RawKernel(EMPTY_KERNEL, "empty")
+    buffers = [cupy.zeros(8, cupy.float32) for _ in range(3)]
+    calls: dict[str, Callable[[], object]] = {
+        "an empty kernel through cupy.RawKernel": lambda: kernel((1,), (32,), (*buffers, 7))
+    }
+    peer = None if torch is None else import_flash_mla(peers)
+    if peer is not None:
+        inputs = {
+            name: array.to(torch.bfloat16) if array.is_floating_point() else array
+            for name, array in given.inputs.items()
+        }
+        metadata, _ = peer.get_mla_metadata()
+        arguments = (*inputs.values(), LATENT_DIM, metadata)
+        scale = HEAD_DIM**-0.5
+        calls["FlashMLA (metadata given)"] = lambda: peer.flash_mla_with_kvcache(*arguments, softmax_scale=scale)
+    return calls
+
+
+def import_flash_mla(folder: str | None) -> Any:
+    """FlashMLA's Python interface, or None."""
+    if folder is not None:
+        sys.path.insert(0, folder)
+    for name in ("flash_mla", "vllm.third_party.flashmla.flash_mla_interface"):
+        try:
+            return importlib.import_module(name)
+        except (ImportError, OSError):
+            continue
+    click.echo("FlashMLA cannot be imported: not timed.\n")
+    return None
+
+
+def import_torch() -> Any:
+    try:
+        return importlib.import_module("torch")
+    except ImportError:
+        return None
+
+
+@click.command(help=__doc__)
+@click.option("--peers", type=click.Path(exists=True, file_okay=False), help="Folder with FlashMLA, see above.")
+@click.option("--json", "json_path", type=click.Path(dir_okay=False), help="Also write the rows to this file.")
+def main(peers: str | None, json_path: str | None) -> None:
+    torch = import_torch()
+    reason = why_unsupported()
+    if reason is not None and torch is None:
+        raise click.ClickException(f"{reason}; without a GPU the host's share is timed on torch tensors: install torch")
+    if reason is not None:
+        click.echo(f"No GPU to launch on ({reason}): launches are left out, and so is what the driver costs.\n")
+        NoGpu(torch)
+    given = Inputs(torch, "cpu" if reason else "cuda")
+
+    def wait() -> None:
+        if reason is None:
+            importlib.import_module("cupy").cuda.Device().synchronize()
+
+    click.echo(f"Python {platform.python_version()}, {platform.processor() or platform.machine()}\n")
+    # torch's dispatcher would see through CPU tensors that pass for others: without a GPU no operators.
+    whole = whole_calls(given, torch if reason is None else None)
+    groups = {"whole calls": whole, "of the first": parts(given), "only the first time": first_time_parts(given)}
+    if reason is None:
+        groups["for scale"] = for_scale(given, torch, peers)
+    rows: list[dict[str, Any]] = []
+    click.echo(f"{'us of host time a call':<56}{'median':>9}{'fastest':>9}")
+    for group, functions in groups.items():
+        click.echo(group)
+        for name, function in functions.items():
+            cost = measure(name, function, wait)
+            rows.append({"group": group, **asdict(cost)})
+            click.echo(f"  {name:<54}{cost.median:>9.2f}{cost.fastest:>9.2f}")
+    if json_path is not None:
+        Path(json_path).write_text(json.dumps(rows, indent=1) + "\n")
+    full = next(row["median"] for row in rows if row["name"] == FULL_CALL)
+    click.echo(f"\n{FULL_CALL}: {full:.2f} us, to be at most {TARGET_MICROSECONDS:.0f}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,165 @@
+"""A GPU that only writes down what it is asked to launch: arrays without memory, a driver, kernels without code.
+
+Everything between the caller and the driver runs as it does on a real one.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+
+from cupy_mla import arrays, decode, decode_call, driver, known_calls, plan, tensor_maps
+from cupy_mla.arrays import ArrayView, contiguous_strides
+from cupy_mla.decode_params import DECODE_PARAMS
+from cupy_mla.device import DeviceInfo
+from cupy_mla.jit.source import KernelSource
+from cupy_mla.plan_layout import COMBINE_PARAMS, PLAN_PARAMS
+from cupy_mla.tensor_maps import TENSOR_MAP
+
+BASE = 1 << 40
+NUM_SMS = 132
+MAP_WORDS = 16
+# By-value arguments of the kernels, by the name of their functions without what tells them apart.
+ARGUMENTS: dict[str, tuple[Any, ...]] = {
+    "decode": (TENSOR_MAP, TENSOR_MAP, DECODE_PARAMS),
+    "combine": (COMBINE_PARAMS,),
+    "plan": (np.uint64, np.uint64, np.uint64, PLAN_PARAMS),
+}
+
+
+@dataclass
+class FakeArray:
+    """An array on the fake GPU: describes itself, has no memory."""
+
+    shape: tuple[int, ...]
+    dtype: str = "bfloat16"
+    strides: tuple[int, ...] = ()
+    pointer: int = BASE
+    device_id: int = 0
+    __dlpack__ = None
+
+    def __post_init__(self) -> None:
+        self.strides = self.strides or contiguous_strides(self.shape)
+
+    def read(self, name: str = "", stream: int | None = None) -> ArrayView:
+        return ArrayView(self.pointer, self.shape, self.strides, self.dtype, "cuda", self.device_id, self)
+
+    def sketch(self) -> tuple[int, tuple[Any, ...]]:
+        return self.pointer, (self.shape, self.strides, self.dtype, self.device_id)
+
+
+@dataclass
+class Launched:
+    """One launch: the kernel's kind, its arguments as the driver sees them, geometry and stream."""
+
+    kernel: str
+    arguments: tuple[np.ndarray, ...]
+    grid: tuple[int, int, int]
+    stream: int
+    programmatic: bool
+
+
+@dataclass
+class FakeGpu:
+    """What was launched, and where the next array lies."""
+
+    launches: list[Launched] = field(default_factory=list)
+    allocated: list[FakeArray] = field(default_factory=list)
+    next_address: int = BASE
+    maps_encoded: int = 0
+    kernels: dict[int, str] = field(default_factory=dict)
+    pause: float | None = None  # seconds that the driver lets other threads run before it reads the arguments
+
+    def array(self, shape: tuple[int, ...], dtype: str = "bfloat16", strides: tuple[int, ...] = ()) -> FakeArray:
+        self.next_address += 1 << 24
+        return FakeArray(shape, dtype, strides, self.next_address)
+
+    def take(self) -> list[Launched]:
+        """The launches since the last time."""
+        launches, self.launches = self.launches, []
+        return launches
+
+    def load(self, source: KernelSource, device_id: int) -> Any:
+        kind = next(kind for kind in ARGUMENTS if kind in source.function)
+        handle = len(self.kernels) + 1
+        self.kernels[handle] = kind
+        return SimpleNamespace(handle=handle, device_id=device_id, source=source)
+
+    def launch(self, config: Any, function: int, pointers: int, extra: int) -> tuple[int]:
+        if self.pause is not None:
+            time.sleep(self.pause)
+        kind = self.kernels[function]
+        addresses = np.frombuffer(ctypes.string_at(pointers, 8 * len(ARGUMENTS[kind])), np.uint64)
+        arguments = tuple(
+            np.frombuffer(ctypes.string_at(int(address), np.dtype(dtype).itemsize), dtype)
+            for address, dtype in zip(addresses, ARGUMENTS[kind], strict=True)
+        )
+        grid = (config.gridDimX, config.gridDimY, config.gridDimZ)
+        self.launches.append(Launched(kind, arguments, grid, config.hStream, config.numAttrs == 1))
+        return (0,)
+
+    def encode(self, data_type: str, rank: int, pointer: int, *description: Any) -> tuple[int, Any]:
+        self.maps_encoded += 1
+        words = [pointer, hash((data_type, rank, repr(description))) & (2**63 - 1)]
+        return 0, SimpleNamespace(opaque=words + [0] * (MAP_WORDS - len(words)))
+
+    def empty_like(self, owner: Any, shape: tuple[int, ...], dtype: str, stream: int | None = None) -> FakeArray:
+        array = self.array(shape, dtype)
+        self.allocated.append(array)
+        return array
+
+
+class _Names:
+    """Any attribute is its own name: the driver's enumerations."""
+
+    def __getattr__(self, name: str) -> str:
+        return name
+
+
+def fake_gpu(patch: pytest.MonkeyPatch) -> FakeGpu:
+    """Put a fake GPU in the place of the real one, until ``patch`` is undone."""
+    gpu = FakeGpu()
+    config: Callable[[], Any] = SimpleNamespace
+    fake_driver = SimpleNamespace(
+        CUlaunchConfig=config,
+        CUlaunchAttribute=lambda: SimpleNamespace(value=SimpleNamespace()),
+        CUlaunchAttributeID=_Names(),
+        CUtensorMapDataType=_Names(),
+        CUtensorMapInterleave=_Names(),
+        CUtensorMapSwizzle=_Names(),
+        CUtensorMapL2promotion=_Names(),
+        CUtensorMapFloatOOBfill=_Names(),
+        CUfunction=int,
+        CUstream=int,
+        cuuint64_t=int,
+        cuuint32_t=int,
+        cuLaunchKernelEx=gpu.launch,
+        cuTensorMapEncodeTiled=gpu.encode,
+    )
+    patch.setattr(driver, "_driver", fake_driver)
+    patch.setitem(arrays._READERS, FakeArray, FakeArray.read)
+    patch.setitem(arrays._SKETCHERS, FakeArray, FakeArray.sketch)
+    patch.setitem(arrays._FRAMEWORKS, FakeArray, "cupy")
+    info = DeviceInfo(0, "fake", (9, 0), NUM_SMS, 2**36, 2**25, 232448)
+    patch.setattr(plan, "describe_device", lambda device_id: info)
+    patch.setattr(plan, "load", gpu.load)
+    patch.setattr(decode, "require_supported", lambda device_id: info)
+    for module in (plan, decode):
+        patch.setattr(module, "empty_like", gpu.empty_like)
+        patch.setattr(module, "current_stream", lambda array, device_id: 77)
+    patch.setattr(known_calls, "_known", {})
+    forget()
+    return gpu
+
+
+def forget() -> None:
+    """Drop what was prepared for a GPU that is no longer there."""
+    for cached in (plan.blueprint, decode_call.prepare, tensor_maps._encode):
+        cached.cache_clear()

@@ -1,0 +1,59 @@
+"""`mla_decode` on the NumPy backend: what it adds to the reference."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numpy as np
+import pytest
+from cases_dense import DTYPES, DenseCase, exact_decode
+
+from cupy_mla import InvalidArgumentError, mla_decode
+
+# Requests with no key, with fewer keys than queries, and with more.
+CAUSAL = DenseCase(lengths=(0, 1, 3, 140), seqlens_q=4, num_heads_q=4, causal=True)
+CASES = {
+    "no mask": DenseCase(lengths=(0, 140, 0)),
+    "causal": CAUSAL,
+    "ragged": DenseCase(lengths=(2, 0, 140), seqlens_q=(4, 2, 3), num_heads_q=6, num_heads_kv=2, causal=True),
+    "all empty": DenseCase(lengths=(0, 0), num_heads_q=2),
+    "none empty": DenseCase(lengths=(65, 1), num_heads_q=2),
+}
+
+
+@pytest.mark.parametrize("given", [False, True], ids=["new outputs", "given outputs"])
+@pytest.mark.parametrize("case", CASES.values(), ids=CASES)
+def test_empty_lse(case: DenseCase, given: bool) -> None:
+    arrays = case.build()
+    tensors = arrays.q, arrays.kv_cache, arrays.block_table, arrays.cache_seqlens
+    exact_out, exact_lse = exact_decode(case, arrays)
+    unseen = np.isneginf(exact_lse)
+    results = {}
+    for empty_lse in (-math.inf, math.inf):
+        outputs: dict[str, Any] = {}
+        if given:
+            outputs["out"] = np.full(exact_out.shape, np.nan, DTYPES[case.dtype])
+            outputs["lse"] = np.full(exact_lse.shape, np.nan, np.float32)
+        out, lse = mla_decode(
+            *tensors, cu_seqlens_q=arrays.cu_seqlens_q, **case.options, **outputs, empty_lse=empty_lse
+        )
+        if given:
+            assert out is outputs["out"]
+            assert lse is outputs["lse"]
+        assert (lse[unseen] == empty_lse).all()
+        assert np.isfinite(lse[~unseen]).all()
+        assert (out[np.moveaxis(unseen, 0, -1) if case.ragged else unseen.swapaxes(1, 2)] == 0).all()
+        results[empty_lse] = out, lse[~unseen]
+    for neutral, flash_mla in zip(results[-math.inf], results[math.inf], strict=True):
+        assert np.array_equal(neutral, flash_mla)
+
+
+@pytest.mark.parametrize("value", [0.0, math.nan, 1e38, 1, None, "inf"], ids=repr)
+def test_empty_lse_is_one_of_two_values(value: Any) -> None:
+    arrays = CAUSAL.build()
+    lse = np.full((4, 4, 4), np.nan, np.float32)
+    with pytest.raises(InvalidArgumentError, match=r"empty_lse: expected -inf or \+inf, got ") as caught:
+        mla_decode(arrays.q, arrays.kv_cache, arrays.block_table, arrays.cache_seqlens, lse=lse, empty_lse=value)
+    assert caught.value.got == repr(value)
+    assert np.isnan(lse).all()

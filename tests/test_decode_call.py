@@ -1,0 +1,427 @@
+"""What is launched for a call, argument by argument, on a GPU that only writes it down; the first time and later on."""
+
+from __future__ import annotations
+
+import gc
+import math
+import threading
+import weakref
+from collections import Counter
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pytest
+from fake_gpu import NUM_SMS, FakeArray, FakeGpu, Launched, fake_gpu, forget
+
+from cupy_mla import (
+    DecodePlan,
+    InvalidArgumentError,
+    PlanMismatchError,
+    UnsupportedDeviceError,
+    decode_call,
+    jax_calls,
+    known_calls,
+    mla_decode,
+    plan_decode,
+)
+from cupy_mla.plan_arrays import plan_array_bytes
+
+LATENT, ROPE = 512, 64
+CURRENT_STREAM = 77  # what fake_gpu says
+
+
+@pytest.fixture
+def gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeGpu]:
+    yield fake_gpu(monkeypatch)
+    monkeypatch.undo()
+    forget()
+
+
+Arrays = dict[str, Any]
+
+
+def packed(gpu: FakeGpu, batch: int = 4, seqlen_q: int = 1, heads: int = 16) -> Arrays:
+    return {
+        "q": gpu.array((batch, seqlen_q, heads, LATENT + ROPE)),
+        "kv_cache": gpu.array((64, 64, 1, LATENT + ROPE)),
+        "block_table": gpu.array((batch, 16), "int32"),
+        "cache_seqlens": gpu.array((batch,), "int32"),
+    }
+
+
+def pairs(gpu: FakeGpu) -> Arrays:
+    return {
+        **packed(gpu),
+        "q": (gpu.array((4, 1, 16, LATENT)), gpu.array((4, 1, 16, ROPE))),
+        "kv_cache": (gpu.array((64, 64, 1, LATENT)), gpu.array((64, 64, 1, ROPE))),
+    }
+
+
+def strided(gpu: FakeGpu) -> Arrays:
+    return {
+        **packed(gpu),
+        "q": gpu.array((4, 1, 16, LATENT + ROPE), strides=(20000, 20000, 640, 1)),
+        "kv_cache": gpu.array((64, 64, 1, LATENT + ROPE), strides=(3 * 64 * 640, 640, 640, 1)),
+        "block_table": gpu.array((4, 16), "int32", strides=(40, 1)),
+        "out": gpu.array((4, 1, 16, LATENT), strides=(16 * 528, 16 * 528, 528, 1)),
+        "lse": gpu.array((4, 16, 1), "float32", strides=(64, 4, 2)),
+    }
+
+
+def ragged(gpu: FakeGpu) -> Arrays:
+    return {**packed(gpu), "q": gpu.array((7, 16, LATENT + ROPE)), "cu_seqlens_q": gpu.array((5,), "int32")}
+
+
+KINDS = pytest.mark.parametrize("make", [packed, pairs, strided, ragged])
+
+
+def parts(value: Any) -> tuple[int, int]:
+    """Addresses of the latent and the rope columns."""
+    if isinstance(value, tuple):
+        return value[0].pointer, value[1].pointer
+    return value.pointer, value.pointer + 2 * LATENT
+
+
+def expect_decode(launched: Launched, arrays: Arrays, out: Any, lse: Any, scale: float | None = None) -> None:
+    """The decode kernel got these arrays."""
+    assert launched.kernel == "decode"
+    assert launched.programmatic
+    assert launched.stream == CURRENT_STREAM
+    latent_map, rope_map, [params] = launched.arguments
+    first_words = [int(tensor_map.view(np.uint64)[0]) for tensor_map in (latent_map, rope_map)]
+    assert tuple(first_words) == parts(arrays["kv_cache"])
+    assert (params["q_latent"], params["q_rope"]) == parts(arrays["q"])
+    is_ragged = "cu_seqlens_q" in arrays
+
+    def query_strides(strides: tuple[int, ...]) -> list[int]:
+        return [0, *strides[:2]] if is_ragged else list(strides[:3])
+
+    q_latent, q_rope = arrays["q"] if isinstance(arrays["q"], tuple) else (arrays["q"], arrays["q"])
+    latent_strides, rope_strides = q_latent.strides, q_rope.strides
+    if not is_ragged:  # axes of one element: the strides as if contiguous, whatever was given
+        latent_strides = (latent_strides[0], 16 * latent_strides[2], *latent_strides[2:])
+        rope_strides = (rope_strides[0], 16 * rope_strides[2], *rope_strides[2:])
+    assert list(params["q_latent_strides"]) == query_strides(latent_strides)
+    assert list(params["q_rope_strides"]) == query_strides(rope_strides)
+    table = arrays["block_table"]
+    assert (params["block_table"], params["block_table_stride"]) == (table.pointer, table.strides[0])
+    assert params["out"] == out.pointer
+    assert list(params["out_strides"]) == query_strides(out.strides)
+    assert params["lse"] == lse.pointer
+    lse_strides = [0, lse.strides[1], lse.strides[0]] if is_ragged else [lse.strides[i] for i in (0, 2, 1)]
+    assert list(params["lse_strides"]) == lse_strides
+    assert params["group_heads"] == 16
+    expected_scale = (LATENT + ROPE) ** -0.5 if scale is None else scale
+    assert params["scale_log2"] == pytest.approx(expected_scale * math.log2(math.e))
+
+
+@KINDS
+def test_arguments_of_the_kernels(gpu: FakeGpu, make: Callable[[FakeGpu], Arrays]) -> None:
+    for round_number in range(3):  # checked, recognised, recognised; each time at other addresses
+        arrays = make(gpu)
+        out, lse = mla_decode(**arrays)
+        planner, decode, combine = gpu.take()
+        assert planner.kernel == "plan"
+        plan = gpu.allocated[-1]
+        lengths, starts, plan_pointer, _ = planner.arguments
+        assert lengths[0] == arrays["cache_seqlens"].pointer
+        assert starts[0] == (arrays["cu_seqlens_q"].pointer if "cu_seqlens_q" in arrays else 0)
+        assert plan_pointer[0] == plan.pointer
+        expect_decode(decode, arrays, out, lse)
+        assert combine.kernel == "combine"
+        assert combine.grid == (NUM_SMS, 1, 1)
+        [merged], [params] = combine.arguments[0], decode.arguments[2]
+        for name in ("out", "lse", "partial_out", "partial_lse", "plan"):
+            assert merged[name] == params[name], name
+        for name in ("out_strides", "lse_strides"):
+            assert list(merged[name]) == list(params[name]), name
+        assert merged["plan"] == plan.pointer
+        assert plan.pointer < params["partial_out"] < params["partial_lse"] < plan.pointer + plan.shape[0]
+        assert merged["aligned"] == 1
+        assert len(known_calls._known) == 1, round_number
+
+
+@KINDS
+def test_a_plan_and_given_outputs_allocate_nothing(gpu: FakeGpu, make: Callable[[FakeGpu], Arrays]) -> None:
+    arrays = make(gpu)
+    out = arrays.pop("out", None)
+    lse = arrays.pop("lse", None)
+    is_ragged = "cu_seqlens_q" in arrays
+    out = out or gpu.array((7, 16, LATENT) if is_ragged else (4, 1, 16, LATENT))
+    lse = lse or gpu.array((16, 7) if is_ragged else (4, 16, 1), "float32")
+    plan = plan_decode(**arrays)
+    gpu.take()
+    gpu.allocated.clear()
+    for _ in range(3):
+        assert mla_decode(**arrays, plan=plan, out=out, lse=lse) == (out, lse)
+        decode, combine = gpu.take()
+        expect_decode(decode, arrays, out, lse)
+        assert decode.arguments[2]["plan"] == combine.arguments[0]["plan"] == plan.pointer
+    assert gpu.allocated == []
+
+
+def test_layers_have_their_own_tensor_maps(gpu: FakeGpu) -> None:
+    arrays = packed(gpu)
+    caches = [gpu.array((64, 64, 1, LATENT + ROPE)) for _ in range(5)]
+    for _ in range(3):
+        for cache in caches:
+            arrays["kv_cache"] = cache
+            out, lse = mla_decode(**arrays)
+            expect_decode(gpu.take()[1], arrays, out, lse)
+    assert gpu.maps_encoded == 2 * len(caches)
+
+
+def test_a_cache_of_another_shape_at_the_same_address_has_another_map(gpu: FakeGpu) -> None:
+    arrays = packed(gpu)
+    mla_decode(**arrays)
+    first = gpu.take()[1].arguments[0].tobytes()
+    arrays["kv_cache"] = FakeArray((32, 128, 1, LATENT + ROPE), pointer=arrays["kv_cache"].pointer)
+    mla_decode(**arrays)
+    assert gpu.take()[1].arguments[0].tobytes() != first
+
+
+def test_scales_and_streams(gpu: FakeGpu) -> None:
+    arrays = packed(gpu)
+    for scale in (0.1, None, 0.3, 0.1):
+        out, lse = mla_decode(**arrays, softmax_scale=scale)
+        expect_decode(gpu.take()[1], arrays, out, lse, scale)
+    mla_decode(**arrays, stream=5)
+    assert [launched.stream for launched in gpu.take()] == [5, 5, 5]
+    mla_decode(**arrays)
+    assert [launched.stream for launched in gpu.take()] == [CURRENT_STREAM] * 3
+
+
+def misaligned(array: FakeArray, by: int) -> FakeArray:
+    return FakeArray(array.shape, array.dtype, array.strides, array.pointer + by)
+
+
+REFUSED: dict[str, tuple[str, Callable[[Arrays, FakeGpu], Arrays]]] = {
+    "width of another type": ("head_dim_v", lambda a, g: {"head_dim_v": 512.0}),
+    "scale of another type": ("softmax_scale", lambda a, g: {"softmax_scale": True}),
+    "scale of 0": ("softmax_scale", lambda a, g: {"softmax_scale": 0.0}),
+    "scale of NaN": ("softmax_scale", lambda a, g: {"softmax_scale": math.nan}),
+    "causal of another type": ("causal", lambda a, g: {"causal": 0.0}),
+    "bound of another type": ("max_seqlen_q", lambda a, g: {"max_seqlen_q": 1.0}),
+    "q misaligned": ("q", lambda a, g: {"q": misaligned(a["q"], 2)}),
+    "cache misaligned": ("kv_cache", lambda a, g: {"kv_cache": misaligned(a["kv_cache"], 8)}),
+    "table misaligned": ("block_table", lambda a, g: {"block_table": misaligned(a["block_table"], 2)}),
+    "lengths misaligned": ("cache_seqlens", lambda a, g: {"cache_seqlens": misaligned(a["cache_seqlens"], 1)}),
+    "out misaligned": ("out", lambda a, g: {"out": misaligned(g.array((4, 1, 16, LATENT)), 2)}),
+    "lse misaligned": ("lse", lambda a, g: {"lse": misaligned(g.array((4, 16, 1), "float32"), 2)}),
+    "out of another shape": ("out", lambda a, g: {"out": g.array((4, 1, 16, 576))}),
+    "lse of another type": ("lse", lambda a, g: {"lse": g.array((4, 16, 1), "float16")}),
+    "a q of three": ("q", lambda a, g: {"q": (a["q"], a["q"], a["q"])}),
+    "an empty q": ("q", lambda a, g: {"q": ()}),
+    "no plan": ("plan", lambda a, g: {"plan": 0}),
+    "lengths on another GPU": ("cache_seqlens", lambda a, g: {"cache_seqlens": FakeArray((4,), "int32", device_id=1)}),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_bad_arguments_are_refused_after_good_calls_of_their_like(gpu: FakeGpu, name: str) -> None:
+    argument, change = REFUSED[name]
+    arrays = packed(gpu)
+    outputs = {"out": gpu.array((4, 1, 16, LATENT)), "lse": gpu.array((4, 16, 1), "float32")}
+    options: dict[str, Any] = {"head_dim_v": 512, "softmax_scale": 1.0, "causal": False, "max_seqlen_q": 1}
+    for given in ({}, outputs):
+        mla_decode(**arrays, **given, **options)
+    gpu.take()
+    with pytest.raises(InvalidArgumentError) as caught:
+        mla_decode(**{**arrays, **outputs, **options, **change(arrays, gpu)})
+    assert caught.value.argument == argument
+    assert gpu.take() == []
+    mla_decode(**arrays, **outputs, **options)
+    expect_decode(gpu.take()[1], arrays, outputs["out"], outputs["lse"], 1.0)
+
+
+def test_a_plan_of_another_kind_is_refused_after_good_calls(gpu: FakeGpu) -> None:
+    arrays = packed(gpu)
+    mla_decode(**arrays, plan=plan_decode(**arrays))
+    mla_decode(**arrays, causal=True)
+    gpu.take()
+    for other in (
+        plan_decode(**packed(gpu, heads=64)),
+        plan_decode(**packed(gpu, seqlen_q=2)),
+        plan_decode(**arrays, causal=True),
+    ):
+        gpu.take()
+        with pytest.raises(PlanMismatchError):
+            mla_decode(**arrays, plan=other)
+        assert gpu.take() == []
+
+
+def test_plans_of_one_kind_share_what_was_prepared(gpu: FakeGpu) -> None:
+    arrays = packed(gpu)
+    first, second = plan_decode(**arrays), plan_decode(**arrays)
+    fixed = plan_decode(**arrays, fixed_split_tokens=256)
+    for plan in (first, second, fixed):
+        mla_decode(**arrays, plan=plan)
+        assert gpu.take()[-2].arguments[2]["plan"] == plan.pointer
+    assert first.blueprint is second.blueprint
+    assert fixed.blueprint is not first.blueprint
+    assert len(known_calls._known) == 2
+
+
+def test_a_change_of_the_settings_counts_at_once(
+    gpu: FakeGpu, set_environment: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    arrays = packed(gpu)
+    mla_decode(**arrays)
+    set_environment(CUPY_MLA_BACKEND="numpy")
+    gpu.take()
+    with pytest.raises(UnsupportedDeviceError):
+        mla_decode(**arrays)
+    assert gpu.take() == []
+    set_environment(CUPY_MLA_BACKEND=None)
+    mla_decode(**arrays)
+    assert len(gpu.take()) == 3
+    checked: list[Any] = []
+    monkeypatch.setattr("cupy_mla.decode.validate_values", lambda *arguments: checked.append(arguments))
+    set_environment(CUPY_MLA_VALIDATE="1")
+    mla_decode(**arrays)
+    assert len(checked) == 1
+    mla_decode(**arrays, validate=False)
+    assert len(checked) == 1
+
+
+def test_nothing_keeps_the_arrays_alive(gpu: FakeGpu) -> None:
+    arrays = packed(gpu)
+    plan = plan_decode(**arrays)
+    results = mla_decode(**arrays, plan=plan)
+    mla_decode(**arrays)
+    references = [weakref.ref(array) for array in (*arrays.values(), *results, plan)]
+    gpu.allocated.clear()
+    del arrays, plan, results
+    gc.collect()
+    assert [reference() for reference in references] == [None] * len(references)
+
+
+def test_what_is_remembered_is_bounded(gpu: FakeGpu, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(known_calls, "_CALLS_KEPT", 3)
+    monkeypatch.setattr(decode_call, "_CACHES_KEPT", 3)
+    for batch in range(1, 10):
+        arrays = packed(gpu, batch)
+        for _ in range(5):
+            arrays["kv_cache"] = gpu.array((64, 64, 1, LATENT + ROPE))
+            mla_decode(**arrays)
+            assert gpu.take()[1].arguments[0].view(np.uint64)[0] == arrays["kv_cache"].pointer
+            assert len(known_calls._known) <= 3
+    assert all(len(known.call._maps) <= 3 for known in known_calls._known.values())
+
+
+def test_threads_that_make_the_same_call_do_not_mix_their_arguments(gpu: FakeGpu) -> None:
+    plain = packed(gpu)
+    plan = plan_decode(**plain)
+    mla_decode(**plain, plan=plan)
+    gpu.take()
+    gpu.pause = 1e-4
+
+    def work(index: int) -> None:
+        for _ in range(100):
+            q, out = FakeArray(plain["q"].shape), FakeArray((4, 1, 16, LATENT))
+            q.pointer = (index + 1) << 24
+            out.pointer = q.pointer + (1 << 20)
+            lse = FakeArray((4, 16, 1), "float32", pointer=q.pointer + (1 << 21))
+            mla_decode(**{**plain, "q": q}, plan=plan, out=out, lse=lse)
+
+    threads = [threading.Thread(target=work, args=(index,)) for index in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    launches = gpu.take()
+    for kernel in ("decode", "combine"):
+        outs = Counter(int(launched.arguments[-1]["out"][0]) for launched in launches if launched.kernel == kernel)
+        assert sorted(outs.values()) == [100] * 4, kernel
+    for launched in launches:
+        params = launched.arguments[-1]
+        assert params["lse"] == params["out"] + (1 << 20)
+        if launched.kernel == "decode":
+            assert params["out"] == params["q_latent"] + (1 << 20)
+
+
+def test_geometry(gpu: FakeGpu) -> None:
+    arrays = packed(gpu)
+    plan = plan_decode(**arrays)
+    assert plan.shape is not None
+    mla_decode(**arrays, plan=plan)
+    planner, decode, combine = gpu.take()
+    assert not planner.programmatic
+    assert decode.grid == (plan.shape.blocks_per_job, plan.shape.num_parts, 1)
+    assert combine.programmatic
+
+
+class Buffer(FakeArray):
+    """A buffer of XLA's on the fake GPU, as jax-tvm-ffi hands it over."""
+
+    def data_ptr(self) -> int:
+        return self.pointer
+
+    def __dlpack_device__(self) -> tuple[int, int]:
+        return 2, self.device_id
+
+
+@pytest.mark.parametrize("planned", [False, True])
+def test_custom_call_of_a_compiled_program(gpu: FakeGpu, monkeypatch: pytest.MonkeyPatch, planned: bool) -> None:
+    monkeypatch.setattr(jax_calls, "_start", lambda location: CURRENT_STREAM)
+    plain = packed(gpu)
+    arrays = {name: Buffer(array.shape, array.dtype, array.strides, array.pointer) for name, array in plain.items()}
+    options = jax_calls.CallOptions(LATENT, 0.5, False, None, None, None, 1, 1, False, planned)
+    attributes = [value.item() for value in options.attributes().values()]
+    kind = plan_decode(**plain).blueprint
+    assert kind is not None
+    gpu.take()
+    out, lse = (Buffer((4, 1, 16, LATENT), pointer=1 << 30), Buffer((4, 16, 1), "float32", pointer=1 << 31))
+    size = kind.workspace_bytes - (kind.plan_bytes if planned else 0)
+    workspace = Buffer((size,), "uint8", pointer=1 << 32)
+    plan = Buffer((kind.plan_bytes + 5,), "uint8", pointer=1 << 33)
+    if planned:
+        jax_calls._run_plan(*attributes, *arrays.values(), plan)
+        [planner] = gpu.take()
+        assert [int(argument[0]) for argument in planner.arguments[:3]] == [
+            arrays["cache_seqlens"].pointer,
+            0,
+            plan.pointer,
+        ]
+    inputs = [*arrays.values(), plan] if planned else list(arrays.values())
+    jax_calls._run_decode(*attributes, *inputs, out, lse, workspace)
+    launches = gpu.take()
+    assert [launched.kernel for launched in launches] == (
+        ["decode", "combine"] if planned else ["plan", "decode", "combine"]
+    )
+    decode = launches[-2]
+    expect_decode(decode, arrays, out, lse, 0.5)
+    [params] = decode.arguments[2]
+    assert params["plan"] == (plan.pointer if planned else workspace.pointer)
+    assert workspace.pointer <= params["partial_out"] < params["partial_lse"] < workspace.pointer + size
+    with pytest.raises(InvalidArgumentError, match="platform"):
+        jax_calls._run_decode(*attributes, *inputs, out, lse, Buffer((8,), "uint8"))
+
+
+def test_a_plan_in_an_array_of_its_own(gpu: FakeGpu) -> None:
+    arrays = packed(gpu)
+    kind = plan_decode(**arrays).blueprint
+    assert kind is not None
+    made = gpu.array((kind.plan_bytes,), "uint8")
+    plan = DecodePlan(kind.problem, kind.location, arrays["q"], kind, made=made)
+    workspace = gpu.allocated[-1]
+    assert workspace.shape == (kind.partial_out_bytes + kind.partial_lse_bytes,)
+    assert (plan.pointer, plan.partial_out) == (made.pointer, workspace.pointer)
+    gpu.take()
+    out, lse = mla_decode(**arrays, plan=plan)
+    expect_decode(gpu.take()[0], arrays, out, lse)
+
+
+def test_sizes_of_plan_arrays_tell_settings_apart(gpu: FakeGpu) -> None:
+    problem = plan_decode(**packed(gpu)).problem
+    location = ("cuda", 0)
+    sizes = {
+        plan_array_bytes(replace(problem, **change), location, *options)
+        for change in ({}, {"causal": True}, {"batch": 5}, {"num_heads_q": 15})
+        for options in ((None, None), (512, None), (None, 256))
+    }
+    assert len(sizes) == 12
+    grown = replace(problem, num_pages=problem.num_pages + 1)
+    assert plan_array_bytes(grown, location, None, None) == plan_array_bytes(problem, location, None, None)
