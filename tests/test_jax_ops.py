@@ -1,0 +1,180 @@
+"""Decoding in programs that JAX compiles, on the CPU; tests/gpu/test_jax.py has the same on the GPU."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+from cases_dense import DTYPES
+
+from cupy_mla import InvalidArgumentError, MissingDependencyError, PlanMismatchError, jax_calls, mla_decode
+from cupy_mla.jax_calls import CallOptions
+
+jax = pytest.importorskip("jax", reason="JAX is not installed")
+jax_ops = pytest.importorskip("cupy_mla.jax_ops")
+jnp = jax.numpy
+
+
+def have_bridge() -> bool:
+    """Whether jax-tvm-ffi is installed."""
+    try:
+        import jax_tvm_ffi  # noqa: F401
+    except ImportError:
+        return False
+    return True
+
+
+@pytest.fixture(params=["custom call", "callback"], autouse=True)
+def bridge(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Through jax-tvm-ffi, and as if that was not installed."""
+    if request.param == "custom call" and not have_bridge():
+        pytest.skip("jax-tvm-ffi is not installed")
+    if request.param == "callback":
+        monkeypatch.setattr(jax_ops, "register_calls", lambda device: False)
+    jax.clear_caches()
+    return str(request.param)
+
+
+def make(dtype: str = "bfloat16", ragged: bool = False) -> dict[str, Any]:
+    """NumPy arrays of 3 requests; pages past a request's end hold NaN."""
+    random = np.random.default_rng(0)
+    q_shape = (7, 16, 576) if ragged else (3, 2, 16, 576)
+    cache = random.standard_normal((8, 64, 1, 576), np.float32)
+    cache[6:] = np.nan
+    arrays = {
+        "q": random.standard_normal(q_shape, np.float32).astype(DTYPES[dtype]),
+        "kv_cache": cache.astype(DTYPES[dtype]),
+        "block_table": np.array([[0, 1], [2, 7], [3, 5]], np.int32),
+        "cache_seqlens": np.array([100, 0, 128], np.int32),
+    }
+    if ragged:
+        arrays["cu_seqlens_q"] = np.array([0, 2, 3, 7], np.int32)
+    return arrays
+
+
+def same(results: tuple[Any, Any], expected: tuple[Any, Any]) -> None:
+    """The same bits as the eager function on NumPy arrays."""
+    for result, value in zip(results, expected, strict=True):
+        host = np.asarray(result)
+        assert host.dtype == value.dtype
+        np.testing.assert_array_equal(host, value)
+
+
+@pytest.mark.parametrize("options", [{}, {"causal": True}, {"softmax_scale": 0.1}], ids=str)
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+@pytest.mark.parametrize("ragged", [False, True])
+def test_values(dtype: str, ragged: bool, options: dict[str, Any]) -> None:
+    host = make(dtype, ragged)
+    expected = mla_decode(**host, **options)
+    arrays = {name: jnp.asarray(array) for name, array in host.items()}
+
+    @jax.jit
+    def program(arrays: dict[str, Any]) -> Any:
+        out, lse = jax_ops.mla_decode(**arrays, **options)
+        return out, lse
+
+    same(program(arrays), expected)
+    same(program(arrays), expected)
+    same(jax_ops.mla_decode(**arrays, **options), expected)
+
+
+def test_between_other_operations() -> None:
+    host = make()
+    arrays = {name: jnp.asarray(array) for name, array in host.items()}
+
+    @jax.jit
+    def program(q: Any, rest: dict[str, Any]) -> Any:
+        out, lse = jax_ops.mla_decode(-q, **rest)
+        return out * 2, lse + 1
+
+    q = arrays.pop("q")
+    out, lse = mla_decode(**{**host, "q": -host["q"]})
+    same(program(q, arrays), (out * np.asarray(2, out.dtype), lse + np.float32(1)))
+
+
+def test_pairs() -> None:
+    host = make()
+    arrays = {name: jnp.asarray(array) for name, array in host.items()}
+    for name in ("q", "kv_cache"):
+        arrays[name] = arrays[name][..., :512], arrays[name][..., 512:]
+    same(jax.jit(lambda arrays: jax_ops.mla_decode(**arrays))(arrays), mla_decode(**host))
+
+
+@pytest.mark.parametrize("options", [{}, {"fixed_split_tokens": 64}, {"max_seqlen_k": 128}], ids=str)
+def test_plan_for_several_layers(options: dict[str, Any]) -> None:
+    host = make()
+    arrays = {name: jnp.asarray(array) for name, array in host.items()}
+
+    @jax.jit
+    def program(arrays: dict[str, Any]) -> Any:
+        plan = jax_ops.plan_decode(**arrays, causal=True, **options)
+        first = jax_ops.mla_decode(**arrays, causal=True, plan=plan, **options)
+        second = jax_ops.mla_decode(**{**arrays, "q": -arrays["q"]}, causal=True, plan=plan, **options)
+        return first, second
+
+    first, second = program(arrays)
+    same(first, mla_decode(**host, causal=True))
+    same(second, mla_decode(**{**host, "q": -host["q"]}, causal=True))
+
+
+@pytest.mark.parametrize("other", [{"causal": True}, {"fixed_split_tokens": 64}, {"max_seqlen_k": 64}], ids=str)
+def test_a_plan_of_other_settings_is_refused(other: dict[str, Any]) -> None:
+    arrays = make()
+    plan = jax_ops.plan_decode(**arrays)
+    with pytest.raises(PlanMismatchError):
+        jax.jit(lambda arrays: jax_ops.mla_decode(**arrays, plan=plan, **other))(arrays)
+    with pytest.raises(InvalidArgumentError, match=r"plan: .*plan_decode"):
+        jax_ops.mla_decode(**arrays, plan=plan[None])
+
+
+BAD: dict[str, tuple[str, dict[str, Any]]] = {
+    "q of another rank": ("q", {"q": np.zeros((3, 16, 576), DTYPES["bfloat16"])}),
+    "cache of another type": ("kv_cache", {"kv_cache": np.zeros((8, 64, 1, 576), np.float16)}),
+    "table of another batch": ("block_table", {"block_table": np.zeros((2, 2), np.int32)}),
+    "table of int16": ("block_table", {"block_table": np.zeros((3, 2), np.int16)}),
+    "scale of 0": ("softmax_scale", {"softmax_scale": 0.0}),
+    "value width beyond the key": ("head_dim_v", {"head_dim_v": 600}),
+    "q of three": ("q", {"q": (np.zeros(1),) * 3}),
+    "q that is no array": ("q", {"q": 3}),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_bad_arguments_are_refused_while_tracing(name: str) -> None:
+    argument, change = BAD[name]
+    arrays = {**make(), **change}
+    static = {key: arrays.pop(key) for key in ("softmax_scale", "head_dim_v", "q") if key in change}
+    with pytest.raises(InvalidArgumentError) as caught:
+        jax.jit(lambda arrays: jax_ops.mla_decode(**{**arrays, **static}))(arrays)
+    assert caught.value.argument == argument
+
+
+def test_a_traced_scale_is_refused() -> None:
+    arrays = make()
+    with pytest.raises(InvalidArgumentError, match="softmax_scale"):
+        jax.jit(lambda scale: jax_ops.mla_decode(**arrays, softmax_scale=scale))(0.5)
+
+
+def test_the_eager_function_says_what_to_call_inside_jit() -> None:
+    arrays = make()
+    with pytest.raises(InvalidArgumentError, match=r"jax_ops\.mla_decode"):
+        jax.jit(lambda q: mla_decode(**{**arrays, "q": q}))(jnp.asarray(arrays["q"]))
+
+
+def test_options_survive_as_attributes() -> None:
+    options = CallOptions(512, 0.25, True, None, 4096, None, 2, 1, True, False)
+    attributes = options.attributes()
+    assert tuple(attributes) == jax_calls.attribute_names()
+    assert CallOptions.of_attributes(tuple(value.item() for value in attributes.values())) == options
+
+
+def test_the_missing_bridge_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(name: str) -> Any:
+        raise ImportError(name)
+
+    monkeypatch.setattr(jax_calls.importlib, "import_module", refuse)
+    uncached = jax_calls.register_calls.__wrapped__
+    assert uncached("cpu") is False
+    with pytest.raises(MissingDependencyError, match="jax-tvm-ffi"):
+        uncached("cuda")

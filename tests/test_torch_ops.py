@@ -1,0 +1,229 @@
+"""torch.ops.cupy_mla on the CPU: values, errors, opcheck, torch.compile. tests/gpu/test_torch_ops.py has the GPU's."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+from cupy_mla import InvalidArgumentError, PlanMismatchError, append_tokens, merge_states, mla_decode
+
+torch = pytest.importorskip("torch", reason="torch is not installed")
+torch_ops = pytest.importorskip("cupy_mla.torch_ops")
+from torch.library import opcheck  # noqa: E402
+
+OPS = torch.ops.cupy_mla
+BACKENDS = pytest.mark.parametrize("backend", ["eager", "aot_eager", "inductor"])
+Tensors = dict[str, Any]
+
+
+def make(dtype: Any = torch.bfloat16, ragged: bool = False, seqlen_q: int = 2) -> Tensors:
+    """3 requests on 8 pages."""
+    generator = torch.Generator().manual_seed(0)
+
+    def normal(*shape: int) -> Any:
+        return torch.randn(shape, generator=generator).to(dtype)
+
+    tensors = {
+        "q": normal(7, 16, 576) if ragged else normal(3, seqlen_q, 16, 576),
+        "kv_cache": normal(8, 64, 1, 576),
+        "block_table": torch.tensor([[0, 1], [2, 7], [3, 5]], dtype=torch.int32),
+        "cache_seqlens": torch.tensor([100, 0, 128], dtype=torch.int32),
+    }
+    if ragged:
+        tensors["cu_seqlens_q"] = torch.tensor([0, 2, 3, 7], dtype=torch.int32)
+    return tensors
+
+
+def outputs(tensors: Tensors) -> Tensors:
+    batch, seqlen_q, heads, _ = tensors["q"].shape
+    return {
+        "out": torch.full((batch, seqlen_q, heads, 512), torch.nan, dtype=tensors["q"].dtype),
+        "lse": torch.full((batch, heads, seqlen_q), torch.nan),
+    }
+
+
+def same(results: Any, expected: Any) -> None:
+    assert len(results) == len(expected)
+    for result, value in zip(results, expected, strict=True):
+        assert type(result) is torch.Tensor
+        assert result.dtype == value.dtype
+        assert torch.equal(result, value)
+
+
+@pytest.mark.parametrize("options", [{}, {"causal": True}, {"softmax_scale": 0.1}], ids=str)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("ragged", [False, True])
+def test_values(dtype: Any, ragged: bool, options: dict[str, Any]) -> None:
+    tensors = make(dtype, ragged)
+    expected = mla_decode(**tensors, **options)
+    same(OPS.mla_decode(**tensors, **options), expected)
+    plan_options = {name: value for name, value in options.items() if name != "softmax_scale"}
+    same(OPS.mla_decode(**tensors, **options, plan=OPS.plan_decode(**tensors, **plan_options)), expected)
+
+
+def test_positional_arguments() -> None:
+    tensors = make(ragged=True)
+    starts = tensors.pop("cu_seqlens_q")
+    same(
+        OPS.mla_decode(*tensors.values(), 512, 0.1, True, starts, 4),
+        mla_decode(**tensors, cu_seqlens_q=starts, softmax_scale=0.1, causal=True, max_seqlen_q=4),
+    )
+
+
+def test_given_outputs() -> None:
+    tensors = make()
+    given = outputs(tensors)
+    assert OPS.mla_decode_out(**tensors, **given) is None
+    same(tuple(given.values()), mla_decode(**tensors))
+
+
+def test_pairs() -> None:
+    tensors = make()
+    expected = mla_decode(**tensors)
+    ropes = {"q_rope": tensors["q"][..., 512:], "kv_rope": tensors["kv_cache"][..., 512:]}
+    latents = {"q": tensors["q"][..., :512], "kv_cache": tensors["kv_cache"][..., :512]}
+    same(OPS.mla_decode(**{**tensors, **latents}, **ropes), expected)
+    plan = OPS.plan_decode(**{**tensors, **latents}, **ropes)
+    same(OPS.mla_decode(**{**tensors, **latents}, **ropes, plan=plan), expected)
+
+
+def test_append_tokens() -> None:
+    cache, rows, slots = make()["kv_cache"], torch.randn(3, 1, 576).bfloat16(), torch.tensor([70, -1, 3])
+    expected = cache.clone()
+    append_tokens(expected, rows, slots)
+    latent, rope = cache[..., :512].clone(), cache[..., 512:].clone()
+    OPS.append_tokens(cache, rows, slots)
+    assert torch.equal(cache, expected)
+    OPS.append_tokens(latent, rows[..., :512], slots, kv_rope=rope, kv_new_rope=rows[..., 512:])
+    assert torch.equal(torch.cat((latent, rope), -1), expected)
+
+
+def test_merge_states() -> None:
+    outs, lses = torch.randn(4, 3, 2, 16, 512), torch.randn(4, 3, 16, 2)
+    same(OPS.merge_states(outs, lses), merge_states(outs, lses))
+
+
+@pytest.mark.parametrize("other", [{"causal": True}, {"fixed_split_tokens": 64}, {"max_seqlen_k": 64}], ids=str)
+def test_a_plan_of_other_settings_is_refused(other: dict[str, Any]) -> None:
+    tensors = make()
+    plan = OPS.plan_decode(**tensors)
+    with pytest.raises(PlanMismatchError, match="plan"):
+        OPS.mla_decode(**tensors, plan=plan, **other)
+    with pytest.raises(PlanMismatchError, match="plan"):
+        OPS.mla_decode(**{**tensors, "q": tensors["q"][:, :1]}, plan=plan)
+    same(
+        OPS.mla_decode(**tensors, plan=OPS.plan_decode(**tensors, **other), **other),
+        mla_decode(**tensors, **({"causal": True} if "causal" in other else {})),
+    )
+
+
+BAD: dict[str, tuple[str, Callable[[Tensors], Tensors]]] = {
+    "q of rank 2": ("q", lambda t: {"q": t["q"][0, 0]}),
+    "q of float32": ("q", lambda t: {"q": t["q"].float()}),
+    "table of int64": ("block_table", lambda t: {"block_table": t["block_table"].long()}),
+    "lengths of another batch": ("cache_seqlens", lambda t: {"cache_seqlens": t["cache_seqlens"][:2]}),
+    "scale of 0": ("softmax_scale", lambda t: {"softmax_scale": 0.0}),
+    "value width beyond the key": ("head_dim_v", lambda t: {"head_dim_v": 600}),
+    "plan of another type": ("plan", lambda t: {"plan": torch.zeros(8, dtype=torch.int32)}),
+    "plan of rank 2": ("plan", lambda t: {"plan": OPS.plan_decode(**t)[None]}),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_errors_keep_their_type(name: str) -> None:
+    argument, change = BAD[name]
+    tensors = make()
+    with pytest.raises(InvalidArgumentError) as caught:
+        OPS.mla_decode(**{**tensors, **change(tensors)})
+    assert caught.value.argument == argument
+
+
+def test_bad_outputs_are_refused_and_not_written() -> None:
+    tensors = make()
+    given = outputs(tensors)
+    with pytest.raises(InvalidArgumentError) as caught:
+        OPS.mla_decode_out(**tensors, out=given["out"], lse=given["lse"][:2])
+    assert caught.value.argument == "lse"
+    assert given["out"].isnan().all()
+
+
+def samples() -> dict[str, tuple[Any, tuple[Any, ...], dict[str, Any]]]:
+    tensors = make()
+    ragged = make(ragged=True)
+    rows, slots = torch.randn(2, 1, 576).bfloat16(), torch.tensor([5, -1])
+    return {
+        "decode": (OPS.mla_decode, (), {**tensors, "causal": True}),
+        "ragged": (OPS.mla_decode, (), ragged),
+        "with plan": (OPS.mla_decode, (), {**tensors, "plan": OPS.plan_decode(**tensors)}),
+        "plan": (OPS.plan_decode, (), tensors),
+        "given outputs": (OPS.mla_decode_out, (), {**tensors, **outputs(tensors)}),
+        "append": (OPS.append_tokens, (tensors["kv_cache"].clone(), rows, slots), {}),
+        "merge": (OPS.merge_states, (torch.randn(4, 3, 2, 16, 512), torch.randn(4, 3, 16, 2)), {}),
+    }
+
+
+@pytest.mark.parametrize("name", samples())
+def test_opcheck(name: str) -> None:
+    op, arguments, options = samples()[name]
+    assert set(opcheck(op.default, arguments, options).values()) == {"SUCCESS"}
+
+
+def step(tensors: Tensors, rows: Any, slots: Any) -> Any:
+    """A step of two layers as an engine compiles it."""
+    OPS.append_tokens(tensors["kv_cache"], rows, slots)
+    plan = OPS.plan_decode(**tensors, causal=True)
+    first, first_lse = OPS.mla_decode(**tensors, causal=True, plan=plan)
+    q = torch.nn.functional.pad(first, (0, 64)) + tensors["q"]
+    second, second_lse = OPS.mla_decode(**{**tensors, "q": q}, causal=True, plan=plan)
+    return second.float() * 2, OPS.merge_states(torch.stack((first, second)), torch.stack((first_lse, second_lse)))[1]
+
+
+@BACKENDS
+def test_compile(backend: str) -> None:
+    torch._dynamo.reset()
+    compiled = torch.compile(step, fullgraph=True, backend=backend)
+    rows, slots = torch.randn(2, 1, 576).bfloat16(), torch.tensor([5, 64])
+    for seqlen_q in (1, 2, 5, 6):  # from the second size on with symbols for it
+        plain, other = make(seqlen_q=seqlen_q), make(seqlen_q=seqlen_q)
+        same(compiled(plain, rows, slots), step(other, rows, slots))
+        assert torch.equal(plain["kv_cache"], other["kv_cache"])
+
+
+@BACKENDS
+def test_compile_with_a_plan_from_outside(backend: str) -> None:
+    torch._dynamo.reset()
+    compiled = torch.compile(
+        lambda plan, tensors: OPS.mla_decode(**tensors, plan=plan), fullgraph=True, backend=backend
+    )
+    tensors = make()
+    same(compiled(OPS.plan_decode(**tensors), tensors), mla_decode(**tensors))
+    with pytest.raises(PlanMismatchError):
+        compiled(OPS.plan_decode(**tensors, causal=True), tensors)
+
+
+@BACKENDS
+def test_compile_of_pairs_that_are_views(backend: str) -> None:
+    """Strides are the caller's: views of packed tensors must arrive as views."""
+    torch._dynamo.reset()
+
+    def program(tensors: Tensors) -> Any:
+        q, cache = tensors["q"], tensors["kv_cache"]
+        parts = {"q": q[..., :512], "q_rope": q[..., 512:], "kv_cache": cache[..., :512], "kv_rope": cache[..., 512:]}
+        return OPS.mla_decode(**{**tensors, **parts})
+
+    tensors = make()
+    same(torch.compile(program, fullgraph=True, backend=backend)(tensors), mla_decode(**tensors))
+
+
+def test_torch_is_imported_only_by_who_asks() -> None:
+    script = (
+        "import sys, cupy_mla; assert 'torch' not in sys.modules; "
+        "import cupy_mla.torch_ops; cupy_mla.torch_ops.register(); import torch; "
+        "print(torch.ops.cupy_mla.mla_decode.default)"
+    )
+    done = subprocess.run([sys.executable, "-c", script], check=True, capture_output=True, text=True)
+    assert done.stdout.strip() == "cupy_mla.mla_decode.default"
