@@ -18,6 +18,7 @@ import numpy as np
 
 from .arrays import CUDA, ITEM_SIZES, ArrayView, as_numpy, source_of, view
 from .errors import InvalidArgumentError
+from .html import facts_table
 from .kv_layouts import DENSE_LAYOUTS
 
 INDEX_DTYPE = "int32"
@@ -122,6 +123,12 @@ class DecodeProblem:
         if self.ragged:
             return self.num_heads_q, self.total_q
         return self.batch, self.num_heads_q, self.seqlen_q
+
+    def _repr_html_(self) -> str:
+        """A table for notebooks."""
+        facts = {name: getattr(self, name) for name in self.__dataclass_fields__}
+        shapes = {"out": list(self.out_shape), "lse": list(self.lse_shape), "longest sequence": self.max_seqlen_k}
+        return facts_table("DecodeProblem", {**facts, **shapes})
 
 
 @dataclass(slots=True, eq=False)
