@@ -7,10 +7,12 @@ from typing import Any
 import click
 
 from . import __version__
+from .commands.bench import bench
 from .commands.check import check
 from .commands.compile import compile_kernels
 from .commands.decode import decode
 from .commands.info import info
+from .commands.memory import memory
 from .commands.plan import plan
 from .errors import InvalidArgumentError, MlaError
 
@@ -52,5 +54,5 @@ def main() -> None:
     """
 
 
-for _command in (decode, info, check, compile_kernels, plan):
+for _command in (decode, info, check, compile_kernels, plan, bench, memory):
     main.add_command(_command)

@@ -1,8 +1,9 @@
 #!/usr/bin/env bash
-# GPU tests, then the benchmark, in one go, with the python3 that is there (no network). Arguments go to gpu_bench.py.
+# GPU tests, then the speed tables, in one go, with the python3 that is there (no network). Arguments go to tune.py:
+# suites (all unless some are named) and options.
 #   PYTHON        the Python to use (default: python3)
 #   TEST_SECONDS  limit on the tests (default: 240); 0 leaves them out
-#   BENCH_SECONDS limit on the benchmark (default: 300); 0 leaves it out
+#   TUNE_SECONDS  limit on the tables (default: 300); 0 leaves them out
 #   PYTEST_ARGS   more arguments to pytest, e.g. "-x -k heads"
 #   PEERS         folder with the peers, if any
 #   OUT           folder for results (default: none are written)
@@ -12,15 +13,16 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 export PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}"
 PYTHON=${PYTHON:-python3}
 TEST_SECONDS=${TEST_SECONDS:-240}
-BENCH_SECONDS=${BENCH_SECONDS:-300}
+TUNE_SECONDS=${TUNE_SECONDS:-300}
 status=0
 
 if [ "$TEST_SECONDS" -gt 0 ]; then
+    "$PYTHON" -m cupy_mla compile >/dev/null || status=$? # in parallel; the tests would compile one after the other
     # shellcheck disable=SC2086  # PYTEST_ARGS is several words
     timeout -k 10 "$TEST_SECONDS" "$PYTHON" -m pytest tests/gpu -q --tb=short --durations=8 ${PYTEST_ARGS:-} || status=$?
 fi
-if [ "$BENCH_SECONDS" -gt 0 ]; then
-    timeout -k 10 "$BENCH_SECONDS" "$PYTHON" scripts/gpu_bench.py ${PEERS:+--peers "$PEERS"} \
-        ${OUT:+--json "$OUT/gpu_bench.json"} "$@" || status=$?
+if [ "$TUNE_SECONDS" -gt 0 ]; then
+    PYTHONUNBUFFERED=1 timeout -k 10 "$TUNE_SECONDS" "$PYTHON" scripts/tune.py ${PEERS:+--peers-path "$PEERS"} \
+        ${OUT:+--save "$OUT"} "$@" || status=$?
 fi
 exit "$status"

@@ -1,0 +1,21 @@
+"""Benchmarks: GPU time of decodes by a stated protocol, beside other implementations, as tables, files and pictures."""
+
+from .ceilings import Ceilings, measure_ceilings
+from .grid import BenchCase, expand_grid
+from .results import Change, Results, compare, load_results
+from .rows import Measurement, Row
+from .run import run_bench
+
+__all__ = [
+    "BenchCase",
+    "Ceilings",
+    "Change",
+    "Measurement",
+    "Results",
+    "Row",
+    "compare",
+    "expand_grid",
+    "load_results",
+    "measure_ceilings",
+    "run_bench",
+]

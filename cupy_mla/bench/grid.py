@@ -1,0 +1,258 @@
+"""What is timed: one case of a decode, described without its arrays, and grids of cases."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any
+
+import numpy as np
+
+from ..case_arrays import DTYPES
+from ..cases import DEFAULT_HEAD_DIM_V, Case, IntArray, Work
+from ..errors import InvalidArgumentError
+from ..lengths import mid_decode_lengths, read_lengths, shipped_lengths
+from ..presets import find_preset
+from ..schedule import TILE_TOKENS
+
+LAYOUTS = ("packed", "split", "strided")
+
+# Small, middle and full batches; memory-bound and compute-bound head counts: under a minute on an H200, with peers.
+DEFAULT_BATCHES, DEFAULT_LENGTHS, DEFAULT_HEADS = (1, 16, 128), (1024, 8192), (16, 128)
+# A CPU is a thousand times slower.
+CPU_BATCHES, CPU_LENGTHS, CPU_HEADS = (1, 2), (64, 256), (8,)
+
+DEFAULT_DTYPE, DEFAULT_PAGE_SIZE = "bfloat16", 64
+DEFAULT_WIDTHS = (DEFAULT_HEAD_DIM_V, 64)  # latent and rope part
+_SHORT_DTYPES = {"bfloat16": "bf16", "float16": "fp16"}
+
+
+@dataclass(frozen=True, slots=True)
+class BenchCase:
+    """One decode to time. Two cases are equal when they describe the same work, whatever their names.
+
+    Attributes
+    ----------
+    batch
+        Requests.
+    lengths
+        Cached tokens: one number for all requests, or [batch] numbers.
+    num_heads_q
+        Query heads; the one kv head is MLA's.
+    seqlen_q
+        Query tokens of a request; when ragged, the most of any (set from ``ragged``).
+    dtype, page_size, causal
+        As in ``mla_decode``; tokens of a page.
+    layout
+        ``packed``: one array [num_pages, page_size, 1, 576]. ``split``: latent and rope part in separate arrays.
+        ``strided``: a view into a pool that holds the pages of two layers side by side.
+    ragged
+        [batch] query tokens of each request, packed in one q [total_q, h, 576]; None: ``seqlen_q`` for each.
+    fixed_split_tokens
+        As in ``plan_decode`` (the peers have no such setting and run as they do).
+    latent_dim, rope_dim
+        Widths of the two parts of a cached token.
+    name
+        Unique within a run; made from the rest unless given.
+
+    Raises
+    ------
+    InvalidArgumentError
+        A value that no case can have.
+    """
+
+    batch: int
+    lengths: int | tuple[int, ...]
+    num_heads_q: int
+    seqlen_q: int = 1
+    dtype: str = DEFAULT_DTYPE
+    page_size: int = DEFAULT_PAGE_SIZE
+    layout: str = LAYOUTS[0]
+    causal: bool = False
+    ragged: tuple[int, ...] | None = None
+    fixed_split_tokens: int | None = None
+    latent_dim: int = DEFAULT_WIDTHS[0]
+    rope_dim: int = DEFAULT_WIDTHS[1]
+    name: str = field(default="", compare=False)
+
+    def __post_init__(self) -> None:
+        for argument in ("batch", "num_heads_q", "seqlen_q", "page_size"):
+            if getattr(self, argument) < 1:
+                raise InvalidArgumentError(argument, "at least 1", str(getattr(self, argument)))
+        for argument, known in (("dtype", DTYPES), ("layout", LAYOUTS)):
+            if getattr(self, argument) not in known:
+                raise InvalidArgumentError(argument, "one of " + ", ".join(known), repr(getattr(self, argument)))
+        for argument in ("lengths", "ragged"):
+            values = getattr(self, argument)
+            if isinstance(values, tuple) and len(values) != self.batch:
+                raise InvalidArgumentError(argument, f"{self.batch} numbers, one a request", f"{len(values)}")
+        split = self.fixed_split_tokens
+        if split is not None and (split < 1 or split % TILE_TOKENS != 0):
+            raise InvalidArgumentError("fixed_split_tokens", f"a multiple of {TILE_TOKENS}", str(split))
+        if min(self.kv_lengths) < 0:
+            raise InvalidArgumentError("lengths", "no negative number of tokens", str(min(self.kv_lengths)))
+        if self.ragged is not None:
+            object.__setattr__(self, "seqlen_q", max(self.ragged))
+        if not self.name:
+            equal = isinstance(self.lengths, int)
+            tokens = f"k{self.lengths}" if equal else f"mean{round(float(self.kv_lengths.mean()))}"
+            object.__setattr__(self, "name", _name(self, tokens))
+
+    @property
+    def head_dim(self) -> int:
+        """Width of q and of a cached token."""
+        return self.latent_dim + self.rope_dim
+
+    @property
+    def softmax_scale(self) -> float:
+        return float(self.head_dim**-0.5)
+
+    @property
+    def kv_lengths(self) -> IntArray:
+        """[batch] int64: cached tokens."""
+        return np.broadcast_to(np.asarray(self.lengths, dtype=np.int64), (self.batch,))
+
+    @property
+    def q_lengths(self) -> IntArray:
+        """[batch] int64: query tokens."""
+        counts = self.seqlen_q if self.ragged is None else self.ragged
+        return np.broadcast_to(np.asarray(counts, dtype=np.int64), (self.batch,))
+
+    @property
+    def page_counts(self) -> IntArray:
+        """[batch] int64: pages that a request's tokens fill."""
+        return -(-self.kv_lengths // self.page_size)
+
+    @property
+    def q_shape(self) -> tuple[int, ...]:
+        """[batch, seqlen_q, h, d], or [total_q, h, d] when ragged."""
+        rows = (self.batch, self.seqlen_q) if self.ragged is None else (int(self.q_lengths.sum()),)
+        return (*rows, self.num_heads_q, self.head_dim)
+
+    @property
+    def cache_shape(self) -> tuple[int, int, int, int]:
+        """[num_pages, page_size, 1, d]: the pages that are used, at least one."""
+        return max(int(self.page_counts.sum()), 1), self.page_size, 1, self.head_dim
+
+    @property
+    def cache_bytes(self) -> int:
+        return int(np.prod(self.cache_shape, dtype=np.int64)) * DTYPES[self.dtype].itemsize
+
+    @property
+    def work(self) -> Work:
+        """FLOP and bytes by the model of ``cases.Work``."""
+
+        def of_shape(shape: tuple[int, ...]) -> Any:  # an array that occupies one element
+            return np.broadcast_to(np.zeros((), dtype=DTYPES[self.dtype]), shape)
+
+        return Case(
+            q=of_shape(self.q_shape),
+            kv_cache=of_shape(self.cache_shape),
+            block_table=None,
+            cache_seqlens=None,
+            kv_lengths=self.kv_lengths,
+            q_lengths=self.q_lengths,
+            head_dim_v=self.latent_dim,
+            causal=self.causal,
+        ).work
+
+    def as_dict(self) -> dict[str, Any]:
+        """For JSON; `from_dict` reads it."""
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> BenchCase:
+        """A case as `as_dict` wrote it, also after JSON has turned its tuples into lists."""
+        fields: dict[str, Any] = {
+            name: tuple(value) if isinstance(value, list) else value for name, value in values.items()
+        }
+        return cls(**fields)
+
+
+def _name(case: BenchCase, tokens: str) -> str:
+    """For example ``b128_k8192_h16_q1``, with what differs from the defaults behind it."""
+    parts = [f"b{case.batch}", tokens, f"h{case.num_heads_q}", f"q{case.seqlen_q}"]
+    if (case.latent_dim, case.rope_dim) != DEFAULT_WIDTHS:
+        parts.append(f"d{case.latent_dim}+{case.rope_dim}")
+    if case.dtype != DEFAULT_DTYPE:
+        parts.append(_SHORT_DTYPES[case.dtype])
+    if case.page_size != DEFAULT_PAGE_SIZE:
+        parts.append(f"p{case.page_size}")
+    if case.layout != LAYOUTS[0]:
+        parts.append(case.layout)
+    parts += ["causal"] * case.causal + ["ragged"] * (case.ragged is not None)
+    if case.fixed_split_tokens is not None:
+        parts.append(f"cut{case.fixed_split_tokens}")
+    return "_".join(parts)
+
+
+def expand_grid(
+    *,
+    batches: Sequence[int] = DEFAULT_BATCHES,
+    lengths: Sequence[int] = DEFAULT_LENGTHS,
+    heads: Sequence[int] = DEFAULT_HEADS,
+    seqlens_q: Sequence[int] = (1,),
+    dtypes: Sequence[str] = (DEFAULT_DTYPE,),
+    page_sizes: Sequence[int] = (DEFAULT_PAGE_SIZE,),
+    layouts: Sequence[str] = LAYOUTS[:1],
+    splits: Sequence[int | None] = (None,),
+    causal: bool = False,
+    preset: str | None = None,
+    tensor_parallel: Sequence[int] = (1,),
+    traces: int = 0,
+) -> list[BenchCase]:
+    """Every combination of the values given, in order, the last axis varying fastest.
+
+    Parameters
+    ----------
+    batches, lengths, heads, seqlens_q, dtypes, page_sizes, layouts, splits, causal
+        Values of the fields of `BenchCase`; ``splits`` are its ``fixed_split_tokens``.
+    preset, tensor_parallel
+        A model's widths, and its heads on each of so many ranks, in place of ``heads``.
+    traces
+        So many draws (seeds 0, 1, ...) of real request lengths in mid-decode, from the sample that ships with the
+        package, after ``lengths``.
+
+    Raises
+    ------
+    InvalidArgumentError
+        A value that no case can have, an unknown preset, or a batch larger than the sample.
+    """
+    widths: dict[str, int] = {}
+    if preset is not None:
+        model = find_preset(preset)
+        heads = [model.heads_per_rank(ranks) for ranks in tensor_parallel]
+        widths = {"latent_dim": model.latent_dim, "rope_dim": model.rope_dim}
+    axes = (_length_axis(batches, lengths, traces), heads, seqlens_q, dtypes, page_sizes, layouts, splits)
+    cases = []
+    for (batch, tokens, draw), head_count, seqlen_q, dtype, page_size, layout, split in itertools.product(*axes):
+        options: dict[str, Any] = {
+            "seqlen_q": seqlen_q,
+            "dtype": dtype,
+            "page_size": page_size,
+            "layout": layout,
+            "causal": causal,
+            "fixed_split_tokens": split,
+            **widths,
+        }
+        case = BenchCase(batch, tokens, head_count, **options)
+        if draw is not None:
+            case = replace(case, name=_name(case, f"trace{draw}"))
+        cases.append(case)
+    return cases
+
+
+def _length_axis(
+    batches: Sequence[int], lengths: Sequence[int], traces: int
+) -> list[tuple[int, int | tuple[int, ...], int | None]]:
+    """(batch, lengths, number of the draw or None), batch by batch."""
+    requests = read_lengths(shipped_lengths()) if traces else None
+    axis: list[tuple[int, int | tuple[int, ...], int | None]] = []
+    for batch in batches:
+        axis += [(batch, tokens, None) for tokens in lengths]
+        if requests is not None:
+            for seed in range(traces):
+                drawn = mid_decode_lengths(requests, batch, seed)
+                axis.append((batch, tuple(int(tokens) for tokens in drawn), seed))
+    return axis

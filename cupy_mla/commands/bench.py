@@ -1,0 +1,169 @@
+"""``cupy-mla bench``: how fast a decode is, over grids of cases and beside other implementations."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import click
+from click.core import ParameterSource
+
+from ..case_arrays import DTYPES
+from ..errors import InvalidArgumentError
+from ..presets import DEFAULT_PRESET, PRESETS
+from .common import Command, backend_option, choose_backend
+
+DEFAULT_LIMIT_SECONDS = 60.0
+
+
+def list_option(name: str, kind: Any, help_text: str) -> Callable[[Command], Command]:
+    """An option that takes values of a click type with commas or repeated; gives one tuple, empty when not used."""
+
+    def read(ctx: click.Context, param: click.Parameter, texts: tuple[str, ...]) -> tuple[Any, ...]:
+        return tuple(kind.convert(word.strip(), param, ctx) for text in texts for word in text.split(","))
+
+    metavar = "|".join(kind.choices) if isinstance(kind, click.Choice) else kind.name.removesuffix(" range").upper()
+    return click.option(name, multiple=True, callback=read, metavar=f"{metavar}[,...]", help=help_text)
+
+
+_COUNT = click.IntRange(min=1)
+_LAYOUTS = ("packed", "split", "strided")
+
+
+@click.command()
+@list_option("--batch", _COUNT, "Requests.")
+@list_option("--length", _COUNT, "Cached tokens of every request.")
+@list_option("--heads", _COUNT, "Query heads.")
+@list_option("--seqlen-q", _COUNT, "Query tokens of a request.")
+@list_option("--dtype", click.Choice(list(DTYPES)), "Type of q and cache.")
+@list_option("--page-size", _COUNT, "Tokens of a page.")
+@list_option("--layout", click.Choice(_LAYOUTS), "One array; latent and rope apart; a view into a larger pool.")
+@list_option("--split", _COUNT, "Cut requests after so many tokens, in any batch (a multiple of 64).")
+@click.option("--causal", is_flag=True, help="Mask aligned to the bottom right (for --seqlen-q above 1).")
+@click.option("--preset", type=click.Choice(list(PRESETS)), help="A model's heads and widths, in place of --heads.")
+@list_option("--tp", _COUNT, f"Tensor-parallel ranks of the preset ({DEFAULT_PRESET} unless given).")
+@click.option("--trace", type=click.IntRange(min=0), default=0, help="So many draws of real lengths for each batch.")
+@list_option("--peer", click.STRING, "flash_mla, flashinfer, fa3, torch: beside those that can be imported.")
+@click.option("--peers-path", type=click.Path(path_type=Path), help="Folder to look for the peers in first.")
+@click.option("--sustained", is_flag=True, help="Also 0.3 s back to back, under the GPU's power limit.")
+@click.option("--ceilings", is_flag=True, help="Measure this GPU's read bandwidth and matrix products first.")
+@click.option("--json", "json_path", type=click.Path(path_type=Path), help="Write the results here, after each case.")
+@click.option("--csv", "csv_path", type=click.Path(path_type=Path), help="Write a line for each case and side here.")
+@click.option("--compare", "old", type=click.Path(path_type=Path), help="Results of an earlier run (--json).")
+@click.option("--plot", type=click.Path(path_type=Path, file_okay=False), help="Draw pictures into this folder.")
+@click.option(
+    "--limit",
+    type=click.FloatRange(min=0, min_open=True),
+    default=DEFAULT_LIMIT_SECONDS,
+    show_default=True,
+    help="Seconds for a case.",
+)
+@backend_option
+@click.pass_context
+def bench(
+    ctx: click.Context,
+    /,
+    json_path: Path | None,
+    csv_path: Path | None,
+    old: Path | None,
+    plot: Path | None,
+    peers_path: Path | None,
+    backend: str,
+    **options: Any,
+) -> None:
+    """Time decodes over every combination of the values given, beside other implementations.
+
+    Lists may be written with commas or by repeating the option. Without any: a small grid in DeepSeek-V3's widths.
+    On the GPU: all kernels of a call with a cold L2, by CUDA graphs; on the CPU: wall time. Exits with 1 if one of our
+    own cases failed or was wrong.
+    """
+    from ..bench.report import print_changes, print_results, progress_bar
+    from ..bench.results import Results, compare, load_results
+    from ..bench.rows import Row
+    from ..bench.run import run_bench
+
+    earlier = None if old is None else load_results(old)
+    for option, path in (("json", json_path), ("csv", csv_path), ("plot", plot)):
+        if path is not None and not path.absolute().parent.is_dir():
+            raise InvalidArgumentError(option, "a path in a folder that exists", str(path))
+    if plot is not None:
+        from ..drawing import make_figure
+
+        make_figure(1.0, 1.0)  # without matplotlib: refused now, not after the run
+    if peers_path is not None:
+        from ..bench.peers import add_peers_path
+
+        add_peers_path(peers_path)
+    chosen = choose_backend(backend)
+    if chosen.note:
+        click.echo(chosen.note)
+    cases = _cases(chosen.name, options)
+    with progress_bar(len(cases)) as advance:
+
+        def on_rows(results: Results, rows: list[Row]) -> None:
+            if json_path is not None:  # after each: a run that is stopped keeps what it has
+                results.write_json(json_path)
+            advance(len(rows))
+
+        results = run_bench(
+            cases,
+            peers=options["peer"],
+            backend=chosen.name,
+            sustained=options["sustained"],
+            ceilings=options["ceilings"],
+            limit=options["limit"],
+            command=_command_line(ctx),
+            on_rows=on_rows,
+        )
+    print_results(results)
+    if earlier is not None:
+        print_changes(compare(earlier, results))
+    if csv_path is not None:
+        results.write_csv(csv_path)
+    if plot is not None:
+        from ..bench.plots import write_plots
+
+        plot.mkdir(exist_ok=True)
+        for picture in write_plots(results, plot):
+            click.echo(f"wrote {picture}")
+    ctx.exit(1 if results.failed else 0)
+
+
+def _cases(backend: str, options: dict[str, Any]) -> list[Any]:
+    from ..bench import grid
+
+    on_gpu = backend == "cuda"
+    if options["heads"] and (options["preset"] or options["tp"]):
+        raise InvalidArgumentError("--heads", "nothing beside --preset or --tp", "both")
+    preset = options["preset"] or (DEFAULT_PRESET if options["tp"] else None)
+    # Real lengths take the place of the fixed ones, unless both were asked for.
+    lengths = options["length"] or (() if options["trace"] else grid.DEFAULT_LENGTHS if on_gpu else grid.CPU_LENGTHS)
+    return grid.expand_grid(
+        batches=options["batch"] or (grid.DEFAULT_BATCHES if on_gpu else grid.CPU_BATCHES),
+        lengths=lengths,
+        heads=options["heads"] or (grid.DEFAULT_HEADS if on_gpu else grid.CPU_HEADS),
+        seqlens_q=options["seqlen_q"] or (1,),
+        dtypes=options["dtype"] or (grid.DEFAULT_DTYPE,),
+        page_sizes=options["page_size"] or (grid.DEFAULT_PAGE_SIZE,),
+        layouts=options["layout"] or grid.LAYOUTS[:1],
+        splits=options["split"] or (None,),
+        causal=options["causal"],
+        preset=preset,
+        tensor_parallel=options["tp"] or (1,),
+        traces=options["trace"],
+    )
+
+
+def _command_line(ctx: click.Context) -> str:
+    """What the user typed, in the order of the help."""
+    words = ["cupy-mla bench"]
+    for parameter in ctx.command.params:
+        name = parameter.name or ""
+        if ctx.get_parameter_source(name) is not ParameterSource.COMMANDLINE:
+            continue
+        value = ctx.params[name]
+        words.append(parameter.opts[0])
+        if value is not True:
+            words.append(",".join(map(str, value)) if isinstance(value, tuple) else str(value))
+    return " ".join(words)

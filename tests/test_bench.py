@@ -1,0 +1,745 @@
+"""The benchmark without a GPU: grids, inputs, the protocol with fake timers, results, the command and the suites."""
+
+from __future__ import annotations
+
+import csv
+import json
+import math
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+from click.testing import CliRunner, Result
+
+from cupy_mla import accuracy, device
+from cupy_mla import bench as package
+from cupy_mla.bench import (
+    BenchCase,
+    Ceilings,
+    Measurement,
+    Results,
+    Row,
+    compare,
+    expand_grid,
+    grid,
+    load_results,
+    measure,
+    run,
+    run_bench,
+)
+from cupy_mla.bench import inputs as inputs_module
+from cupy_mla.bench.ceilings import published_ceilings
+from cupy_mla.bench.inputs import Inputs, NumpyLibrary, TorchLibrary
+from cupy_mla.bench.ours import OurSide
+from cupy_mla.cases import Work, build_case
+from cupy_mla.cli import main
+from cupy_mla.commands import bench as command
+from cupy_mla.errors import InvalidArgumentError, UnsupportedDeviceError
+from cupy_mla.lengths import mid_decode_lengths, read_lengths, shipped_lengths
+
+SCRIPTS = Path(__file__).resolve().parent.parent / "scripts"
+SMALL = BenchCase(2, 70, 4)
+LIBRARY = NumpyLibrary()
+
+
+# --- cases and grids
+
+
+@pytest.mark.parametrize(
+    ("options", "name"),
+    [
+        ({}, "b2_k70_h4_q1"),
+        ({"dtype": "float16", "page_size": 16, "layout": "split"}, "b2_k70_h4_q1_fp16_p16_split"),
+        ({"lengths": (10, 21)}, "b2_mean16_h4_q1"),
+        ({"ragged": (1, 3), "causal": True}, "b2_k70_h4_q3_causal_ragged"),
+        ({"fixed_split_tokens": 128, "latent_dim": 256}, "b2_k70_h4_q1_d256+64_cut128"),
+    ],
+)
+def test_a_case_is_named_by_what_it_is(options: dict[str, Any], name: str) -> None:
+    assert BenchCase(**{"batch": 2, "lengths": 70, "num_heads_q": 4, **options}).name == name
+
+
+def test_equal_work_is_equal_whatever_its_name() -> None:
+    assert BenchCase(2, 70, 4, name="mine") == SMALL
+    assert BenchCase(2, 70, 4, seqlen_q=2) != SMALL
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"seqlen_q": 3, "causal": True},
+        {"ragged": (0, 3, 1), "causal": True},
+        {"lengths": (5, 0, 200), "page_size": 16},
+    ],
+)
+def test_work_is_that_of_the_case_that_is_decoded(options: dict[str, Any]) -> None:
+    case = BenchCase(**{"batch": 3, "lengths": 70, "num_heads_q": 4, **options})
+    seqlens_q = case.seqlen_q if case.ragged is None else case.ragged
+    decoded = build_case(
+        case.kv_lengths, num_heads_q=4, seqlens_q=seqlens_q, page_size=case.page_size, causal=case.causal
+    )
+    assert case.work == decoded.work
+    assert case.q_shape == decoded.q.shape
+    assert case.cache_shape == decoded.kv_cache.shape
+    assert case.cache_bytes == decoded.kv_cache.nbytes
+
+
+@pytest.mark.parametrize(
+    ("options", "argument"),
+    [
+        ({"batch": 0}, "batch"),
+        ({"seqlen_q": 0}, "seqlen_q"),
+        ({"dtype": "float32"}, "dtype"),
+        ({"layout": "scattered"}, "layout"),
+        ({"lengths": (1, 2, 3)}, "lengths"),
+        ({"lengths": -1}, "lengths"),
+        ({"ragged": (1,)}, "ragged"),
+        ({"fixed_split_tokens": 100}, "fixed_split_tokens"),
+    ],
+)
+def test_a_case_that_cannot_be_is_refused(options: dict[str, Any], argument: str) -> None:
+    with pytest.raises(InvalidArgumentError) as caught:
+        BenchCase(**{"batch": 2, "lengths": 70, "num_heads_q": 4, **options})
+    assert caught.value.argument == argument
+
+
+def test_a_case_survives_json() -> None:
+    case = BenchCase(2, (5, 9), 4, ragged=(1, 2), name="mine")
+    restored = BenchCase.from_dict(json.loads(json.dumps(case.as_dict())))
+    assert restored == case
+    assert restored.name == "mine"
+
+
+def test_a_grid_has_every_combination_once() -> None:
+    cases = expand_grid(
+        batches=[1, 2],
+        lengths=[64, 100],
+        heads=[4],
+        seqlens_q=[1, 2],
+        dtypes=["bfloat16", "float16"],
+        page_sizes=[16, 64],
+        layouts=["packed", "split", "strided"],
+        splits=[None, 128],
+        causal=True,
+    )
+    assert len(cases) == len(set(cases)) == len({case.name for case in cases}) == 2 * 2 * 2 * 2 * 2 * 3 * 2
+    assert all(case.causal for case in cases)
+
+
+def test_a_preset_brings_heads_and_widths() -> None:
+    cases = expand_grid(batches=[1], lengths=[64], preset="deepseek-v3", tensor_parallel=[1, 8, 16])
+    assert [case.num_heads_q for case in cases] == [128, 16, 8]
+    with pytest.raises(InvalidArgumentError, match="tp"):
+        expand_grid(preset="deepseek-v3", tensor_parallel=[3])
+
+
+def test_traces_are_draws_of_the_shipped_lengths() -> None:
+    cases = expand_grid(batches=[8], lengths=[100], heads=[4], traces=2)
+    assert [case.name for case in cases] == ["b8_k100_h4_q1", "b8_trace0_h4_q1", "b8_trace1_h4_q1"]
+    expected = mid_decode_lengths(read_lengths(shipped_lengths()), 8, 1)
+    np.testing.assert_array_equal(cases[2].kv_lengths, expected)
+
+
+# --- inputs
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+@pytest.mark.parametrize("layout", grid.LAYOUTS)
+def test_every_layout_holds_the_same_values(layout: str, dtype: str) -> None:
+    case = BenchCase(2, (70, 5), 4, layout=layout, dtype=dtype)
+    inputs = Inputs(case, LIBRARY)
+    cache = inputs.caches[0]
+    packed = np.concatenate(cache, axis=-1) if layout == "split" else cache
+    plain = Inputs(BenchCase(2, (70, 5), 4, dtype=dtype), LIBRARY)
+    np.testing.assert_array_equal(packed.view(np.uint16), plain.caches[0].view(np.uint16))
+    np.testing.assert_array_equal(inputs.block_table, plain.block_table)
+    if layout == "strided":
+        page = case.page_size * case.head_dim * cache.itemsize
+        assert cache.strides[0] == 2 * page
+    if layout == "split":
+        assert [part.shape[-1] for part in cache] == [512, 64]
+        assert all(part.flags.c_contiguous for part in (*cache, *inputs.q_parts))
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"layout": "split", "seqlen_q": 2, "causal": True},
+        {"layout": "strided", "page_size": 16},
+        {"ragged": (2, 0, 3), "lengths": (40, 7, 0), "causal": True},
+        {"fixed_split_tokens": 64, "dtype": "float16"},
+    ],
+)
+def test_our_side_is_right_on_every_kind_of_case(options: dict[str, Any]) -> None:
+    case = BenchCase(**{"batch": 3, "lengths": 70, "num_heads_q": 4, **options})
+    inputs = Inputs(case, LIBRARY)
+    out, lse = OurSide().prepare(inputs)(inputs.caches[0])
+    error, lse_error = inputs.errors(out, lse)
+    assert error < accuracy.OUT_BOUNDS[case.dtype]
+    assert lse_error < accuracy.LSE_BOUND
+    assert inputs.errors(out)[0] == error
+    assert inputs.errors(out + out)[0] > 0.9  # the float64 result is not simply taken from the call
+
+
+@pytest.mark.parametrize("layout", grid.LAYOUTS)
+@pytest.mark.parametrize("ragged", [None, (2, 0, 3)])
+def test_torch_inputs_are_rotated_and_checked(
+    monkeypatch: pytest.MonkeyPatch, ragged: tuple[int, ...] | None, layout: str
+) -> None:
+    pytest.importorskip("torch")
+    monkeypatch.setattr(inputs_module, "graph_shape", lambda cache_bytes: (4, 3))
+    case = BenchCase(3, (40, 7, 90), 4, ragged=ragged, causal=True, layout=layout)
+    inputs = Inputs(case, TorchLibrary("cpu"))
+    assert (inputs.calls, len(inputs.caches)) == (4, 3)
+    call = OurSide().prepare(inputs)
+    for cache in inputs.caches:
+        error, lse_error = inputs.errors(*call(cache))
+        assert error < accuracy.OUT_BOUNDS[case.dtype]
+        assert lse_error < accuracy.LSE_BOUND
+    out, lse = call(inputs.caches[0])
+    assert inputs.errors(2 * out)[0] > 0.9
+    assert inputs.errors(out * math.nan)[0] != inputs.errors(out)[0]
+    assert inputs.errors(out, lse + 1)[1] > 0.01
+
+
+def test_torch_reference_is_the_numpy_one() -> None:
+    torch = pytest.importorskip("torch")
+    from cupy_mla.bench.torch_reference import attention64, relative_errors
+
+    rng = np.random.default_rng(0)
+    for seqlen_q, length, causal in [(1, 50, False), (3, 50, True), (4, 2, True), (2, 0, False)]:
+        q, keys = rng.standard_normal((seqlen_q, 4, 96)), rng.standard_normal((length, 96))
+        out, lse = attention64(torch.from_numpy(q), torch.from_numpy(keys), 0.1, 64, causal)
+        exact_out, exact_lse = np.zeros((seqlen_q, 4, 64)), np.full((4, seqlen_q), -np.inf)
+        for token in range(seqlen_q):
+            seen = max(length - seqlen_q + token + 1, 0) if causal else length
+            if seen:
+                weights = np.exp(0.1 * q[token] @ keys[:seen].T)
+                exact_out[token] = weights @ keys[:seen, :64] / weights.sum(-1, keepdims=True)
+                exact_lse[:, token] = np.log(weights.sum(-1))
+        np.testing.assert_allclose(out.numpy(), exact_out, atol=1e-12)
+        np.testing.assert_allclose(lse.numpy(), exact_lse, atol=1e-12)
+        assert relative_errors((out, lse), (out, lse)) == (0.0, 0.0)
+        assert relative_errors((out, None), (out, lse)) == (0.0, 0.0)
+        assert max(relative_errors((out + 1, lse + 1), (out, lse))) > 0.01
+        assert relative_errors((out, torch.zeros_like(lse)), (out, torch.full_like(lse, -math.inf)))[1] == math.inf
+
+
+# --- the protocol
+
+
+class FakeSide:
+    """A peer by its own words; its result is right unless told otherwise."""
+
+    version = "1.0"
+
+    def __init__(self, name: str, *, refuses: str | None = None, breaks: str = "", wrong: bool = False) -> None:
+        self.name, self.refuses, self.breaks, self.wrong = name, refuses, breaks, wrong
+
+    def unsupported(self, case: BenchCase) -> str | None:
+        return self.refuses
+
+    def prepare(self, inputs: Inputs) -> Any:
+        if self.breaks == "prepare":
+            raise RuntimeError("no such kernel")
+        exact = OurSide().prepare(inputs)
+
+        def call(cache: Any) -> tuple[Any, Any]:
+            if self.breaks == "call":
+                raise RuntimeError("illegal access")
+            out, lse = exact(cache)
+            return (2 * out if self.wrong else out), lse
+
+        return call
+
+
+class FakeTimers:
+    """Timers that give the times they are told, and keep a list of who ran."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, **seconds: list[float | Exception]) -> None:
+        self.seconds, self.log = seconds, list[tuple[str, int]]()
+        monkeypatch.setattr(measure, "make_timer", self.make)
+        self._made: list[str] = []
+
+    def make(self, inputs: Inputs, call: Callable[[Any], Any]) -> Any:
+        name = list(self.seconds)[len(self._made)]
+        self._made.append(name)
+        values = iter(self.seconds[name])
+
+        def seconds(replays: int = 1) -> float:
+            self.log.append((name, replays))
+            value = next(values)
+            if isinstance(value, Exception):
+                raise value
+            return value
+
+        return SimpleNamespace(seconds=seconds)
+
+
+def test_sides_are_replayed_in_turn_and_the_median_counts(monkeypatch: pytest.MonkeyPatch) -> None:
+    timers = FakeTimers(monkeypatch, ours=[3e-6, 1e-6, 2e-6], peer=[8e-6, 4e-6, 5e-6])
+    (row,) = measure.measure([SMALL], [OurSide(), FakeSide("peer")], LIBRARY)
+    assert timers.log == [("ours", 1), ("peer", 1)] * 3
+    assert row.ours.us == pytest.approx(2.0)
+    assert (row.ours.fastest_us, row.ours.slowest_us) == (pytest.approx(1.0), pytest.approx(3.0))
+    assert row.ratio("peer") == row.best_ratio == pytest.approx(2.5)
+    assert row.best_peer == "peer"
+    assert row.failure is None
+    assert row.ours.error is not None
+    assert row.ours.error < 3e-3
+
+
+def test_sustained_runs_follow_for_as_long_as_they_should(monkeypatch: pytest.MonkeyPatch) -> None:
+    timers = FakeTimers(monkeypatch, ours=[1e-3] * 3 + [2e-3] * 3, peer=[1e-1] * 3 + [3e-1] * 3)
+    (row,) = measure.measure([SMALL], [OurSide(), FakeSide("peer")], LIBRARY, sustained=True)
+    assert timers.log[6:] == [("ours", 300), ("peer", 3)] * measure.SUSTAINED_ROUNDS
+    assert row.ours.sustained_us == pytest.approx(2000)
+    assert row.sustained_ratio("peer") == pytest.approx(150)
+    assert row.ratio("peer") == pytest.approx(100)
+
+
+def test_cases_of_a_group_are_replayed_in_turn(monkeypatch: pytest.MonkeyPatch) -> None:
+    timers = FakeTimers(monkeypatch, first=[1e-6] * 3, second=[2e-6] * 3)
+    rows = measure.measure([SMALL, BenchCase(2, 80, 4)], [OurSide()], LIBRARY)
+    assert timers.log == [("first", 1), ("second", 1)] * 3
+    assert [row.ours.us for row in rows] == [pytest.approx(1.0), pytest.approx(2.0)]
+
+
+@pytest.mark.parametrize("step", ["prepare", "call"])
+def test_a_peer_that_fails_takes_nothing_with_it(step: str) -> None:
+    (row,) = measure.measure([SMALL], [OurSide(), FakeSide("bad", breaks=step), FakeSide("good")], LIBRARY)
+    assert row.peers["bad"].us is None
+    assert row.peers["bad"].failure is not None
+    assert row.peers["bad"].failure.startswith("RuntimeError: ")
+    assert row.ours.us is not None
+    assert row.best_peer == "good"
+    assert row.failure is None
+
+
+def test_a_replay_that_fails_ends_only_its_lane(monkeypatch: pytest.MonkeyPatch) -> None:
+    timers = FakeTimers(monkeypatch, ours=[1e-6] * 3, bad=[2e-6, RuntimeError("gone")], good=[3e-6] * 3)
+    (row,) = measure.measure([SMALL], [OurSide(), FakeSide("bad"), FakeSide("good")], LIBRARY)
+    assert row.peers["bad"].us is None
+    assert row.peers["bad"].failure == "RuntimeError: gone"
+    assert row.best_ratio == pytest.approx(3.0)
+    assert [name for name, _ in timers.log].count("bad") == 2
+
+
+def test_what_a_peer_does_not_support_is_no_failure() -> None:
+    (row,) = measure.measure([SMALL], [OurSide(), FakeSide("peer", refuses="only 64 heads")], LIBRARY)
+    assert row.peers["peer"] == Measurement(skipped="only 64 heads")
+
+
+def test_our_failure_is_the_rows_failure_and_the_peers_are_timed_all_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(self: OurSide, inputs: Inputs) -> Any:
+        raise MemoryError("too large")
+
+    peer = FakeSide("peer")
+    exact = peer.prepare(Inputs(SMALL, LIBRARY))
+    monkeypatch.setattr(OurSide, "prepare", broken)
+    monkeypatch.setattr(FakeSide, "prepare", lambda self, inputs: exact)
+    (row,) = measure.measure([SMALL], [OurSide(), peer], LIBRARY)
+    assert row.failure == "MemoryError: too large"
+    assert row.peers["peer"].us is not None
+    assert row.ratio("peer") is None
+
+
+def test_arrays_that_cannot_be_made_fail_their_row_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    def normal(self: NumpyLibrary, shape: tuple[int, ...], dtype: str, seed: int) -> Any:
+        if shape[-2] == 8:
+            raise MemoryError("no room")
+        return original(self, shape, dtype, seed)
+
+    original = NumpyLibrary.normal
+    monkeypatch.setattr(NumpyLibrary, "normal", normal)
+    results = run_bench([BenchCase(1, 64, 8), BenchCase(1, 64, 4)], backend="numpy")
+    assert [row.failure for row in results.rows] == ["MemoryError: no room", None]
+    assert results.failed == results.rows[:1]
+
+
+def test_a_wrong_result_of_ours_is_a_failure_and_of_a_peer_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    (row,) = measure.measure([SMALL], [OurSide(), FakeSide("peer", wrong=True)], LIBRARY)
+    assert row.failure is None
+    assert row.peers["peer"].error == pytest.approx(1.0, abs=0.01)
+    monkeypatch.setitem(accuracy.OUT_BOUNDS, "bfloat16", 1e-9)
+    (row,) = measure.measure([SMALL], [OurSide()], LIBRARY)
+    assert row.failure is not None
+    assert "bound 1e-09" in row.failure
+
+
+def test_the_limit_holds_between_steps_and_ahead_of_long_ones() -> None:
+    now = 0.0
+    deadline = measure.Deadline(10.0, clock=lambda: now)
+    deadline.check()
+    deadline.check(9.0)
+    with pytest.raises(measure.TimeLimitError, match=r"would take 11 s, beyond the limit of 10 s"):
+        deadline.check(11.0)
+    now = 10.5
+    with pytest.raises(measure.TimeLimitError, match=r"limit of 10 s for a case has passed"):
+        deadline.check()
+    (row,) = measure.measure([SMALL], [OurSide()], LIBRARY, limit=1e-9)
+    assert row.failure is not None
+    assert "TimeLimitError" in row.failure
+
+
+def test_rounds_that_were_run_count_when_the_time_is_up() -> None:
+    now = [0.0]
+
+    def seconds(replays: int = 1) -> float:
+        now[0] += 4.0
+        return 1e-6
+
+    lane = measure.Lane(Measurement(), SimpleNamespace(seconds=seconds), 1)
+    ((_, times),) = measure.in_turn([lane], 5, [1], measure.Deadline(10.0, clock=lambda: now[0]))
+    assert len(times) == 3
+
+
+# --- ceilings
+
+
+def test_published_ceilings_go_by_the_gpus_name() -> None:
+    h200 = published_ceilings("NVIDIA H200")
+    assert h200 is not None
+    assert (h200.read_gigabytes_per_second, h200.tflops) == (4800, 989)
+    assert h200.source == "published for H200"
+    assert published_ceilings("NVIDIA H100 80GB HBM3").source == "published for H100"  # type: ignore[union-attr]
+    assert published_ceilings("NVIDIA H100 PCIe").tflops == 756  # type: ignore[union-attr]
+    assert published_ceilings("Quadro 4000") is None
+
+
+def test_the_share_is_of_the_roofline() -> None:
+    ceilings = Ceilings(1000.0, 100.0, None, "measured")
+    assert ceilings.least_seconds(Work(flops=10**14, bytes=10)) == pytest.approx(1.0)
+    assert ceilings.least_seconds(Work(flops=1, bytes=10**12)) == pytest.approx(1.0)
+    row = Row(SMALL, ours=Measurement(us=2e6 * ceilings.least_seconds(SMALL.work)))
+    assert row.share(ceilings) == pytest.approx(0.5)
+
+
+# --- a run and its results
+
+
+def some_results(*times: float, ceilings: Ceilings | None = None) -> Results:
+    rows = [
+        Row(
+            BenchCase(1, 64 * (index + 1), 4),
+            ours=Measurement(us=time, fastest_us=time, slowest_us=time, error=1e-3),
+            peers={"flash_mla": Measurement(us=2 * time, error=1e-3), "fa3": Measurement(failure="<gone>")},
+            calls=64,
+            copies=4,
+        )
+        for index, time in enumerate(times)
+    ]
+    return Results({"device": "NVIDIA <H200>", "date": "2030-01-01"}, ceilings, rows)
+
+
+def test_a_run_says_where_and_how_it_was_made() -> None:
+    seen: list[tuple[int, list[str]]] = []
+    results = run_bench(
+        [SMALL, (BenchCase(1, 64, 4), BenchCase(1, 80, 4))],
+        backend="numpy",
+        command="cupy-mla bench",
+        on_rows=lambda results, rows: seen.append((len(results.rows), [row.name for row in rows])),
+    )
+    assert seen == [(1, ["b2_k70_h4_q1"]), (3, ["b1_k64_h4_q1", "b1_k80_h4_q1"])]
+    assert not results.failed
+    assert results.ceilings is None
+    facts = results.metadata
+    assert facts["device"].startswith("CPU")
+    assert facts["versions"]["numpy"] == np.__version__
+    assert facts["versions"]["cupy-mla"]
+    assert facts["command"] == "cupy-mla bench"
+    assert "CUDA graph of 64 calls" in facts["protocol"]
+    assert facts["date"].endswith("+00:00")
+
+
+def test_peers_that_cannot_run_are_named_with_the_reason() -> None:
+    results = run_bench([SMALL], peers=["flash_mla", "torch"], backend="numpy")
+    assert set(results.metadata["missing_peers"]) == {"flash_mla", "torch"}
+    assert all(results.metadata["missing_peers"].values())
+    assert results.rows[0].peers == {}
+    with pytest.raises(InvalidArgumentError, match="peer"):
+        run_bench([SMALL], peers=["flashy"], backend="numpy")
+
+
+def test_wrong_arguments_of_a_run_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(InvalidArgumentError, match="limit"):
+        run_bench([SMALL], limit=0)
+    with pytest.raises(InvalidArgumentError, match="backend"):
+        run_bench([SMALL], backend="tpu")
+    monkeypatch.setattr(device, "why_unsupported", lambda *_: "there is no GPU")
+    with pytest.raises(UnsupportedDeviceError):
+        run_bench([SMALL], backend="cuda")
+
+
+def test_ceilings_that_cannot_be_measured_are_those_of_the_maker(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails() -> Ceilings:
+        raise ImportError("no library for matrix products")
+
+    monkeypatch.setattr(run, "measure_ceilings", fails)
+    record: dict[str, Any] = {"backend": "cuda", "device": "NVIDIA H200"}
+    ceilings = run._choose_ceilings(True, record)
+    assert ceilings is not None
+    assert ceilings.source == "published for H200"
+    assert record["ceilings_failure"] == "ImportError: no library for matrix products"
+
+
+def test_results_survive_a_file(tmp_path: Path) -> None:
+    results = some_results(10.0, 20.0, ceilings=Ceilings(4700.0, 780.0, 680.0, "measured"))
+    results.rows[1].ours.failure = "boom"
+    path = tmp_path / "results.json"
+    results.write_json(path)
+    assert load_results(path) == results
+    row = json.loads(path.read_text())["rows"][0]
+    assert row["ours"]["tflops"] == pytest.approx(results.rows[0].case.work.flops / 10e-6 / 1e12)
+    assert row["peers"]["flash_mla"]["ratio"] == pytest.approx(2.0)
+
+
+@pytest.mark.parametrize("text", ["", "[]", "{}", '{"format": "other"}', '{"format": "cupy-mla bench 1"}'])
+def test_a_file_that_holds_something_else_is_refused(tmp_path: Path, text: str) -> None:
+    path = tmp_path / "old.json"
+    path.write_text(text)
+    with pytest.raises(InvalidArgumentError, match="results"):
+        load_results(path)
+
+
+def test_csv_has_a_line_for_each_case_and_side(tmp_path: Path) -> None:
+    path = tmp_path / "results.csv"
+    some_results(10.0, 20.0).write_csv(path)
+    with path.open(newline="") as file:
+        lines = list(csv.DictReader(file))
+    assert [line["implementation"] for line in lines] == ["cupy-mla", "flash_mla", "fa3"] * 2
+    assert float(lines[1]["us"]) == 20.0
+    assert float(lines[1]["times_ours"]) == 2.0
+    assert lines[2]["failure"] == "<gone>"
+    assert lines[3]["kv_tokens"] == "128"
+
+
+def test_files_that_cannot_be_written_are_named(tmp_path: Path) -> None:
+    for write in (some_results(1.0).write_json, some_results(1.0).write_csv):
+        with pytest.raises(InvalidArgumentError, match="can be written"):
+            write(tmp_path / "no" / "such" / "file")
+
+
+def test_runs_are_compared_case_by_case() -> None:
+    old, new = some_results(10.0, 20.0, 30.0), some_results(11.0, 18.0)
+    new.rows.append(Row(SMALL, ours=Measurement(us=1.0)))
+    changes = compare(old, new)
+    assert [change.name for change in changes] == ["b1_k64_h4_q1", "b1_k128_h4_q1"]
+    assert [change.percent for change in changes] == [pytest.approx(10.0), pytest.approx(-10.0)]
+
+
+def test_results_are_a_table_in_a_notebook() -> None:
+    text = some_results(10.0, ceilings=Ceilings(4700.0, 780.0, None, "measured"))._repr_html_()
+    for words in (
+        "<td>b1_k64_h4_q1</td>",
+        "<td>10.0</td>",
+        "<td>2.00</td>",
+        "&lt;H200&gt;",
+        "fa3 failed: &lt;gone&gt;",
+    ):
+        assert words in text
+    assert "% of ceiling" in text
+    assert "<gone>" not in text
+
+
+def test_the_packages_names_are_there() -> None:
+    assert all(hasattr(package, name) for name in package.__all__)
+
+
+# --- the command
+
+
+def bench(*arguments: str) -> Result:
+    result = CliRunner().invoke(main, ["bench", "--backend", "numpy", *arguments])
+    if result.exception is not None and not isinstance(result.exception, SystemExit):
+        raise result.exception
+    return result
+
+
+TINY = ("--batch", "1", "--length", "64,100", "--heads", "2")
+
+
+def test_bench_runs_its_default_grid_on_a_cpu(tmp_path: Path) -> None:
+    path = tmp_path / "results.json"
+    result = bench("--json", str(path))
+    assert result.exit_code == 0
+    rows = load_results(path).rows
+    assert len(rows) == len(grid.CPU_BATCHES) * len(grid.CPU_LENGTHS) * len(grid.CPU_HEADS)
+    for row in rows:
+        assert row.name in result.output
+
+
+def test_bench_takes_lists_and_writes_files(tmp_path: Path) -> None:
+    first, second, table = tmp_path / "1.json", tmp_path / "2.json", tmp_path / "2.csv"
+    arguments = (*TINY, "--layout", "packed,split", "--layout", "strided", "--dtype", "float16", "--causal")
+    assert bench(*arguments, "--json", str(first)).exit_code == 0
+    result = bench(*arguments, "--json", str(second), "--csv", str(table), "--compare", str(first), "--sustained")
+    assert result.exit_code == 0
+    results = load_results(second)
+    assert {row.case.layout for row in results.rows} == set(grid.LAYOUTS)
+    assert results.metadata["command"].startswith("cupy-mla bench --batch 1 --length 64,100 --heads 2 --dtype float16")
+    assert all(row.ours.sustained_us for row in results.rows)
+    assert "before and now" in result.output
+    assert len(table.read_text().splitlines()) == 1 + len(results.rows)
+
+
+def test_bench_takes_presets_and_traces(tmp_path: Path) -> None:
+    path = tmp_path / "results.json"
+    assert bench("--batch", "1", "--tp", "64,128", "--trace", "2", "--json", str(path)).exit_code == 0
+    assert [row.name for row in load_results(path).rows] == [
+        "b1_trace0_h2_q1",
+        "b1_trace0_h1_q1",
+        "b1_trace1_h2_q1",
+        "b1_trace1_h1_q1",
+    ]
+
+
+def test_bench_exits_with_1_when_ours_is_wrong(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(accuracy.OUT_BOUNDS, "bfloat16", 1e-9)
+    result = bench(*TINY)
+    assert result.exit_code == 1
+    assert "relative error" in result.output
+
+
+def test_bench_draws(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    def write_plots(results: Results, folder: Path) -> list[Path]:
+        assert len(results.rows) == 2
+        return [folder / "roofline.png"]
+
+    monkeypatch.setitem(sys.modules, "cupy_mla.bench.plots", SimpleNamespace(write_plots=write_plots))
+    monkeypatch.setattr("cupy_mla.drawing.make_figure", lambda width, height: None)  # as if matplotlib was there
+    result = bench(*TINY, "--plot", str(tmp_path))
+    assert result.exit_code == 0
+    assert f"wrote {tmp_path / 'roofline.png'}" in result.output
+
+
+def test_bench_without_matplotlib_does_not_start(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    result = bench(*TINY, "--plot", str(tmp_path / "pictures"), "--json", str(tmp_path / "results.json"))
+    assert result.exit_code == 3
+    assert result.stderr.strip().endswith('drawing pictures needs matplotlib: pip install "cupy-mla[plot]"')
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--batch", "0"], ["--batch"]),
+        (["--batch", "1,x"], ["--batch", "x"]),
+        (["--layout", "scattered"], ["--layout"]),
+        (["--heads", "4", "--tp", "2"], ["--heads", "--preset or --tp"]),
+        (["--tp", "3"], ["tp", "divisor of the 128 heads"]),
+        (["--split", "100", *TINY], ["fixed_split_tokens", "multiple of 64"]),
+        (["--peer", "flashy", *TINY], ["peer", "flashy"]),
+        (["--compare", "nowhere.json"], ["results", "nowhere.json"]),
+        (["--json", "no/such/folder/results.json"], ["json", "folder that exists"]),
+        (["--limit", "0"], ["--limit"]),
+        (["--peers-path", "nowhere"], ["peers_path", "folder"]),
+        (["--batch", "5000", "--trace", "1"], ["batch", "1 to 1024"]),
+    ],
+)
+def test_bench_names_the_wrong_argument(arguments: list[str], words: list[str]) -> None:
+    result = bench(*arguments)
+    assert result.exit_code == 2
+    message = result.stderr.strip().splitlines()[-1]
+    assert message.startswith("Error: ")
+    for word in words:
+        assert word in message
+
+
+def test_what_the_command_repeats_is_what_the_benchmark_has() -> None:
+    """They are repeated so that the command line starts without the benchmark."""
+    assert command._LAYOUTS == grid.LAYOUTS
+    assert command.DEFAULT_LIMIT_SECONDS == run.DEFAULT_LIMIT_SECONDS
+    script = "import sys, cupy_mla.cli; sys.exit('cupy_mla.bench' in sys.modules)"
+    subprocess.run([sys.executable, "-c", script], check=True)
+
+
+# --- the suites of scripts/tune.py
+
+
+@pytest.fixture
+def suites(monkeypatch: pytest.MonkeyPatch) -> Any:
+    monkeypatch.syspath_prepend(str(SCRIPTS))
+    import tune_suites
+
+    return tune_suites
+
+
+def cases_of(suites: Any, name: str) -> list[BenchCase]:
+    return [
+        case
+        for group in suites.SUITES[name].groups()
+        for case in ([group] if isinstance(group, BenchCase) else list(group))
+    ]
+
+
+def columns_of(suites: Any, name: str, results: Results) -> dict[str, list[str]]:
+    return {column.title: [column.text(row) for row in results.rows] for column in suites.SUITES[name].columns(results)}
+
+
+def test_targets_are_judged_by_the_fastest_peer_or_the_figure_on_file(suites: Any) -> None:
+    cases = cases_of(suites, "targets")
+    assert len(cases) == 20
+    peers = {"flash_mla": Measurement(us=300.0), "fa3": Measurement(us=250.0)}
+    rows = [Row(cases[0], ours=Measurement(us=200.0), peers=peers), Row(cases[1], ours=Measurement(us=290.5))]
+    columns = columns_of(suites, "targets", Results({}, None, rows))
+    assert columns["fastest peer"] == ["fa3", "(on file)"]
+    assert columns["ratio to fastest"] == ["1.250", "1.000"]
+    assert columns["met"] == ["yes", "NO"]
+
+
+def test_traces_are_judged_by_throughput(suites: Any) -> None:
+    cases = cases_of(suites, "traces")
+    assert len(cases) == 2 * suites.TRACE_DRAWS * len(suites.TRACE_HEADS)
+    trace, equal = cases[:2]
+    assert equal.kv_lengths.sum() == pytest.approx(trace.kv_lengths.sum(), rel=1e-3)
+    for us, verdict in ((100.0, "yes"), (110.0, "NO")):
+        peers = {"flash_mla": Measurement(us=150.0)}
+        rows = [Row(trace, ours=Measurement(us=us), peers=peers), Row(equal, ours=Measurement(us=99.0))]
+        assert columns_of(suites, "traces", Results({}, None, rows))["met"] == [verdict, "-"]
+
+
+def test_variants_are_judged_by_the_plain_case_of_their_group(suites: Any) -> None:
+    groups = suites.SUITES["parity"].groups()
+    rows = [Row(case, ours=Measurement(us=100.0 + number)) for number, group in enumerate(groups) for case in group]
+    columns = columns_of(suites, "parity", Results({}, None, rows))
+    judged = [text for text in columns["times plain"] if text != "-"]
+    assert len(judged) == sum(len(group) for group in suites.parity_variants())
+    assert set(judged) == {"1.000"}  # the same plain case has other times in other groups
+    for variants in suites.parity_variants():
+        for variant in variants:
+            if variant.limit == suites.VARIANT_LIMIT and not variant.case.causal:
+                assert variant.case.work == variant.plain.work
+    plain, slow = rows[0], next(row for row in rows if row.case.dtype == "float16")
+    slow.ours.us = 1.03 * plain.ours.us
+    assert columns_of(suites, "parity", Results({}, None, rows))["met"].count("NO") == 1
+
+
+def test_the_scaling_curve_leaves_out_what_does_not_fit(suites: Any) -> None:
+    cases = cases_of(suites, "scaling")
+    longest = {batch: max(int(case.kv_lengths[0]) for case in cases if case.batch == batch) for batch in (1, 8, 64)}
+    assert longest == {1: 1 << 20, 8: 1 << 20, 64: 1 << 18}
+    assert {case.batch for case in cases} == {1, 8, 64}
+    assert min(int(case.kv_lengths[0]) for case in cases) == 64
+
+
+def test_tune_measures_saves_and_prints_again(tmp_path: Path) -> None:
+    def tune(*arguments: str) -> str:
+        command = [sys.executable, str(SCRIPTS / "tune.py"), *arguments]
+        return subprocess.run(command, check=True, capture_output=True, text=True).stdout
+
+    folder = str(tmp_path)
+    selection = ("scaling", "--cases", "b1_k128_h16")
+    output = tune(*selection, "--backend", "numpy", "--peer", "", "--save", folder)
+    assert "scaling 1/1 b1_k128_h16_q1" in output
+    assert "scaling: 1 cases, 0 failed" in output
+    assert load_results(tmp_path / "tune_scaling.json").metadata["command"] == "scripts/tune.py scaling"
+    assert "b1_k128_h16_q1" in tune("scaling", "--load", folder)
