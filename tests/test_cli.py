@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -51,9 +53,19 @@ def assert_mistake(result: Result, *words: str) -> None:
 
 def test_help_names_every_command() -> None:
     output = run("--help").output
-    for command in ("decode", "info", "check", "compile", "plan"):
-        assert command in output
+    assert set(main.commands) == {"decode", "info", "check", "compile", "plan", "bench", "memory"}
+    for command in main.commands:
+        assert f"\n  {command} " in output
         assert run(command, "--help").exit_code == 0
+
+
+def test_the_package_runs_as_a_module() -> None:
+    command = [sys.executable, "-m", "cupy_mla", "plan", "64", "--bogus"]
+    refused = subprocess.run(command, capture_output=True, text=True)
+    assert refused.returncode == 2
+    assert refused.stderr.startswith("Usage: python -m cupy_mla plan ")
+    done = subprocess.run(command[:-1], capture_output=True, text=True, check=True)
+    assert done.stdout.startswith("1 requests, 64 to 64 tokens")
 
 
 # --- decode ---

@@ -22,9 +22,9 @@ ROOT = "cupy_mla"
 # From the ground up; a module imports only from rows above its own. A package's name stands for all its modules that
 # have no row of their own; these may import each other. A new module needs a place here and in the README's diagram.
 LAYERS: tuple[tuple[str, ...], ...] = (
-    ("errors",),
-    ("settings",),
-    ("arrays", "kv_layouts", "driver", "jit", "jit.source"),
+    ("errors", "html"),
+    ("settings", "drawing"),
+    ("arrays", "kv_layouts", "fp8_layouts", "driver", "jit", "jit.source"),
     ("problem",),
     ("reference", "schedule", "decode_params"),
     ("configs",),
@@ -34,11 +34,14 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("jit.module", "tensor_maps"),
     ("launch",),
     ("plan",),
+    ("decode_call",),
+    ("known_calls", "plan_arrays"),
     ("merge", "cache_ops"),
     ("decode", "kv_cache"),
-    ("flash_mla",),
-    ("array_files", "case_arrays", "lengths", "presets", "schedule_text"),
-    ("cases",),
+    ("jax_calls",),
+    ("flash_mla", "torch_ops", "jax_ops"),
+    ("array_files", "case_arrays", "lengths", "presets", "schedule_text", "schedule_picture"),
+    ("cases", "memory"),
     ("case_files", "accuracy"),
     ("timing", "check", "compile_job"),
     ("decode_job",),
@@ -46,6 +49,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     (ROOT,),  # what users import: names from the rows above
     ("commands",),
     ("cli",),
+    ("__main__",),
 )
 RANKS = {name: rank for rank, names in enumerate(LAYERS) for name in names}
 

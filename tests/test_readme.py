@@ -1,33 +1,242 @@
-"""The README's Python examples run as they stand."""
+"""The README keeps its word: its Python examples run, its commands are taken as they stand and run in small form."""
 
 from __future__ import annotations
 
 import importlib.util
+import os
 import re
+import shlex
+import subprocess
+import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
+from click.testing import CliRunner
 
-from cupy_mla import device
+from cupy_mla import device, settings
+from cupy_mla.array_files import write_arrays
+from cupy_mla.bench import expand_grid, run_bench
+from cupy_mla.cases import TENSORS, build_case
+from cupy_mla.cli import main
+from cupy_mla.jit import compiler
 
-README = Path(__file__).resolve().parent.parent / "README.md"
-EXAMPLES = re.findall(r"```python\n(.*?)```", README.read_text(encoding="utf-8"), re.DOTALL)
-GPU_FRAMEWORKS = ("torch", "cupy")
+ROOT = Path(__file__).resolve().parent.parent
+TEXT = (ROOT / "README.md").read_text(encoding="utf-8")
+PROJECT = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
+CI = ROOT / ".ci" / "run"  # not in a source distribution
+
+# Each starts with a comment that says what it is.
+EXAMPLES = dict(re.findall(r"```python\n# ([^\n]+)\n(.*?)```", TEXT, re.DOTALL))
+TITLES = ["torch", "torch.compile", "JAX", "CuPy", "NumPy", "FlashMLA", "benchmark", "paged cache"]
+
+PROGRAMS = ("cupy-mla", "./scripts/", "python ", "pip ", "jupyter ")
+VARIABLE = re.compile(r"[A-Z_]+=\S*$")
+CASE_FILE, EARLIER_RUN = "case.npz", "before.json"  # what the commands find in their folder
+
+# What makes a command small: values in place of those given, and more arguments.
+SMALL_VALUES = {
+    "bench": {"--batch": "1,2", "--length": "64", "--heads": "1,2", "--tp": "32,64", "--trace": "1"},
+}
+SMALL_ARGUMENTS = {"decode": ["--batch", "2", "--tp", "128"], "compile": ["append"]}
+
+
+def commands() -> list[str]:
+    """All command lines, in blocks and in the text, each once and without its comment."""
+    blocks = re.findall(r"```bash\n(.*?)```", TEXT, re.DOTALL)
+    lines = [line for block in blocks for line in block.splitlines()]
+    prose = re.sub(r"```.*?```", "", TEXT, flags=re.DOTALL)
+    lines += [code for code in re.findall(r"`([^`\n]+)`", prose) if is_command(code)]
+    words = (shlex.split(line, comments=True) for line in lines)
+    return list(dict.fromkeys(shlex.join(line) for line in words if line))
+
+
+def is_command(code: str) -> bool:
+    words = [word for word in code.split() if not VARIABLE.match(word)]
+    if not words or (len(words) == 1 and not words[0].startswith("./")):
+        return False  # the name of a program, or of the package
+    return f"{words[0]} ".startswith(PROGRAMS)
+
+
+COMMANDS = commands()
+
+
+# --- examples
 
 
 def test_there_are_examples() -> None:
-    assert len(EXAMPLES) == 3
+    assert list(EXAMPLES) == TITLES
+    assert TEXT.count("```python") == len(TITLES)
 
 
-@pytest.mark.parametrize("example", EXAMPLES)
-def test_example_runs(example: str) -> None:
-    for framework in GPU_FRAMEWORKS:
-        if f"import {framework}\n" in example:
-            reason = device.why_unsupported()
-            if reason is not None:
-                pytest.skip(f"needs a GPU: {reason}")
-            if importlib.util.find_spec(framework) is None:
-                pytest.skip(f"{framework} is not installed")
-    namespace: dict[str, object] = {}
-    exec(compile(example, "README.md", "exec"), namespace)
-    assert namespace["out"].shape[-1] == 512  # type: ignore[attr-defined]
+@pytest.mark.parametrize("title", EXAMPLES)
+def test_example_runs(title: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As it stands on a Hopper GPU; elsewhere with "cpu" for "cuda"."""
+    monkeypatch.setenv("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # leave the other frameworks some memory
+    code = EXAMPLES[title]
+    reason = device.why_unsupported()
+    for framework in re.findall(r"^import (torch|jax|cupy)$", code, re.MULTILINE):
+        if importlib.util.find_spec(framework) is None:
+            pytest.skip(f"{framework} is not installed")
+        if framework == "cupy" and reason is not None:
+            pytest.skip(f"needs a GPU: {reason}")
+        if framework == "jax" and (missing := why_not_in_jit(reason)):
+            pytest.skip(missing)
+    if reason is not None:
+        code = code.replace('device="cuda"', 'device="cpu"')
+    namespace: dict[str, Any] = {}
+    exec(compile(code, f"README.md, {title}", "exec"), namespace)
+    if title == "benchmark":
+        assert len(namespace["results"].rows) == 4
+        assert not namespace["results"].failed
+    else:
+        out = namespace["out"]
+        assert out.shape[-1] == 512
+        assert namespace["lse"].shape == (out.shape[0], out.shape[2], out.shape[1])
+        assert bool(abs(out).max() > 0)
+
+
+def why_not_in_jit(reason: str | None) -> str | None:
+    import jax
+
+    if jax.default_backend() == "cpu":
+        return None
+    if reason is not None:
+        return f"JAX would run it on a GPU that does not do: {reason}"
+    return None if importlib.util.find_spec("jax_tvm_ffi") else "jax-tvm-ffi is not installed"
+
+
+# --- commands
+
+
+def test_there_are_commands() -> None:
+    assert set(main.commands) == {line.split()[1] for line in COMMANDS if line.startswith("cupy-mla ")}
+    assert len(COMMANDS) > 25
+
+
+@pytest.mark.parametrize("line", COMMANDS)
+def test_command(line: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, set_environment: Any) -> None:
+    words = [word for word in shlex.split(line) if not VARIABLE.match(word)]
+    program, *arguments = words
+    if program.startswith("./scripts/"):
+        check_shell_script(program, arguments)
+    elif program == "pip":
+        check_pip(arguments)
+    elif program == "jupyter":
+        assert arguments[0] == "lab"
+        assert (ROOT / arguments[1]).is_file()  # test_notebook.py runs it
+    elif arguments and arguments[0].startswith("scripts/"):
+        check_python_script(ROOT / arguments[0], arguments[1:], monkeypatch)
+    else:
+        if program == "python":
+            assert arguments[:2] == ["-m", "cupy_mla"]  # test_cli.py runs that
+            arguments = arguments[2:] or ["--help"]
+        set_environment(CUPY_MLA_BACKEND="numpy", CUPY_MLA_CACHE_DIR=str(tmp_path / "cache"))
+        monkeypatch.chdir(tmp_path)
+        run(arguments)
+
+
+def check_shell_script(program: str, arguments: list[str]) -> None:
+    """CI runs them whole: here they would run these tests."""
+    assert os.access(ROOT / program, os.X_OK)
+    if CI.exists():
+        assert f'"$root/{program.removeprefix("./")}"' in CI.read_text()
+    if program.endswith("demo.sh"):
+        parse(["decode", *arguments])
+
+
+def check_pip(arguments: list[str]) -> None:
+    action, package = arguments
+    assert action == "install"
+    name, _, names = package.rstrip("]").partition("[")
+    if name in ("cupy-mla", "."):
+        assert set(filter(None, names.split(","))) <= set(extras())
+    else:
+        assert package == "jax[cuda12]"
+
+
+def check_python_script(path: Path, arguments: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its arguments are taken; test_bench.py runs tune.py in small form, the test below host_cost.py."""
+    monkeypatch.syspath_prepend(path.parent)
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    assert spec is not None
+    assert spec.loader is not None
+    script = importlib.util.module_from_spec(spec)
+    monkeypatch.setitem(sys.modules, path.stem, script)  # its dataclasses look for it there
+    spec.loader.exec_module(script)
+    script.main.make_context(path.name, list(arguments))
+
+
+def test_host_cost_runs() -> None:
+    """Without a GPU too, where torch stands in for it."""
+    if importlib.util.find_spec("torch") is None:
+        pytest.skip("torch is not installed")
+    command = [sys.executable, str(ROOT / "scripts" / "host_cost.py")]
+    output = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    assert "mla_decode, plan and outputs given" in output.splitlines()[-1]
+
+
+def parse(arguments: list[str]) -> None:
+    """Refuses what the command does not have, with click's own exceptions."""
+    name, *rest = arguments
+    main.commands[name].make_context(name, rest)
+
+
+def run(arguments: list[str]) -> None:
+    name, *rest = arguments
+    if name == "--help":
+        assert CliRunner().invoke(main, arguments).exit_code == 0
+        return
+    parse(arguments)
+    if name == "compile" and compiler.why_unavailable() is not None:
+        pytest.skip(f"no compiler: {compiler.why_unavailable()}")
+    if "--plot" in rest:
+        pytest.importorskip("matplotlib")
+    if "--input" in rest:
+        case = build_case([70, 0, 5], num_heads_q=2)
+        write_arrays(Path(CASE_FILE), {tensor: getattr(case, tensor) for tensor in TENSORS})
+    else:
+        rest += SMALL_ARGUMENTS.get(name, [])
+    if "--compare" in rest:
+        run_bench(expand_grid(batches=[1], lengths=[64], heads=[8]), backend="numpy").write_json(Path(EARLIER_RUN))
+    values = SMALL_VALUES.get(name, {})
+    rest = [values.get(before, word) for before, word in zip(["", *rest], rest, strict=False)]
+    result = CliRunner().invoke(main, [name, *rest])
+    assert result.exit_code == 0, result.output
+    for option in ("--save", "--json", "--csv", "--plot"):
+        if option in rest:
+            assert Path(rest[rest.index(option) + 1]).exists()
+
+
+# --- what it lists
+
+
+def extras() -> list[str]:
+    section = PROJECT.partition("[project.optional-dependencies]\n")[2].partition("\n[")[0]
+    return re.findall(r"^(\w+) = \[", section, re.MULTILINE)
+
+
+def section(title: str) -> str:
+    return re.split(r"^#+ ", TEXT.partition(f"# {title}\n")[2], maxsplit=1, flags=re.MULTILINE)[0]
+
+
+def test_every_extra_is_listed() -> None:
+    rows = re.findall(r"^\| (`[^|]+) \|", section("Install"), re.MULTILINE)
+    assert sorted(name for row in rows for name in re.findall(r"`(\w+)`", row)) == sorted(extras())
+
+
+def test_every_environment_variable_is_listed() -> None:
+    source = Path(settings.__file__).read_text(encoding="utf-8")
+    listed = re.findall(r"^\| `(CUPY_MLA_\w+)`", section("Environment variables"), re.MULTILINE)
+    assert set(listed) == set(re.findall(r"CUPY_MLA_\w+", source))
+
+
+def test_links_lead_somewhere() -> None:
+    anchors = {
+        re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-")
+        for heading in re.findall(r"^#+ (.+)$", TEXT, re.MULTILINE)
+    }
+    links = re.findall(r"\]\((\S+)\)", TEXT)
+    assert links
+    for link in links:
+        assert link.removeprefix("#") in anchors if link.startswith("#") else (ROOT / link).is_file(), link
