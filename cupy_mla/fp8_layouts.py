@@ -50,7 +50,15 @@ class TensorScaled:
         return (exact / scale).astype(_E4M3), np.float32(scale)
 
     def dequantise(self, stored: npt.NDArray[Any], scale: float | np.float32) -> Float32Array:
-        """``[..., d]`` float8_e4m3fn and the scale to ``[..., d]`` float32."""
+        """``[..., d]`` float8_e4m3fn and the scale to ``[..., d]`` float32.
+
+        Raises
+        ------
+        InvalidArgumentError
+            Values of another type, such as the bytes of the other layouts.
+        """
+        if stored.dtype != _E4M3:
+            raise InvalidArgumentError("stored", str(_E4M3), str(stored.dtype))
         return stored.astype(np.float32) * np.float32(scale)
 
 
@@ -184,9 +192,12 @@ class PageScaled:
         Raises
         ------
         InvalidArgumentError
-            The last axis is not a page, or not of bytes.
+            Another shape, or not bytes.
         """
-        _require_bytes(stored, self.page_bytes(page_size))
+        width = self.page_bytes(page_size)
+        if stored.ndim != 2:
+            raise InvalidArgumentError("stored", f"uint8 [num_pages, {width}]", f"{stored.dtype} {list(stored.shape)}")
+        _require_bytes(stored, width)
         tokens, tails = self._sections(stored, page_size)
         scales = _typed(tails[..., : self.num_blocks], _E8M0)
         latent = _typed(tokens[..., : self.latent_dim], _E4M3) * np.repeat(scales, self.block, axis=-1)

@@ -26,6 +26,7 @@ from cupy_mla.bench.report import print_results
 from cupy_mla.bench.results import Results, load_results
 from cupy_mla.bench.rows import Row
 from cupy_mla.bench.run import DEFAULT_LIMIT_SECONDS, run_bench
+from cupy_mla.errors import MlaError
 
 DEFAULT_PEERS = "flash_mla,flashinfer,fa3"
 
@@ -40,12 +41,33 @@ DEFAULT_PEERS = "flash_mla,flashinfer,fa3"
 @click.option("--backend", default="auto", hidden=True)
 @click.option("--save", type=click.Path(path_type=Path, file_okay=False), help="Folder for tune_SUITE.json.")
 @click.option("--load", type=click.Path(path_type=Path, file_okay=False), help="Print saved results; measure nothing.")
-@click.option("--plot", type=click.Path(path_type=Path, file_okay=False), help="Folder for pictures, one a suite.")
-def main(names: tuple[str, ...], save: Path | None, load: Path | None, plot: Path | None, **options: Any) -> None:
+@click.option(
+    "--plot",
+    type=click.Path(path_type=Path, file_okay=False),
+    help="Folder for pictures; each suite's go into one of its own in it.",
+)
+def main(names: tuple[str, ...], **options: Any) -> None:
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stdout)  # failures, with their tracebacks
+    try:
+        all_results = run_suites(names or tuple(SUITES), **options)
+    except MlaError as error:
+        raise click.UsageError(str(error)) from error
+    if options["part"] and not any(results.rows for results in all_results.values()):
+        raise click.UsageError(f"no case has {options['part']!r} in its name")
+    for name, results in all_results.items():
+        click.echo(summary(name, results))
+    sys.exit(1 if any(results.failed for results in all_results.values()) else 0)
+
+
+def run_suites(
+    names: tuple[str, ...], *, save: Path | None, load: Path | None, plot: Path | None, **options: Any
+) -> dict[str, Results]:
+    """Measure (or load) suites one after the other; each is printed and drawn when it is done."""
+    if save is not None:
+        save.mkdir(parents=True, exist_ok=True)
     all_results: dict[str, Results] = {}
     ceilings = None
-    for name in names or SUITES:
+    for name in names:
         if load is not None:
             results = load_results(load / f"tune_{name}.json")
         else:
@@ -59,9 +81,7 @@ def main(names: tuple[str, ...], save: Path | None, load: Path | None, plot: Pat
         print_results(results, SUITES[name].columns(results), SUITES[name].title)
         if plot is not None:
             draw(results, plot / name)
-    for name, results in all_results.items():
-        click.echo(summary(name, results))
-    sys.exit(1 if any(results.failed for results in all_results.values()) else 0)
+    return all_results
 
 
 def measure_suite(

@@ -31,6 +31,7 @@ from cupy_mla.bench import (
     measure,
     run,
     run_bench,
+    timers,
 )
 from cupy_mla.bench import inputs as inputs_module
 from cupy_mla.bench.ceilings import published_ceilings
@@ -100,6 +101,8 @@ def test_work_is_that_of_the_case_that_is_decoded(options: dict[str, Any]) -> No
         ({"lengths": (1, 2, 3)}, "lengths"),
         ({"lengths": -1}, "lengths"),
         ({"ragged": (1,)}, "ragged"),
+        ({"ragged": (-1, 2)}, "ragged"),
+        ({"ragged": (0, 0)}, "ragged"),
         ({"fixed_split_tokens": 100}, "fixed_split_tokens"),
     ],
 )
@@ -107,6 +110,14 @@ def test_a_case_that_cannot_be_is_refused(options: dict[str, Any], argument: str
     with pytest.raises(InvalidArgumentError) as caught:
         BenchCase(**{"batch": 2, "lengths": 70, "num_heads_q": 4, **options})
     assert caught.value.argument == argument
+
+
+def test_lists_and_arrays_of_lengths_are_taken_as_tuples() -> None:
+    case = BenchCase(2, np.array([5, 9]), 4, ragged=[1, 2])  # type: ignore[arg-type]
+    assert case == BenchCase(2, (5, 9), 4, ragged=(1, 2))
+    assert hash(case) == hash(BenchCase.from_dict(json.loads(json.dumps(case.as_dict()))))
+    with pytest.raises(InvalidArgumentError, match="lengths"):
+        BenchCase(2, [5, 9, 1], 4)  # type: ignore[arg-type]
 
 
 def test_a_case_survives_json() -> None:
@@ -205,7 +216,7 @@ def test_torch_inputs_are_rotated_and_checked(
         assert lse_error < accuracy.LSE_BOUND
     out, lse = call(inputs.caches[0])
     assert inputs.errors(2 * out)[0] > 0.9
-    assert inputs.errors(out * math.nan)[0] != inputs.errors(out)[0]
+    assert math.isnan(inputs.errors(out * math.nan)[0])
     assert inputs.errors(out, lse + 1)[1] > 0.01
 
 
@@ -228,7 +239,9 @@ def test_torch_reference_is_the_numpy_one() -> None:
         np.testing.assert_allclose(lse.numpy(), exact_lse, atol=1e-12)
         assert relative_errors((out, lse), (out, lse)) == (0.0, 0.0)
         assert relative_errors((out, None), (out, lse)) == (0.0, 0.0)
-        assert max(relative_errors((out + 1, lse + 1), (out, lse))) > 0.01
+        wrong = relative_errors((out + 1, lse + 1), (out, lse))
+        assert wrong[0] > 0.01
+        assert wrong[1] > 0.01 or not length  # minus infinity stays what it is
         assert relative_errors((out, torch.zeros_like(lse)), (out, torch.full_like(lse, -math.inf)))[1] == math.inf
 
 
@@ -401,6 +414,46 @@ def test_rounds_that_were_run_count_when_the_time_is_up() -> None:
     assert len(times) == 3
 
 
+def test_the_protocol_says_how_many_calls_a_graph_has() -> None:
+    counts = {inputs_module.graph_shape(size)[0] for size in (1, 1 << 20, 1 << 24, 150_000_000, 1 << 30)}
+    text = measure.__doc__ or ""
+    assert {min(counts), min(counts - {min(counts)}), max(counts)} == {4, 64, 1024}
+    assert "64 to 1,024 calls (4 above 200 MB" in text
+
+
+def test_a_capture_that_fails_is_ended(monkeypatch: pytest.MonkeyPatch) -> None:
+    log = []
+
+    class Stream:
+        def __init__(self, non_blocking: bool) -> None: ...
+
+        def __enter__(self) -> None: ...
+
+        def __exit__(self, *error: object) -> None: ...
+
+        def synchronize(self) -> None: ...
+
+        def begin_capture(self) -> None:
+            log.append("begin")
+
+        def end_capture(self) -> None:
+            log.append("end")
+
+    cuda = SimpleNamespace(
+        Stream=Stream, Device=lambda: SimpleNamespace(synchronize=lambda: None), Event=None, get_elapsed_time=None
+    )
+    monkeypatch.setitem(sys.modules, "cupy", SimpleNamespace(cuda=cuda))
+
+    def call(cache: Any) -> Any:
+        if log:
+            raise RuntimeError("allocates in a capture")
+        return None, None
+
+    with pytest.raises(RuntimeError, match="allocates"):
+        timers.CupyGraph(SimpleNamespace(calls=4, caches=[0, 1]), call)  # type: ignore[arg-type]
+    assert log == ["begin", "end"]
+
+
 # --- ceilings
 
 
@@ -455,8 +508,26 @@ def test_a_run_says_where_and_how_it_was_made() -> None:
     assert facts["versions"]["numpy"] == np.__version__
     assert facts["versions"]["cupy-mla"]
     assert facts["command"] == "cupy-mla bench"
-    assert "CUDA graph of 64 calls" in facts["protocol"]
+    assert "CUDA graph of 64 to 1,024 calls" in facts["protocol"]
     assert facts["date"].endswith("+00:00")
+
+
+def test_a_device_that_gives_no_memory_back_costs_no_row(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails(library: Any) -> None:
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    monkeypatch.setattr(run, "release_memory", fails)
+    seen: list[int] = []
+    results = run_bench(
+        [SMALL, BenchCase(1, 64, 4)], backend="numpy", on_rows=lambda results, rows: seen.append(len(results.rows))
+    )
+    assert seen == [1, 2]
+    assert len(results.rows) == 2
+
+
+def test_ceilings_that_were_asked_for_on_a_cpu_are_said_to_be_missing() -> None:
+    assert run_bench([SMALL], backend="numpy", ceilings=True).metadata["ceilings_failure"]
+    assert "ceilings_failure" not in run_bench([SMALL], backend="numpy").metadata
 
 
 def test_peers_that_cannot_run_are_named_with_the_reason() -> None:
@@ -590,6 +661,14 @@ def test_bench_takes_lists_and_writes_files(tmp_path: Path) -> None:
     assert len(table.read_text().splitlines()) == 1 + len(results.rows)
 
 
+def test_bench_times_what_is_named_twice_once(tmp_path: Path) -> None:
+    path = tmp_path / "results.json"
+    assert (
+        bench("--batch", "1,1", "--batch", "1", "--length", "64,64", "--heads", "2", "--json", str(path)).exit_code == 0
+    )
+    assert [row.name for row in load_results(path).rows] == ["b1_k64_h2_q1"]
+
+
 def test_bench_takes_presets_and_traces(tmp_path: Path) -> None:
     path = tmp_path / "results.json"
     assert bench("--batch", "1", "--tp", "64,128", "--trace", "2", "--json", str(path)).exit_code == 0
@@ -642,6 +721,8 @@ def test_bench_without_matplotlib_does_not_start(monkeypatch: pytest.MonkeyPatch
         (["--json", "no/such/folder/results.json"], ["json", "folder that exists"]),
         (["--limit", "0"], ["--limit"]),
         (["--peers-path", "nowhere"], ["peers_path", "folder"]),
+        (["--json", "."], ["--json", "is a directory"]),
+        (["--csv", "."], ["--csv", "is a directory"]),
         (["--batch", "5000", "--trace", "1"], ["batch", "1 to 1024"]),
     ],
 )
@@ -736,10 +817,28 @@ def test_tune_measures_saves_and_prints_again(tmp_path: Path) -> None:
         command = [sys.executable, str(SCRIPTS / "tune.py"), *arguments]
         return subprocess.run(command, check=True, capture_output=True, text=True).stdout
 
-    folder = str(tmp_path)
+    folder = str(tmp_path / "new" / "folder")
     selection = ("scaling", "--cases", "b1_k128_h16")
     output = tune(*selection, "--backend", "numpy", "--peer", "", "--save", folder)
     assert "scaling 1/1 b1_k128_h16_q1" in output
     assert "scaling: 1 cases, 0 failed" in output
-    assert load_results(tmp_path / "tune_scaling.json").metadata["command"] == "scripts/tune.py scaling"
+    assert (
+        load_results(tmp_path / "new" / "folder" / "tune_scaling.json").metadata["command"] == "scripts/tune.py scaling"
+    )
     assert "b1_k128_h16_q1" in tune("scaling", "--load", folder)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--peer", "flashy", "--backend", "numpy"], "peer: expected one of flash_mla"),
+        (["--load", "nowhere"], "results: expected a file that can be read"),
+        (["--cases", "zzz", "--peer", "", "--backend", "numpy"], "no case has 'zzz' in its name"),
+    ],
+)
+def test_tune_names_the_wrong_argument(arguments: list[str], words: str) -> None:
+    command = [sys.executable, str(SCRIPTS / "tune.py"), "scaling", *arguments]
+    result = subprocess.run(command, capture_output=True, text=True)
+    assert result.returncode == 2
+    assert words in result.stderr
+    assert "Traceback" not in result.stderr

@@ -131,6 +131,11 @@ def test_bytes_of_model1_lie_where_the_layout_says() -> None:
         (lambda: FP8_DS_MLA.dequantise(np.zeros((2, 656), np.int8)), "stored: expected uint8 [..., 656], got int8"),
         (lambda: FP8_MODEL1.dequantise(np.zeros((2, 656), np.uint8), 64), "stored: expected uint8 [..., 37440]"),
         (
+            lambda: FP8_MODEL1.dequantise(np.zeros(37440, np.uint8), 64),
+            "stored: expected uint8 [num_pages, 37440], got",
+        ),
+        (lambda: FP8_E4M3.dequantise(np.zeros((2, 576), np.uint8), 1.0), "stored: expected float8_e4m3fn, got uint8"),
+        (
             lambda: FP8_DS_MLA.bytes_per_token(448, 64),
             "latent_dim+rope_dim: expected 512+64 for fp8_ds_mla, got 448+64",
         ),

@@ -77,6 +77,10 @@ class BenchCase:
     name: str = field(default="", compare=False)
 
     def __post_init__(self) -> None:
+        for argument in ("lengths", "ragged"):
+            values = getattr(self, argument)
+            if isinstance(values, (list, np.ndarray)):  # a case must be hashable, and fit into JSON
+                object.__setattr__(self, argument, tuple(int(value) for value in values))
         for argument in ("batch", "num_heads_q", "seqlen_q", "page_size"):
             if getattr(self, argument) < 1:
                 raise InvalidArgumentError(argument, "at least 1", str(getattr(self, argument)))
@@ -93,6 +97,8 @@ class BenchCase:
         if min(self.kv_lengths) < 0:
             raise InvalidArgumentError("lengths", "no negative number of tokens", str(min(self.kv_lengths)))
         if self.ragged is not None:
+            if min(self.ragged) < 0 or not any(self.ragged):
+                raise InvalidArgumentError("ragged", "numbers from 0 up, not all 0", str(list(self.ragged)))
             object.__setattr__(self, "seqlen_q", max(self.ragged))
         if not self.name:
             equal = isinstance(self.lengths, int)

@@ -1,8 +1,9 @@
 """The protocol: all sides of a case are timed in turn, and what fails takes nothing else with it.
 
-GPU time of all kernels of a call with a cold L2: a CUDA graph of 64 calls (4 above 200 MB of cache) over copies of the
-cache; plans and the peers' metadata are made before. In each of five rounds every side's graph is replayed once; the
-median counts. Sustained: three rounds of 0.3 s back to back for each side, also in turn. On the CPU: wall time.
+GPU time of all kernels of a call with a cold L2: a CUDA graph of 64 to 1,024 calls (4 above 200 MB of cache) over
+copies of the cache; plans and the peers' metadata are made before. In each of five rounds every side's graph is
+replayed once; the median counts. Sustained: three rounds of 0.3 s back to back for each side, also in turn. On the CPU:
+wall time, the median of three.
 """
 
 from __future__ import annotations

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import platform
 import re
 import sys
@@ -30,6 +31,9 @@ OnRows = Callable[[Results, list[Row]], None]
 _PACKAGES = ("torch", "jax", "numpy", "cupy-cuda12x", "cupy-cuda13x", "cupy", "cuda-bindings")
 _DRIVER_FILE = Path("/proc/driver/nvidia/version")
 _NO_PEERS = "the peers need torch on the GPU"
+_NO_CEILINGS = "only those of a GPU can be"
+
+_log = logging.getLogger(__name__)
 
 
 def run_bench(
@@ -95,8 +99,11 @@ def run_bench(
     for entry in cases:
         group = [entry] if isinstance(entry, BenchCase) else list(entry)
         rows = measure(group, [OurSide(), *sides], library, sustained=sustained, limit=limit)
-        release_memory(library)
         results.rows += rows
+        try:
+            release_memory(library)
+        except Exception as error:  # after an illegal access CUDA refuses everything: the rows say so, and must be kept
+            _log.info("memory is not given back", exc_info=error)
         if on_rows is not None:
             on_rows(results, rows)
     return results
@@ -160,6 +167,8 @@ def _choose_peers(names: Sequence[str], library: ArrayLibrary) -> tuple[list[Sid
 
 def _choose_ceilings(measured: bool, record: dict[str, Any]) -> Ceilings | None:
     if record["backend"] != "cuda":
+        if measured:
+            record["ceilings_failure"] = _NO_CEILINGS
         return None
     if measured:
         try:

@@ -66,9 +66,11 @@ class CupyGraph:
                 call(cache)
             self._stream.synchronize()
             self._stream.begin_capture()
-            for index in range(inputs.calls):
-                call(inputs.caches[index % len(inputs.caches)])
-            self._graph = self._stream.end_capture()
+            try:
+                for index in range(inputs.calls):
+                    call(inputs.caches[index % len(inputs.caches)])
+            finally:  # a capture left open would break whatever comes next
+                self._graph = self._stream.end_capture()
         for _ in range(WARM_UP_REPLAYS):
             self._graph.launch(self._stream)
         self._stream.synchronize()

@@ -18,10 +18,12 @@ DEFAULT_LIMIT_SECONDS = 60.0
 
 
 def list_option(name: str, kind: Any, help_text: str) -> Callable[[Command], Command]:
-    """An option that takes values of a click type with commas or repeated; gives one tuple, empty when not used."""
+    """An option that takes values of a click type with commas or repeated; gives one tuple without repeats,
+    empty when not used."""
 
     def read(ctx: click.Context, param: click.Parameter, texts: tuple[str, ...]) -> tuple[Any, ...]:
-        return tuple(kind.convert(word.strip(), param, ctx) for text in texts for word in text.split(","))
+        values = (kind.convert(word.strip(), param, ctx) for text in texts for word in text.split(","))
+        return tuple(dict.fromkeys(values))
 
     metavar = "|".join(kind.choices) if isinstance(kind, click.Choice) else kind.name.removesuffix(" range").upper()
     return click.option(name, multiple=True, callback=read, metavar=f"{metavar}[,...]", help=help_text)
@@ -29,6 +31,7 @@ def list_option(name: str, kind: Any, help_text: str) -> Callable[[Command], Com
 
 _COUNT = click.IntRange(min=1)
 _LAYOUTS = ("packed", "split", "strided")
+_FILE = click.Path(path_type=Path, dir_okay=False, writable=True)  # refused before the run, not after it
 
 
 @click.command()
@@ -48,8 +51,8 @@ _LAYOUTS = ("packed", "split", "strided")
 @click.option("--peers-path", type=click.Path(path_type=Path), help="Folder to look for the peers in first.")
 @click.option("--sustained", is_flag=True, help="Also 0.3 s back to back, under the GPU's power limit.")
 @click.option("--ceilings", is_flag=True, help="Measure this GPU's read bandwidth and matrix products first.")
-@click.option("--json", "json_path", type=click.Path(path_type=Path), help="Write the results here, after each case.")
-@click.option("--csv", "csv_path", type=click.Path(path_type=Path), help="Write a line for each case and side here.")
+@click.option("--json", "json_path", type=_FILE, help="Write the results here, after each case.")
+@click.option("--csv", "csv_path", type=_FILE, help="Write a line for each case and side here.")
 @click.option("--compare", "old", type=click.Path(path_type=Path), help="Results of an earlier run (--json).")
 @click.option("--plot", type=click.Path(path_type=Path, file_okay=False), help="Draw pictures into this folder.")
 @click.option(
