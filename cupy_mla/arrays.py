@@ -11,7 +11,8 @@ from __future__ import annotations
 import sys
 import threading
 from collections import deque
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from enum import IntEnum
 from typing import Any
@@ -241,6 +242,20 @@ def framework_of(obj: Any, name: str = "array") -> str:
     return framework
 
 
+def check_stream(stream: int | None) -> None:
+    """Refuse a stream that is no number: the frameworks' own stream objects have it as an attribute.
+
+    Raises
+    ------
+    InvalidArgumentError
+        It is neither an integer nor None.
+    """
+    if stream is not None and type(stream) is not int:
+        raise InvalidArgumentError(
+            "stream", "an integer (torch: stream.cuda_stream, CuPy: stream.ptr) or None", type(stream).__name__
+        )
+
+
 def current_stream(obj: Any, device_id: int) -> int:
     """The stream that the framework of ``obj`` currently queues its work on.
 
@@ -308,9 +323,8 @@ def empty_like(obj: Any, shape: tuple[int, ...], dtype: str, stream: int | None 
         device, device_id = _dlpack_location(obj, "array")
         if device == CPU:
             return np.empty(shape, numpy_dtype(dtype))
-    cupy = _cupy()
-    with cupy.cuda.Device(device_id), _on_stream(stream):
-        return cupy.empty(shape, numpy_dtype(dtype))
+    with _on_stream(device_id, stream):
+        return _cupy().empty(shape, numpy_dtype(dtype))
 
 
 def finish(obj: Any, result: Any, stream: int | None = None) -> Any:
@@ -336,32 +350,45 @@ def finish(obj: Any, result: Any, stream: int | None = None) -> Any:
         jax = sys.modules["jax"]
         if isinstance(result, np.ndarray):
             return jax.device_put(result, next(iter(obj.devices())))
-        with _on_stream(stream):
+        with _on_stream(result.device.id, stream):
             return jax.dlpack.from_dlpack(result)
     if framework == "dlpack":
         module = sys.modules.get(type(obj).__module__.partition(".")[0])
         from_dlpack = getattr(module, "from_dlpack", None)
         if from_dlpack is not None:
             try:
-                with _on_stream(None if isinstance(result, np.ndarray) else stream):
+                with nullcontext() if isinstance(result, np.ndarray) else _on_stream(result.device.id, stream):
                     return from_dlpack(result)
             except (BufferError, TypeError, ValueError):
                 return result  # e.g. NumPy, which exports no bfloat16
     return result
 
 
-def keep_until_done(owners: Sequence[Any], stream: int) -> None:
-    """Keep ``owners`` alive until the work queued on ``stream`` so far is done.
+def keep_imported(views: Iterable[ArrayView | None], stream: int) -> None:
+    """Keep memory that came through DLPack alive until the work queued on ``stream`` so far is done.
 
     JAX frees memory as soon as the last reference goes and reuses it on a stream of its own; it does not know that a
     kernel on ``stream`` still reads. (torch and CuPy reuse memory in the order of the stream it was used on.)
+
+    Parameters
+    ----------
+    views
+        Of arrays on one CUDA device; None for one that is not there. Those of torch and CuPy need no keeping.
+    stream
+        ``cudaStream_t`` of that device.
     """
-    event = _cupy().cuda.Event(disable_timing=True)
-    event.record(_cupy().cuda.ExternalStream(stream))
+    imported = [array for array in views if array is not None and isinstance(array.owner, _Shared)]
+    if not imported:
+        return
+    cupy = _cupy()
+    device_id = imported[0].device_id
+    with cupy.cuda.Device(device_id):  # an event belongs to the GPU that is current
+        event = cupy.cuda.Event(disable_timing=True)
+        event.record(cupy.cuda.ExternalStream(stream, device_id))
     with _in_flight_lock:
         while _in_flight and _in_flight[0][0].done:
             _in_flight.popleft()
-        _in_flight.append((event, tuple(owners)))
+        _in_flight.append((event, [array.owner for array in imported]))
 
 
 def as_numpy(array: Any, stream: int | None = None) -> np.ndarray:
@@ -534,7 +561,7 @@ _FRAMEWORKS: dict[type, str] = {}
 _TORCH_DTYPES: dict[Any, str] = {}
 _NUMPY_DTYPES: dict[np.dtype[Any], str] = {}
 _NUMPY_OF_NAME: dict[str, np.dtype[Any]] = {}
-_in_flight: deque[tuple[Any, tuple[Any, ...]]] = deque()
+_in_flight: deque[tuple[Any, list[Any]]] = deque()
 _in_flight_lock = threading.Lock()
 
 
@@ -623,13 +650,12 @@ def _element_strides(byte_strides: tuple[int, ...], dtype: str, name: str) -> tu
     return strides
 
 
-def _on_stream(stream: int | None) -> Any:
-    """Context in which ``stream`` is CuPy's current stream; DLPack exports of CuPy arrays are ordered behind it."""
-    if stream is None:
-        from contextlib import nullcontext
-
-        return nullcontext()
-    return _cupy().cuda.ExternalStream(stream)
+@contextmanager
+def _on_stream(device_id: int, stream: int | None) -> Iterator[None]:
+    """A GPU is current, and ``stream`` its current stream in CuPy: exports of CuPy arrays are ordered behind it."""
+    cuda = _cupy().cuda
+    with cuda.Device(device_id), nullcontext() if stream is None else cuda.ExternalStream(stream, device_id):
+        yield
 
 
 def _cupy() -> Any:

@@ -138,8 +138,11 @@ def append_tokens(
     if num_tokens == 0 or not segments:
         return
     if cache_views[0].device == arrays.CUDA:
-        _append_cuda(segments, places, num_tokens, stream if stream is not None else 0)
-        _keep_sources([kv_new, slot_mapping, block_table, positions, requests], stream if stream is not None else 0)
+        stream = stream if stream is not None else 0
+        _append_cuda(segments, places, num_tokens, stream)
+        arrays.keep_imported(
+            (*rows_views, places.slot_mapping, places.block_table, places.positions, places.requests), stream
+        )
     else:
         _append_numpy(segments, places, num_tokens)
 
@@ -376,14 +379,6 @@ def _append_cuda(segments: list[_Segment], places: _Places, num_tokens: int, str
         arguments=(pack_params(segments, places, num_tokens),),
         programmatic=False,
     )
-
-
-def _keep_sources(sources: list[Any], stream: int) -> None:
-    """Keep arrays of frameworks that would reuse their memory without regard to ``stream`` until the kernel is done."""
-    parts = [part for source in sources for part in (source if isinstance(source, tuple) else (source,))]
-    owned = [part for part in parts if part is not None and arrays.framework_of(part) in ("jax", "dlpack")]
-    if owned:
-        arrays.keep_until_done(owned, stream)
 
 
 def pack_params(segments: list[_Segment], places: _Places, num_tokens: int) -> npt.NDArray[np.void]:

@@ -167,7 +167,8 @@ def choose_config(
     """The configuration that serves a problem: the one that should take the least time.
 
     Rows are the query heads and tokens that share a kv head. With a fixed split, which promises the same bits in any
-    batch, they alone decide. A mask is compiled in only where it can hide anything: one query token sees every key.
+    batch, they alone decide; of ragged queries those of one token, as how many tokens a request has, on average or at
+    most, depends on the batch. A mask is compiled in only where it can hide anything: one query token sees every key.
 
     Parameters
     ----------
@@ -180,13 +181,14 @@ def choose_config(
     fixed_split_tokens
         The fixed split, if there is one.
     """
-    tokens = ceil_div(problem.total_q, max(problem.batch, 1))  # of a request, on average when ragged
-    if problem.seqlen_q <= 2 * tokens:  # else the longest request is an exception, or its length is not known
-        tokens = problem.seqlen_q
-    rows = problem.group_heads * tokens
     if fixed_split_tokens is not None:
+        rows = problem.group_heads * (1 if problem.ragged else problem.seqlen_q)
         kernel = next((kernel for kernel in _KERNEL_TIMES if rows <= kernel[1]), ("wide", WIDE_ROWS))
     else:
+        tokens = ceil_div(problem.total_q, max(problem.batch, 1))  # of a request, on average when ragged
+        if problem.seqlen_q <= 2 * tokens:  # else the longest request is an exception, or its length is not known
+            tokens = problem.seqlen_q
+        rows = problem.group_heads * tokens
         tokens_k = problem.max_seqlen_k if max_seqlen_k is None else min(max_seqlen_k, problem.max_seqlen_k)
         requests = problem.batch * problem.num_heads_kv
         kernel = min(_KERNEL_TIMES, key=lambda kernel: _estimate_time(kernel, rows, requests, tokens_k, num_sms))

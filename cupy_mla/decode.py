@@ -11,12 +11,12 @@ from .arrays import (
     CUDA,
     ArrayView,
     as_numpy,
+    check_stream,
     contiguous_strides,
     current_stream,
     empty_like,
     finish,
-    framework_of,
-    keep_until_done,
+    keep_imported,
     pointer_of,
     view,
 )
@@ -24,7 +24,7 @@ from .decode_call import CallLayout, DecodeCall, prepare
 from .device import require_supported
 from .errors import InvalidArgumentError, UnsupportedDeviceError
 from .known_calls import Addresses, identify, recall, remember
-from .plan import DecodePlan, blueprint
+from .plan import DecodePlan, blueprint, check_plan_options
 from .problem import LSE_DTYPE, DecodeInputs, DecodeProblem, check_output, describe_decode, validate_values
 from .reference import mla_decode_reference
 from .settings import get_settings
@@ -104,6 +104,7 @@ def mla_decode(
     UnsupportedDeviceError
         The arrays are on a GPU that is not Hopper, or the backend that the settings ask for cannot take them.
     """
+    check_stream(stream)
     settings = get_settings()
     first_q = q[0] if isinstance(q, (tuple, list)) and q else q
     identity = None
@@ -211,6 +212,8 @@ def plan_decode(
     InvalidArgumentError, UnsupportedDeviceError
         As in `mla_decode`.
     """
+    check_stream(stream)
+    max_seqlen_k, fixed_split_tokens = check_plan_options(max_seqlen_k, fixed_split_tokens)
     problem, inputs = describe_decode(
         q,
         kv_cache,
@@ -291,9 +294,9 @@ def _launch(
         plan = DecodePlan(problem, kind.location, q, kind, stream=given_stream)
         plan.launch(cache_seqlens, cu_seqlens_q, stream)
     call(q_latent, q_rope, kv_latent, kv_rope, block_table, out_address, lse_address, plan, stream)
-    if inputs is None or framework_of(q) in ("torch", "cupy"):
+    if inputs is None:  # recognised, which only arrays of torch and CuPy are
         return out_array, lse_array
-    keep_until_done((inputs, plan), stream)
+    keep_imported(inputs.views(), stream)
     return (
         out if out is not None else finish(q, out_array, stream),
         lse if lse is not None else finish(q, lse_array, stream),

@@ -15,7 +15,7 @@ import numpy as np
 
 from .arrays import CUDA, ArrayView
 from .decode_params import DECODE_PARAMS
-from .launch import Launch
+from .launch import Launch, is_capturing
 from .plan import Blueprint, DecodePlan
 from .plan_layout import COMBINE_PARAMS, STORE_ALIGNMENT, combine_geometry
 from .problem import DecodeInputs, DecodeProblem
@@ -186,7 +186,8 @@ class DecodeCall:
             words[_PLAN] = combine_words[_C_PLAN] = plan.pointer
             self._flags[_PLAN_IS_SETTLED] = plan.is_settled
             self._decode(stream)
-            plan.is_settled = True
+            if not plan.is_settled and plan.updated_in_capture is not None:
+                plan.is_settled = is_capturing(stream) == plan.updated_in_capture
             if combine is not None:
                 combine(stream)
 

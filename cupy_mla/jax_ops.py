@@ -13,7 +13,7 @@ import functools
 from typing import Any
 
 from .arrays import CPU, CUDA, ArrayView, contiguous_strides
-from .device import require_supported
+from .decode import require_backend
 from .errors import InvalidArgumentError, MissingDependencyError, UnsupportedDeviceError
 from .jax_calls import DECODE_TARGET, PLAN_TARGET, CallOptions, decode_in_callback, register_calls
 from .plan_arrays import check_plan_array, plan_array_bytes, plan_kind
@@ -59,7 +59,7 @@ def mla_decode(
     InvalidArgumentError, PlanMismatchError
         An argument is wrong; raised while tracing.
     UnsupportedDeviceError
-        The GPU is not Hopper, or the platform is neither CPU nor CUDA.
+        The GPU is not Hopper, the platform is neither CPU nor CUDA, or the settings ask for the other backend.
     MissingDependencyError
         The platform is CUDA and jax-tvm-ffi is not installed.
     """
@@ -71,11 +71,12 @@ def mla_decode(
     arguments = options.plan_arguments(problem, location)
     kind = plan_kind(*arguments)
     if plan is not None:
-        if str(plan.dtype) != "uint8" or plan.ndim != 1:
+        given = _view_of_shape(plan, "plan", location)
+        if given.dtype != "uint8" or given.ndim != 1:
             raise InvalidArgumentError(
-                "plan", "an array from cupy_mla.jax_ops.plan_decode", f"{plan.dtype} {plan.shape}"
+                "plan", "an array from cupy_mla.jax_ops.plan_decode", f"{given.dtype} {given.shape}"
             )
-        check_plan_array(plan.shape[0], plan_array_bytes(*arguments))
+        check_plan_array(given.shape[0], plan_array_bytes(*arguments))
         arrays.append(plan)
     jax = _jax()
     results = [
@@ -153,7 +154,8 @@ def _trace(
             **given,
         )
 
-    problem, _ = options(softmax_scale).describe(views)
+    problem, inputs = options(softmax_scale).describe(views)
+    require_backend(inputs)
     scale = problem.default_softmax_scale if softmax_scale is None else float(softmax_scale)
     return [array for _, array in named], options(scale), location, problem
 
@@ -178,8 +180,7 @@ def _location(arrays: list[Any], platform: str | None) -> tuple[str, int]:
         return CPU, 0
     if platform not in (CUDA, "gpu"):
         raise UnsupportedDeviceError(f"JAX runs on {platform}; the kernels need CUDA, the NumPy backend the CPU")
-    require_supported(0)  # all GPUs of a program are of one kind
-    return CUDA, 0
+    return CUDA, 0  # all GPUs of a program are of one kind
 
 
 def _view_of_shape(array: Any, name: str, location: tuple[str, int]) -> ArrayView:

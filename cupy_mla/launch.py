@@ -114,6 +114,13 @@ class Launch:
             return self._launch(self._config, self._function, self._pointers_address, 0)
 
 
+def is_capturing(stream: int) -> bool:
+    """Whether what is queued on a stream goes into a CUDA graph; also where the driver cannot tell."""
+    cuda = driver()
+    result = cuda.cuStreamIsCapturing(cuda.CUstream(stream))
+    return bool(int(result[0]) or int(result[1]))
+
+
 def launch_kernel(
     loaded: Any,
     grid: tuple[int, int, int],

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from .arrays import CUDA, ArrayView, as_numpy, current_stream, empty_like, finish, framework_of, keep_until_done, view
+from .arrays import CUDA, ArrayView, as_numpy, current_stream, empty_like, finish, keep_imported, view
 from .device import require_supported
 from .errors import InvalidArgumentError
 from .jit.module import load
@@ -82,8 +82,7 @@ def merge_states(outs: Any, lses: Any, *, stream: int | None = None) -> tuple[An
         geometry = merge_states_geometry(info.num_sms, rows, out_shape[-1])
         kernel = load(merge_states_source(outs_view.dtype), device_id)
         launch_kernel(kernel, geometry.grid, geometry.block, geometry.shared_memory, stream, (params,))
-        if framework_of(outs) not in ("torch", "cupy"):
-            keep_until_done((outs_view, lses_view), stream)
+        keep_imported((outs_view, lses_view), stream)
     return finish(outs, out, stream), finish(outs, lse, stream)
 
 

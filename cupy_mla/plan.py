@@ -8,21 +8,39 @@ from typing import Any
 
 import numpy as np
 
-from .arrays import CUDA, ArrayView, current_stream, empty_like, pointer_of, view
+from .arrays import CUDA, ArrayView, check_stream, current_stream, empty_like, keep_imported, pointer_of, view
 from .configs import KernelConfig, choose_config
 from .device import describe_device
 from .errors import InvalidArgumentError, PlanMismatchError
 from .html import facts_table
 from .jit.module import LoadedKernel, load
-from .launch import Launch
+from .launch import Launch, is_capturing
 from .plan_layout import PLAN_SOURCE, combine_source, plan_geometry, plan_layout, plan_params
-from .problem import DecodeInputs, DecodeProblem
-from .schedule import ScheduleShape, ceil_div, choose_parts
+from .problem import DecodeInputs, DecodeProblem, as_integer
+from .schedule import ScheduleShape, ceil_div, check_fixed_split, choose_parts
 
 _PARTIAL_ALIGNMENT = 256  # bytes; sections of the workspace
 _ELEMENT_BYTES = 2
 _WORD_BYTES = 4  # int32 of the plan, float32 of the lse
 _BLUEPRINTS_KEPT = 1024  # ragged batches may bring a new one every step
+
+
+def check_plan_options(max_seqlen_k: int | None, fixed_split_tokens: int | None) -> tuple[int | None, int | None]:
+    """The options of a plan as Python's integers; the same are refused on every backend.
+
+    Raises
+    ------
+    InvalidArgumentError
+        ``max_seqlen_k`` is no integer or negative, or ``fixed_split_tokens`` no positive multiple of a tile's tokens.
+    """
+    if max_seqlen_k is not None:
+        max_seqlen_k = as_integer(max_seqlen_k, "max_seqlen_k")
+        if max_seqlen_k < 0:
+            raise InvalidArgumentError("max_seqlen_k", "a non-negative integer", str(max_seqlen_k))
+    if fixed_split_tokens is not None:
+        fixed_split_tokens = as_integer(fixed_split_tokens, "fixed_split_tokens")
+    check_fixed_split(fixed_split_tokens)
+    return max_seqlen_k, fixed_split_tokens
 
 
 def schedule_shape(
@@ -123,16 +141,6 @@ class Blueprint:
             self._pointers[:] = cache_seqlens, cu_seqlens_q, plan
             planner(stream)
 
-    def check(self, problem: DecodeProblem, location: tuple[str, int]) -> None:
-        """Refuse a call that a plan of this kind was not made for.
-
-        Raises
-        ------
-        PlanMismatchError
-            Shapes or settings differ from the plan's.
-        """
-        _check_same(self.problem, self.location, problem, location)
-
 
 @functools.lru_cache(maxsize=_BLUEPRINTS_KEPT)
 def blueprint(
@@ -154,20 +162,6 @@ def _section(size: int) -> int:
     return ceil_div(size, _PARTIAL_ALIGNMENT) * _PARTIAL_ALIGNMENT
 
 
-def _check_same(
-    planned: DecodeProblem, planned_location: tuple[str, int], problem: DecodeProblem, location: tuple[str, int]
-) -> None:
-    if problem is not planned:
-        for field in DecodeProblem.__dataclass_fields__:
-            if field == "num_pages":  # the pool may have grown since
-                continue
-            was, came = getattr(planned, field), getattr(problem, field)
-            if was != came:
-                raise PlanMismatchError("plan", f"a plan for {field} = {came}", f"one for {field} = {was}")
-    if location != planned_location:
-        raise PlanMismatchError("plan", f"a plan on {location}", f"one on {planned_location}")
-
-
 class DecodePlan:
     """How the work of one kind of call is cut, on the device; made by `cupy_mla.plan_decode`.
 
@@ -187,6 +181,9 @@ class DecodePlan:
         Addresses of the plan and of the room for partial results.
     is_settled : bool
         Whether a decode was queued since the plan was written: later ones may read it before their predecessor ends.
+    updated_in_capture : bool or None
+        Whether `update` was captured in a CUDA graph; None if the plan was written otherwise. Only a decode that runs,
+        or is captured, as the update was settles the plan: what is captured does not run after what is not.
 
     Parameters
     ----------
@@ -214,6 +211,7 @@ class DecodePlan:
         self.blueprint = kind
         self.pointer = self.partial_out = self.partial_lse = 0
         self.is_settled = False
+        self.updated_in_capture: bool | None = None
         if kind is None:
             return
         # From q's framework, whose allocator knows its streams and its graph captures.
@@ -260,28 +258,31 @@ class DecodePlan:
         Raises
         ------
         InvalidArgumentError
-            A wrong shape, type or device, or cu_seqlens_q given or missing against the plan.
+            A wrong shape, type, device or alignment, or cu_seqlens_q given or missing against the plan.
         """
-        if self.blueprint is None:
-            return
-        if stream is None:
-            stream = current_stream(cache_seqlens, self.location[1])
+        check_stream(stream)
         lengths = view(cache_seqlens, "cache_seqlens", stream)
         _check_index(lengths, "cache_seqlens", self.problem.batch, self.location)
         if (cu_seqlens_q is not None) != self.problem.ragged:
             expected = "an array, as the plan is ragged" if self.problem.ragged else "None, as the plan is not ragged"
             raise InvalidArgumentError("cu_seqlens_q", expected, type(cu_seqlens_q).__name__)
-        starts = 0
+        if stream is None and self.blueprint is not None:
+            stream = current_stream(cache_seqlens, self.location[1])
+        starts = None
         if cu_seqlens_q is not None:
-            starts_view = view(cu_seqlens_q, "cu_seqlens_q", stream)
-            _check_index(starts_view, "cu_seqlens_q", self.problem.batch + 1, self.location)
-            starts = starts_view.pointer
-        self.launch(lengths.pointer, starts, stream)
+            starts = view(cu_seqlens_q, "cu_seqlens_q", stream)
+            _check_index(starts, "cu_seqlens_q", self.problem.batch + 1, self.location)
+        if stream is None or self.blueprint is None:
+            return  # nothing is planned on the CPU
+        self.launch(lengths.pointer, 0 if starts is None else starts.pointer, stream)
+        self.updated_in_capture = is_capturing(stream)
+        keep_imported((lengths, starts), stream)
 
     def launch(self, cache_seqlens: int, cu_seqlens_q: int, stream: int) -> None:
         """Queue the planner, given addresses (0 for no cu_seqlens_q)."""
         assert self.blueprint is not None  # a plan on a GPU has one
         self.is_settled = False
+        self.updated_in_capture = None
         self.blueprint.launch_planner(cache_seqlens, cu_seqlens_q, self.pointer, stream)
 
     def check(self, problem: DecodeProblem, inputs: DecodeInputs) -> None:
@@ -292,7 +293,15 @@ class DecodePlan:
         PlanMismatchError
             Shapes or settings differ from the plan's.
         """
-        _check_same(self.problem, self.location, problem, inputs.location)
+        if problem is not self.problem:
+            for field in DecodeProblem.__dataclass_fields__:
+                if field == "num_pages":  # the pool may have grown since
+                    continue
+                was, came = getattr(self.problem, field), getattr(problem, field)
+                if was != came:
+                    raise PlanMismatchError("plan", f"a plan for {field} = {came}", f"one for {field} = {was}")
+        if inputs.location != self.location:
+            raise PlanMismatchError("plan", f"a plan on {inputs.location}", f"one on {self.location}")
 
     def __repr__(self) -> str:
         kind = self.blueprint
@@ -328,3 +337,5 @@ def _check_index(array: ArrayView, name: str, length: int, location: tuple[str, 
         raise InvalidArgumentError(name, f"contiguous int32 [{length}]", f"{array.dtype} {list(array.shape)}")
     if array.location != location:
         raise InvalidArgumentError(name, f"an array on {location}", f"one on {array.location}")
+    if array.device == CUDA and array.pointer % array.itemsize:
+        raise InvalidArgumentError(name, f"an address that is a multiple of {array.itemsize} bytes", hex(array.pointer))

@@ -13,7 +13,7 @@ import zlib
 
 from .arrays import CUDA
 from .errors import PlanMismatchError
-from .plan import Blueprint, blueprint
+from .plan import Blueprint, blueprint, check_plan_options
 from .problem import DecodeProblem
 
 _FINGERPRINTS = 1 << 15  # at most 32 KiB more; a wrong plan of the same size otherwise passes once in so many cases
@@ -23,6 +23,7 @@ def plan_kind(
     problem: DecodeProblem, location: tuple[str, int], max_seqlen_k: int | None, fixed_split_tokens: int | None
 ) -> Blueprint | None:
     """What a plan for a call is; None on the CPU, where nothing is planned."""
+    max_seqlen_k, fixed_split_tokens = check_plan_options(max_seqlen_k, fixed_split_tokens)
     return blueprint(problem, location[1], max_seqlen_k, fixed_split_tokens) if location[0] == CUDA else None
 
 
@@ -32,7 +33,8 @@ def plan_array_bytes(
     """Size of the uint8 array that holds the plan of a call; the same in every process."""
     kind = plan_kind(problem, location, max_seqlen_k, fixed_split_tokens)
     # The pool may grow while a plan lives.
-    settings = (dataclasses.astuple(dataclasses.replace(problem, num_pages=0)), max_seqlen_k, fixed_split_tokens)
+    options = check_plan_options(max_seqlen_k, fixed_split_tokens)
+    settings = (dataclasses.astuple(dataclasses.replace(problem, num_pages=0)), *options)
     fingerprint = zlib.crc32(repr(settings).encode()) % _FINGERPRINTS
     return (0 if kind is None else kind.plan_bytes) + fingerprint + 1
 

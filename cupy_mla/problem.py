@@ -163,6 +163,10 @@ class DecodeInputs:
         """Device and its number; the same for all arrays."""
         return self.q_latent.location
 
+    def views(self) -> tuple[ArrayView | None, ...]:
+        """All of them, None for one that is not there."""
+        return tuple(getattr(self, name) for name in self.__dataclass_fields__)
+
 
 @dataclass(frozen=True, slots=True)
 class _Part:
@@ -259,11 +263,11 @@ def describe_decode(
     if softmax_scale is not None:
         check_softmax_scale(softmax_scale)
     if type(head_dim_v) is not int:
-        head_dim_v = _integer(head_dim_v, "head_dim_v")
+        head_dim_v = as_integer(head_dim_v, "head_dim_v")
     if type(causal) is not bool:
         causal = _boolean(causal, "causal")
     if max_seqlen_q is not None and type(max_seqlen_q) is not int:
-        max_seqlen_q = _integer(max_seqlen_q, "max_seqlen_q")
+        max_seqlen_q = as_integer(max_seqlen_q, "max_seqlen_q")
 
     first_q = q_views[0]
     first_kv = kv_views[0]
@@ -683,7 +687,7 @@ def _place(location: tuple[str, int]) -> str:
     return f"{device}:{device_id}" if device == CUDA else device
 
 
-def _integer(value: Any, name: str) -> int:
+def as_integer(value: Any, name: str) -> int:
     if not isinstance(value, (bool, np.bool_)):
         try:
             return operator.index(value)

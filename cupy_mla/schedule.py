@@ -137,13 +137,7 @@ class ScheduleShape:
         for name in ("batch", "seqlen_q", "max_seqlen_k"):
             _require(name, "a non-negative integer", getattr(self, name), getattr(self, name) >= 0)
         _require("total_q", "a number, since ragged", self.total_q, not self.ragged or self.total_q is not None)
-        split = self.fixed_split_tokens
-        _require(
-            "fixed_split_tokens",
-            f"a positive multiple of {TILE_TOKENS}",
-            split,
-            split is None or (split > 0 and split % TILE_TOKENS == 0),
-        )
+        check_fixed_split(self.fixed_split_tokens)
         _require("num_heads_kv", f"less than {_MAX_KV_HEADS}", self.num_heads_kv, self.num_heads_kv < _MAX_KV_HEADS)
         row_blocks = ceil_div(self.seqlen_q * self.group_heads, self.rows)
         _require("seqlen_q", f"at most {_MAX_ROW_BLOCKS} row blocks", row_blocks, row_blocks <= _MAX_ROW_BLOCKS)
@@ -214,6 +208,18 @@ class ScheduleShape:
 def _require(name: str, expected: str, got: object, condition: bool) -> None:
     if not condition:
         raise InvalidArgumentError(name, expected, str(got))
+
+
+def check_fixed_split(tokens: int | None) -> None:
+    """Refuse a fixed split that is not made of whole tiles.
+
+    Raises
+    ------
+    InvalidArgumentError
+        It is neither None nor a positive multiple of a tile's tokens.
+    """
+    whole = tokens is None or (tokens > 0 and tokens % TILE_TOKENS == 0)
+    _require("fixed_split_tokens", f"a positive multiple of {TILE_TOKENS}", tokens, whole)
 
 
 def choose_parts(num_sms: int, row_blocks: int) -> tuple[int, int]:

@@ -75,6 +75,7 @@ class FakeGpu:
     next_address: int = BASE
     maps_encoded: int = 0
     kernels: dict[int, str] = field(default_factory=dict)
+    capturing: bool = False
     pause: float | None = None  # seconds that the driver lets other threads run before it reads the arguments
 
     def array(self, shape: tuple[int, ...], dtype: str = "bfloat16", strides: tuple[int, ...] = ()) -> FakeArray:
@@ -141,6 +142,7 @@ def fake_gpu(patch: pytest.MonkeyPatch) -> FakeGpu:
         cuuint64_t=int,
         cuuint32_t=int,
         cuLaunchKernelEx=gpu.launch,
+        cuStreamIsCapturing=lambda stream: (0, int(gpu.capturing)),
         cuTensorMapEncodeTiled=gpu.encode,
     )
     patch.setattr(driver, "_driver", fake_driver)

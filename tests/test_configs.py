@@ -94,3 +94,14 @@ def test_a_mask_is_compiled_in_only_where_it_can_hide_anything() -> None:
 def test_every_problem_gets_a_kernel(batch: int, num_sms: int) -> None:
     for heads in (1, 8, 12, 96, 128, 1000):
         choose_config(problem(batch, 64, heads), num_sms)
+
+
+@pytest.mark.parametrize(("heads", "expected"), [(8, "narrow16"), (24, "narrow32"), (128, "wide64")])
+def test_with_a_fixed_split_the_other_requests_of_a_ragged_batch_do_not_decide(heads: int, expected: str) -> None:
+    chosen = {
+        name(
+            choose_config(problem(batch, 4096, heads, ragged=True, total_q=total, seqlen_q=longest), NUM_SMS, None, 256)
+        )
+        for batch, total, longest in ((1, 1, 1), (4, 7, 4), (4, 64, 61), (200, 400, 2))
+    }
+    assert chosen == {expected}

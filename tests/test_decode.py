@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from cases_dense import DTYPES, DenseCase, exact_decode
 
-from cupy_mla import InvalidArgumentError, mla_decode
+from cupy_mla import InvalidArgumentError, mla_decode, plan_decode
 
 # Requests with no key, with fewer keys than queries, and with more.
 CAUSAL = DenseCase(lengths=(0, 1, 3, 140), seqlens_q=4, num_heads_q=4, causal=True)
@@ -57,3 +57,43 @@ def test_empty_lse_is_one_of_two_values(value: Any) -> None:
         mla_decode(arrays.q, arrays.kv_cache, arrays.block_table, arrays.cache_seqlens, lse=lse, empty_lse=value)
     assert caught.value.got == repr(value)
     assert np.isnan(lse).all()
+
+
+BAD_PLAN_OPTIONS: dict[str, tuple[str, Any]] = {
+    "a fraction": ("max_seqlen_k", 64.0),
+    "below 0": ("max_seqlen_k", -1),
+    "a truth value": ("max_seqlen_k", True),
+    "no whole tile": ("fixed_split_tokens", 63),
+    "nothing": ("fixed_split_tokens", 0),
+    "a fraction of a split": ("fixed_split_tokens", 64.0),
+    "a stream that is no number": ("stream", object()),
+}
+
+
+@pytest.mark.parametrize("name", BAD_PLAN_OPTIONS)
+def test_options_of_a_plan_are_checked_on_the_cpu_too(name: str) -> None:
+    argument, value = BAD_PLAN_OPTIONS[name]
+    arrays = CAUSAL.build()
+    tensors = arrays.q, arrays.kv_cache, arrays.block_table, arrays.cache_seqlens
+    with pytest.raises(InvalidArgumentError) as caught:
+        plan_decode(*tensors, **{argument: value})
+    assert caught.value.argument == argument
+
+
+def test_updates_of_a_plan_are_checked_on_the_cpu_too() -> None:
+    arrays = CAUSAL.build()
+    plan = plan_decode(arrays.q, arrays.kv_cache, arrays.block_table, arrays.cache_seqlens)
+    plan.update(arrays.cache_seqlens)
+    for wrong in (None, arrays.cache_seqlens[:2], arrays.cache_seqlens.astype(np.int64)):
+        with pytest.raises(InvalidArgumentError) as caught:
+            plan.update(wrong)
+        assert caught.value.argument == "cache_seqlens"
+    with pytest.raises(InvalidArgumentError) as caught:
+        plan.update(arrays.cache_seqlens, arrays.cache_seqlens)
+    assert caught.value.argument == "cu_seqlens_q"
+
+
+def test_a_stream_is_a_number() -> None:
+    arrays = CAUSAL.build()
+    with pytest.raises(InvalidArgumentError, match="stream: expected an integer"):
+        mla_decode(arrays.q, arrays.kv_cache, arrays.block_table, arrays.cache_seqlens, stream=object())  # type: ignore[arg-type]

@@ -6,9 +6,10 @@ import gc
 import math
 import threading
 import weakref
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -26,6 +27,8 @@ from cupy_mla import (
     mla_decode,
     plan_decode,
 )
+from cupy_mla import arrays as arrays_module
+from cupy_mla.arrays import ArrayView, _Shared
 from cupy_mla.plan_arrays import plan_array_bytes
 
 LATENT, ROPE = 512, 64
@@ -414,6 +417,29 @@ def test_a_plan_in_an_array_of_its_own(gpu: FakeGpu) -> None:
     expect_decode(gpu.take()[0], arrays, out, lse)
 
 
+def test_only_a_decode_that_runs_like_the_update_settles_a_plan(gpu: FakeGpu) -> None:
+    """The kernel reads a settled plan ahead of its wait: the planner must not be what it would wait for."""
+    arrays = packed(gpu)
+
+    def settled(**options: Any) -> bool:
+        gpu.take()
+        mla_decode(**arrays, **options)
+        (decode,) = (launched for launched in gpu.take() if launched.kernel == "decode")
+        return bool(decode.arguments[2]["plan_is_settled"][0])
+
+    assert [settled(), settled()] == [False, False]  # each makes its own plan
+    plan = plan_decode(**arrays)
+    assert [settled(plan=plan), settled(plan=plan), settled(plan=plan)] == [False, True, True]
+    plan.update(arrays["cache_seqlens"])
+    gpu.capturing = True
+    assert [settled(plan=plan), settled(plan=plan)] == [False, False]
+    gpu.capturing = False
+    assert [settled(plan=plan), settled(plan=plan)] == [False, True]  # what was captured has not run
+    gpu.capturing = True
+    plan.update(arrays["cache_seqlens"])
+    assert [settled(plan=plan), settled(plan=plan)] == [False, True]
+
+
 def test_sizes_of_plan_arrays_tell_settings_apart(gpu: FakeGpu) -> None:
     problem = plan_decode(**packed(gpu)).problem
     location = ("cuda", 0)
@@ -425,3 +451,76 @@ def test_sizes_of_plan_arrays_tell_settings_apart(gpu: FakeGpu) -> None:
     assert len(sizes) == 12
     grown = replace(problem, num_pages=problem.num_pages + 1)
     assert plan_array_bytes(grown, location, None, None) == plan_array_bytes(problem, location, None, None)
+
+
+def test_an_update_refuses_a_misaligned_address(gpu: FakeGpu) -> None:
+    arrays = packed(gpu)
+    plan = plan_decode(**arrays)
+    gpu.take()
+    with pytest.raises(InvalidArgumentError, match="cache_seqlens: expected an address"):
+        plan.update(misaligned(arrays["cache_seqlens"], 2))
+    assert gpu.take() == []
+
+
+class Imported(FakeArray):
+    """An array whose memory came through DLPack: its framework does not know of our streams."""
+
+    def read(self, name: str = "", stream: int | None = None) -> ArrayView:
+        owner = _Shared(None, self)
+        return ArrayView(self.pointer, self.shape, self.strides, self.dtype, "cuda", self.device_id, owner)
+
+
+def test_imported_memory_lives_until_the_gpu_has_read_it(gpu: FakeGpu, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where q is of another framework, and where a plan is updated."""
+    done: list[bool] = []
+    recorded: list[tuple[int, int, int]] = []
+    current: list[int] = [0]
+
+    class Device:
+        def __init__(self, device_id: int) -> None:
+            self.device_id = device_id
+
+        def __enter__(self) -> None:
+            current.append(self.device_id)
+
+        def __exit__(self, *error: Any) -> None:
+            current.pop()
+
+    class Event:
+        def __init__(self, disable_timing: bool) -> None:
+            self.number = len(done)
+            done.append(False)
+
+        @property
+        def done(self) -> bool:
+            return done[self.number]
+
+        def record(self, stream: tuple[int, int]) -> None:
+            recorded.append((current[-1], *stream))
+
+    cuda = SimpleNamespace(Device=Device, Event=Event, ExternalStream=lambda stream, device_id: (stream, device_id))
+    monkeypatch.setattr(arrays_module, "_cupy", lambda: SimpleNamespace(cuda=cuda))
+    monkeypatch.setitem(arrays_module._READERS, Imported, Imported.read)
+    monkeypatch.setitem(arrays_module._FRAMEWORKS, Imported, "dlpack")
+    monkeypatch.setattr(arrays_module, "_in_flight", deque())
+
+    def on_device_1(array: FakeArray, kind: type[FakeArray]) -> Any:
+        return kind(array.shape, array.dtype, array.strides, array.pointer, device_id=1)
+
+    plain = packed(gpu)
+    arrays = {name: on_device_1(array, FakeArray) for name, array in plain.items()}
+    plan = plan_decode(**arrays)
+    mla_decode(**arrays, plan=plan)
+    assert recorded == []
+    cache, lengths = on_device_1(plain["kv_cache"], Imported), on_device_1(plain["cache_seqlens"], Imported)
+    references = [weakref.ref(cache), weakref.ref(lengths)]
+    mla_decode(**{**arrays, "kv_cache": cache}, plan=plan)
+    plan.update(lengths)
+    assert recorded == [(1, CURRENT_STREAM, 1)] * 2
+    del cache, lengths
+    gc.collect()
+    assert all(reference() is not None for reference in references)
+    done[:] = [True] * len(done)
+    plan.update(on_device_1(plain["cache_seqlens"], Imported))
+    gc.collect()
+    assert [reference() for reference in references] == [None, None]

@@ -2,13 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 import pytest
 from cases_dense import DTYPES
 
-from cupy_mla import InvalidArgumentError, MissingDependencyError, PlanMismatchError, jax_calls, mla_decode
+from cupy_mla import (
+    InvalidArgumentError,
+    MissingDependencyError,
+    PlanMismatchError,
+    UnsupportedDeviceError,
+    jax_calls,
+    mla_decode,
+)
 from cupy_mla.jax_calls import CallOptions
 
 jax = pytest.importorskip("jax", reason="JAX is not installed")
@@ -137,6 +145,8 @@ BAD: dict[str, tuple[str, dict[str, Any]]] = {
     "value width beyond the key": ("head_dim_v", {"head_dim_v": 600}),
     "q of three": ("q", {"q": (np.zeros(1),) * 3}),
     "q that is no array": ("q", {"q": 3}),
+    "split of no whole tile": ("fixed_split_tokens", {"fixed_split_tokens": 63}),
+    "plan that is no array": ("plan", {"plan": 3}),
 }
 
 
@@ -144,10 +154,22 @@ BAD: dict[str, tuple[str, dict[str, Any]]] = {
 def test_bad_arguments_are_refused_while_tracing(name: str) -> None:
     argument, change = BAD[name]
     arrays = {**make(), **change}
-    static = {key: arrays.pop(key) for key in ("softmax_scale", "head_dim_v", "q") if key in change}
+    static = {
+        key: arrays.pop(key)
+        for key in ("softmax_scale", "head_dim_v", "q", "fixed_split_tokens", "plan")
+        if key in change
+    }
     with pytest.raises(InvalidArgumentError) as caught:
         jax.jit(lambda arrays: jax_ops.mla_decode(**{**arrays, **static}))(arrays)
     assert caught.value.argument == argument
+
+
+def test_the_backend_of_the_settings_counts(set_environment: Callable[..., Any]) -> None:
+    set_environment(CUPY_MLA_BACKEND="cuda")
+    with pytest.raises(UnsupportedDeviceError, match="CUPY_MLA_BACKEND"):
+        jax_ops.mla_decode(**make())
+    with pytest.raises(UnsupportedDeviceError, match="CUPY_MLA_BACKEND"):
+        jax_ops.plan_decode(**make())
 
 
 def test_a_traced_scale_is_refused() -> None:
