@@ -84,6 +84,7 @@ class NoGpu:
             CUstream=int,
             cuuint64_t=int,
             cuuint32_t=int,
+            cuStreamIsCapturing=lambda stream: (0, 0),
             cuLaunchKernelEx=lambda config, function, pointers, extra: (0,),
             cuTensorMapEncodeTiled=lambda *description: (0, SimpleNamespace(opaque=[0] * 16)),
         )
