@@ -657,7 +657,12 @@ def test_bench_takes_lists_and_writes_files(tmp_path: Path) -> None:
     assert {row.case.layout for row in results.rows} == set(grid.LAYOUTS)
     assert results.metadata["command"].startswith("cupy-mla bench --batch 1 --length 64,100 --heads 2 --dtype float16")
     assert all(row.ours.sustained_us for row in results.rows)
-    assert "before and now" in result.output
+    assert "our time, before (20" in result.output
+    assert "The earlier run" not in result.output
+    elsewhere = json.loads(first.read_text())
+    elsewhere["metadata"]["device"] = "another computer"
+    first.write_text(json.dumps(elsewhere))
+    assert "The earlier run was on another computer with numpy" in bench(*TINY, "--compare", str(first)).output
     assert len(table.read_text().splitlines()) == 1 + len(results.rows)
 
 

@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 from .columns import Column, notes, table_columns
-from .results import Change, Results
+from .results import Results, compare
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -56,13 +56,17 @@ def describe(results: Results) -> Iterator[str]:
         yield f"without {peer}: {reason}"
 
 
-def print_changes(changes: Sequence[Change]) -> None:
-    """Print how our times differ from those of an earlier run."""
+def print_changes(old: Results, new: Results) -> None:
+    """Print how our times differ from those of an earlier run, and where that was made if it was not here."""
     console = _console()
+    changes = compare(old, new)
+    places = [(run.metadata["device"], run.metadata["backend"]) for run in (old, new)]
+    if places[0] != places[1]:
+        console.print(f"The earlier run was on {' with '.join(places[0])}, this one is on {' with '.join(places[1])}.")
     if not changes:
         console.print("No case of this run is in the earlier one.")
         return
-    table = _table("our time, before and now", ["case", "before us", "now us", "change %"])
+    table = _table(f"our time, before ({old.metadata['date']}) and now", ["case", "before us", "now us", "change %"])
     for change in changes:
         _add(table, [change.name, f"{change.old_us:,.1f}", f"{change.new_us:,.1f}", f"{change.percent:+.1f}"])
     console.print(table)

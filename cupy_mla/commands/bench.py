@@ -82,7 +82,7 @@ def bench(
     own cases failed or was wrong.
     """
     from ..bench.report import print_changes, print_results, progress_bar
-    from ..bench.results import Results, compare, load_results
+    from ..bench.results import Results, load_results
     from ..bench.rows import Row
     from ..bench.run import run_bench
 
@@ -121,7 +121,7 @@ def bench(
         )
     print_results(results)
     if earlier is not None:
-        print_changes(compare(earlier, results))
+        print_changes(earlier, results)
     if csv_path is not None:
         results.write_csv(csv_path)
     if plot is not None:
