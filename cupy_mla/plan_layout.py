@@ -14,7 +14,7 @@ import numpy.typing as npt
 from . import configs
 from .errors import InvalidArgumentError
 from .jit.source import KernelSource
-from .schedule import CostModel, Schedule, ScheduleShape, ceil_div
+from .schedule import Schedule, ScheduleShape, ceil_div
 
 PLAN_SOURCE = KernelSource(entry="plan/plan.cu", function="mla_plan")
 DTYPE_TAGS = {**configs.DTYPE_TAGS, "float32": "Fp32"}
@@ -196,9 +196,8 @@ def _align(ints: int) -> int:
     return ceil_div(ints, _SECTION_INTS) * _SECTION_INTS
 
 
-def plan_params(shape: ScheduleShape, cost: CostModel | None = None) -> npt.NDArray[Any]:
+def plan_params(shape: ScheduleShape) -> npt.NDArray[Any]:
     """The planner's by-value argument: one element of PLAN_PARAMS."""
-    cost = cost or shape.cost
     layout = plan_layout(shape)
     params = np.zeros(1, PLAN_PARAMS)
     for name in ("batch", "num_parts", "blocks_per_job", "rows", "group_heads", "num_heads_kv", "seqlen_q"):
@@ -208,7 +207,7 @@ def plan_params(shape: ScheduleShape, cost: CostModel | None = None) -> npt.NDAr
     params["causal"] = shape.causal
     params["fixed_split_tiles"] = shape.fixed_split_tiles
     for name in ("piece_overhead", "split_overhead", "merge_overhead"):
-        params[name] = getattr(cost, name)
+        params[name] = getattr(shape.cost, name)
     params["max_jobs"] = shape.max_jobs
     params["merges_offset"] = layout.merges_offset
     params["workspace_offset"] = layout.workspace_offset

@@ -317,11 +317,16 @@ class _Piece:
     part: int
 
 
+def piece_costs(items: Int32Array, cost: CostModel) -> _Int64Array:
+    """What each item of `Schedule.items` costs, [n], in 1/16 tile: its tiles and its overhead."""
+    overheads = np.where(items[:, 7] == WHOLE_JOB, cost.piece_overhead, cost.split_overhead)
+    return (items[:, 3] - items[:, 2]).astype(np.int64) * TILE_COST + overheads
+
+
 def make_schedule(
     shape: ScheduleShape,
     cache_seqlens: npt.ArrayLike,
     cu_seqlens_q: npt.ArrayLike | None = None,
-    cost: CostModel | None = None,
 ) -> Schedule:
     """Divide the work of a batch among the parts.
 
@@ -339,9 +344,6 @@ def make_schedule(
     cu_seqlens_q
         int [batch + 1], when ``shape.ragged``: query tokens of request i are rows ``cu_seqlens_q[i]`` to
         ``cu_seqlens_q[i + 1]`` of q.
-    cost
-        What pieces cost besides their tiles; None: ``shape.cost``.
-
     Returns
     -------
     Schedule
@@ -351,7 +353,7 @@ def make_schedule(
     InvalidArgumentError
         An array of the wrong length, or ``cu_seqlens_q`` given or missing against ``shape.ragged``.
     """
-    cost = cost or shape.cost
+    cost = shape.cost
     lengths = np.asarray(cache_seqlens, dtype=np.int64)
     _require("cache_seqlens", f"shape ({shape.batch},)", lengths.shape, lengths.shape == (shape.batch,))
     _require("cu_seqlens_q", "an array if and only if ragged", cu_seqlens_q, (cu_seqlens_q is not None) == shape.ragged)

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from .drawing import FAINT, INK, PALETTE, legend_beside, tidy
-from .schedule import TILE_COST, TILE_TOKENS, WHOLE_JOB, CostModel, Schedule, ScheduleShape
+from .schedule import TILE_COST, TILE_TOKENS, WHOLE_JOB, Schedule, ScheduleShape, piece_costs
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -18,9 +18,7 @@ _MAX_LABELLED_PARTS = 48  # more parts leave no height for text
 _HATCH = "////"
 
 
-def draw_schedule(
-    axes: Axes, schedule: Schedule, shape: ScheduleShape, cost: CostModel | None = None, title: str | None = None
-) -> None:
+def draw_schedule(axes: Axes, schedule: Schedule, shape: ScheduleShape, title: str | None = None) -> None:
     """Draw what each part computes, and when.
 
     Parts are rows, pieces are bars as long as the planner reckons that they take, in the colour and with the number of
@@ -35,24 +33,22 @@ def draw_schedule(
         What to draw, from `make_schedule` or read back from a plan.
     shape
         The shape it was made for.
-    cost
-        What the schedule was made with.
     title
         Above the picture; a summary unless given.
     """
     from matplotlib.lines import Line2D
     from matplotlib.patches import Patch
 
-    cost = cost or CostModel()
     budget = schedule.budget / TILE_COST
     parts = np.repeat(np.arange(shape.num_parts), np.diff(schedule.part_begin))
     ends: dict[int, float] = {}
-    for part, item in zip(parts.tolist(), schedule.items.tolist(), strict=True):
+    costs = piece_costs(schedule.items, shape.cost) / TILE_COST
+    for part, item, length in zip(parts.tolist(), schedule.items.tolist(), costs.tolist(), strict=True):
         request, _, tile_begin, tile_end, *_, slot = item
         whole = slot == WHOLE_JOB
-        overhead = (cost.piece_overhead if whole else cost.split_overhead) / TILE_COST
+        overhead = length - (tile_end - tile_begin)
         start = ends.get(part, 0.0)
-        ends[part] = start + overhead + tile_end - tile_begin
+        ends[part] = start + length
         colour = PALETTE[request % len(PALETTE)]
         box = {"height": _BAR_HEIGHT, "color": colour, "linewidth": 0.0}
         axes.barh(part, overhead, left=start, alpha=0.35, **box)
@@ -69,7 +65,7 @@ def draw_schedule(
     axes.set_xlabel(f"time, in KV tiles of {TILE_TOKENS} tokens")
     axes.xaxis.get_major_locator().set_params(integer=True)
     axes.set_ylabel("part, one CTA" if shape.blocks_per_job == 1 else f"part, {shape.blocks_per_job} CTAs")
-    axes.set_title(title or _summary(schedule, shape, cost), loc="left")
+    axes.set_title(title or _summary(schedule, shape), loc="left")
     tidy(axes, grid="x")
     legend_beside(
         axes,
@@ -82,9 +78,6 @@ def draw_schedule(
     )
 
 
-def _summary(schedule: Schedule, shape: ScheduleShape, cost: CostModel) -> str:
-    whole = schedule.items[:, 7] == WHOLE_JOB
-    overheads = np.where(whole, cost.piece_overhead, cost.split_overhead)
-    work = float(((schedule.items[:, 3] - schedule.items[:, 2]) * TILE_COST + overheads).sum())
-    share = work / max(schedule.budget * shape.num_parts, 1)
+def _summary(schedule: Schedule, shape: ScheduleShape) -> str:
+    share = float(piece_costs(schedule.items, shape.cost).sum()) / max(schedule.budget * shape.num_parts, 1)
     return f"{schedule.num_jobs} jobs in {len(schedule.items)} pieces on {shape.num_parts} parts, {share:.0%} busy"

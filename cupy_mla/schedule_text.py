@@ -4,7 +4,16 @@ from __future__ import annotations
 
 import numpy as np
 
-from .schedule import TILE_COST, WHOLE_JOB, CostModel, Schedule, ScheduleShape, first_row_block_of, kv_head_of
+from .schedule import (
+    TILE_COST,
+    WHOLE_JOB,
+    CostModel,
+    Schedule,
+    ScheduleShape,
+    first_row_block_of,
+    kv_head_of,
+    piece_costs,
+)
 
 DEFAULT_WIDTH = 100
 DEFAULT_MAX_LINES = 40
@@ -18,7 +27,6 @@ def draw_schedule(
     shape: ScheduleShape,
     width: int = DEFAULT_WIDTH,
     max_lines: int = DEFAULT_MAX_LINES,
-    cost: CostModel | None = None,
 ) -> str:
     """Draw what each part computes.
 
@@ -36,28 +44,24 @@ def draw_schedule(
         Characters of a line.
     max_lines
         Lines for parts; those in the middle are left out when there are more.
-    cost
-        What the schedule was made with.
-
     Returns
     -------
     str
         Lines joined by newlines: a summary, the parts, and the jobs that are merged.
     """
-    cost = cost or CostModel()
     bars: list[tuple[int, int, float, str]] = []  # first and last part, tiles, drawing
     prefix = "  000-000  0000.0 tiles  "
     cells = max(width - len(prefix) - 1, _MIN_BAR)
     for part in range(shape.num_parts):
         items = schedule.items[schedule.part_begin[part] : schedule.part_begin[part + 1]]
         tiles = float((items[:, 3] - items[:, 2]).sum())
-        bar = _bar(items, schedule.budget, cells, cost)
+        bar = _bar(items, schedule.budget, cells, shape.cost)
         if bars and bars[-1][2:] == (tiles, bar):
             bars[-1] = (bars[-1][0], part, tiles, bar)
         else:
             bars.append((part, part, tiles, bar))
     lines = [f"  {_span(first, last):<7}  {tiles:6.0f} tiles  {bar}|" for first, last, tiles, bar in bars]
-    return "\n".join([*_summary(schedule, shape, cost), *_shorten(lines, max_lines), *_merges(schedule, max_lines)])
+    return "\n".join([*_summary(schedule, shape), *_shorten(lines, max_lines), *_merges(schedule, max_lines)])
 
 
 def _span(first: int, last: int) -> str:
@@ -72,14 +76,8 @@ def _shorten(lines: list[str], max_lines: int) -> list[str]:
     return [*lines[:head], f"  ... {len(lines) - max_lines} more lines", *lines[len(lines) - tail :]]
 
 
-def _piece_costs(items: np.ndarray, cost: CostModel) -> np.ndarray:
-    overheads = np.where(items[:, 7] == WHOLE_JOB, cost.piece_overhead, cost.split_overhead)
-    costs: np.ndarray = (items[:, 3] - items[:, 2]) * TILE_COST + overheads
-    return costs
-
-
 def _bar(items: np.ndarray, budget: int, cells: int, cost: CostModel) -> str:
-    ends = np.rint(np.cumsum(_piece_costs(items, cost)) * (cells / max(budget, 1))).astype(int).tolist()
+    ends = np.rint(np.cumsum(piece_costs(items, cost)) * (cells / max(budget, 1))).astype(int).tolist()
     text = ""
     for item, end in zip(items.tolist(), ends, strict=True):
         fill = _WHOLE_FILL if item[7] == WHOLE_JOB else _PARTIAL_FILL
@@ -89,9 +87,8 @@ def _bar(items: np.ndarray, budget: int, cells: int, cost: CostModel) -> str:
     return text.ljust(cells)
 
 
-def _summary(schedule: Schedule, shape: ScheduleShape, cost: CostModel) -> list[str]:
-    costs = _piece_costs(schedule.items, cost)
-    share = float(costs.sum()) / max(schedule.budget * shape.num_parts, 1)
+def _summary(schedule: Schedule, shape: ScheduleShape) -> list[str]:
+    share = float(piece_costs(schedule.items, shape.cost).sum()) / max(schedule.budget * shape.num_parts, 1)
     ctas = shape.num_parts * shape.blocks_per_job
     busy = int((np.diff(schedule.part_begin) > 0).sum())
     cut = f"{len(schedule.merges)} jobs are cut and merged from {schedule.num_slots} partial results"

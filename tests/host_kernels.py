@@ -14,7 +14,7 @@ import pytest
 
 from cupy_mla.jit.source import kernels_root
 from cupy_mla.plan_layout import MERGE_STATES_THREADS, plan_layout, plan_params, read_plan
-from cupy_mla.schedule import CostModel, Schedule, ScheduleShape
+from cupy_mla.schedule import Schedule, ScheduleShape
 
 HOST_CUDA = Path(__file__).parent / "host_cuda"
 OPTIONS = ("-std=c++17", "-O2", "-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas", "-shared", "-fPIC")
@@ -62,7 +62,6 @@ def run_plan(
     shape: ScheduleShape,
     cache_seqlens: np.ndarray,
     cu_seqlens_q: np.ndarray | None = None,
-    cost: CostModel | None = None,
     reverse: bool = False,
     into: np.ndarray | None = None,
 ) -> Schedule:
@@ -71,7 +70,7 @@ def run_plan(
     plan = np.full(total + GUARD_INTS, GUARD, np.int32)
     lengths = np.asarray(cache_seqlens, np.int32)
     offsets = None if cu_seqlens_q is None else np.asarray(cu_seqlens_q, np.int32)
-    params = plan_params(shape, cost)
+    params = plan_params(shape)
     library().host_plan(_address(lengths), _address(offsets), _address(plan), _address(params), ctypes.c_bool(reverse))
     assert (plan[total:] == GUARD).all(), "written past the plan"
     if into is not None:

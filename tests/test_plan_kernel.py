@@ -32,7 +32,7 @@ def assert_same(found: Schedule, expected: Schedule) -> None:
 @given(cases(), st.booleans())
 def test_lists_are_equal(case: Case, reverse: bool) -> None:
     """In either order of the threads: a missing barrier shows in one of them."""
-    found = run_plan(case.shape, case.lengths, case.offsets, case.cost, reverse)
+    found = run_plan(case.shape, case.lengths, case.offsets, reverse)
     assert_same(found, case.make())
 
 
@@ -50,8 +50,8 @@ def test_long_requests_and_large_overheads() -> None:
     cost = CostModel(piece_overhead=300, split_overhead=900, merge_overhead=1000)
     lengths = [2**20, 77, 300_000, 0, 2**19]
     for fixed_split_tokens in (None, 2**18):
-        shape = dense(5, num_parts=11, fixed_split_tokens=fixed_split_tokens)
-        assert_same(run_plan(shape, lengths, cost=cost), make_schedule(shape, lengths, cost=cost))
+        shape = dense(5, num_parts=11, fixed_split_tokens=fixed_split_tokens, cost=cost)
+        assert_same(run_plan(shape, lengths), make_schedule(shape, lengths))
 
 
 @settings(deadline=None, max_examples=50)

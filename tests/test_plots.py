@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -180,12 +181,10 @@ SHAPE = ScheduleShape(
 LENGTHS = np.array([4000, 64, 0, 700, 1500])
 
 
+@pytest.mark.parametrize("cost", [CostModel(), CostModel(64, 80, 16)])
 @pytest.mark.parametrize("fixed_split_tokens", [None, 512])
-def test_a_schedule_s_bars_are_its_pieces(axes: Any, fixed_split_tokens: int | None) -> None:
-    shape = ScheduleShape(
-        **{name: getattr(SHAPE, name) for name in SHAPE.__dataclass_fields__ if name != "fixed_split_tokens"},
-        fixed_split_tokens=fixed_split_tokens,
-    )
+def test_a_schedule_s_bars_are_its_pieces(axes: Any, fixed_split_tokens: int | None, cost: CostModel) -> None:
+    shape = replace(SHAPE, fixed_split_tokens=fixed_split_tokens, cost=cost)
     schedule = make_schedule(shape, LENGTHS)
     draw_schedule(axes, schedule, shape)
     budget = schedule.budget / TILE_COST
@@ -210,7 +209,7 @@ def test_a_schedule_of_nothing_can_be_drawn(axes: Any) -> None:
     shape = ScheduleShape(
         num_parts=4, blocks_per_job=2, rows=64, group_heads=128, num_heads_kv=1, batch=0, seqlen_q=1, max_seqlen_k=64
     )
-    draw_schedule(axes, make_schedule(shape, np.zeros(0, np.int64)), shape, CostModel(), title="nothing")
+    draw_schedule(axes, make_schedule(shape, np.zeros(0, np.int64)), shape, title="nothing")
     assert axes.get_title(loc="left") == "nothing"
     assert axes.get_ylabel() == "part, 2 CTAs"
     assert not axes.texts

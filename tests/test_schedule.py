@@ -26,10 +26,13 @@ class Case:
     shape: ScheduleShape
     lengths: list[int]
     offsets: list[int] | None
-    cost: CostModel
+
+    @property
+    def cost(self) -> CostModel:
+        return self.shape.cost
 
     def make(self) -> Schedule:
-        return make_schedule(self.shape, self.lengths, self.offsets, self.cost)
+        return make_schedule(self.shape, self.lengths, self.offsets)
 
 
 @st.composite
@@ -43,6 +46,7 @@ def cases(draw: st.DrawFn, fixed: bool | None = None) -> Case:
         offsets = np.concatenate([[0], np.cumsum(tokens)]).astype(int).tolist()
     use_fixed = draw(st.booleans()) if fixed is None else fixed
     max_seqlen_k = draw(st.sampled_from([0, 1, 64, 1000, 5000]))
+    piece = draw(st.integers(1, 60))
     shape = ScheduleShape(
         num_parts=draw(st.integers(1, 40)),
         blocks_per_job=draw(st.integers(1, 4)),
@@ -56,11 +60,10 @@ def cases(draw: st.DrawFn, fixed: bool | None = None) -> Case:
         ragged=ragged,
         fixed_split_tokens=draw(st.sampled_from([64, 192, 2048])) if use_fixed else None,
         total_q=None if offsets is None else offsets[-1],
+        cost=CostModel(piece, piece + draw(st.integers(0, 60)), draw(st.integers(0, 40))),
     )
     lengths = draw(st.lists(st.integers(-2, max_seqlen_k + 70), min_size=batch, max_size=batch))
-    piece = draw(st.integers(1, 60))
-    cost = CostModel(piece, piece + draw(st.integers(0, 60)), draw(st.integers(0, 40)))
-    return Case(shape, lengths, offsets, cost)
+    return Case(shape, lengths, offsets)
 
 
 def visible_tiles(case: Case, request: int, first_row: int) -> int:
@@ -205,7 +208,7 @@ def test_a_fixed_split_cuts_a_request_the_same_way_in_any_batch(case: Case, rand
     for request in range(shape.batch):
         tokens = None if case.offsets is None else case.offsets[request + 1] - case.offsets[request]
         alone = dataclasses.replace(shape, batch=1, num_parts=7, total_q=tokens)
-        single = make_schedule(alone, [case.lengths[request]], None if tokens is None else [0, tokens], case.cost)
+        single = make_schedule(alone, [case.lengths[request]], None if tokens is None else [0, tokens])
         assert cuts_of(plan, request) == cuts_of(single, 0)
 
 
@@ -330,6 +333,17 @@ def test_picture_of_a_schedule() -> None:
     bars = [line for line in lines if line.endswith("|")]
     assert [sum(f"[{request}" in bar for bar in bars) for request in range(2)] == [1, 1]
     assert "merges" in lines
+
+
+def test_a_picture_counts_what_pieces_cost_in_its_shape() -> None:
+    """Parts that are all as full as the fullest are drawn over the whole width, whatever the overheads."""
+    for cost in (CostModel(), CostModel(64, 80, 16)):
+        shape = dense(4, num_parts=4, cost=cost)
+        text = draw_schedule(make_schedule(shape, [640] * 4), shape, width=80)
+        bars = [line for line in text.splitlines() if line.endswith("|")]
+        assert len(bars) == 4
+        assert all(bar.endswith("=|") for bar in bars)
+        assert "the mean is 100% of that" in text
 
 
 def test_a_long_picture_is_shortened_and_equal_parts_share_a_line() -> None:
