@@ -8,6 +8,8 @@ namespace mla {
 
 using Element = MLA_DTYPE;  // Bf16 or Fp16
 
+constexpr i32 kMaxRegisters = 96;  // of a thread: fewer would be spilled, more would not fit beside a decode kernel
+
 // One row of one merge item. Rows past the request's end do not exist: the decode kernel never wrote their partials.
 MLA_DEVICE void merge_row(const CombineParams& params, const MergeItem& item, const RowChunks& chunks, i32 row_in_slot,
                           i32 chunk, i32 lane) {
@@ -16,7 +18,6 @@ MLA_DEVICE void merge_row(const CombineParams& params, const MergeItem& item, co
     const i64 first = static_cast<i64>(item.slot_begin) * params.slot_rows + row_in_slot;
     const i64 row_bytes = static_cast<i64>(params.d_v) * Element::kBytes;
     const RowStates states{reinterpret_cast<const u8*>(params.partial_out) + first * row_bytes,
-                           0,
                            params.slot_rows * row_bytes,
                            params.partial_lse + first,
                            params.slot_rows,
@@ -36,10 +37,9 @@ MLA_DEVICE void merge_row(const CombineParams& params, const MergeItem& item, co
 
 }  // namespace mla
 
-// grid: one CTA per SM; block: as many threads as the decode kernel leaves registers for (cupy_mla/configs.py counts on
-// no more than 96 each), so that this kernel is in place when that one ends; no dynamic shared memory.
-// A task is a chunk of a row of a merge item.
-extern "C" __global__ void __maxnreg__(96)
+// grid: one CTA per SM; block: as many threads as the decode kernel leaves registers for (cupy_mla/configs.py), so that
+// this kernel is in place when that one ends; no dynamic shared memory. A task is a chunk of a row of a merge item.
+extern "C" __global__ void __maxnreg__(mla::kMaxRegisters)
 mla_combine(const __grid_constant__ mla::CombineParams params) {
     using namespace mla;
     const i32 lane = threadIdx.x % kWarpLanes;

@@ -98,16 +98,16 @@ struct Octet {
     }
 };
 
-// States of one row: state i has its lse at lses[i * lse_stride] and the caller's octets at outs + i * out_stride bytes and
-// second bytes further.
+// States of one row: state i has its lse at lses[i * lse_stride] and the caller's octet at outs + i * out_stride bytes, its
+// second one, if it has two, `second` bytes further.
 struct RowStates {
     const u8* outs;
-    i32 second;
     i64 out_stride;
     const f32* lses;
     i64 lse_stride;
     i32 count;
     bool aligned;
+    i32 second = 0;
 };
 
 // What a lane has merged so far of its octets: sums of exp(lse_i - largest) and of the same times out_i.

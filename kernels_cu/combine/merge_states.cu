@@ -31,7 +31,6 @@ mla_merge_states(const __grid_constant__ mla::MergeStatesParams params) {
             index0 * params.lses_stride0 + index1 * params.lses_stride1 + index2 * params.lses_stride2;
         const bool aligned = params.aligned != 0;
         const RowStates states{params.outs + outs_offset * Element::kBytes,
-                               0,
                                params.outs_stride_state * Element::kBytes,
                                params.lses + lses_offset,
                                params.lses_stride_state,

@@ -1,5 +1,6 @@
 // Walks a part's items tile by tile, ahead of the arithmetic, and asks the copy engine for each KV tile, or for this
-// warp's share of it: the loader warps walk alike. Run by whole warps. Page numbers are read one tile ahead: their latency hides behind a tile's arithmetic.
+// warp's share of it: the loader warps walk alike. Run by whole warps. Page numbers are read one tile ahead: their
+// latency hides behind a tile's arithmetic.
 #pragma once
 #include "decode/block_work.h"
 #include "decode/wide_smem.h"

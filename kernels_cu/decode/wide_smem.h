@@ -36,7 +36,7 @@ struct WideSmem {
     // Rescale factor of each row, written with P; one set a stage, so that a stage's release also releases it.
     static constexpr u32 factors = q_steps + kSharedSteps * kQStepBytes;
     static constexpr u32 loader = factors + kStages * kRows * sizeof(f32);        // LoaderState of each loader warp
-    static constexpr u32 tile_full = loader + kLoaderWarps * kLoaderStateBytes;                  // copy engine -> scores
+    static constexpr u32 tile_full = loader + kLoaderWarps * kLoaderStateBytes;   // copy engine -> scores
     static constexpr u32 tile_empty = tile_full + kStages * sizeof(u64);          // values -> loader
     static constexpr u32 probabilities_full = tile_empty + kStages * sizeof(u64); // scores -> values
     static constexpr u32 total = probabilities_full + kStages * sizeof(u64);
