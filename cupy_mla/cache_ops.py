@@ -377,7 +377,6 @@ def _append_cuda(segments: list[_Segment], places: _Places, num_tokens: int, str
         shared_memory=0,
         stream=stream,
         arguments=(pack_params(segments, places, num_tokens),),
-        programmatic=False,
     )
 
 

@@ -23,6 +23,7 @@ from .tensor_maps import TENSOR_MAP, TensorMap, kv_tensor_map
 
 _LOG2_E = math.log2(math.e)
 _WORD_BYTES = 8
+_FLAG_BYTES = 4
 _ELEMENT_BYTES = 2
 _CALLS_KEPT = 4096  # as many as problem.py remembers good combinations
 _CACHES_KEPT = 512  # KV caches (one a layer) whose tensor maps a prepared call has at hand
@@ -41,7 +42,7 @@ _C_OUT, _C_LSE, _C_PARTIAL_OUT, _C_PARTIAL_LSE, _C_PLAN = _words_of(
     COMBINE_PARAMS, "out", "lse", "partial_out", "partial_lse", "plan"
 )
 assert DECODE_PARAMS.fields is not None
-_PLAN_IS_SETTLED = DECODE_PARAMS.fields["plan_is_settled"][1] // 4
+_PLAN_IS_SETTLED = DECODE_PARAMS.fields["plan_is_settled"][1] // _FLAG_BYTES
 
 Strides = tuple[int, ...]
 

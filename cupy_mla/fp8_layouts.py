@@ -63,14 +63,13 @@ class TensorScaled:
 
 
 @dataclass(frozen=True, slots=True)
-class BlockScaled:
-    """``fp8_ds_mla`` (DeepSeek V3.2): a token is 512 e4m3 values, 4 float32 scales (one for each 128 of them), and 64
-    bfloat16 values with the position."""
+class _InBlocks:
+    """A layout of tokens of one width, whose e4m3 values share a scale block by block."""
 
-    name: str = "fp8_ds_mla"
-    latent_dim: int = 512
-    rope_dim: int = 64
-    block: int = 128
+    name: str
+    latent_dim: int
+    rope_dim: int
+    block: int
 
     @property
     def num_blocks(self) -> int:
@@ -80,6 +79,17 @@ class BlockScaled:
     def supports(self, latent_dim: int, rope_dim: int) -> bool:
         """Whether tokens of these widths can be stored."""
         return (latent_dim, rope_dim) == (self.latent_dim, self.rope_dim)
+
+
+@dataclass(frozen=True, slots=True)
+class BlockScaled(_InBlocks):
+    """``fp8_ds_mla`` (DeepSeek V3.2): a token is 512 e4m3 values, 4 float32 scales (one for each 128 of them), and 64
+    bfloat16 values with the position."""
+
+    name: str = "fp8_ds_mla"
+    latent_dim: int = 512
+    rope_dim: int = 64
+    block: int = 128
 
     def bytes_per_token(self, latent_dim: int, rope_dim: int) -> int:
         """Bytes that one token of one layer takes.
@@ -122,7 +132,7 @@ class BlockScaled:
 
 
 @dataclass(frozen=True, slots=True)
-class PageScaled:
+class PageScaled(_InBlocks):
     """``fp8_model1`` (head dimension 512 = 448 + 64): a page is, for each token, 448 e4m3 and 64 bfloat16 values, then
     for each token 8 bytes of which 7 are e8m0 scales (one for each 64 e4m3 values); pages start at multiples of 576."""
 
@@ -133,18 +143,9 @@ class PageScaled:
     scale_bytes: int = 8
 
     @property
-    def num_blocks(self) -> int:
-        """Scales of a token."""
-        return self.latent_dim // self.block
-
-    @property
     def value_bytes(self) -> int:
         """Bytes of a token's values, without its scales; also what the start of a page is a multiple of."""
         return self.latent_dim + self.rope_dim * _BFLOAT16_BYTES
-
-    def supports(self, latent_dim: int, rope_dim: int) -> bool:
-        """Whether tokens of these widths can be stored."""
-        return (latent_dim, rope_dim) == (self.latent_dim, self.rope_dim)
 
     def bytes_per_token(self, latent_dim: int, rope_dim: int) -> int:
         """Bytes that one token of one layer takes, without the padding at the end of a page.
@@ -223,7 +224,7 @@ def _scales(largest: Any) -> Float32Array:
     return np.where(scales >= np.finfo(np.float32).tiny, scales, np.float32(1.0))
 
 
-def _split(layout: BlockScaled | PageScaled, values: Floats) -> tuple[Float32Array, Float32Array]:
+def _split(layout: _InBlocks, values: Floats) -> tuple[Float32Array, Float32Array]:
     width = layout.latent_dim + layout.rope_dim
     if values.ndim == 0 or values.shape[-1] != width:
         raise InvalidArgumentError("values", f"{width} as the last axis for {layout.name}", str(list(values.shape)))
@@ -241,7 +242,7 @@ def _typed(stored: Bytes, dtype: np.dtype[Any]) -> Float32Array:
     return np.ascontiguousarray(stored).view(dtype).astype(np.float32)
 
 
-def _require_widths(layout: BlockScaled | PageScaled, latent_dim: int, rope_dim: int) -> None:
+def _require_widths(layout: _InBlocks, latent_dim: int, rope_dim: int) -> None:
     if not layout.supports(latent_dim, rope_dim):
         expected = f"{layout.latent_dim}+{layout.rope_dim} for {layout.name}"
         raise InvalidArgumentError("latent_dim+rope_dim", expected, f"{latent_dim}+{rope_dim}")

@@ -128,7 +128,6 @@ def launch_kernel(
     shared_memory: int,
     stream: int,
     arguments: tuple[Any, ...],
-    programmatic: bool = False,
 ) -> None:
-    """Queue one launch of a `jit.LoadedKernel`; see `Launch` for the parameters."""
-    Launch(loaded, grid, block, shared_memory, arguments, programmatic)(stream)
+    """Queue one ordinary launch of a `jit.LoadedKernel`; see `Launch` for the parameters."""
+    Launch(loaded, grid, block, shared_memory, arguments)(stream)

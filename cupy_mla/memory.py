@@ -20,7 +20,6 @@ from .kv_layouts import BF16
 from .presets import GROUPED_PRESETS, PRESETS, GroupedPreset, ModelPreset
 
 GQA_HEADS = 8  # KV heads of the usual grouped-query model, for models "as if" they had it
-BITS_PER_BYTE = 8
 BF16_BITS, FP8_BITS = 16, 8
 # DeepSeek-V2 (arXiv:2405.04434), section 3.2.3: the cache that was deployed, values quantised to 6 bits on average.
 DEPLOYED_BITS = 6

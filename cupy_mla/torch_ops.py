@@ -1,8 +1,8 @@
 """Operators for torch.compile: ``torch.ops.cupy_mla.*``, registered when this module is imported.
 
 They do what the functions of the package do, for CUDA and CPU tensors, and tell torch.compile what comes out. They are
-registered with ``torch.library.Library`` and not as ``custom_op``, which would add several times the dispatcher's own
-time to every call.
+registered with ``torch.library.Library`` and not as ``custom_op``: a function is called as it is, without a layer of
+Python that handles its arguments first.
 
 A plan is a tensor here: a compiled program can hold tensors across its parts, and a Python object cannot be in it. See
 `cupy_mla.plan_arrays`.

@@ -17,7 +17,6 @@ from cupy_mla.kv_layouts import BF16, DENSE_LAYOUTS
 from cupy_mla.problem import check_output, describe_decode, validate_values
 
 BASE = 1 << 30
-ARRAYS = ("q", "kv_cache", "block_table", "cache_seqlens")
 
 
 @dataclass
