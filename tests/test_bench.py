@@ -1,11 +1,10 @@
-"""The benchmark without a GPU: grids, inputs, the protocol with fake timers, results, the command and the suites."""
+"""The benchmark without a GPU: grids, inputs, the protocol with fake timers, results."""
 
 from __future__ import annotations
 
 import csv
 import json
 import math
-import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -14,7 +13,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-from click.testing import CliRunner, Result
 
 from cupy_mla import accuracy, device
 from cupy_mla import bench as package
@@ -38,12 +36,9 @@ from cupy_mla.bench.ceilings import published_ceilings
 from cupy_mla.bench.inputs import Inputs, NumpyLibrary, TorchLibrary
 from cupy_mla.bench.ours import OurSide
 from cupy_mla.cases import Work, build_case
-from cupy_mla.cli import main
-from cupy_mla.commands import bench as command
 from cupy_mla.errors import InvalidArgumentError, UnsupportedDeviceError
 from cupy_mla.lengths import mid_decode_lengths, read_lengths, shipped_lengths
 
-SCRIPTS = Path(__file__).resolve().parent.parent / "scripts"
 SMALL = BenchCase(2, 70, 4)
 LIBRARY = NumpyLibrary()
 
@@ -622,228 +617,3 @@ def test_results_are_a_table_in_a_notebook() -> None:
 
 def test_the_packages_names_are_there() -> None:
     assert all(hasattr(package, name) for name in package.__all__)
-
-
-# --- the command
-
-
-def bench(*arguments: str) -> Result:
-    result = CliRunner().invoke(main, ["bench", "--backend", "numpy", *arguments])
-    if result.exception is not None and not isinstance(result.exception, SystemExit):
-        raise result.exception
-    return result
-
-
-TINY = ("--batch", "1", "--length", "64,100", "--heads", "2")
-
-
-def test_bench_runs_its_default_grid_on_a_cpu(tmp_path: Path) -> None:
-    path = tmp_path / "results.json"
-    result = bench("--json", str(path))
-    assert result.exit_code == 0
-    rows = load_results(path).rows
-    assert len(rows) == len(grid.CPU_BATCHES) * len(grid.CPU_LENGTHS) * len(grid.CPU_HEADS)
-    for row in rows:
-        assert row.name in result.output
-
-
-def test_bench_takes_lists_and_writes_files(tmp_path: Path) -> None:
-    first, second, table = tmp_path / "1.json", tmp_path / "2.json", tmp_path / "2.csv"
-    arguments = (*TINY, "--layout", "packed,split", "--layout", "strided", "--dtype", "float16", "--causal")
-    assert bench(*arguments, "--json", str(first)).exit_code == 0
-    result = bench(*arguments, "--json", str(second), "--csv", str(table), "--compare", str(first), "--sustained")
-    assert result.exit_code == 0
-    results = load_results(second)
-    assert {row.case.layout for row in results.rows} == set(grid.LAYOUTS)
-    assert results.metadata["command"].startswith("cupy-mla bench --batch 1 --length 64,100 --heads 2 --dtype float16")
-    assert all(row.ours.sustained_us for row in results.rows)
-    assert "our time, before (20" in result.output
-    assert "The earlier run" not in result.output
-    elsewhere = json.loads(first.read_text())
-    elsewhere["metadata"]["device"] = "another computer"
-    first.write_text(json.dumps(elsewhere))
-    assert "The earlier run was on another computer with numpy" in bench(*TINY, "--compare", str(first)).output
-    assert len(table.read_text().splitlines()) == 1 + len(results.rows)
-
-
-def test_bench_times_what_is_named_twice_once(tmp_path: Path) -> None:
-    path = tmp_path / "results.json"
-    assert (
-        bench("--batch", "1,1", "--batch", "1", "--length", "64,64", "--heads", "2", "--json", str(path)).exit_code == 0
-    )
-    assert [row.name for row in load_results(path).rows] == ["b1_k64_h2_q1"]
-
-
-def test_bench_takes_presets_and_traces(tmp_path: Path) -> None:
-    path = tmp_path / "results.json"
-    assert bench("--batch", "1", "--tp", "64,128", "--trace", "2", "--json", str(path)).exit_code == 0
-    assert [row.name for row in load_results(path).rows] == [
-        "b1_trace0_h2_q1",
-        "b1_trace0_h1_q1",
-        "b1_trace1_h2_q1",
-        "b1_trace1_h1_q1",
-    ]
-
-
-def test_bench_exits_with_1_when_ours_is_wrong(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(accuracy.OUT_BOUNDS, "bfloat16", 1e-9)
-    result = bench(*TINY)
-    assert result.exit_code == 1
-    assert "relative error" in result.output
-
-
-def test_bench_draws(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    def write_plots(results: Results, folder: Path) -> list[Path]:
-        assert len(results.rows) == 2
-        return [folder / "roofline.png"]
-
-    monkeypatch.setitem(sys.modules, "cupy_mla.bench.plots", SimpleNamespace(write_plots=write_plots))
-    monkeypatch.setattr("cupy_mla.drawing.make_figure", lambda width, height: None)  # as if matplotlib was there
-    result = bench(*TINY, "--plot", str(tmp_path))
-    assert result.exit_code == 0
-    assert f"wrote {tmp_path / 'roofline.png'}" in result.output
-
-
-def test_bench_without_matplotlib_does_not_start(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
-    result = bench(*TINY, "--plot", str(tmp_path / "pictures"), "--json", str(tmp_path / "results.json"))
-    assert result.exit_code == 3
-    assert result.stderr.strip().endswith('drawing pictures needs matplotlib: pip install "cupy-mla[plot]"')
-    assert not list(tmp_path.iterdir())
-
-
-@pytest.mark.parametrize(
-    ("arguments", "words"),
-    [
-        (["--batch", "0"], ["--batch"]),
-        (["--batch", "1,x"], ["--batch", "x"]),
-        (["--layout", "scattered"], ["--layout"]),
-        (["--heads", "4", "--tp", "2"], ["--heads", "--preset or --tp"]),
-        (["--tp", "3"], ["tp", "divisor of the 128 heads"]),
-        (["--split", "100", *TINY], ["fixed_split_tokens", "multiple of 64"]),
-        (["--peer", "flashy", *TINY], ["peer", "flashy"]),
-        (["--compare", "nowhere.json"], ["results", "nowhere.json"]),
-        (["--json", "no/such/folder/results.json"], ["json", "folder that exists"]),
-        (["--limit", "0"], ["--limit"]),
-        (["--peers-path", "nowhere"], ["peers_path", "folder"]),
-        (["--json", "."], ["--json", "is a directory"]),
-        (["--csv", "."], ["--csv", "is a directory"]),
-        (["--batch", "5000", "--trace", "1"], ["batch", "1 to 1024"]),
-    ],
-)
-def test_bench_names_the_wrong_argument(arguments: list[str], words: list[str]) -> None:
-    result = bench(*arguments)
-    assert result.exit_code == 2
-    message = result.stderr.strip().splitlines()[-1]
-    assert message.startswith("Error: ")
-    for word in words:
-        assert word in message
-
-
-def test_what_the_command_repeats_is_what_the_benchmark_has() -> None:
-    """They are repeated so that the command line starts without the benchmark."""
-    assert command._LAYOUTS == grid.LAYOUTS
-    assert command.DEFAULT_LIMIT_SECONDS == run.DEFAULT_LIMIT_SECONDS
-    script = "import sys, cupy_mla.cli; sys.exit('cupy_mla.bench' in sys.modules)"
-    subprocess.run([sys.executable, "-c", script], check=True)
-
-
-# --- the suites of scripts/tune.py
-
-
-@pytest.fixture
-def suites(monkeypatch: pytest.MonkeyPatch) -> Any:
-    monkeypatch.syspath_prepend(str(SCRIPTS))
-    import tune_suites
-
-    return tune_suites
-
-
-def cases_of(suites: Any, name: str) -> list[BenchCase]:
-    return [
-        case
-        for group in suites.SUITES[name].groups()
-        for case in ([group] if isinstance(group, BenchCase) else list(group))
-    ]
-
-
-def columns_of(suites: Any, name: str, results: Results) -> dict[str, list[str]]:
-    return {column.title: [column.text(row) for row in results.rows] for column in suites.SUITES[name].columns(results)}
-
-
-def test_targets_are_judged_by_the_fastest_peer_or_the_figure_on_file(suites: Any) -> None:
-    cases = cases_of(suites, "targets")
-    assert len(cases) == 20
-    peers = {"flash_mla": Measurement(us=300.0), "fa3": Measurement(us=250.0)}
-    rows = [Row(cases[0], ours=Measurement(us=200.0), peers=peers), Row(cases[1], ours=Measurement(us=290.5))]
-    columns = columns_of(suites, "targets", Results({}, None, rows))
-    assert columns["fastest peer"] == ["fa3", "(on file)"]
-    assert columns["ratio to fastest"] == ["1.250", "1.000"]
-    assert columns["met"] == ["yes", "NO"]
-
-
-def test_traces_are_judged_by_throughput(suites: Any) -> None:
-    cases = cases_of(suites, "traces")
-    assert len(cases) == 2 * suites.TRACE_DRAWS * len(suites.TRACE_HEADS)
-    trace, equal = cases[:2]
-    assert equal.kv_lengths.sum() == pytest.approx(trace.kv_lengths.sum(), rel=1e-3)
-    for us, verdict in ((100.0, "yes"), (110.0, "NO")):
-        peers = {"flash_mla": Measurement(us=150.0)}
-        rows = [Row(trace, ours=Measurement(us=us), peers=peers), Row(equal, ours=Measurement(us=99.0))]
-        assert columns_of(suites, "traces", Results({}, None, rows))["met"] == [verdict, "-"]
-
-
-def test_variants_are_judged_by_the_plain_case_of_their_group(suites: Any) -> None:
-    groups = suites.SUITES["parity"].groups()
-    rows = [Row(case, ours=Measurement(us=100.0 + number)) for number, group in enumerate(groups) for case in group]
-    columns = columns_of(suites, "parity", Results({}, None, rows))
-    judged = [text for text in columns["times plain"] if text != "-"]
-    assert len(judged) == sum(len(group) for group in suites.parity_variants())
-    assert set(judged) == {"1.000"}  # the same plain case has other times in other groups
-    for variants in suites.parity_variants():
-        for variant in variants:
-            if variant.limit == suites.VARIANT_LIMIT and not variant.case.causal:
-                assert variant.case.work == variant.plain.work
-    plain, slow = rows[0], next(row for row in rows if row.case.dtype == "float16")
-    slow.ours.us = 1.03 * plain.ours.us
-    assert columns_of(suites, "parity", Results({}, None, rows))["met"].count("NO") == 1
-
-
-def test_the_scaling_curve_leaves_out_what_does_not_fit(suites: Any) -> None:
-    cases = cases_of(suites, "scaling")
-    longest = {batch: max(int(case.kv_lengths[0]) for case in cases if case.batch == batch) for batch in (1, 8, 64)}
-    assert longest == {1: 1 << 20, 8: 1 << 20, 64: 1 << 18}
-    assert {case.batch for case in cases} == {1, 8, 64}
-    assert min(int(case.kv_lengths[0]) for case in cases) == 64
-
-
-def test_tune_measures_saves_and_prints_again(tmp_path: Path) -> None:
-    def tune(*arguments: str) -> str:
-        command = [sys.executable, str(SCRIPTS / "tune.py"), *arguments]
-        return subprocess.run(command, check=True, capture_output=True, text=True).stdout
-
-    folder = str(tmp_path / "new" / "folder")
-    selection = ("scaling", "--cases", "b1_k128_h16")
-    output = tune(*selection, "--backend", "numpy", "--peer", "", "--save", folder)
-    assert "scaling 1/1 b1_k128_h16_q1" in output
-    assert "scaling: 1 cases, 0 failed" in output
-    assert (
-        load_results(tmp_path / "new" / "folder" / "tune_scaling.json").metadata["command"] == "scripts/tune.py scaling"
-    )
-    assert "b1_k128_h16_q1" in tune("scaling", "--load", folder)
-
-
-@pytest.mark.parametrize(
-    ("arguments", "words"),
-    [
-        (["--peer", "flashy", "--backend", "numpy"], "peer: expected one of flash_mla"),
-        (["--load", "nowhere"], "results: expected a file that can be read"),
-        (["--cases", "zzz", "--peer", "", "--backend", "numpy"], "no case has 'zzz' in its name"),
-    ],
-)
-def test_tune_names_the_wrong_argument(arguments: list[str], words: str) -> None:
-    command = [sys.executable, str(SCRIPTS / "tune.py"), "scaling", *arguments]
-    result = subprocess.run(command, capture_output=True, text=True)
-    assert result.returncode == 2
-    assert words in result.stderr
-    assert "Traceback" not in result.stderr
