@@ -22,7 +22,7 @@ from cupy_mla import InvalidArgumentError
 from cupy_mla.bench.grid import BenchCase
 from cupy_mla.bench.peers import PEER_NAMES, add_peers_path, available_peers
 from cupy_mla.bench.peers.base import Peer, import_first, installed_version
-from cupy_mla.bench.peers.fa3 import PackagePeer, VllmPeer, _load_loose_library, load
+from cupy_mla.bench.peers.fa3 import PackagePeer, VllmPeer, load
 from cupy_mla.bench.peers.flash_mla import FlashMlaPeer
 from cupy_mla.bench.peers.flashinfer import FlashInferPeer
 from cupy_mla.bench.peers.torch_sdpa import TorchPeer
@@ -466,6 +466,7 @@ def torch_stand_in(cuda: bool) -> Any:
     torch = ModuleType("torch")
     torch.__version__ = "0.0"
     torch.cuda = SimpleNamespace(is_available=lambda: cuda)
+    torch.ops = SimpleNamespace()
     return torch
 
 
@@ -474,9 +475,15 @@ def test_without_a_gpu_no_peer_is_there(monkeypatch: pytest.MonkeyPatch) -> None
     assert set(available_peers().values()) == {"needs a CUDA device that torch sees"}
 
 
+def forget_modules(monkeypatch: pytest.MonkeyPatch, package: str) -> None:
+    for module in [name for name in sys.modules if name.partition(".")[0] == package]:
+        monkeypatch.delitem(sys.modules, module)
+
+
 def test_missing_packages_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "torch", torch_stand_in(cuda=True))
     for package in ALL_PACKAGES:
+        forget_modules(monkeypatch, package)
         monkeypatch.setitem(sys.modules, package, None)
     monkeypatch.setattr(sys, "path", [])
     peers = available_peers()
@@ -498,8 +505,7 @@ def test_missing_packages_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
 def peers_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     """An empty folder that `add_peers_path` has put first; afterwards all is as before."""
     for package in ALL_PACKAGES:
-        for module in [name for name in sys.modules if name.partition(".")[0] == package]:
-            monkeypatch.delitem(sys.modules, module)
+        forget_modules(monkeypatch, package)
     monkeypatch.setattr(sys, "path", list(sys.path))
     add_peers_path(tmp_path)
     yield tmp_path
@@ -545,8 +551,9 @@ def test_a_loose_fa3_library_is_loaded(peers_folder: Path, monkeypatch: pytest.M
 
     def load_library(path: str) -> None:
         loaded.append(Path(path).read_bytes())
+        torch.ops._vllm_fa3_C = SimpleNamespace(fwd=None)
 
-    torch.ops = SimpleNamespace(load_library=load_library, _vllm_fa3_C="operators")
+    torch.ops.load_library = load_library
     monkeypatch.setitem(sys.modules, "torch", torch)
     for package in ("flash_attn_interface", "vllm"):
         monkeypatch.setitem(sys.modules, package, None)
@@ -555,12 +562,8 @@ def test_a_loose_fa3_library_is_loaded(peers_folder: Path, monkeypatch: pytest.M
         path.with_name(f"{path.name}.xz").write_bytes(lzma.compress(content))
     else:
         path.write_bytes(content)
-    _load_loose_library.cache_clear()
-    try:
-        for _ in range(2):  # a second copy would register its operators again, which ends the process
-            assert isinstance(load(), VllmPeer)
-    finally:
-        _load_loose_library.cache_clear()
+    for _ in range(2):  # a second copy would register its operators again, which ends the process
+        assert isinstance(load(), VllmPeer)
     assert loaded == [content]
 
 

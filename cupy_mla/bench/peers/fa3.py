@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import importlib
 import lzma
 import shutil
@@ -28,6 +27,7 @@ from .base import (
 _OWN_MODULE = "flash_attn_interface"
 _VLLM_MODULE = "vllm.vllm_flash_attn._vllm_fa3_C"
 _VLLM_LIBRARY = "_vllm_fa3_C"
+_VLLM_OPERATOR = "fwd"  # one of those in it
 _VLLM_FILE = "_vllm_fa3_C.abi3.so"
 # With a latent part its kernel wants the rope part 64 wide; it is compiled for values of these widths.
 _ROPE_DIM = 64
@@ -215,7 +215,6 @@ def load() -> Fa3Peer:
     raise ImportError("; ".join(reasons))
 
 
-@functools.cache
 def _load_loose_library() -> None:
     """Load the first loose file of vLLM's extension on ``sys.path``; a packed one is unpacked for the while.
 
@@ -223,6 +222,8 @@ def _load_loose_library() -> None:
     """
     import torch
 
+    if hasattr(getattr(torch.ops, _VLLM_LIBRARY, None), _VLLM_OPERATOR):
+        return
     for folder in map(Path, sys.path):
         library = folder / _VLLM_FILE
         packed = library.with_name(f"{_VLLM_FILE}.xz")
