@@ -35,6 +35,8 @@ class Launch:
         referenced, not copied.
     programmatic : bool
         The kernel may start before the one ahead of it in the stream has ended; it waits by itself (griddepcontrol).
+    cluster : int
+        CTAs along x that start together on neighbouring SMs; 1: each where there is room.
 
     Attributes
     ----------
@@ -63,20 +65,28 @@ class Launch:
         shared_memory: int,
         arguments: tuple[Any, ...],
         programmatic: bool = False,
+        cluster: int = 1,
     ) -> None:
         cuda = driver()
         config = cuda.CUlaunchConfig()
         config.gridDimX, config.gridDimY, config.gridDimZ = grid
         config.blockDimX, config.blockDimY, config.blockDimZ = block
         config.sharedMemBytes = shared_memory
+        attributes = []
         if programmatic:
             attribute = cuda.CUlaunchAttribute()
             attribute.id = cuda.CUlaunchAttributeID.CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
             attribute.value.programmaticStreamSerializationAllowed = 1
-            config.attrs = [attribute]
-            config.numAttrs = 1
-        else:
-            config.numAttrs = 0
+            attributes.append(attribute)
+        if cluster > 1:
+            attribute = cuda.CUlaunchAttribute()
+            attribute.id = cuda.CUlaunchAttributeID.CU_LAUNCH_ATTRIBUTE_CLUSTER_DIMENSION
+            dimension = attribute.value.clusterDim
+            dimension.x, dimension.y, dimension.z = cluster, 1, 1
+            attributes.append(attribute)
+        if attributes:
+            config.attrs = attributes
+        config.numAttrs = len(attributes)
         self._launch = cuda.cuLaunchKernelEx
         self._config = config
         self._function = cuda.CUfunction(kernel.handle)

@@ -64,6 +64,7 @@ class Launched:
     grid: tuple[int, int, int]
     stream: int
     programmatic: bool
+    cluster: tuple[int, int, int]
 
 
 @dataclass
@@ -103,7 +104,21 @@ class FakeGpu:
             for address, dtype in zip(addresses, ARGUMENTS[kind], strict=True)
         )
         grid = (config.gridDimX, config.gridDimY, config.gridDimZ)
-        self.launches.append(Launched(kind, arguments, grid, config.hStream, config.numAttrs == 1))
+        attributes = {attribute.id: attribute.value for attribute in getattr(config, "attrs", [])[: config.numAttrs]}
+        programmatic = attributes.get("CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION")
+        dimension = attributes.get("CU_LAUNCH_ATTRIBUTE_CLUSTER_DIMENSION")
+        self.launches.append(
+            Launched(
+                kind,
+                arguments,
+                grid,
+                config.hStream,
+                programmatic is not None and programmatic.programmaticStreamSerializationAllowed == 1,
+                (1, 1, 1)
+                if dimension is None
+                else (dimension.clusterDim.x, dimension.clusterDim.y, dimension.clusterDim.z),
+            )
+        )
         return (0,)
 
     def encode(self, data_type: str, rank: int, pointer: int, *description: Any) -> tuple[int, Any]:
@@ -130,7 +145,7 @@ def fake_gpu(patch: pytest.MonkeyPatch) -> FakeGpu:
     config: Callable[[], Any] = SimpleNamespace
     fake_driver = SimpleNamespace(
         CUlaunchConfig=config,
-        CUlaunchAttribute=lambda: SimpleNamespace(value=SimpleNamespace()),
+        CUlaunchAttribute=lambda: SimpleNamespace(value=SimpleNamespace(clusterDim=SimpleNamespace())),
         CUlaunchAttributeID=_Names(),
         CUtensorMapDataType=_Names(),
         CUtensorMapInterleave=_Names(),

@@ -146,6 +146,15 @@ def test_arguments_of_the_kernels(gpu: FakeGpu, make: Callable[[FakeGpu], Arrays
         assert len(known_calls._known) == 1, round_number
 
 
+@pytest.mark.parametrize(("heads", "blocks", "cluster"), [(16, 1, 1), (48, 3, 1), (96, 6, 2)])
+def test_ctas_of_a_job_start_in_pairs(gpu: FakeGpu, heads: int, blocks: int, cluster: int) -> None:
+    mla_decode(**packed(gpu, heads=heads))
+    _, decode, combine = gpu.take()
+    assert decode.grid[0] == blocks
+    assert decode.cluster == (cluster, 1, 1)
+    assert combine.cluster == (1, 1, 1)
+
+
 @KINDS
 def test_a_plan_and_given_outputs_allocate_nothing(gpu: FakeGpu, make: Callable[[FakeGpu], Arrays]) -> None:
     arrays = make(gpu)

@@ -51,6 +51,15 @@ def test_what_is_written_in_place_holds_for_the_next_launch(gpu: FakeGpu) -> Non
     assert launched.arguments[1].tobytes() == other_map.tobytes()
 
 
+def test_a_cluster_is_asked_for(gpu: FakeGpu) -> None:
+    kernel = SimpleNamespace(handle=1, device_id=3)
+    maps, params = np.zeros(1, TENSOR_MAP), np.zeros(1, DECODE_PARAMS)
+    for programmatic in (False, True):
+        Launch(kernel, (4, 3, 1), (64, 1, 1), 0, (maps, maps, params), programmatic, cluster=2)(7)
+        [launched] = gpu.take()
+        assert (launched.cluster, launched.programmatic) == ((2, 1, 1), programmatic)
+
+
 def test_a_refused_launch_is_an_error(gpu: FakeGpu, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(driver._driver, "cuLaunchKernelEx", lambda *arguments: (INVALID_VALUE,))
     with pytest.raises(DriverError) as caught:
