@@ -9,7 +9,7 @@ from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass
 
 from .cache_ops import APPEND_SOURCE
-from .configs import DTYPE_TAGS, standard_configs
+from .configs import standard_configs
 from .errors import CompilationError, InvalidArgumentError
 from .jit import compiler
 from .jit.module import get_cubin
@@ -65,7 +65,11 @@ def all_kernels() -> list[NamedKernel]:
     decode = [
         NamedKernel(config.name, config.source(), config.threads, config.shared_memory) for config in standard_configs()
     ]
-    combine = [NamedKernel(f"combine_{dtype}", combine_source(dtype)) for dtype in DTYPE_TAGS]
+    sources = {
+        f"combine_{config.dtype}" + ("_float" if config.float_partials else ""): combine_source(config)
+        for config in standard_configs()
+    }
+    combine = [NamedKernel(name, source) for name, source in sources.items()]
     merge = [
         NamedKernel(f"merge_states_{dtype}", merge_states_source(dtype), MERGE_STATES_THREADS)
         for dtype in _MERGE_STATES_DTYPES

@@ -40,7 +40,11 @@ _BARRIER_BYTES = 8
 
 _NARROW_COST = CostModel()
 _WIDE_COST = CostModel(piece_overhead=4 * TILE_COST, split_overhead=5 * TILE_COST)
-_COMBINE_THREADS = {("narrow", 16): 256, ("narrow", 32): 256, ("wide", WIDE_ROWS): 640}
+# Partial results of so few rows are float32: no more bytes than 16 bits are for twice the rows. For 16 rows they would
+# cost 0.7 to 2.3 us of 8 to 45 (1 x 4096 to 1 x 131072 tokens).
+FLOAT_PARTIAL_ROWS = 4
+_NARROW_COMBINE_THREADS, _WIDE_COMBINE_THREADS = 256, 640
+_FLOAT_COMBINE_REGISTERS, _COMBINE_REGISTERS = 80, 96
 
 DTYPE_TAGS = {"bfloat16": "Bf16", "float16": "Fp16"}
 
@@ -63,6 +67,8 @@ class KernelConfig:
         Tokens per page.
     causal : bool
         Whether the mask of speculative decoding is compiled in.
+    float_partials : bool
+        Whether partial results are float32, not of ``dtype``: decode/config.h says why.
     """
 
     kernel: str
@@ -72,12 +78,13 @@ class KernelConfig:
     dtype: str
     page_size: int
     causal: bool
+    float_partials: bool = False
 
     @property
     def name(self) -> str:
         """A short unique name, e.g. ``wide64_bfloat16_512+64_page64``."""
-        causal = "_causal" if self.causal else ""
-        return f"{self.kernel}{self.rows}_{self.dtype}_{self.latent_dim}+{self.rope_dim}_page{self.page_size}{causal}"
+        suffix = ("_causal" if self.causal else "") + ("_float" if self.float_partials else "")
+        return f"{self.kernel}{self.rows}_{self.dtype}_{self.latent_dim}+{self.rope_dim}_page{self.page_size}{suffix}"
 
     @property
     def threads(self) -> int:
@@ -85,14 +92,25 @@ class KernelConfig:
         return _WIDE_THREADS if self.kernel == "wide" else _NARROW_THREADS
 
     @property
+    def partial_dtype(self) -> str:
+        """Type of partial results."""
+        return "float32" if self.float_partials else self.dtype
+
+    @property
     def combine_threads(self) -> int:
-        """Threads of a CTA of the merge, at most 96 registers each, as a CTA of this kernel leaves room for.
+        """Threads of a CTA of the merge.
 
         An SM has four register files of 16,384. One of them holds two of the 16-row kernel's five warps, 144 registers
         a thread, and has room for two warps more: 384 threads do not fit, and cost 0.9 us at 1 x 4096 x 16 heads. The
         other kernels leave no room; after the wide one, whose merges are the largest, 640 threads fill the SM.
         """
-        return _COMBINE_THREADS[self.kernel, self.rows]
+        return _WIDE_COMBINE_THREADS if self.kernel == "wide" else _NARROW_COMBINE_THREADS
+
+    @property
+    def combine_registers(self) -> int:
+        """Most registers of a thread of the merge, as a CTA of the 16-row kernel leaves room for: with float32 partial
+        results it takes 176. Fewer would be spilled."""
+        return _FLOAT_COMBINE_REGISTERS if self.float_partials else _COMBINE_REGISTERS
 
     @property
     def cost(self) -> CostModel:
@@ -151,6 +169,7 @@ class KernelConfig:
                 ("MLA_PAGE_SIZE", str(self.page_size)),
                 ("MLA_CAUSAL", str(int(self.causal))),
                 ("MLA_ROWS", str(self.rows)),
+                ("MLA_FLOAT_PARTIALS", str(int(self.float_partials))),
                 ("MLA_SHARED_BYTES", str(self.shared_memory)),
             ),
         )
@@ -198,6 +217,7 @@ def choose_config(
         dtype=problem.dtype,
         page_size=problem.page_size,
         causal=problem.causal and problem.seqlen_q > 1,
+        float_partials=kernel[1] == NARROW_ROWS[0] and rows <= FLOAT_PARTIAL_ROWS,
     )
 
 
@@ -241,10 +261,11 @@ STANDARD_PAGE_SIZES = (16, 32, 64, 128)
 
 def standard_configs() -> list[KernelConfig]:
     """The configurations that `cupy-mla compile` prepares ahead of time and the tests compile."""
-    kernels = [("wide", WIDE_ROWS), *(("narrow", rows) for rows in NARROW_ROWS)]
+    few, more = NARROW_ROWS
+    kernels = [("wide", WIDE_ROWS, False), ("narrow", few, False), ("narrow", few, True), ("narrow", more, False)]
     return [
-        KernelConfig(kernel, rows, latent, rope, dtype, page_size, causal)
-        for (kernel, rows), (latent, rope), dtype, page_size, causal in itertools.product(
+        KernelConfig(kernel, rows, latent, rope, dtype, page_size, causal, float_partials)
+        for (kernel, rows, float_partials), (latent, rope), dtype, page_size, causal in itertools.product(
             kernels, STANDARD_DIMS, DTYPE_TAGS, STANDARD_PAGE_SIZES, (False, True)
         )
     ]

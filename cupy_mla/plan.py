@@ -8,7 +8,17 @@ from typing import Any
 
 import numpy as np
 
-from .arrays import CUDA, ArrayView, check_stream, current_stream, empty_like, keep_imported, pointer_of, view
+from .arrays import (
+    CUDA,
+    ITEM_SIZES,
+    ArrayView,
+    check_stream,
+    current_stream,
+    empty_like,
+    keep_imported,
+    pointer_of,
+    view,
+)
 from .configs import KernelConfig, choose_config
 from .device import describe_device
 from .errors import InvalidArgumentError, PlanMismatchError
@@ -20,7 +30,6 @@ from .problem import DecodeInputs, DecodeProblem, as_integer
 from .schedule import ScheduleShape, ceil_div, check_fixed_split, choose_parts
 
 _PARTIAL_ALIGNMENT = 256  # bytes; sections of the workspace
-_ELEMENT_BYTES = 2
 _WORD_BYTES = 4  # int32 of the plan, float32 of the lse
 _BLUEPRINTS_KEPT = 1024  # ragged batches may bring a new one every step
 
@@ -103,7 +112,7 @@ class Blueprint:
         self.merges_offset = layout.merges_offset
         rows = self.shape.max_slots * self.shape.rows_per_job
         self.plan_bytes = _section(layout.total_ints * _WORD_BYTES)
-        self.partial_out_bytes = _section(rows * problem.head_dim_v * _ELEMENT_BYTES)
+        self.partial_out_bytes = _section(rows * problem.head_dim_v * ITEM_SIZES[self.config.partial_dtype])
         self.partial_lse_bytes = _section(rows * _WORD_BYTES)
         self._lock = threading.Lock()
         self._pointers = np.zeros(3, np.uint64)  # cache_seqlens, cu_seqlens_q, plan
@@ -121,7 +130,7 @@ class Blueprint:
     @functools.cached_property
     def combine_kernel(self) -> LoadedKernel | None:
         """The kernel that merges partial results; None when no schedule of this shape has any."""
-        return load(combine_source(self.problem.dtype), self.location[1]) if self.shape.max_merges > 0 else None
+        return load(combine_source(self.config), self.location[1]) if self.shape.max_merges > 0 else None
 
     @functools.cached_property
     def _planner(self) -> Launch:

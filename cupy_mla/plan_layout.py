@@ -140,9 +140,14 @@ class Geometry:
     shared_memory: int = 0
 
 
-def combine_source(dtype: str) -> KernelSource:
-    """The kernel that merges partial results of a plan, for "bfloat16" or "float16"."""
-    return KernelSource("combine/combine.cu", "mla_combine", (("MLA_DTYPE", DTYPE_TAGS[dtype]),))
+def combine_source(config: configs.KernelConfig) -> KernelSource:
+    """The kernel that merges partial results of a plan whose decode kernel is this one."""
+    defines = (
+        ("MLA_DTYPE", DTYPE_TAGS[config.dtype]),
+        ("MLA_PARTIAL", DTYPE_TAGS[config.partial_dtype]),
+        ("MLA_REGISTERS", str(config.combine_registers)),
+    )
+    return KernelSource("combine/combine.cu", "mla_combine", defines)
 
 
 def merge_states_source(dtype: str) -> KernelSource:

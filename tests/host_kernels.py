@@ -78,9 +78,9 @@ def run_plan(
     return read_plan(plan[:total], shape)
 
 
-def run_combine(params: np.ndarray, grid: int, block: int) -> None:
-    """mla_combine for bf16."""
-    library().host_combine(_address(params), grid, block)
+def run_combine(tag: str, params: np.ndarray, grid: int, block: int) -> None:
+    """mla_combine for bf16, with partial results of a type."""
+    library(tag).host_combine(_address(params), grid, block)
 
 
 def run_merge_states(tag: str, params: np.ndarray, grid: int, block: int = MERGE_STATES_THREADS) -> None:

@@ -59,6 +59,27 @@ def test_small_batches_of_many_heads_spread_over_more_ctas() -> None:
     assert name(choose_config(problem(64, 64, 128), NUM_SMS)) == "wide64"  # an item each, nothing to cut
 
 
+@pytest.mark.parametrize(
+    ("heads", "changes", "split", "expected"),
+    [
+        (4, {}, None, True),
+        (2, {"seqlen_q": 2, "total_q": 16}, None, True),
+        (5, {}, None, False),
+        (2, {"seqlen_q": 3, "total_q": 24}, None, False),
+        (128, {}, None, False),
+        (4, {}, 256, True),
+        (4, {"ragged": True, "seqlen_q": 4, "total_q": 9}, 256, True),  # the other requests do not decide
+        (5, {"ragged": True, "seqlen_q": 4, "total_q": 9}, 256, False),
+    ],
+)
+def test_partial_results_of_four_rows_and_fewer_are_float32(
+    heads: int, changes: dict[str, Any], split: int | None, expected: bool
+) -> None:
+    config = choose_config(problem(8, 1024, heads, **changes), NUM_SMS, None, split)
+    assert config.float_partials == expected
+    assert config.partial_dtype == ("float32" if expected else "bfloat16")
+
+
 def test_the_length_that_is_promised_counts() -> None:
     wide_table = problem(1, 131072, 128)
     assert name(choose_config(wide_table, NUM_SMS, max_seqlen_k=1024)) == "narrow16"

@@ -122,7 +122,8 @@ COMBINE_SHAPES = {
 
 @pytest.mark.parametrize("name", COMBINE_SHAPES)
 @pytest.mark.parametrize("out_padding", [0, 1])
-def test_combine(name: str, out_padding: int) -> None:
+@pytest.mark.parametrize("tag", TYPES)
+def test_combine(name: str, out_padding: int, tag: str) -> None:
     shape = dataclasses.replace(COMBINE_SHAPES[name], max_seqlen_k=4096)
     d_v = 8 * OCTET
     rng = np.random.default_rng(len(name))
@@ -134,7 +135,7 @@ def test_combine(name: str, out_padding: int) -> None:
     assert (len(plan.merges) == 0) == (name == "whole")
 
     # What the decode kernel leaves: rows past a request's end are never written, so they hold anything.
-    partial_out, partial_lse = random_states(rng, bf16, max(plan.num_slots, 1), shape.rows_per_job, d_v)
+    partial_out, partial_lse = random_states(rng, TYPES[tag][0], max(plan.num_slots, 1), shape.rows_per_job, d_v)
     tokens = shape.total_q if shape.ragged else shape.seqlen_q
     out_shape = (1 if shape.ragged else shape.batch, tokens, heads)
     wide_out = np.full((*out_shape, d_v + out_padding), 99, bf16)
@@ -163,7 +164,7 @@ def test_combine(name: str, out_padding: int) -> None:
     params["slot_rows"], params["rows"], params["group_heads"] = shape.rows_per_job, shape.rows, shape.group_heads
     params["d_v"], params["aligned"] = d_v, out_padding == 0
     params["empty_lse"] = np.inf
-    run_combine(params, 5, BLOCK)
+    run_combine(tag, params, 5, BLOCK)
     np.testing.assert_allclose(out.astype(np.float64), expected_out, 8e-3, 8e-3)
     expected_lse[np.isneginf(expected_lse)] = np.inf
     np.testing.assert_allclose(lse, expected_lse, 1e-6, 1e-6)

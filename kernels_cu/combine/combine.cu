@@ -7,8 +7,10 @@
 namespace mla {
 
 using Element = MLA_DTYPE;  // Bf16 or Fp16
+using Partial = MLA_PARTIAL;  // Fp32, or Element
 
-constexpr i32 kMaxRegisters = 96;  // of a thread: fewer would be spilled, more would not fit beside a decode kernel
+// As many as leave room for two warps in the quarter of an SM that holds two of the decode kernel's; cupy_mla/configs.py
+constexpr i32 kRegisters = MLA_REGISTERS;
 
 // One row of one merge item. Rows past the request's end do not exist: the decode kernel never wrote their partials.
 MLA_DEVICE void merge_row(const CombineParams& params, const MergeItem& item, const RowChunks& chunks, i32 row_in_slot,
@@ -16,14 +18,14 @@ MLA_DEVICE void merge_row(const CombineParams& params, const MergeItem& item, co
     const i32 row = first_row_block_of(item.head_block) * params.rows + row_in_slot;
     if (row >= item.seqlen_q * params.group_heads) return;
     const i64 first = static_cast<i64>(item.slot_begin) * params.slot_rows + row_in_slot;
-    const i64 row_bytes = static_cast<i64>(params.d_v) * Element::kBytes;
-    const RowStates states{reinterpret_cast<const u8*>(params.partial_out) + first * row_bytes,
+    const i64 row_bytes = static_cast<i64>(params.d_v) * Partial::kBytes;
+    const RowStates states{static_cast<const u8*>(params.partial_out) + first * row_bytes,
                            params.slot_rows * row_bytes,
                            params.partial_lse + first,
                            params.slot_rows,
                            item.slot_count,
                            true};
-    merge_chunk<Element>(states, chunks, chunk, params.d_v, lane, [&] {
+    merge_chunk<Partial, Element>(states, chunks, chunk, params.d_v, lane, [&] {
         const i32 token = row / params.group_heads;
         const i32 head = kv_head_of(item.head_block) * params.group_heads + row - token * params.group_heads;
         const i64 position = item.q_begin + token;
@@ -38,8 +40,9 @@ MLA_DEVICE void merge_row(const CombineParams& params, const MergeItem& item, co
 }  // namespace mla
 
 // grid: one CTA per SM; block: as many threads as the decode kernel leaves registers for (cupy_mla/configs.py), so that
-// this kernel is in place when that one ends; no dynamic shared memory. A task is a chunk of a row of a merge item.
-extern "C" __global__ void __maxnreg__(mla::kMaxRegisters)
+// this kernel is in place when that one ends; no dynamic shared memory.
+// A task is a chunk of a row of a merge item.
+extern "C" __global__ void __maxnreg__(mla::kRegisters)
 mla_combine(const __grid_constant__ mla::CombineParams params) {
     using namespace mla;
     const i32 lane = threadIdx.x % kWarpLanes;
@@ -48,7 +51,7 @@ mla_combine(const __grid_constant__ mla::CombineParams params) {
     const i32 num_merges = plan_header(params.plan)->num_merges;
     const MergeItem* const merges = plan_merges(params.plan, params.merges_offset);
     const u32 num_warps = gridDim.x * (blockDim.x / kWarpLanes);
-    const RowChunks chunks(static_cast<i64>(num_merges) * params.slot_rows, params.d_v, num_warps);
+    const RowChunks chunks(static_cast<i64>(num_merges) * params.slot_rows, params.d_v, num_warps, kSectorOctets<Partial>);
     const u32 tasks_of_item = params.slot_rows * chunks.chunks_of_row;
     const u32 num_tasks = num_merges * tasks_of_item;
     u32 task = warp * gridDim.x + blockIdx.x;  // few tasks spread over all SMs

@@ -13,10 +13,14 @@ namespace mla {
 
 constexpr i32 kOctet = 8;
 constexpr i32 kWarpLanes = 32;
-constexpr i32 kMaxGroups = 16;         // two lanes a group: 32 bytes of a state, one sector
-constexpr i32 kStatesPerLane = 8;      // more groups only when a lane would read more states than this
+constexpr i32 kSectorBytes = 32;  // the least that a read of memory moves
+template <typename T>
+constexpr i32 kSectorOctets = kSectorBytes / (kOctet * T::kBytes);
 
+template <typename T>
 MLA_DEVICE i32 state_groups(i32 num_states) {
+    constexpr i32 kMaxGroups = kWarpLanes / kSectorOctets<T>;
+    constexpr i32 kStatesPerLane = 16 / T::kBytes;  // more groups only when a lane would read more states than this
     i32 groups = 1;
     while (groups < kMaxGroups && groups * kStatesPerLane < num_states) groups *= 2;
     return groups;
@@ -189,9 +193,9 @@ struct PartialMerge {
 };
 
 // All lanes of the warp call this with the same row; lanes with the same lane % (32 / groups) name the same octets.
-// Every lane gets the merged octets of its columns and returns the row's lse.
-template <typename T, i32 kOctets>
-MLA_DEVICE f32 merge_octets(const RowStates& states, i32 lane, i32 groups, Octet<T> (&merged)[kOctets]) {
+// Every lane gets the merged octets of its columns, in type Out, and returns the row's lse.
+template <typename T, typename Out, i32 kOctets>
+MLA_DEVICE f32 merge_octets(const RowStates& states, i32 lane, i32 groups, Octet<Out> (&merged)[kOctets]) {
     // 128 bytes a lane in flight: enough to hide the latency, and within 96 registers.
     constexpr i32 kBatch = 16 / T::kBytes / kOctets;
     const i32 group_lanes = kWarpLanes / groups;
@@ -224,11 +228,10 @@ struct RowChunks {
     i32 octets_of_chunk;  // a power of two
     i32 chunks_of_row;
 
-    MLA_DEVICE RowChunks(i64 num_rows, i32 d_v, i64 num_warps) {
-        constexpr i32 kMinOctets = 2;          // one 32-byte sector of 16-bit values
+    MLA_DEVICE RowChunks(i64 num_rows, i32 d_v, i64 num_warps, i32 min_octets) {
         const i32 octets = d_v / kOctet;
         octets_of_chunk = 2 * kWarpLanes;
-        while (octets_of_chunk > kMinOctets && num_rows * ceil_div(octets, octets_of_chunk / 2) <= num_warps) {
+        while (octets_of_chunk > min_octets && num_rows * ceil_div(octets, octets_of_chunk / 2) <= num_warps) {
             octets_of_chunk /= 2;
         }
         chunks_of_row = ceil_div(octets, octets_of_chunk);
@@ -245,35 +248,36 @@ struct RowTarget {
 
 // Merges the octets first, first + 1, ... of a row (as many as kOctets times the lanes of a group; those from `end` on are
 // left out) and stores them; octet 0 comes with the lse.
-template <typename T, i32 kOctets, typename Target>
+template <typename T, typename Out, i32 kOctets, typename Target>
 MLA_DEVICE void merge_columns(RowStates states, i32 first, i32 end, i32 lane, i32 groups, Target& target) {
     constexpr i32 kOctetBytes = kOctet * T::kBytes;
+    constexpr i32 kOutBytes = kOctet * Out::kBytes;
     const i32 group_lanes = kWarpLanes / groups;
     const i32 octet = first + lane % group_lanes;
     const i32 loaded = min_i32(octet, end - 1);
     states.outs += loaded * kOctetBytes;
     states.second = (min_i32(octet + group_lanes, end - 1) - loaded) * kOctetBytes;
-    Octet<T> merged[kOctets];
-    const f32 lse = merge_octets<T, kOctets>(states, lane, groups, merged);
+    Octet<Out> merged[kOctets];
+    const f32 lse = merge_octets<T, Out, kOctets>(states, lane, groups, merged);
     if (octet >= end || lane >= group_lanes) return;
     const RowTarget place = target();
-    merged[0].store(place.out + octet * kOctetBytes, place.aligned);
+    merged[0].store(place.out + octet * kOutBytes, place.aligned);
     if (kOctets > 1 && octet + group_lanes < end)
-        merged[kOctets - 1].store(place.out + (octet + group_lanes) * kOctetBytes, place.aligned);
+        merged[kOctets - 1].store(place.out + (octet + group_lanes) * kOutBytes, place.aligned);
     if (octet == 0) *place.lse = lse == minus_infinity() ? place.empty_lse : lse;
 }
 
-// Merges one chunk of a row and stores it; the row's first chunk stores the lse. `states.outs` points at the row's
+// Merges one chunk of a row of T and stores it as Out; the row's first chunk stores the lse. `states.outs` points at the row's
 // start. `target()` gives the RowTarget, asked for only when the loads are done: before, it would cost registers.
-template <typename T, typename Target>
+template <typename T, typename Out, typename Target>
 MLA_DEVICE void merge_chunk(const RowStates& states, const RowChunks& chunks, i32 chunk, i32 d_v, i32 lane, Target target) {
-    const i32 groups = state_groups(states.count);
+    const i32 groups = state_groups<T>(states.count);
     const i32 group_lanes = kWarpLanes / groups;
     const i32 end = min_i32((chunk + 1) * chunks.octets_of_chunk, d_v / kOctet);
     i32 first = chunk * chunks.octets_of_chunk;
     for (; end - first > group_lanes; first += 2 * group_lanes)
-        merge_columns<T, 2>(states, first, end, lane, groups, target);
-    if (first < end) merge_columns<T, 1>(states, first, end, lane, groups, target);
+        merge_columns<T, Out, 2>(states, first, end, lane, groups, target);
+    if (first < end) merge_columns<T, Out, 1>(states, first, end, lane, groups, target);
 }
 
 }  // namespace mla

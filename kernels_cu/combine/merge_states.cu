@@ -17,7 +17,7 @@ mla_merge_states(const __grid_constant__ mla::MergeStatesParams params) {
     const i32 lane = threadIdx.x % kWarpLanes;
     const i64 num_rows = static_cast<i64>(params.size0) * params.size1 * params.size2;
     const i64 num_warps = static_cast<i64>(gridDim.x) * (blockDim.x / kWarpLanes);
-    const RowChunks chunks(num_rows, params.d_v, num_warps);
+    const RowChunks chunks(num_rows, params.d_v, num_warps, kSectorOctets<Element>);
     const i64 num_tasks = num_rows * chunks.chunks_of_row;
     for (i64 task = (threadIdx.x / kWarpLanes) * gridDim.x + blockIdx.x; task < num_tasks; task += num_warps) {
         const i64 row = task / chunks.chunks_of_row;
@@ -37,7 +37,7 @@ mla_merge_states(const __grid_constant__ mla::MergeStatesParams params) {
                                params.num_states,
                                aligned};
         const i32 chunk = static_cast<i32>(task - row * chunks.chunks_of_row);
-        merge_chunk<Element>(states, chunks, chunk, params.d_v, lane, [&] {
+        merge_chunk<Element, Element>(states, chunks, chunk, params.d_v, lane, [&] {
             const i64 out = index0 * params.out_stride0 + index1 * params.out_stride1 + index2 * params.out_stride2;
             const i64 lse = index0 * params.lse_stride0 + index1 * params.lse_stride1 + index2 * params.lse_stride2;
             return RowTarget{params.out + out * Element::kBytes, params.lse + lse, aligned, minus_infinity()};

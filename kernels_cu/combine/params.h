@@ -6,7 +6,7 @@ namespace mla {
 
 // Strides in elements. T is the 16-bit type the kernel is compiled for.
 struct CombineParams {
-    const u16* partial_out;  // T [slots, slot_rows, d_v], normalised
+    const void* partial_out;  // MLA_PARTIAL [slots, slot_rows, d_v], normalised
     const f32* partial_lse;  // [slots, slot_rows], natural logarithm; -inf: nothing seen
     const i32* plan;         // core/work.h
     u16* out;                // T [batch, seqlen_q, heads, d_v] or ragged [total_q, heads, d_v] (batch stride 0)

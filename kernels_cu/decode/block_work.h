@@ -63,12 +63,17 @@ MLA_DEVICE f32 empty_lse(const DecodeParams& params, const BlockWork& work) {
     return work.is_partial() ? minus_infinity() : params.empty_lse;
 }
 
-// Output row of D_v elements: the user's array, or this job's partial slot.
+// A row of D_v elements in a partial slot, which holds values of type T.
+template <class T>
+MLA_DEVICE T* partial_row(const DecodeParams& params, const BlockWork& work, i32 row_in_block) {
+    const i64 slot_rows = static_cast<i64>(params.blocks_per_job) * kRows;
+    const i64 row = work.slot * slot_rows + block_in_job() * static_cast<i32>(kRows) + row_in_block;
+    return static_cast<T*>(params.partial_out) + row * kLatent;
+}
+
+// A row of D_v 16-bit elements: of the user's array, or of this job's partial slot.
 MLA_DEVICE u16* output_row(const DecodeParams& params, const BlockWork& work, i32 row_in_block) {
-    if (work.is_partial()) {
-        const i64 slot_rows = static_cast<i64>(params.blocks_per_job) * kRows;
-        return params.partial_out + (work.slot * slot_rows + block_in_job() * static_cast<i32>(kRows) + row_in_block) * kLatent;
-    }
+    if (!kPartialIsFloat && work.is_partial()) return partial_row<u16>(params, work, row_in_block);
     const RowPlace place = locate_row(params, work, row_in_block);
     return params.out + work.request * params.out_stride_batch + (work.q_begin + place.token) * params.out_stride_seq +
            place.head * params.out_stride_head;

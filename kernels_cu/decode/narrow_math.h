@@ -276,17 +276,38 @@ private:
 #pragma unroll
         for (u32 i = 0; i < kThreadRows; ++i) inverse[i] = sum[i] == 0.0f ? 0.0f : 1.0f / sum[i];
         rescale(inverse, output);
-        const u32 staged = smem_ + NarrowSmem::query;
+        if (kPartialIsFloat && work.is_partial()) {
+            store_float_partial(work, output);
+            barrier();  // all have read the sums of across_warps
+        } else {
+            const u32 staged = smem_ + NarrowSmem::query;
 #pragma unroll
-        for (u32 box = 0; box < kLatentBoxes; ++box)
-            store_fragment_transposed(staged + box * kRowBoxBytes, warp_, lane_, output[box]);
-        barrier();  // all of the output is staged; and all have read the sums of across_warps
-        store_staged_output(params_, work, staged, thread_);
+            for (u32 box = 0; box < kLatentBoxes; ++box)
+                store_fragment_transposed(staged + box * kRowBoxBytes, warp_, lane_, output[box]);
+            barrier();  // all of the output is staged; and all have read the sums of across_warps
+            store_staged_output(params_, work, staged, thread_);
+        }
 #pragma unroll
         for (u32 i = 0; i < kThreadRows; ++i) {
             if (i / 2 != warp_ || lane_ >= 4) continue;  // warp j writes the lse of the j-th eight rows
             store_lse(params_, work, row_of_lane(lane_, i),
                       sum[i] == 0.0f ? empty_lse(params_, work) : (rows.maximum[i] + fast_log2(sum[i])) * kLn2);
+        }
+    }
+
+    // Straight from the fragments: eight lanes write 32 bytes of a row.
+    MLA_DEVICE void store_float_partial(const BlockWork& work, const float (&output)[kLatentBoxes][kFragment]) const {
+        f32* const column = partial_row<f32>(params_, work, 0) + warp_ * kWarpTokens + lane_ / 4;
+#pragma unroll
+        for (u32 i = 0; i < kThreadRows; ++i) {
+            const i32 row = row_of_lane(lane_, i);
+            if (work.first_row + row >= work.num_rows) continue;
+            f32* const destination = column + row * static_cast<i32>(kLatent);
+#pragma unroll
+            for (u32 box = 0; box < kLatentBoxes; ++box) {
+                destination[box * kBoxColumns] = output[box][row_element(i)];
+                destination[box * kBoxColumns + 8] = output[box][row_element(i) + 2];
+            }
         }
     }
 

@@ -17,7 +17,7 @@ struct DecodeParams {
     i64 out_stride_batch, out_stride_seq, out_stride_head;
     f32* lse;  // [batch, heads, seqlen_q] or ragged [heads, total_q], natural logarithm
     i64 lse_stride_batch, lse_stride_seq, lse_stride_head;
-    u16* partial_out;  // T [slots, blocks_per_job * rows, D_v], normalised
+    void* partial_out;  // Partial [slots, blocks_per_job * rows, D_v], normalised; decode/config.h has the type
     f32* partial_lse;  // [slots, blocks_per_job * rows], natural logarithm
     const i32* plan;   // core/work.h
     i32 num_parts;

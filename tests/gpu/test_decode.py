@@ -33,7 +33,9 @@ def kernel(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> I
     if name != "chosen":
 
         def choose(*args: Any, **options: Any) -> KernelConfig:
-            return replace(choose_config(*args, **options), kernel=name[:-2], rows=int(name[-2:]))
+            config = choose_config(*args, **options)
+            float_partials = config.float_partials and name == "narrow16"
+            return replace(config, kernel=name[:-2], rows=int(name[-2:]), float_partials=float_partials)
 
         monkeypatch.setattr(plan_module, "choose_config", choose)
     _forget_calls()

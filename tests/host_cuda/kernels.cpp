@@ -1,6 +1,8 @@
 // The planner and the merging kernels as a shared library for the CPU, and the layout of their structs.
 // Compiled once per MERGE_STATES_DTYPE.
 #define MLA_DTYPE Bf16
+#define MLA_PARTIAL MERGE_STATES_DTYPE
+#define MLA_REGISTERS 96
 #include "combine/combine.cu"
 #undef MLA_DTYPE
 #define Element MergeStatesElement  // both files name their element type so
