@@ -1,7 +1,7 @@
 // The merge of attention states: lse = log sum_i exp(lse_i), out = sum_i exp(lse_i - lse) * out_i.
-// One warp merges some columns of one row, without shared memory. Its lanes form `groups` groups; group g reads states
-// g, g + groups, ... and each lane of a group eight columns (an octet), or twice eight where rows are many. Groups meet in
-// a butterfly at the end.
+// One warp merges some columns of one row, without shared memory. Its lanes form groups, a power of two of them; group g
+// reads states g, g + groups, ... and each lane of a group eight columns (an octet), or twice eight where rows are many.
+// Groups meet in a butterfly at the end.
 // The order of every sum follows from the number of states alone: results depend neither on the grid nor on the batch.
 #pragma once
 #include "core/quad.h"
@@ -12,19 +12,31 @@
 namespace mla {
 
 constexpr i32 kOctet = 8;
-constexpr i32 kWarpLanes = 32;
+constexpr i32 kWarpLanesLog2 = 5;
+constexpr i32 kWarpLanes = 1 << kWarpLanesLog2;
 constexpr i32 kSectorBytes = 32;  // the least that a read of memory moves
 template <typename T>
 constexpr i32 kSectorOctets = kSectorBytes / (kOctet * T::kBytes);
 
-template <typename T>
-MLA_DEVICE i32 state_groups(i32 num_states) {
-    constexpr i32 kMaxGroups = kWarpLanes / kSectorOctets<T>;
-    constexpr i32 kStatesPerLane = 16 / T::kBytes;  // more groups only when a lane would read more states than this
-    i32 groups = 1;
-    while (groups < kMaxGroups && groups * kStatesPerLane < num_states) groups *= 2;
-    return groups;
-}
+// The groups of a warp. Numbers of lanes and groups are powers of two, so that all divisions are shifts: a merge is so
+// short that real ones would be a good part of it.
+struct LaneGroups {
+    i32 log2;
+
+    template <typename T>
+    static MLA_DEVICE LaneGroups of(i32 num_states) {
+        constexpr i32 kMaxGroups = kWarpLanes / kSectorOctets<T>;
+        constexpr i32 kStatesPerLane = 16 / T::kBytes;  // more groups only when a lane would read more states than this
+        LaneGroups groups{0};
+        while (groups.count() < kMaxGroups && groups.count() * kStatesPerLane < num_states) ++groups.log2;
+        return groups;
+    }
+
+    MLA_DEVICE i32 count() const { return 1 << log2; }
+    MLA_DEVICE i32 lanes() const { return kWarpLanes >> log2; }  // of a group
+    MLA_DEVICE i32 group_of(i32 lane) const { return lane >> (kWarpLanesLog2 - log2); }
+    MLA_DEVICE i32 lane_in_group(i32 lane) const { return lane & (lanes() - 1); }
+};
 
 // Eight consecutive values as they lie in memory.
 template <typename T>
@@ -71,6 +83,11 @@ struct Octet {
                 }
             }
         }
+    }
+
+    MLA_DEVICE void keep_if(bool condition) {
+#pragma unroll
+        for (i32 i = 0; i < kWords; ++i) words[i] = condition ? words[i] : 0;
     }
 
     MLA_DEVICE void add_to(f32 (&sums)[kOctet], f32 weight) const {
@@ -164,11 +181,16 @@ struct PartialMerge {
             const f32 reference = reference_of(larger);
 #pragma unroll
             for (i32 i = begin; i < begin + kGroup && i < kBatch; ++i) {
-                if (lses[i] == minus_infinity()) continue;  // nothing seen: its octets may hold anything
+                // A state that has seen nothing has weight 0, but may hold NaN. No branch: the loads behind it would start
+                // only when lse is there.
+                const bool seen = lses[i] != minus_infinity();
                 const f32 weight = fast_exp2((lses[i] - reference) * kLog2e);
                 weights += weight;
 #pragma unroll
-                for (i32 j = 0; j < kOctets; ++j) octets[i][j].add_to(sums[j], weight);
+                for (i32 j = 0; j < kOctets; ++j) {
+                    octets[i][j].keep_if(seen);
+                    octets[i][j].add_to(sums[j], weight);
+                }
             }
         }
     }
@@ -192,28 +214,27 @@ struct PartialMerge {
     }
 };
 
-// All lanes of the warp call this with the same row; lanes with the same lane % (32 / groups) name the same octets.
+// All lanes of the warp call this with the same row; lanes with the same place in their groups name the same octets.
 // Every lane gets the merged octets of its columns, in type Out, and returns the row's lse.
 template <typename T, typename Out, i32 kOctets>
-MLA_DEVICE f32 merge_octets(const RowStates& states, i32 lane, i32 groups, Octet<Out> (&merged)[kOctets]) {
+MLA_DEVICE f32 merge_octets(const RowStates& states, i32 lane, LaneGroups groups, Octet<Out> (&merged)[kOctets]) {
     // 128 bytes a lane in flight: enough to hide the latency, and within 96 registers.
     constexpr i32 kBatch = 16 / T::kBytes / kOctets;
-    const i32 group_lanes = kWarpLanes / groups;
     PartialMerge<kOctets> merge{minus_infinity(), 0.0f, {}};
     i32 done = 0;
     i32 batch = kBatch;
-    for (; done < states.count; done += batch * groups) {
-        const i32 first = done + lane / group_lanes;
-        while (batch > 2 && states.count - done <= batch / 2 * groups) batch /= 2;
+    for (; done < states.count; done += batch << groups.log2) {
+        const i32 first = done + groups.group_of(lane);
+        while (batch > 2 && states.count - done <= batch / 2 << groups.log2) batch /= 2;
         if (batch == kBatch) {
-            merge.template take<T, kBatch>(states, first, groups);
+            merge.template take<T, kBatch>(states, first, groups.count());
         } else if (batch == 4) {
-            merge.template take<T, 4>(states, first, groups);
+            merge.template take<T, 4>(states, first, groups.count());
         } else {
-            merge.template take<T, 2>(states, first, groups);
+            merge.template take<T, 2>(states, first, groups.count());
         }
     }
-    merge.join_lanes(group_lanes);
+    merge.join_lanes(groups.lanes());
     const f32 scale = merge.weights == 0.0f ? 0.0f : 1.0f / merge.weights;
 #pragma unroll
     for (i32 j = 0; j < kOctets; ++j) {
@@ -249,33 +270,31 @@ struct RowTarget {
 // Merges the octets first, first + 1, ... of a row (as many as kOctets times the lanes of a group; those from `end` on are
 // left out) and stores them; octet 0 comes with the lse.
 template <typename T, typename Out, i32 kOctets, typename Target>
-MLA_DEVICE void merge_columns(RowStates states, i32 first, i32 end, i32 lane, i32 groups, Target& target) {
+MLA_DEVICE void merge_columns(RowStates states, i32 first, i32 end, i32 lane, LaneGroups groups, Target& target) {
     constexpr i32 kOctetBytes = kOctet * T::kBytes;
     constexpr i32 kOutBytes = kOctet * Out::kBytes;
-    const i32 group_lanes = kWarpLanes / groups;
-    const i32 octet = first + lane % group_lanes;
+    const i32 octet = first + groups.lane_in_group(lane);
     const i32 loaded = min_i32(octet, end - 1);
     states.outs += loaded * kOctetBytes;
-    states.second = (min_i32(octet + group_lanes, end - 1) - loaded) * kOctetBytes;
+    states.second = (min_i32(octet + groups.lanes(), end - 1) - loaded) * kOctetBytes;
     Octet<Out> merged[kOctets];
     const f32 lse = merge_octets<T, Out, kOctets>(states, lane, groups, merged);
-    if (octet >= end || lane >= group_lanes) return;
+    if (octet >= end || lane >= groups.lanes()) return;
     const RowTarget place = target();
     merged[0].store(place.out + octet * kOutBytes, place.aligned);
-    if (kOctets > 1 && octet + group_lanes < end)
-        merged[kOctets - 1].store(place.out + (octet + group_lanes) * kOutBytes, place.aligned);
+    if (kOctets > 1 && octet + groups.lanes() < end)
+        merged[kOctets - 1].store(place.out + (octet + groups.lanes()) * kOutBytes, place.aligned);
     if (octet == 0) *place.lse = lse == minus_infinity() ? place.empty_lse : lse;
 }
 
-// Merges one chunk of a row of T and stores it as Out; the row's first chunk stores the lse. `states.outs` points at the row's
-// start. `target()` gives the RowTarget, asked for only when the loads are done: before, it would cost registers.
+// Merges one chunk of a row of T and stores it as Out; the row's first chunk stores the lse. `states.outs` points at the
+// row's start. `target()` gives the RowTarget, asked for only when the loads are done: before, it would cost registers.
 template <typename T, typename Out, typename Target>
 MLA_DEVICE void merge_chunk(const RowStates& states, const RowChunks& chunks, i32 chunk, i32 d_v, i32 lane, Target target) {
-    const i32 groups = state_groups<T>(states.count);
-    const i32 group_lanes = kWarpLanes / groups;
+    const LaneGroups groups = LaneGroups::of<T>(states.count);
     const i32 end = min_i32((chunk + 1) * chunks.octets_of_chunk, d_v / kOctet);
     i32 first = chunk * chunks.octets_of_chunk;
-    for (; end - first > group_lanes; first += 2 * group_lanes)
+    for (; end - first > groups.lanes(); first += 2 * groups.lanes())
         merge_columns<T, Out, 2>(states, first, end, lane, groups, target);
     if (first < end) merge_columns<T, Out, 1>(states, first, end, lane, groups, target);
 }

@@ -289,7 +289,7 @@ private:
         }
 #pragma unroll
         for (u32 i = 0; i < kThreadRows; ++i) {
-            if (i / 2 != warp_ || lane_ >= 4) continue;  // warp j writes the lse of the j-th eight rows
+            if (i % kConsumerWarps != warp_ || lane_ >= 4) continue;  // all warps know all rows: each writes some
             store_lse(params_, work, row_of_lane(lane_, i),
                       sum[i] == 0.0f ? empty_lse(params_, work) : (rows.maximum[i] + fast_log2(sum[i])) * kLn2);
         }
