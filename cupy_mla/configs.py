@@ -38,8 +38,11 @@ _LOADER_STATE_BYTES = 32
 _WIDE_LOADER_WARPS = 4  # where a tile has several pages
 _BARRIER_BYTES = 8
 
-_NARROW_COST = CostModel(piece_overhead=TILE_COST, split_overhead=2 * TILE_COST)
-_WIDE_COST = CostModel(piece_overhead=4 * TILE_COST, split_overhead=5 * TILE_COST)
+_COSTS = {  # by rows
+    16: CostModel(piece_overhead=TILE_COST, split_overhead=2 * TILE_COST),
+    32: CostModel(piece_overhead=2 * TILE_COST, split_overhead=3 * TILE_COST),
+    WIDE_ROWS: CostModel(piece_overhead=4 * TILE_COST, split_overhead=5 * TILE_COST),
+}
 # Partial results of so few rows are float32: no more bytes than 16 bits are for twice the rows. For 16 rows they would
 # cost 0.7 to 2.3 us of 8 to 45 (1 x 4096 to 1 x 131072 tokens).
 FLOAT_PARTIAL_ROWS = 4
@@ -116,10 +119,11 @@ class KernelConfig:
     def cost(self) -> CostModel:
         """What a piece costs besides its tiles: 64 rows of queries and of output are most of a tile's bytes again.
 
-        Measured on an H200 with 128 real requests: wide, 128 heads, with 2 and 3 tiles 103 us, with 4 and 5 92 us;
-        narrow, 16 heads, with 2 and 3 tiles 53.5 us, with 1 and 2 52.9 us, with 1/2 and 1 54.8 us.
+        Measured on an H200: 64 rows, 128 real requests, 128 heads: 103 us with 2 and 3 tiles, 92 us with 4 and 5. 32
+        rows, 64 x 8192 tokens: 155 us with 1 and 2, 151 us with 2 and 3. 16 rows, 128 real requests: 54.8 us with 1/2
+        and 1, 52.9 us with 1 and 2, 53.5 us with 2 and 3.
         """
-        return _WIDE_COST if self.kernel == "wide" else _NARROW_COST
+        return _COSTS[self.rows]
 
     @property
     def chunk_tokens(self) -> int:
