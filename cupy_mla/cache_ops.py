@@ -120,11 +120,12 @@ def append_tokens(
     Raises
     ------
     InvalidArgumentError
-        An argument of the wrong rank, shape, type, device or alignment, or a cache that cannot be written to.
-        Nothing is written then.
+        An argument of the wrong rank, shape, type, device or alignment, a cache that cannot be written to, or a stream
+        that is no number. Nothing is written then.
     UnsupportedDeviceError
         The arrays are on a GPU that is not Hopper.
     """
+    arrays.check_stream(stream)
     if stream is None:
         stream = _framework_stream(kv_new)
     cache_views = _cache_views(kv_cache, stream)

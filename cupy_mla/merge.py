@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from .arrays import CUDA, ArrayView, as_numpy, current_stream, empty_like, finish, keep_imported, view
+from .arrays import CUDA, ArrayView, as_numpy, check_stream, current_stream, empty_like, finish, keep_imported, view
 from .device import require_supported
 from .errors import InvalidArgumentError
 from .jit.module import load
@@ -47,10 +47,12 @@ def merge_states(outs: Any, lses: Any, *, stream: int | None = None) -> tuple[An
     Raises
     ------
     InvalidArgumentError
-        Wrong rank, shape, type, device, or (on CUDA) a last dimension that is not contiguous or a multiple of 8.
+        Wrong rank, shape, type, device, or (on CUDA) a last dimension that is not contiguous or a multiple of 8; a
+        stream that is no number.
     UnsupportedDeviceError
         The arrays are on a GPU that is not Hopper.
     """
+    check_stream(stream)
     outs_view, lses_view = view(outs, "outs", stream), view(lses, "lses", stream)
     out_shape, lse_shape = _check(outs_view, lses_view)
     if outs_view.device != CUDA:

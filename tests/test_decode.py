@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from cases_dense import DTYPES, DenseCase, exact_decode
 
-from cupy_mla import InvalidArgumentError, mla_decode, plan_decode
+from cupy_mla import InvalidArgumentError, append_tokens, merge_states, mla_decode, plan_decode
 
 # Requests with no key, with fewer keys than queries, and with more.
 CAUSAL = DenseCase(lengths=(0, 1, 3, 140), seqlens_q=4, num_heads_q=4, causal=True)
@@ -91,6 +91,19 @@ def test_updates_of_a_plan_are_checked_on_the_cpu_too() -> None:
     with pytest.raises(InvalidArgumentError) as caught:
         plan.update(arrays.cache_seqlens, arrays.cache_seqlens)
     assert caught.value.argument == "cu_seqlens_q"
+
+
+@pytest.mark.parametrize("stream", [object(), "0", 1.0])
+def test_streams_of_merges_and_appends_are_numbers(stream: Any) -> None:
+    outs, lses = np.zeros((2, 3, 4, 8), np.float32), np.zeros((2, 3, 4), np.float32)
+    cache, rows, slots = np.zeros((2, 16, 1, 8), np.float16), np.ones((1, 8), np.float16), np.zeros(1, np.int64)
+    with pytest.raises(InvalidArgumentError, match="stream: expected an integer"):
+        merge_states(outs, lses, stream=stream)
+    with pytest.raises(InvalidArgumentError, match="stream: expected an integer"):
+        append_tokens(cache, rows, slots, stream=stream)
+    assert not cache.any()
+    append_tokens(cache, rows, slots)
+    assert cache.any()
 
 
 def test_a_stream_is_a_number() -> None:
