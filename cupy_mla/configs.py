@@ -21,7 +21,7 @@ BOX_COLUMNS = 64  # columns of one swizzled copy-engine box: core/smem_descripto
 MAX_SHARED_BYTES = 232_448  # dynamic shared memory that a Hopper block can opt in to
 
 WIDE_ROWS = 64  # rows of wgmma's M
-NARROW_ROWS = (16, 32)  # rows of wgmma's N, the operands swapped
+FEW_ROWS, MORE_ROWS = 16, 32  # rows of wgmma's N, the operands swapped
 
 _CTA_SHARED_BYTES = 1024  # that every CTA takes besides its own
 _NARROW_THREADS = 160  # one consumer warpgroup, one producer warp
@@ -39,8 +39,8 @@ _WIDE_LOADER_WARPS = 4  # where a tile has several pages
 _BARRIER_BYTES = 8
 
 _COSTS = {  # by rows
-    16: CostModel(piece_overhead=TILE_COST, split_overhead=2 * TILE_COST),
-    32: CostModel(piece_overhead=2 * TILE_COST, split_overhead=3 * TILE_COST),
+    FEW_ROWS: CostModel(piece_overhead=TILE_COST, split_overhead=2 * TILE_COST),
+    MORE_ROWS: CostModel(piece_overhead=2 * TILE_COST, split_overhead=3 * TILE_COST),
     WIDE_ROWS: CostModel(piece_overhead=4 * TILE_COST, split_overhead=5 * TILE_COST),
 }
 # Partial results of so few rows are float32: no more bytes than 16 bits are for twice the rows. For 16 rows they would
@@ -222,7 +222,7 @@ def choose_config(
         dtype=problem.dtype,
         page_size=problem.page_size,
         causal=problem.causal and problem.seqlen_q > 1,
-        float_partials=kernel[1] == NARROW_ROWS[0] and rows <= FLOAT_PARTIAL_ROWS,
+        float_partials=kernel[1] == FEW_ROWS and rows <= FLOAT_PARTIAL_ROWS,
     )
 
 
@@ -240,8 +240,8 @@ class _KernelTimes:
 # Fitted to batches of 1 to 64 on an H200, from 64 to 131,072 tokens (kernels_cu/DESIGN.md has the table). Few rows a
 # CTA: many CTAs, each soon done, for a small batch; many rows a CTA: the cache is read fewer times, for a large one.
 _KERNEL_TIMES = {
-    ("narrow", 16): _KernelTimes(start=5.0, tile=1.36, item=3.4, merge=0.9),
-    ("narrow", 32): _KernelTimes(start=6.9, tile=1.55, item=5.6, merge=2.1),
+    ("narrow", FEW_ROWS): _KernelTimes(start=5.0, tile=1.36, item=3.4, merge=0.9),
+    ("narrow", MORE_ROWS): _KernelTimes(start=6.9, tile=1.55, item=5.6, merge=2.1),
     ("wide", WIDE_ROWS): _KernelTimes(start=8.5, tile=1.7, item=8.3, merge=5.5),
 }
 
@@ -266,8 +266,12 @@ STANDARD_PAGE_SIZES = (16, 32, 64, 128)
 
 def standard_configs() -> list[KernelConfig]:
     """The configurations that `cupy-mla compile` prepares ahead of time and the tests compile."""
-    few, more = NARROW_ROWS
-    kernels = [("wide", WIDE_ROWS, False), ("narrow", few, False), ("narrow", few, True), ("narrow", more, False)]
+    kernels = [
+        ("wide", WIDE_ROWS, False),
+        ("narrow", FEW_ROWS, False),
+        ("narrow", FEW_ROWS, True),
+        ("narrow", MORE_ROWS, False),
+    ]
     return [
         KernelConfig(kernel, rows, latent, rope, dtype, page_size, causal, float_partials)
         for (kernel, rows, float_partials), (latent, rope), dtype, page_size, causal in itertools.product(

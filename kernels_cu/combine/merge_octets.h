@@ -17,6 +17,9 @@ constexpr i32 kWarpLanes = 1 << kWarpLanesLog2;
 constexpr i32 kSectorBytes = 32;  // the least that a read of memory moves
 template <typename T>
 constexpr i32 kSectorOctets = kSectorBytes / (kOctet * T::kBytes);
+constexpr i32 kLaneBytes = 128;  // that a lane loads at once: enough to hide the latency, and within 96 registers
+template <typename T>
+constexpr i32 kLaneOctets = kLaneBytes / (kOctet * T::kBytes);
 
 // The groups of a warp. Numbers of lanes and groups are powers of two, so that all divisions are shifts: a merge is so
 // short that real ones would be a good part of it.
@@ -26,9 +29,9 @@ struct LaneGroups {
     template <typename T>
     static MLA_DEVICE LaneGroups of(i32 num_states) {
         constexpr i32 kMaxGroups = kWarpLanes / kSectorOctets<T>;
-        constexpr i32 kStatesPerLane = 16 / T::kBytes;  // more groups only when a lane would read more states than this
         LaneGroups groups{0};
-        while (groups.count() < kMaxGroups && groups.count() * kStatesPerLane < num_states) ++groups.log2;
+        // More groups only when a lane would have more states than it loads at once.
+        while (groups.count() < kMaxGroups && groups.count() * kLaneOctets<T> < num_states) ++groups.log2;
         return groups;
     }
 
@@ -171,7 +174,7 @@ struct PartialMerge {
             if (first + i * step >= states.count) lses[i] = minus_infinity();
         }
         // In groups of one size, however many were loaded: the roundings must not depend on it.
-        constexpr i32 kGroup = 8 / T::kBytes;
+        constexpr i32 kGroup = kLaneOctets<T> / 2;
 #pragma unroll
         for (i32 begin = 0; begin < kBatch; begin += kGroup) {
             f32 larger = largest;
@@ -218,8 +221,7 @@ struct PartialMerge {
 // Every lane gets the merged octets of its columns, in type Out, and returns the row's lse.
 template <typename T, typename Out, i32 kOctets>
 MLA_DEVICE f32 merge_octets(const RowStates& states, i32 lane, LaneGroups groups, Octet<Out> (&merged)[kOctets]) {
-    // 128 bytes a lane in flight: enough to hide the latency, and within 96 registers.
-    constexpr i32 kBatch = 16 / T::kBytes / kOctets;
+    constexpr i32 kBatch = kLaneOctets<T> / kOctets;
     PartialMerge<kOctets> merge{minus_infinity(), 0.0f, {}};
     i32 done = 0;
     i32 batch = kBatch;

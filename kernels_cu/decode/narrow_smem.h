@@ -14,9 +14,10 @@ static_assert(kTileBoxes <= kWarpThreads, "one lane per box of a tile waits for 
 // Q, P and the output lie as boxes of [kRows][64] values: kRows rows of 128 bytes, 128-byte swizzle.
 constexpr u32 kRowBoxBytes = kRows * kBoxRowBytes;
 
-// The opt-in limit of a Hopper block, 232,448, less the 1 KB that every CTA takes besides its own: so a CTA of the merge
-// fits beside this one, and each of the two kernels can start while the other still runs.
-constexpr u32 kMaxSharedBytes = 232448 - 1024;
+// The opt-in limit of a Hopper block less what every CTA takes besides its own: so a CTA of the merge fits beside this one,
+// and each of the two kernels can start while the other still runs.
+constexpr u32 kCtaSharedBytes = 1024;
+constexpr u32 kMaxSharedBytes = 232448 - kCtaSharedBytes;
 
 struct NarrowSmem {
     static constexpr u32 query_bytes = kTileBoxes * kRowBoxBytes;

@@ -93,7 +93,7 @@ MLA_DEVICE void store_lse(const DecodeParams& params, const BlockWork& work, i32
     if (work.first_row + row < work.num_rows) *lse_row(params, work, row) = lse;
 }
 
-// No key is visible to any row: out = 0, lse = -inf or what the user asked for.
+// No key is visible to any row: out = 0, lse = -inf or what the user asked for. Only a whole job is without tiles.
 MLA_DEVICE void store_empty(const DecodeParams& params, const BlockWork& work, u32 thread) {
     store_output_rows(params, work, thread, [](u32, u32, u32) { return uint4{0, 0, 0, 0}; });
     if (thread < kRows) store_lse(params, work, thread, empty_lse(params, work));
