@@ -25,6 +25,7 @@ CALLS_PER_GRAPH_LARGE = 4
 MAX_CALLS_PER_GRAPH = 1024
 WARM_UP_REPLAYS = 2
 REPLAYS = 5
+DEFAULT_LIMIT_SECONDS = 60.0  # for a case of a benchmark
 CPU_REPEATS = 3
 CPU_SECONDS = 2.0  # after so long no further repeat is begun
 

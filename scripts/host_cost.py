@@ -73,7 +73,7 @@ class NoGpu:
 
         driver._driver = SimpleNamespace(
             CUlaunchConfig=SimpleNamespace,
-            CUlaunchAttribute=lambda: SimpleNamespace(value=SimpleNamespace()),
+            CUlaunchAttribute=lambda: SimpleNamespace(value=SimpleNamespace(clusterDim=SimpleNamespace())),
             CUlaunchAttributeID=Anything(),
             CUtensorMapDataType=Anything(),
             CUtensorMapInterleave=Anything(),

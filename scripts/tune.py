@@ -25,8 +25,9 @@ from cupy_mla.bench.columns import number
 from cupy_mla.bench.report import print_results
 from cupy_mla.bench.results import Results, load_results
 from cupy_mla.bench.rows import Row
-from cupy_mla.bench.run import DEFAULT_LIMIT_SECONDS, run_bench
+from cupy_mla.bench.run import run_bench
 from cupy_mla.errors import MlaError
+from cupy_mla.timing import DEFAULT_LIMIT_SECONDS
 
 DEFAULT_PEERS = "flash_mla,flashinfer,fa3"
 

@@ -135,9 +135,8 @@ def test_bench_names_the_wrong_argument(arguments: list[str], words: list[str]) 
         assert word in message
 
 
-def test_what_the_command_repeats_is_what_the_benchmark_has() -> None:
-    """They are repeated so that the command line starts without the benchmark."""
-    assert command._LAYOUTS == grid.LAYOUTS
+def test_the_command_line_starts_without_the_benchmark_and_has_its_choices() -> None:
+    assert command.LAYOUTS is grid.LAYOUTS
     assert command.DEFAULT_LIMIT_SECONDS == run.DEFAULT_LIMIT_SECONDS
     script = "import sys, cupy_mla.cli; sys.exit('cupy_mla.bench' in sys.modules)"
     subprocess.run([sys.executable, "-c", script], check=True)

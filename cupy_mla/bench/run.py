@@ -15,6 +15,7 @@ from typing import Any
 from .. import device
 from ..errors import InvalidArgumentError
 from ..settings import BACKENDS, get_settings
+from ..timing import DEFAULT_LIMIT_SECONDS
 from . import measure as protocol
 from .ceilings import Ceilings, measure_ceilings, published_ceilings
 from .grid import BenchCase
@@ -23,8 +24,6 @@ from .measure import Side, measure
 from .ours import OurSide
 from .results import Results
 from .rows import OURS, Row
-
-DEFAULT_LIMIT_SECONDS = 60.0
 
 OnRows = Callable[[Results, list[Row]], None]
 

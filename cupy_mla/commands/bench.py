@@ -9,12 +9,11 @@ from typing import Any
 import click
 from click.core import ParameterSource
 
-from ..case_arrays import DTYPES
+from ..case_arrays import DTYPES, LAYOUTS
 from ..errors import InvalidArgumentError
 from ..presets import DEFAULT_PRESET, PRESETS
+from ..timing import DEFAULT_LIMIT_SECONDS
 from .common import Command, backend_option, choose_backend
-
-DEFAULT_LIMIT_SECONDS = 60.0
 
 
 def list_option(name: str, kind: Any, help_text: str) -> Callable[[Command], Command]:
@@ -30,7 +29,6 @@ def list_option(name: str, kind: Any, help_text: str) -> Callable[[Command], Com
 
 
 _COUNT = click.IntRange(min=1)
-_LAYOUTS = ("packed", "split", "strided")
 _FILE = click.Path(path_type=Path, dir_okay=False, writable=True)  # refused before the run, not after it
 
 
@@ -41,7 +39,7 @@ _FILE = click.Path(path_type=Path, dir_okay=False, writable=True)  # refused bef
 @list_option("--seqlen-q", _COUNT, "Query tokens of a request.")
 @list_option("--dtype", click.Choice(list(DTYPES)), "Type of q and cache.")
 @list_option("--page-size", _COUNT, "Tokens of a page.")
-@list_option("--layout", click.Choice(_LAYOUTS), "One array; latent and rope apart; a view into a larger pool.")
+@list_option("--layout", click.Choice(LAYOUTS), "One array; latent and rope apart; a view into a larger pool.")
 @list_option("--split", _COUNT, "Cut requests after so many tokens, in any batch (a multiple of 64).")
 @click.option("--causal", is_flag=True, help="Mask aligned to the bottom right (for --seqlen-q above 1).")
 @click.option("--preset", type=click.Choice(list(PRESETS)), help="A model's heads and widths, in place of --heads.")
@@ -149,7 +147,7 @@ def _cases(backend: str, options: dict[str, Any]) -> list[Any]:
         seqlens_q=options["seqlen_q"] or (1,),
         dtypes=options["dtype"] or (grid.DEFAULT_DTYPE,),
         page_sizes=options["page_size"] or (grid.DEFAULT_PAGE_SIZE,),
-        layouts=options["layout"] or grid.LAYOUTS[:1],
+        layouts=options["layout"] or LAYOUTS[:1],
         splits=options["split"] or (None,),
         causal=options["causal"],
         preset=preset,
