@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from .cache_ops import APPEND_SOURCE
 from .configs import standard_configs
 from .errors import CompilationError, InvalidArgumentError
+from .halves import PROBE_SOURCE
 from .jit import compiler
 from .jit.module import get_cubin
 from .jit.source import KernelSource
@@ -74,7 +75,11 @@ def all_kernels() -> list[NamedKernel]:
         NamedKernel(f"merge_states_{dtype}", merge_states_source(dtype), MERGE_STATES_THREADS)
         for dtype in _MERGE_STATES_DTYPES
     ]
-    others = [NamedKernel("plan", PLAN_SOURCE, PLAN_THREADS), NamedKernel("append", APPEND_SOURCE)]
+    others = [
+        NamedKernel("plan", PLAN_SOURCE, PLAN_THREADS),
+        NamedKernel("append", APPEND_SOURCE),
+        NamedKernel("probe_latency", PROBE_SOURCE),
+    ]
     return [*decode, *combine, *merge, *others]
 
 

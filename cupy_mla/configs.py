@@ -37,6 +37,7 @@ _BOX_BYTES = TILE_TOKENS * BOX_COLUMNS * _ELEMENT_BYTES
 _LOADER_STATE_BYTES = 32
 _WIDE_LOADER_WARPS = 4  # where a tile has several pages
 _BARRIER_BYTES = 8
+_CLAIM_BYTES = 8
 
 _COSTS = {  # by rows
     FEW_ROWS: CostModel(piece_overhead=TILE_COST, split_overhead=2 * TILE_COST),
@@ -150,12 +151,13 @@ class KernelConfig:
         factors = _WIDE_STAGES * self.rows * _FLOAT_BYTES
         barriers = 3 * _WIDE_STAGES * _BARRIER_BYTES
         loader_warps = 1 if self.chunk_tokens == TILE_TOKENS else _WIDE_LOADER_WARPS
-        return ring + query + factors + loader_warps * _LOADER_STATE_BYTES + barriers
+        return ring + query + factors + loader_warps * _LOADER_STATE_BYTES + barriers + _CLAIM_BYTES
 
     def _narrow_shared_memory(self) -> int:
         row_box = self.rows * BOX_COLUMNS * _ELEMENT_BYTES
         boxes = (self.latent_dim + self.rope_dim) // BOX_COLUMNS
-        fixed = (boxes + _NARROW_PROBABILITY_BUFFERS) * row_box + _NARROW_CONSUMER_WARPS * self.rows * _FLOAT_BYTES
+        exchange = _NARROW_CONSUMER_WARPS * self.rows * _FLOAT_BYTES
+        fixed = (boxes + _NARROW_PROBABILITY_BUFFERS) * row_box + exchange + _CLAIM_BYTES
         slot = _BOX_BYTES + 2 * _BARRIER_BYTES
         # As many KV boxes as fit beside a CTA of the merge.
         return fixed + (MAX_SHARED_BYTES - _CTA_SHARED_BYTES - fixed) // slot * slot

@@ -14,7 +14,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from .arrays import CUDA, ArrayView
-from .decode_params import DECODE_PARAMS
+from .decode_params import DECODE_PARAMS, HALF_SHARE_UNIT
+from .halves import second_half
 from .launch import Launch, is_capturing
 from .plan import Blueprint, DecodePlan
 from .plan_layout import COMBINE_PARAMS, STORE_ALIGNMENT, combine_geometry
@@ -123,6 +124,10 @@ class DecodeCall:
         params["num_parts"], params["blocks_per_job"] = shape.num_parts, shape.blocks_per_job
         params["group_heads"], params["scale_log2"] = problem.group_heads, softmax_scale * _LOG2_E
         params["empty_lse"] = empty_lse
+        if shape.may_claim:
+            params["second_half"] = half = second_half(kind.location[1])
+            num_second = sum(int(word).bit_count() for word in half)
+            params["second_half_share"] = num_second * HALF_SHARE_UNIT // kind.num_sms
         self.params = params
         self._words = params.view(np.uint64).data
         self._flags = params.view(np.int32).data

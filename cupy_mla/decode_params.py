@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import numpy as np
 
+MAX_SMS = 160
+SM_WORDS = MAX_SMS // 32
+HALF_SHARE_UNIT = 1 << 16  # second_half_share is a fraction of it
 _POINTER = np.uint64
 DECODE_PARAMS = np.dtype(
     [
@@ -26,6 +29,8 @@ DECODE_PARAMS = np.dtype(
         ("scale_log2", np.float32),
         ("empty_lse", np.float32),
         ("plan_is_settled", np.int32),
+        ("second_half_share", np.int32),
+        ("second_half", np.uint32, SM_WORDS),
     ],
     align=True,
 )

@@ -43,7 +43,9 @@ PLAN_HEADER = np.dtype(
         ("num_slots", np.int32),
         ("budget", np.int32),
         ("num_jobs", np.int32),
-        ("reserved", np.int32, 3),
+        ("claimed_parts", np.int32),
+        ("claims", np.uint32),
+        ("reserved", np.int32),
     ]
 )
 WORK_ITEM = np.dtype(
@@ -263,4 +265,5 @@ def read_plan(plan: npt.NDArray[np.int32], shape: ScheduleShape) -> Schedule:
         num_slots=int(header["num_slots"]),
         budget=int(header["budget"]),
         num_jobs=int(header["num_jobs"]),
+        claimed_parts=int(header["claimed_parts"]),
     )

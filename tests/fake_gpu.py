@@ -25,6 +25,7 @@ from cupy_mla.tensor_maps import TENSOR_MAP
 
 BASE = 1 << 40
 NUM_SMS = 132
+HALF = np.array([0, 0, 2**32 - 1, 2**32 - 1, 3], np.uint32)  # half of the SMs: those from 64 to 129
 MAP_WORDS = 16
 # By-value arguments of the kernels, by the name of their functions without what tells them apart.
 ARGUMENTS: dict[str, tuple[Any, ...]] = {
@@ -168,6 +169,7 @@ def fake_gpu(patch: pytest.MonkeyPatch) -> FakeGpu:
     patch.setattr(plan, "describe_device", lambda device_id: info)
     patch.setattr(plan, "load", gpu.load)
     patch.setattr(decode, "require_supported", lambda device_id: info)
+    patch.setattr(decode_call, "second_half", lambda device_id: HALF)
     for module in (plan, decode):
         patch.setattr(module, "empty_like", gpu.empty_like)
         patch.setattr(module, "current_stream", lambda array, device_id: 77)

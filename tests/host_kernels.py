@@ -50,6 +50,11 @@ def kernel_constant(name: str) -> int:
     return int(library().kernel_constant(name.encode()))
 
 
+def claimed_part(second: bool, half: int, other: int, spare: int, half_before: int, other_before: int) -> int:
+    """What a CTA takes: kernels_cu/core/claimed_part.h."""
+    return int(library().host_claimed_part(ctypes.c_bool(second), half, other, spare, half_before, other_before))
+
+
 def _address(array: np.ndarray | None) -> ctypes.c_void_p:
     return ctypes.c_void_p(None if array is None else array.ctypes.data)
 

@@ -33,7 +33,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("jit.cache",),
     ("jit.module", "tensor_maps"),
     ("launch",),
-    ("plan",),
+    ("plan", "halves"),
     ("decode_call",),
     ("known_calls", "plan_arrays"),
     ("merge", "cache_ops"),

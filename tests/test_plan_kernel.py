@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_schedule import Case, cases, dense
 
-from cupy_mla import plan_layout, schedule
+from cupy_mla import decode_params, plan_layout, schedule
 from cupy_mla.decode_params import DECODE_PARAMS
 from cupy_mla.errors import InvalidArgumentError
 from cupy_mla.schedule import CostModel, Schedule, make_schedule
@@ -24,7 +24,7 @@ MANY_JOBS = 3000  # more than the job table in shared memory holds
 def assert_same(found: Schedule, expected: Schedule) -> None:
     for name in ("part_begin", "items", "merges"):
         np.testing.assert_array_equal(getattr(found, name), getattr(expected, name), name)
-    for name in ("num_slots", "budget", "num_jobs"):
+    for name in ("num_slots", "budget", "num_jobs", "claimed_parts"):
         assert getattr(found, name) == getattr(expected, name), name
 
 
@@ -79,8 +79,11 @@ def test_structs_are_the_same_on_both_sides(name: str) -> None:
 
 
 def test_constants_are_the_same_on_both_sides() -> None:
-    for name in ("TILE_TOKENS", "TILE_COST", "WHOLE_JOB"):
+    rules = ("CLAIM_TILES", "_WHOLE_SHARE", "_MIN_HEAD", "_MIN_HEAD_SHARE")
+    for name in ("TILE_TOKENS", "TILE_COST", "WHOLE_JOB", *rules):
         assert getattr(schedule, name) == kernel_constant(name), name
+    for name in ("MAX_SMS", "SM_WORDS", "HALF_SHARE_UNIT"):
+        assert getattr(decode_params, name) == kernel_constant(name), name
     names = ("PLAN_THREADS", "MERGE_STATES_THREADS", "OCTET")
     for name in (*names, "_JOB_COLUMNS", "_SCRATCH_BYTES", "_SECTION_INTS"):
         assert getattr(plan_layout, name) == kernel_constant(name), name

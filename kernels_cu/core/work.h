@@ -24,7 +24,9 @@ struct alignas(16) PlanHeader {
     i32 num_slots;
     i32 budget;  // cost of the fullest part allowed, in 1/16 tile
     i32 num_jobs;
-    i32 reserved[3];
+    i32 claimed_parts;  // parts [0, n) are claimed by CTAs (decode/claim.h); 0: CTA i has part i
+    u32 claims;         // CTAs that have claimed in the launch under way; 0 between launches
+    i32 reserved;
 };
 
 // One piece of a job (request, kv head, blocks_per_job row blocks): KV tiles [tile_begin, tile_end).

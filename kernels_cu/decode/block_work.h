@@ -14,6 +14,7 @@ struct BlockWork {
     i32 seqlen_k, seqlen_q, q_begin, slot;
 
     MLA_DEVICE bool exists() const { return first_row < num_rows; }
+    MLA_DEVICE bool has_tiles() const { return exists() && tile_begin < tile_end; }
     MLA_DEVICE bool is_partial() const { return slot != kWholeJob; }
     // Keys before this index are visible to query token `token`.
     MLA_DEVICE i32 visible_end(i32 token) const {
@@ -22,9 +23,8 @@ struct BlockWork {
 };
 
 // The grid is (blocks_per_job, num_parts): CTAs of one job are neighbours, read the same tiles at about the same time and
-// so share them in L2. Both numbers come from special registers, not from registers that the accumulators need.
+// so share them in L2. The number comes from a special register, not from one that the accumulators need.
 MLA_DEVICE i32 block_in_job() { return blockIdx.x; }
-MLA_DEVICE i32 part_index() { return blockIdx.y; }
 
 // The planner leaves out tiles that the whole job may not see; a row block of a causal job may still be given a tile that
 // is hidden from all its rows, and masks it.

@@ -1,6 +1,7 @@
 // Dense MLA decode for 16 or 32 query rows a CTA, operands swapped; kernels_cu/DESIGN.md tells the schedule. 160 threads:
 //   warps 0-3  consumers: S^T = K Q^T, softmax, O^T += V^T P^T
 //   warp 4     producer: asks the copy engine for KV boxes, as far ahead as the ring reaches
+#include "decode/claim.h"
 #include "decode/narrow_load.h"
 #include "decode/narrow_math.h"
 #include "ptx/launch.h"
@@ -9,10 +10,12 @@ namespace mla {
 
 constexpr u32 kThreads = kConsumerThreads + kWarpThreads;
 
-MLA_DEVICE void initialise_barriers(u32 smem) {
-    for (u32 slot = 0; slot < NarrowSmem::slots; ++slot) {
-        mbarrier_init(full_barrier(smem, slot), kFullArrivals);
-        mbarrier_init(empty_barrier(smem, slot), kEmptyArrivals);
+// By one warp: a loop of one thread would be most of the code ahead of the first wait, and as much of its time.
+MLA_DEVICE void initialise_barriers(u32 smem, u32 lane) {
+    static_assert(NarrowSmem::slots <= kWarpThreads, "a lane serves each slot");
+    if (lane < NarrowSmem::slots) {
+        mbarrier_init(full_barrier(smem, lane), kFullArrivals);
+        mbarrier_init(empty_barrier(smem, lane), kEmptyArrivals);
     }
     mbarrier_init_fence();
 }
@@ -25,30 +28,31 @@ mla_decode_narrow(const __grid_constant__ mla::TensorMap kv_latent, const __grid
     using namespace mla;
     extern __shared__ __align__(1024) u8 shared[];
     const u32 smem = shared_address(shared);
+    if (threadIdx.x < kWarpThreads) initialise_barriers(smem, threadIdx.x);
     if (threadIdx.x == 0) {
-        initialise_barriers(smem);
         tma_prefetch_map(&kv_latent);
         if (kRopeBoxes > 0) tma_prefetch_map(&kv_rope);
     }
     __syncthreads();
     // Work may be read while the kernel ahead still runs, unless that is the planner.
     if (!params.plan_is_settled) pdl_wait();
-    pdl_launch_dependents();
-    const i32* part_begin = plan_part_begin(params.plan) + part_index();
-    const i32 item_end = part_begin[1];
-    i32 item = part_begin[0];
+    const ItemRange items = start_items(params, shared + NarrowSmem::claim);
+    i32 item = items.begin;
+    const i32 item_end = items.end;
     BlockWork work{};
     if (item < item_end) work = load_block_work(params, item);
-    pdl_wait();
 
     if (__shfl_sync(kFullWarp, threadIdx.x / kWarpThreads, 0) == kConsumerWarps) {
         // Walks exactly the tiles that the consumers walk: both skip items whose block does not exist or sees no tile.
         BoxLoader loader(&kv_latent, &kv_rope, params, smem, threadIdx.x % kWarpThreads);
+        if (params.plan_is_settled && item < item_end && work.has_tiles()) loader.prefetch_short_item(work);
+        pdl_wait();
         while (item < item_end) {
-            if (work.exists() && work.tile_begin < work.tile_end) loader.load_item(work);
+            if (work.has_tiles()) loader.load_item(work);
             if (++item < item_end) work = load_block_work(params, item);
         }
     } else {
+        pdl_wait();
         ConsumerRole consumer(params, smem, threadIdx.x);
         while (item < item_end) {
             if (work.exists()) consumer.run_item(work);

@@ -13,6 +13,24 @@ public:
     MLA_DEVICE BoxLoader(const TensorMap* latent, const TensorMap* rope, const DecodeParams& params, u32 smem, u32 lane)
         : latent_(latent), rope_(rope), params_(params), smem_(smem), lane_(lane) {}
 
+    // Asks for the tiles of a short item to be brought to L2, while the kernel ahead may still write page numbers and
+    // cache. Only a hint: load_item reads the page numbers again, so none of them may stay in L1. CTAs of a job share the
+    // boxes out. Longer items gain nothing, as HBM is what bounds them, and hold up the merge ahead.
+    MLA_DEVICE void prefetch_short_item(const BlockWork& work) const {
+        if (work.tile_end - work.tile_begin > kPrefetchedTiles) return;
+        const volatile i32* table = params_.block_table + work.request * params_.block_table_stride;
+        for (u32 chunk = lane_; chunk < kPrefetchedTiles * kChunks; chunk += kWarpThreads) {
+            const i32 token = work.tile_begin * kTileTokens + static_cast<i32>(chunk * kChunkTokens);
+            if (token >= min_i32(work.tile_end * kTileTokens, work.seqlen_k)) break;
+            const i32 page = table[token / static_cast<i32>(kPageSize)];
+            for (u32 box = block_in_job(); box < kTileBoxes; box += params_.blocks_per_job) {
+                const bool is_latent = box < kLatentBoxes;
+                tma_prefetch_5d(is_latent ? latent_ : rope_, 0, token % static_cast<i32>(kPageSize),
+                                is_latent ? box : box - kLatentBoxes, work.kv_head, page);
+            }
+        }
+    }
+
     // Page numbers are read one tile ahead, before the wait for free slots: their latency hides behind it.
     MLA_DEVICE void load_item(const BlockWork& work) {
         const i32* table = params_.block_table + work.request * params_.block_table_stride;
@@ -25,6 +43,8 @@ public:
     }
 
 private:
+    static constexpr i32 kPrefetchedTiles = 2;
+
     // Lane l holds the pages of chunks l, l + 32, ... of a tile.
     static constexpr u32 kChunksPerLane = (kChunks + kWarpThreads - 1) / kWarpThreads;
     struct Pages {

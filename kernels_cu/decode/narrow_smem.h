@@ -24,7 +24,7 @@ struct NarrowSmem {
     static constexpr u32 probability_bytes = 2 * kRowBoxBytes;  // P^T [kRows][64 tokens], tiles alternate
     static constexpr u32 exchange_bytes = kConsumerWarps * kRows * sizeof(f32);
     static constexpr u32 slot_bytes = kBoxBytes + 2 * sizeof(u64);  // a KV box and its two barriers
-    static constexpr u32 slots = (kMaxSharedBytes - query_bytes - probability_bytes - exchange_bytes) / slot_bytes;
+    static constexpr u32 slots = (kMaxSharedBytes - query_bytes - probability_bytes - exchange_bytes - kClaimBytes) / slot_bytes;
 
     static constexpr u32 ring = 0;
     static constexpr u32 query = ring + slots * kBoxBytes;  // between items: the output on its way to global memory
@@ -32,7 +32,8 @@ struct NarrowSmem {
     static constexpr u32 exchange = probabilities + probability_bytes;  // one value per (consumer warp, row)
     static constexpr u32 full = exchange + exchange_bytes;
     static constexpr u32 empty = full + slots * sizeof(u64);
-    static constexpr u32 total = empty + slots * sizeof(u64);
+    static constexpr u32 claim = empty + slots * sizeof(u64);  // the items that this CTA has claimed
+    static constexpr u32 total = claim + kClaimBytes;
 };
 static_assert(NarrowSmem::total <= kMaxSharedBytes, "the narrow kernel's shared memory does not fit");
 static_assert(NarrowSmem::slots >= kTileBoxes, "a tile must fit in the ring");

@@ -5,6 +5,10 @@
 
 namespace mla {
 
+constexpr i32 kMaxSms = 160;  // a full GH100 has 144
+constexpr i32 kSmWords = kMaxSms / 32;
+constexpr i32 kHalfShareShift = 16;
+
 // Strides in elements. T is the configuration's 16-bit type; D_v = latent width.
 struct DecodeParams {
     const u16* q_latent;  // T [batch, seqlen_q, heads, latent] or ragged [total_q, heads, latent] (batch stride 0)
@@ -19,13 +23,15 @@ struct DecodeParams {
     i64 lse_stride_batch, lse_stride_seq, lse_stride_head;
     void* partial_out;  // Partial [slots, blocks_per_job * rows, D_v], normalised; decode/config.h has the type
     f32* partial_lse;  // [slots, blocks_per_job * rows], natural logarithm
-    const i32* plan;   // core/work.h
+    i32* plan;         // core/work.h; only its `claims` is written, and is 0 again at the end
     i32 num_parts;
     i32 blocks_per_job;
     i32 group_heads;  // query heads per kv head
     f32 scale_log2;   // softmax_scale * log2(e): the softmax works in powers of two
     f32 empty_lse;    // lse of a row that sees no key: -inf, or +inf as FlashMLA has it
     i32 plan_is_settled;  // 1: the plan was complete before the kernel ahead of this one began
+    i32 second_half_share;  // of all SMs, in 1 / 2^kHalfShareShift; 0: nobody claims. decode/claim.h
+    u32 second_half[kSmWords];  // a bit for each of its SMs
 };
 
 }  // namespace mla

@@ -83,7 +83,7 @@ private:
         LoaderState next{};
         for (; item < item_end; ++item) {
             const BlockWork work = load_block_work(params_, item);
-            if (!work.exists() || work.tile_begin >= work.tile_end) continue;
+            if (!work.has_tiles()) continue;
             next = {work.tile_begin, work.tile_end, work.seqlen_k, work.kv_head, work.request, item, item_end, 0};
             break;
         }

@@ -10,6 +10,10 @@ constexpr i32 kTileCost = 16;  // costs are integers in 1/16 tile, so that host 
 constexpr i32 kTileCostShift = 4;
 static_assert(kTileCost == 1 << kTileCostShift, "one unit");
 
+// cupy_mla/schedule.py says why.
+constexpr i32 kMinHead = 4;
+constexpr i32 kMinHeadShare = 4;
+
 enum class Cutting {
     kNone,   // every job whole
     kBudget, // a job is cut where a part's budget ends
@@ -24,6 +28,7 @@ struct Rule {
     i32 split_overhead;  // of a piece of a job; at least piece_overhead
     i32 fixed_tiles;
     i32 tiles_per_part;    // kBudget: tiles of one piece that fill a part
+    i32 min_head;          // kBudget: fewer tiles are not cut off for the rest of a part
     i32 pieces_per_part;   // kFixed: pieces of fixed_tiles that fit a part
 
     MLA_DEVICE i32 whole_cost(i32 tiles) const { return tiles * kTileCost + piece_overhead; }
@@ -31,8 +36,11 @@ struct Rule {
 };
 
 MLA_DEVICE Rule make_rule(Cutting cutting, const PlanParams& params, i32 budget) {
-    Rule rule{cutting, budget, params.piece_overhead, params.split_overhead, params.fixed_split_tiles, 1, 1};
-    if (cutting == Cutting::kBudget) rule.tiles_per_part = max_i32((budget - rule.split_overhead) >> kTileCostShift, 1);
+    Rule rule{cutting, budget, params.piece_overhead, params.split_overhead, params.fixed_split_tiles, 1, 0, 1};
+    if (cutting == Cutting::kBudget) {
+        rule.tiles_per_part = max_i32((budget - rule.split_overhead) >> kTileCostShift, 1);
+        rule.min_head = min_i32(kMinHead, rule.tiles_per_part / kMinHeadShare);
+    }
     if (cutting == Cutting::kFixed) rule.pieces_per_part = max_i32(budget / rule.split_cost(rule.fixed_tiles), 1);
     return rule;
 }
@@ -45,7 +53,8 @@ struct Fill {
 
 // kBudget: tiles of the job that still go into the open part when the job does not fit it whole; 0 = none.
 MLA_DEVICE i32 head_tiles(const Rule& rule, const Fill& fill) {
-    return max_i32((fill.left - rule.split_overhead) >> kTileCostShift, 0);
+    const i32 tiles = max_i32((fill.left - rule.split_overhead) >> kTileCostShift, 0);
+    return tiles < rule.min_head && fill.left < rule.budget ? 0 : tiles;
 }
 
 MLA_DEVICE Fill place_atom(const Rule& rule, Fill fill, i32 cost) {

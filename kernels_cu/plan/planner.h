@@ -7,9 +7,10 @@
 
 namespace mla {
 
-// Each tries a budget of the search range, or two: it holds 129, 177 or 273 with the costs of 16, 32 or 64 rows.
+// Each tries a budget of the search range, or two: it holds 129, 225 or 321 with the costs of 16, 32 or 64 rows.
 constexpr i32 kPlanThreads = 256;
 constexpr i32 kNoBudget = 0x7fffffff;
+constexpr i32 kClaimTiles = 48;  // cupy_mla/schedule.py says why, of both
 constexpr i32 kWholeShare = 16;  // jobs are left whole if that costs at most this part of a budget more
 
 // What all jobs cost, cut only where a fixed split asks for it.
@@ -100,7 +101,7 @@ struct Planner {
         }
         if (thread == 0) {
             *reinterpret_cast<PlanHeader*>(plan) =
-                PlanHeader{totals.items, totals.merges, totals.slots, rule.budget, load.jobs, {0, 0, 0}};
+                PlanHeader{totals.items, totals.merges, totals.slots, rule.budget, load.jobs, claimed_parts(rule), 0, 0};
         }
     }
 
@@ -152,13 +153,13 @@ struct Planner {
         return static_cast<i32>((load.total + params.num_parts - 1) / params.num_parts);
     }
 
-    // The smallest feasible budget with cuts where budgets end. Filling in order leaves less than a tile and an overhead
-    // of each part unused, and a cut adds at most two overheads: it lies within `candidates` of the mean load. Every one
-    // is tried, because a larger budget may move a cut and need one part more. Then the smallest without cuts, if it is
-    // hardly larger.
+    // The smallest feasible budget with cuts where budgets end. Filling in order leaves less than kMinHead tiles and an
+    // overhead of each part unused, and a cut adds at most two overheads: it lies within `candidates` of the mean load.
+    // Every one is tried, because a larger budget may move a cut and need one part more. Then the smallest without cuts,
+    // if it is hardly larger.
     MLA_DEVICE Rule search(const Load& load) const {
         const i32 lowest_cut = max_i32(mean_load(load), kTileCost + params.split_overhead);
-        const i32 candidates = kTileCost + 3 * params.split_overhead + params.merge_overhead + 1;
+        const i32 candidates = kMinHead * kTileCost + 3 * params.split_overhead + params.merge_overhead + 1;
         if (thread == 0) scratch.best_cut = kNoBudget;
         __syncthreads();
 #pragma unroll 1
@@ -252,6 +253,13 @@ struct Planner {
         reinterpret_cast<MergeItem*>(plan + params.merges_offset)[merge] =
             MergeItem{table.request[job], table.head_block[job], request.seqlen_q, request.q_begin,
                       slot_begin,         slot_count,            {0, 0}};
+    }
+
+    // Parts that have work, if there are others and it is long.
+    MLA_DEVICE i32 claimed_parts(const Rule& rule) const {
+        const bool claims = params.blocks_per_job == 1 && scratch.parts_used < params.num_parts &&
+                            rule.budget >= kClaimTiles * kTileCost;
+        return claims ? scratch.parts_used : 0;
     }
 
     // The last job that begins at or before this item.

@@ -9,6 +9,7 @@
 #define MLA_DTYPE MERGE_STATES_DTYPE
 #include "combine/merge_states.cu"
 #undef Element
+#include "core/claimed_part.h"
 #include "decode/params.h"
 #include "plan/plan.cu"
 
@@ -32,6 +33,10 @@ void host_merge_states(const mla::MergeStatesParams* params, unsigned grid, unsi
     host_cuda::launch(grid, block, false, [=] { mla_merge_states(*params); });
 }
 
+int host_claimed_part(bool second, int half_parts, int other_parts, int spare, int half_before, int other_before) {
+    return mla::claimed_part(second, half_parts, other_parts, spare, half_before, other_before);
+}
+
 // sizeof, then the offset of each field that Python knows by name.
 int struct_layout(const char* name, int index) {
     using namespace mla;
@@ -39,7 +44,7 @@ int struct_layout(const char* name, int index) {
         {"PLAN_HEADER",
          {sizeof(PlanHeader), offsetof(PlanHeader, num_items), offsetof(PlanHeader, num_merges),
           offsetof(PlanHeader, num_slots), offsetof(PlanHeader, budget), offsetof(PlanHeader, num_jobs),
-          offsetof(PlanHeader, reserved)}},
+          offsetof(PlanHeader, claimed_parts), offsetof(PlanHeader, claims), offsetof(PlanHeader, reserved)}},
         {"WORK_ITEM",
          {sizeof(WorkItem), offsetof(WorkItem, request), offsetof(WorkItem, head_block), offsetof(WorkItem, tile_begin),
           offsetof(WorkItem, tile_end), offsetof(WorkItem, seqlen_k), offsetof(WorkItem, seqlen_q),
@@ -66,7 +71,8 @@ int struct_layout(const char* name, int index) {
           offsetof(DecodeParams, partial_lse), offsetof(DecodeParams, plan), offsetof(DecodeParams, num_parts),
           offsetof(DecodeParams, blocks_per_job), offsetof(DecodeParams, group_heads),
           offsetof(DecodeParams, scale_log2), offsetof(DecodeParams, empty_lse),
-          offsetof(DecodeParams, plan_is_settled)}},
+          offsetof(DecodeParams, plan_is_settled), offsetof(DecodeParams, second_half_share),
+          offsetof(DecodeParams, second_half)}},
         {"COMBINE_PARAMS",
          {sizeof(CombineParams), offsetof(CombineParams, partial_out), offsetof(CombineParams, partial_lse),
           offsetof(CombineParams, plan), offsetof(CombineParams, out), offsetof(CombineParams, out_stride_batch),
@@ -98,11 +104,17 @@ int kernel_constant(const char* name) {
         {"TILE_TOKENS", kTileTokens},
         {"TILE_COST", kTileCost},
         {"_WHOLE_SHARE", kWholeShare},
+        {"CLAIM_TILES", kClaimTiles},
+        {"MAX_SMS", kMaxSms},
         {"OCTET", kOctet},
         {"WHOLE_JOB", kWholeJob},
         {"_JOB_COLUMNS", JobTable::kColumns},
         {"_SCRATCH_BYTES", static_cast<int>(sizeof(PlanScratch))},
         {"_SECTION_INTS", kPlanSectionInts},
+        {"_MIN_HEAD", kMinHead},
+        {"_MIN_HEAD_SHARE", kMinHeadShare},
+        {"SM_WORDS", kSmWords},
+        {"HALF_SHARE_UNIT", 1 << kHalfShareShift},
     };
     for (const auto& constant : constants) {
         if (std::strcmp(constant.first, name) == 0) return constant.second;
