@@ -33,13 +33,9 @@ MLA_DEVICE i32 claim_part(const DecodeParams& params, i32 parts) {
                         second ? second_before : first_before, second ? first_before : second_before);
 }
 
-struct ItemRange {
-    i32 begin, end;
-};
-
-// The items of this CTA; also lets the next kernel start, as soon as may be. All threads call this; kClaimBytes of shared
-// memory at `slot` are its own.
-MLA_DEVICE ItemRange start_items(const DecodeParams& params, u8* slot) {
+// Where the number of this CTA's first item lies; that of the first item past its own follows. Also lets the next kernel
+// start, as soon as may be. All threads call this; kClaimBytes of shared memory at `slot` are its own.
+MLA_DEVICE const i32* start_part(const DecodeParams& params, u8* slot) {
     i32 part = blockIdx.y;
     if (params.second_half_share > 0) {
         const i32 parts = plan_header(params.plan)->claimed_parts;
@@ -51,8 +47,7 @@ MLA_DEVICE ItemRange start_items(const DecodeParams& params, u8* slot) {
         }
     }
     pdl_launch_dependents();
-    const i32* const part_begin = plan_part_begin(params.plan) + part;
-    return {part_begin[0], part_begin[1]};
+    return plan_part_begin(params.plan) + part;
 }
 
 }  // namespace mla

@@ -32,7 +32,7 @@ struct NarrowSmem {
     static constexpr u32 exchange = probabilities + probability_bytes;  // one value per (consumer warp, row)
     static constexpr u32 full = exchange + exchange_bytes;
     static constexpr u32 empty = full + slots * sizeof(u64);
-    static constexpr u32 claim = empty + slots * sizeof(u64);  // the items that this CTA has claimed
+    static constexpr u32 claim = empty + slots * sizeof(u64);  // the part that this CTA has claimed
     static constexpr u32 total = claim + kClaimBytes;
 };
 static_assert(NarrowSmem::total <= kMaxSharedBytes, "the narrow kernel's shared memory does not fit");

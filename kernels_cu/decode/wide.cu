@@ -45,23 +45,23 @@ mla_decode_wide(const __grid_constant__ mla::TensorMap kv_latent, const __grid_c
     __syncthreads();
     // Work may be read while the kernel ahead still runs, unless that is the planner.
     if (!params.plan_is_settled) pdl_wait();
-    const ItemRange items = start_items(params, shared + WideSmem::claim);
+    const i32* part_begin = start_part(params, shared + WideSmem::claim);
     pdl_wait();
     const u32 warpgroup = __shfl_sync(kFullWarp, threadIdx.x / kWarpgroupThreads, 0);
 
     if (warpgroup == 0) {
         registers_increase<kScoresRegisters>();
         ScoresRole scores(params, smem);
-        for (i32 item = items.begin; item < items.end; ++item) scores.run_item(item);
+        for (i32 item = part_begin[0]; item < part_begin[1]; ++item) scores.run_item(item);
     } else {
         registers_decrease<kValuesRegisters>();
         ValuesRole values(params, smem);
         TileLoader loader(&kv_latent, &kv_rope, params, smem, reinterpret_cast<LoaderState*>(shared + WideSmem::loader));
         if (is_loader_warp()) {
-            loader.start(items.begin, items.end);
+            loader.start(part_begin[0], part_begin[1]);
             for (u32 stage = 0; stage < kStages; ++stage) loader.load_next(stage);
         }
-        for (i32 item = items.begin; item < items.end; ++item) {
+        for (i32 item = part_begin[0]; item < part_begin[1]; ++item) {
             values.run_item(item, [&](const RingPosition& done) {
                 if (!is_loader_warp()) return;
                 mbarrier_wait(smem + WideSmem::tile_empty + done.stage * sizeof(u64), done.parity);

@@ -39,7 +39,7 @@ struct WideSmem {
     static constexpr u32 tile_full = loader + kLoaderWarps * kLoaderStateBytes;   // copy engine -> scores
     static constexpr u32 tile_empty = tile_full + kStages * sizeof(u64);          // values -> loader
     static constexpr u32 probabilities_full = tile_empty + kStages * sizeof(u64); // scores -> values
-    static constexpr u32 claim = probabilities_full + kStages * sizeof(u64);  // the items that this CTA has claimed
+    static constexpr u32 claim = probabilities_full + kStages * sizeof(u64);  // the part that this CTA has claimed
     static constexpr u32 total = claim + kClaimBytes;
 };
 constexpr u32 kMaxSharedBytes = 232448;  // opt-in limit of a Hopper block
