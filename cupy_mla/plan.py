@@ -175,8 +175,8 @@ class DecodePlan:
     """How the work of one kind of call is cut, on the device; made by `cupy_mla.plan_decode`.
 
     A plan belongs to the shapes and settings it was made with, and to the lengths it was last updated with. It also
-    owns the workspace for partial results, so that a call with a plan and given outputs allocates nothing; calls that
-    share a plan must therefore follow one another on one stream.
+    owns the workspace for partial results, so that a call with a plan and given outputs allocates nothing, and a count
+    of the CTAs that have claimed their part; calls that share a plan must therefore follow one another on one stream.
 
     Attributes
     ----------

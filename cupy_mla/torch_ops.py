@@ -63,7 +63,8 @@ def plan_decode(
 ) -> Any:
     """The plan of a decode step as a uint8 tensor; arguments as in `cupy_mla.plan_decode`.
 
-    The size of the tensor says what it is for. On the CPU it holds nothing.
+    The size of the tensor says what it is for. On the CPU it holds nothing. Calls that share it follow one another on
+    one stream: a decode counts its CTAs in it.
     """
     problem, inputs = describe_decode(
         _pair(q, q_rope),
