@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import numpy as np
 
-MAX_SMS = 160
-SM_WORDS = MAX_SMS // 32
+MAX_SMS = 160  # a full GH100 has 144
+SM_WORDS = MAX_SMS // 32  # of 32 bits
 HALF_SHARE_UNIT = 1 << 16  # second_half_share is a fraction of it
 _POINTER = np.uint64
 DECODE_PARAMS = np.dtype(

@@ -15,7 +15,7 @@ from contextlib import contextmanager
 import numpy as np
 import numpy.typing as npt
 
-from .decode_params import MAX_SMS, SM_WORDS
+from .decode_params import MAX_SMS
 from .device import require_supported
 from .driver import check, driver
 from .jit.module import load
@@ -26,11 +26,11 @@ PROBE_SOURCE = KernelSource(entry="probe/latency.cu", function="mla_probe_latenc
 
 _NUM_LINES = 32
 _LINE_STRIDE = 1056  # words: kLineStride
+_THREADS = 32  # a warp, of which one thread works
 _ATTEMPTS = 3  # an SM that others keep busy gets no CTA
 _WAIT_SECONDS = 0.2  # the probe takes 0.2 ms; a GPU that is busy with something else is not waited for
 _CLEAR = 2.0  # the largest singular value over the next; an H200 shows 5.9
-
-_WORD_BITS = 32
+_LEAST_SHARE = 4  # a half has a quarter of the SMs at least
 
 
 @functools.cache
@@ -49,12 +49,12 @@ def second_half(device_id: int) -> npt.NDArray[np.uint32]:
     is_second = np.zeros(MAX_SMS, bool)
     for _ in range(_ATTEMPTS if num_sms <= MAX_SMS else 0):
         clocks = _measure(device_id, num_sms)
-        if clocks is not None and clocks[:num_sms].all():
+        if clocks is None:
+            break
+        if clocks[:num_sms].all():
             is_second[:num_sms] = split_halves(clocks[:num_sms])
             break
-    weights = np.uint32(1) << np.arange(_WORD_BITS, dtype=np.uint32)
-    words: npt.NDArray[np.uint32] = (is_second.reshape(SM_WORDS, _WORD_BITS) * weights).sum(axis=1, dtype=np.uint32)
-    return words
+    return np.packbits(is_second, bitorder="little").view("<u4")
 
 
 def split_halves(clocks: npt.NDArray[np.uint32]) -> npt.NDArray[np.bool_]:
@@ -71,7 +71,7 @@ def split_halves(clocks: npt.NDArray[np.uint32]) -> npt.NDArray[np.bool_]:
     left, singular, _ = np.linalg.svd(centred, full_matrices=False)
     is_second: npt.NDArray[np.bool_] = (left[:, 0] > 0) != (left[0, 0] > 0)
     least = min(is_second.sum(), (~is_second).sum())
-    if singular[0] < _CLEAR * singular[1] or least < len(clocks) // 4:
+    if singular[0] < _CLEAR * singular[1] or least < len(clocks) // _LEAST_SHARE:
         return np.zeros(len(clocks), bool)
     return is_second
 
@@ -93,7 +93,7 @@ def _measure(device_id: int, num_sms: int) -> npt.NDArray[np.uint32] | None:
             np.int32(_NUM_LINES),
             np.int32(MAX_SMS),
         )
-        launch_kernel(kernel, (num_sms, 1, 1), (_WORD_BITS, 1, 1), kernel.max_dynamic_smem, stream.ptr, arguments)
+        launch_kernel(kernel, (num_sms, 1, 1), (_THREADS, 1, 1), kernel.max_dynamic_smem, stream.ptr, arguments)
         deadline = time.perf_counter() + _WAIT_SECONDS
         while not stream.done:
             if time.perf_counter() > deadline:

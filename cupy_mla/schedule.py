@@ -186,6 +186,7 @@ class ScheduleShape:
     @property
     def may_claim(self) -> bool:
         """Whether CTAs may have to claim their parts: work can be long, and a part's CTAs need not be neighbours."""
+        # The fullest part may hold more than the mean; one of more than twice as much has few others beside it.
         return self.blocks_per_job == 1 and self.max_jobs * self.max_tiles >= CLAIM_TILES * self.num_parts // 2
 
     @property

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -13,9 +14,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_schedule import dense
 
-from cupy_mla import mla_decode
-from cupy_mla.decode_params import HALF_SHARE_UNIT
+from cupy_mla import halves, mla_decode
+from cupy_mla.decode_params import HALF_SHARE_UNIT, MAX_SMS
 from cupy_mla.halves import split_halves
+from cupy_mla.jit.source import kernels_root
 from cupy_mla.schedule import CLAIM_TILES, TILE_TOKENS, make_schedule
 
 
@@ -97,6 +99,50 @@ def latencies(is_second: np.ndarray, near: float, noise: float) -> np.ndarray:
     common = 2000 + rng.normal(0, 200, (len(is_second), 1)) + rng.normal(0, 200, 32)
     nearer = np.where(is_second[:, None] == line_is_second, -near / 2, near / 2)
     return (common + nearer + rng.normal(0, noise, nearer.shape)).astype(np.uint32)
+
+
+def clocks_of(is_second: np.ndarray) -> np.ndarray:
+    found = np.zeros((MAX_SMS, 32), np.uint32)
+    found[: len(is_second)] = latencies(is_second, 1400, 100)
+    return found
+
+
+@pytest.fixture
+def measure(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., list[int]]]:
+    """Measures the halves with these results, one an attempt, all of which must be asked for; gives the words."""
+
+    def run(*results: np.ndarray | None) -> list[int]:
+        waiting = list(results)
+        monkeypatch.setattr(halves, "require_supported", lambda device_id: SimpleNamespace(num_sms=NUM_SMS))
+        monkeypatch.setattr(halves, "_measure", lambda device_id, num_sms: waiting.pop(0))
+        halves.second_half.cache_clear()
+        words = halves.second_half(0)
+        assert not waiting
+        return words.tolist()
+
+    yield run
+    halves.second_half.cache_clear()
+
+
+def test_a_bit_for_each_sm_of_the_second_half(measure: Callable[..., list[int]]) -> None:
+    assert measure(clocks_of(np.arange(NUM_SMS) >= 66)) == [0, 0, 0xFFFFFFFC, 0xFFFFFFFF, 0xF]
+
+
+def test_an_sm_without_a_cta_is_measured_again(measure: Callable[..., list[int]]) -> None:
+    complete = clocks_of(np.arange(NUM_SMS) % 2 == 1)
+    partial = complete.copy()
+    partial[77] = 0
+    assert measure(partial, complete) == [0xAAAAAAAA] * 4 + [0xA]
+    assert measure(partial, partial, partial) == [0] * 5
+
+
+def test_a_busy_gpu_is_asked_once(measure: Callable[..., list[int]]) -> None:
+    assert measure(None) == [0] * 5
+
+
+def test_lines_are_as_far_apart_on_both_sides() -> None:
+    text = (kernels_root() / halves.PROBE_SOURCE.entry).read_text()
+    assert f"kLineStride = {halves._LINE_STRIDE};" in text
 
 
 def test_halves_are_told_apart() -> None:

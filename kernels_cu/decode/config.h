@@ -26,7 +26,7 @@ constexpr u32 kChunks = kTileTokens / kChunkTokens;
 constexpr u32 kWarpThreads = 32;
 constexpr u32 kWarpgroupThreads = 128;
 
-constexpr u32 kClaimBytes = 8;  // of shared memory, for decode/claim.h (4, and the next thing aligned)
+constexpr u32 kClaimBytes = 8;  // of shared memory, for the part that decode/claim.h finds: one word, and one unused
 
 // Rounded to 16 bits and again in the output, one row in 64 pieces has up to 2.9e-3 of error (2.1e-3 with float32 partial
 // results), more than FlashMLA's test of dense decoding allows; over many rows the mean counts, which is below its bound.

@@ -10,7 +10,8 @@ namespace mla {
 // Each tries a budget of the search range, or two: it holds 129, 225 or 321 with the costs of 16, 32 or 64 rows.
 constexpr i32 kPlanThreads = 256;
 constexpr i32 kNoBudget = 0x7fffffff;
-constexpr i32 kClaimTiles = 48;  // cupy_mla/schedule.py says why, of both
+// cupy_mla/schedule.py says why 48 and 16.
+constexpr i32 kClaimTiles = 48;  // CTAs claim their parts if the fullest has so many
 constexpr i32 kWholeShare = 16;  // jobs are left whole if that costs at most this part of a budget more
 
 // What all jobs cost, cut only where a fixed split asks for it.

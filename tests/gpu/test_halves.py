@@ -11,6 +11,7 @@ import pytest
 from cupy_mla import decode_call as decode_call_module
 from cupy_mla import device, halves, known_calls, mla_decode, plan_decode
 from cupy_mla import plan as plan_module
+from cupy_mla.decode_params import SM_WORDS
 from cupy_mla.plan import DecodePlan
 from cupy_mla.plan_layout import PLAN_HEADER
 
@@ -93,7 +94,7 @@ def test_claimed_parts_give_the_same_bits_as_parts_in_order(heads: int, monkeypa
     assert header["claims"] == 0
 
     forget()
-    monkeypatch.setattr(decode_call_module, "second_half", lambda device_id: np.zeros(5, np.uint32))
+    monkeypatch.setattr(decode_call_module, "second_half", lambda device_id: np.zeros(SM_WORDS, np.uint32))
     expected = mla_decode(q, kv_cache, block_table, cache_seqlens)
     for found in outputs:
         for array, reference in zip(found, expected, strict=True):
