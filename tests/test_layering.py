@@ -55,8 +55,9 @@ RANKS = {name: rank for rank, names in enumerate(LAYERS) for name in names}
 
 # Imported inside functions only: they are slow to import, optional, or both.
 LAZY = {"cupy", "cupyx", "cuda", "torch", "jax", "tvm_ffi", "rich", "matplotlib", "safetensors", "IPython"}
-# NumPy is most of it. CPU time, not wall time, so that a busy machine does not matter.
-IMPORT_SECONDS = 0.3
+# What the package may add to a process, in imports of NumPy, of which it needs one: measured 0.9 to 1.1. Seconds would
+# be those of the machine (0.18 to 0.33 were seen for both together). CPU time, as others may be using the machine.
+IMPORT_RATIO = 2
 IMPORT_TRIES = 5
 
 MODULE_FILES = sorted(PACKAGE.rglob("*.py"))
@@ -166,12 +167,14 @@ def test_importing_the_package_imports_nothing_heavy() -> None:
 
 
 def test_importing_the_package_is_quick() -> None:
-    script = "import time; t = time.process_time(); import cupy_mla; print(time.process_time() - t)"
-    command = [sys.executable, "-c", script]
-    seconds = min(
-        float(subprocess.run(command, check=True, capture_output=True, text=True).stdout) for _ in range(IMPORT_TRIES)
+    script = (
+        "from time import process_time as now; start = now(); import numpy; middle = now(); import cupy_mla; "
+        "print(middle - start, now() - middle)"
     )
-    assert seconds < IMPORT_SECONDS
+    command = [sys.executable, "-c", script]
+    outputs = [subprocess.run(command, check=True, capture_output=True, text=True).stdout for _ in range(IMPORT_TRIES)]
+    numpy_seconds, own_seconds = (min(map(float, column)) for column in zip(*map(str.split, outputs), strict=True))
+    assert own_seconds < IMPORT_RATIO * numpy_seconds
 
 
 @pytest.mark.parametrize("name", sorted(set(MODULES) - {"settings"}))
