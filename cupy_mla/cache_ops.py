@@ -14,6 +14,8 @@ import numpy.typing as npt
 from . import arrays
 from .arrays import ArrayView
 from .errors import InvalidArgumentError
+from .exchange import as_numpy, keep_imported
+from .frameworks import CUDA, check_stream, current_stream, framework_of
 from .jit.source import KernelSource
 
 APPEND_SOURCE = KernelSource(entry="cache_ops/append.cu", function="mla_append", defines=())
@@ -125,7 +127,7 @@ def append_tokens(
     UnsupportedDeviceError
         The arrays are on a GPU that is not Hopper.
     """
-    arrays.check_stream(stream)
+    check_stream(stream)
     if stream is None:
         stream = _framework_stream(kv_new)
     cache_views = _cache_views(kv_cache, stream)
@@ -134,16 +136,14 @@ def append_tokens(
     segments = _match_segments(cache_views, rows_views)
     num_tokens = rows_views[0].shape[0]
     places = _describe_places(cache_views[0], num_tokens, slot_mapping, block_table, positions, requests, stream)
-    if cache_views[0].device == arrays.CUDA:
+    if cache_views[0].device == CUDA:
         _check_chunks(segments)
     if num_tokens == 0 or not segments:
         return
-    if cache_views[0].device == arrays.CUDA:
+    if cache_views[0].device == CUDA:
         stream = stream if stream is not None else 0
         _append_cuda(segments, places, num_tokens, stream)
-        arrays.keep_imported(
-            (*rows_views, places.slot_mapping, places.block_table, places.positions, places.requests), stream
-        )
+        keep_imported((*rows_views, places.slot_mapping, places.block_table, places.positions, places.requests), stream)
     else:
         _append_numpy(segments, places, num_tokens)
 
@@ -152,7 +152,7 @@ def _framework_stream(kv_new: Any) -> int | None:
     """Current stream of the framework that made the rows; None on the CPU."""
     first = kv_new[0] if isinstance(kv_new, tuple) and kv_new else kv_new
     probe = arrays.view(first, "kv_new")
-    return arrays.current_stream(first, probe.device_id) if probe.device == arrays.CUDA else None
+    return current_stream(first, probe.device_id) if probe.device == CUDA else None
 
 
 def _parts(value: Any, name: str) -> list[tuple[Any, str]]:
@@ -170,7 +170,7 @@ def _cache_views(kv_cache: Any, stream: int | None) -> list[ArrayView]:
         if view.ndim != _CACHE_RANK:
             raise InvalidArgumentError(name, "shape [num_pages, page_size, num_heads_kv, d]", str(view.shape))
         # JAX hands out its buffers through DLPack but counts on nobody writing to them.
-        if arrays.framework_of(part) == "jax":
+        if framework_of(part) == "jax":
             raise InvalidArgumentError(name, "an array that can be written to", "a JAX array, which is immutable")
         if isinstance(part, np.ndarray) and not part.flags.writeable:
             raise InvalidArgumentError(name, "an array that can be written to", "a read-only NumPy array")
@@ -318,8 +318,8 @@ def _append_numpy(segments: list[_Segment], places: _Places, num_tokens: int) ->
     num_pages, page_size = segments[0].cache.shape[:2]
     pages, offsets, tokens = _find_slots(places, num_tokens, num_pages=num_pages, page_size=page_size)
     for segment in segments:
-        target = arrays.as_numpy(segment.cache)
-        source = arrays.as_numpy(segment.rows)
+        target = as_numpy(segment.cache)
+        source = as_numpy(segment.rows)
         cache_columns = slice(segment.cache_column, segment.cache_column + segment.width)
         rows_columns = slice(segment.rows_column, segment.rows_column + segment.width)
         target[pages, offsets, :, cache_columns] = source[tokens, :, rows_columns]
@@ -331,15 +331,15 @@ def _find_slots(
     """Page, offset and token of each token that has a slot in the cache: ``find_slot`` of append.cu."""
     tokens = np.arange(num_tokens, dtype=np.int64)
     if places.slot_mapping is not None:
-        slots = arrays.as_numpy(places.slot_mapping).astype(np.int64)
+        slots = as_numpy(places.slot_mapping).astype(np.int64)
         kept = (slots >= 0) & (slots < num_pages * page_size)
         return slots[kept] // page_size, slots[kept] % page_size, tokens[kept]
     assert places.block_table is not None
     assert places.positions is not None
-    table = arrays.as_numpy(places.block_table)
-    positions = arrays.as_numpy(places.positions).astype(np.int64)
+    table = as_numpy(places.block_table)
+    positions = as_numpy(places.positions).astype(np.int64)
     if places.requests is not None:
-        requests = arrays.as_numpy(places.requests).astype(np.int64)
+        requests = as_numpy(places.requests).astype(np.int64)
     else:
         requests = tokens // places.tokens_per_request
     page_index = positions // page_size

@@ -13,8 +13,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from .arrays import CUDA, ArrayView
+from .arrays import ArrayView
 from .decode_params import DECODE_PARAMS, HALF_SHARE_UNIT
+from .frameworks import CUDA
 from .halves import second_half
 from .launch import Launch, is_capturing
 from .plan import Blueprint, DecodePlan

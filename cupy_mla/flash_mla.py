@@ -14,9 +14,9 @@ from typing import Any, NoReturn
 
 import numpy as np
 
-from .arrays import as_numpy
 from .decode import mla_decode, plan_decode
 from .errors import InvalidArgumentError, MlaError, PlanMismatchError
+from .exchange import as_numpy
 from .plan import DecodePlan
 from .settings import get_settings
 

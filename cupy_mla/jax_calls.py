@@ -14,9 +14,11 @@ from typing import Any
 
 import numpy as np
 
-from .arrays import CPU, CUDA, ArrayView, as_numpy, contiguous_strides
+from .arrays import ArrayView, contiguous_strides
 from .decode_call import CallLayout, prepare
 from .errors import InvalidArgumentError, MissingDependencyError
+from .exchange import as_numpy
+from .frameworks import CPU, CUDA
 from .plan import Blueprint, DecodePlan
 from .plan_arrays import plan_kind
 from .problem import DecodeInputs, DecodeProblem, describe_decode

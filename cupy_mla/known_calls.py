@@ -10,11 +10,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from .arrays import ITEM_SIZES, sketch, sketch_tensors
 from .decode_call import DecodeCall
+from .dtypes import ITEM_SIZES
 from .plan import Blueprint
 from .problem import COPY_ALIGNMENT, INDEX_DTYPE, DecodeInputs
 from .settings import Settings
+from .sketches import sketch, sketch_tensors
 
 _CALLS_KEPT = 4096
 _COPY_MASK = COPY_ALIGNMENT - 1

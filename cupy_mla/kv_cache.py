@@ -18,6 +18,8 @@ import numpy.typing as npt
 from . import arrays
 from .cache_ops import append_tokens
 from .errors import InvalidArgumentError, MlaError
+from .exchange import as_numpy
+from .frameworks import current_stream
 
 DTYPES = ("bfloat16", "float16")
 DEVICES = ("cpu", "cuda")
@@ -305,7 +307,7 @@ class PagedKVCache:
         rows = self._distinct_rows(requests)
         plan = self._plan_append(rows, requests, self._token_counts(counts, len(requests), view.shape[0]))
         if view.device == "cuda" and stream is None:
-            stream = arrays.current_stream(first, view.device_id)
+            stream = current_stream(first, view.device_id)
         with self._on_stream(stream):
             # Copies go into pages that nobody holds yet, so a refusal after them leaves every request as it was.
             for copy in plan.copies:
@@ -410,9 +412,9 @@ class PagedKVCache:
         if any(size > 1 and a != b for size, a, b in zip(view.shape, view.strides, contiguous, strict=True)):
             raise InvalidArgumentError("out", "a contiguous array", f"strides {view.strides}")
         if self.device == "cpu":
-            arrays.as_numpy(view)[...] = host
+            as_numpy(view)[...] = host
         else:
-            used = arrays.current_stream(out, view.device_id) if stream is None else stream
+            used = current_stream(out, view.device_id) if stream is None else stream
             self._copy_to_device(host, view.pointer, used)
         return out
 

@@ -6,9 +6,11 @@ from typing import Any
 
 import numpy as np
 
-from .arrays import CUDA, ArrayView, as_numpy, check_stream, current_stream, empty_like, finish, keep_imported, view
+from .arrays import ArrayView, view
 from .device import require_supported
 from .errors import InvalidArgumentError
+from .exchange import as_numpy, empty_like, finish, keep_imported
+from .frameworks import CUDA, check_stream, current_stream
 from .jit.module import load
 from .launch import launch_kernel
 from .plan_layout import (

@@ -8,26 +8,20 @@ from typing import Any
 
 import numpy as np
 
-from .arrays import (
-    CUDA,
-    ITEM_SIZES,
-    ArrayView,
-    check_stream,
-    current_stream,
-    empty_like,
-    keep_imported,
-    pointer_of,
-    view,
-)
+from .arrays import ArrayView, view
 from .configs import KernelConfig, choose_config
 from .device import describe_device
+from .dtypes import ITEM_SIZES
 from .errors import InvalidArgumentError, PlanMismatchError
+from .exchange import empty_like, keep_imported
+from .frameworks import CUDA, check_stream, current_stream
 from .html import facts_table
 from .jit.module import LoadedKernel, load
 from .launch import Launch, is_capturing
 from .plan_layout import PLAN_SOURCE, combine_source, plan_geometry, plan_layout, plan_params
 from .problem import DecodeInputs, DecodeProblem, as_integer
 from .schedule import ScheduleShape, ceil_div, check_fixed_split, choose_parts
+from .sketches import pointer_of
 
 _PARTIAL_ALIGNMENT = 256  # bytes; sections of the workspace
 _WORD_BYTES = 4  # int32 of the plan, float32 of the lse

@@ -12,8 +12,8 @@ from __future__ import annotations
 import dataclasses
 import zlib
 
-from .arrays import CUDA
 from .errors import PlanMismatchError
+from .frameworks import CUDA
 from .plan import Blueprint, blueprint, check_plan_options
 from .problem import DecodeProblem
 

@@ -16,8 +16,11 @@ from typing import Any
 
 import numpy as np
 
-from .arrays import CUDA, ITEM_SIZES, ArrayView, as_numpy, source_of, view
+from .arrays import ArrayView, source_of, view
+from .dtypes import ITEM_SIZES
 from .errors import InvalidArgumentError
+from .exchange import as_numpy
+from .frameworks import CUDA
 from .html import facts_table
 from .kv_layouts import DENSE_LAYOUTS
 

@@ -11,7 +11,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from .arrays import as_numpy, numpy_dtype
+from .dtypes import numpy_dtype
+from .exchange import as_numpy
 from .problem import DecodeInputs, DecodeProblem
 
 Array = npt.NDArray[Any]

@@ -13,11 +13,13 @@ from __future__ import annotations
 from typing import Any
 
 from . import cache_ops, decode, merge
-from .arrays import CPU, CUDA, ArrayView, current_stream, pointer_of
+from .arrays import ArrayView
 from .errors import InvalidArgumentError, MissingDependencyError
+from .frameworks import CPU, CUDA, current_stream
 from .plan import Blueprint, DecodePlan
 from .plan_arrays import check_plan_array, plan_array_bytes, plan_kind
 from .problem import COPY_ALIGNMENT, describe_decode
+from .sketches import pointer_of
 
 NAMESPACE = "cupy_mla"
 _PLAN_ALIGNMENT = 32  # bytes; sections of a plan

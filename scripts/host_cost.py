@@ -27,7 +27,7 @@ import click
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from cupy_mla import arrays, decode, driver, known_calls, mla_decode, plan, plan_decode
+from cupy_mla import arrays, decode, driver, known_calls, mla_decode, plan, plan_decode, sketches
 from cupy_mla.device import DeviceInfo, why_unsupported
 from cupy_mla.problem import describe_decode
 from cupy_mla.settings import get_settings
@@ -199,7 +199,7 @@ def parts(given: Inputs) -> dict[str, Callable[[], object]]:
         return run
 
     return {
-        "addresses, shapes, strides, types of the arrays": lambda: arrays.sketch_tensors(*named),
+        "addresses, shapes, strides, types of the arrays": lambda: sketches.sketch_tensors(*named),
         "the call described by them (includes the line above)": identify,
         "call and plan's kind looked up, addresses checked": lambda: known_calls.recall(key, pointers, settings),
         "current stream": lambda: decode.current_stream(inputs["q"], 0),

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from cupy_mla import arrays, decode, decode_call, driver, known_calls, plan, tensor_maps
+from cupy_mla import arrays, decode, decode_call, driver, frameworks, known_calls, plan, sketches, tensor_maps
 from cupy_mla.arrays import ArrayView, contiguous_strides
 from cupy_mla.decode_params import DECODE_PARAMS
 from cupy_mla.device import DeviceInfo
@@ -163,8 +163,8 @@ def fake_gpu(patch: pytest.MonkeyPatch) -> FakeGpu:
     )
     patch.setattr(driver, "_driver", fake_driver)
     patch.setitem(arrays._READERS, FakeArray, FakeArray.read)
-    patch.setitem(arrays._SKETCHERS, FakeArray, FakeArray.sketch)
-    patch.setitem(arrays._FRAMEWORKS, FakeArray, "cupy")
+    patch.setitem(sketches._SKETCHERS, FakeArray, FakeArray.sketch)
+    patch.setitem(frameworks._FRAMEWORKS, FakeArray, "cupy")
     info = DeviceInfo(0, "fake", (9, 0), NUM_SMS, 2**36, 2**25, 232448)
     patch.setattr(plan, "describe_device", lambda device_id: info)
     patch.setattr(plan, "load", gpu.load)

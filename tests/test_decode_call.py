@@ -22,13 +22,15 @@ from cupy_mla import (
     PlanMismatchError,
     UnsupportedDeviceError,
     decode_call,
+    exchange,
+    frameworks,
     jax_calls,
     known_calls,
     mla_decode,
     plan_decode,
 )
 from cupy_mla import arrays as arrays_module
-from cupy_mla.arrays import ArrayView, _Shared
+from cupy_mla.arrays import ArrayView, Shared
 from cupy_mla.plan_arrays import plan_array_bytes
 
 LATENT, ROPE = 512, 64
@@ -475,7 +477,7 @@ class Imported(FakeArray):
     """An array whose memory came through DLPack: its framework does not know of our streams."""
 
     def read(self, name: str = "", stream: int | None = None) -> ArrayView:
-        owner = _Shared(None, self)
+        owner = Shared(None, self)
         return ArrayView(self.pointer, self.shape, self.strides, self.dtype, "cuda", self.device_id, owner)
 
 
@@ -508,10 +510,10 @@ def test_imported_memory_lives_until_the_gpu_has_read_it(gpu: FakeGpu, monkeypat
             recorded.append((current[-1], *stream))
 
     cuda = SimpleNamespace(Device=Device, Event=Event, ExternalStream=lambda stream, device_id: (stream, device_id))
-    monkeypatch.setattr(arrays_module, "_cupy", lambda: SimpleNamespace(cuda=cuda))
+    monkeypatch.setattr(exchange, "cupy_module", lambda: SimpleNamespace(cuda=cuda))
     monkeypatch.setitem(arrays_module._READERS, Imported, Imported.read)
-    monkeypatch.setitem(arrays_module._FRAMEWORKS, Imported, "dlpack")
-    monkeypatch.setattr(arrays_module, "_in_flight", deque())
+    monkeypatch.setitem(frameworks._FRAMEWORKS, Imported, "dlpack")
+    monkeypatch.setattr(exchange, "_in_flight", deque())
 
     def on_device_1(array: FakeArray, kind: type[FakeArray]) -> Any:
         return kind(array.shape, array.dtype, array.strides, array.pointer, device_id=1)

@@ -24,7 +24,9 @@ ROOT = "cupy_mla"
 LAYERS: tuple[tuple[str, ...], ...] = (
     ("errors", "html"),
     ("settings", "drawing"),
-    ("arrays", "kv_layouts", "fp8_layouts", "driver", "jit", "jit.source"),
+    ("dtypes", "frameworks", "kv_layouts", "fp8_layouts", "driver", "jit", "jit.source"),
+    ("arrays",),
+    ("sketches", "exchange"),
     ("problem",),
     ("reference", "schedule", "decode_params"),
     ("configs",),

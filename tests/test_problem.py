@@ -11,8 +11,9 @@ import pytest
 from cases_dense import DTYPES, DenseCase
 
 from cupy_mla import arrays, problem
-from cupy_mla.arrays import ArrayView, as_numpy, contiguous_strides, view
+from cupy_mla.arrays import ArrayView, contiguous_strides, view
 from cupy_mla.errors import InvalidArgumentError
+from cupy_mla.exchange import as_numpy
 from cupy_mla.kv_layouts import BF16, DENSE_LAYOUTS
 from cupy_mla.problem import check_output, describe_decode, validate_values
 

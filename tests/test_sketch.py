@@ -6,7 +6,8 @@ from typing import Any
 
 import pytest
 
-from cupy_mla.arrays import pointer_of, sketch, sketch_tensors, view
+from cupy_mla.arrays import view
+from cupy_mla.sketches import pointer_of, sketch, sketch_tensors
 
 torch = pytest.importorskip("torch", reason="torch is not installed")
 

@@ -13,8 +13,9 @@ from cases_dense import DTYPES, DenseArrays, DenseCase, frobenius_error
 
 from cupy_mla import InvalidArgumentError, PlanMismatchError, known_calls, merge_states, mla_decode, plan_decode
 from cupy_mla import plan as plan_module
-from cupy_mla.arrays import empty_like, view
+from cupy_mla.arrays import view
 from cupy_mla.configs import KernelConfig, choose_config
+from cupy_mla.exchange import empty_like
 
 from . import gpu_arrays as gpu
 
