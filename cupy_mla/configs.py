@@ -30,6 +30,9 @@ _NARROW_PROBABILITY_BUFFERS = 2
 _WIDE_STAGES = 3
 _WIDE_MAX_REGISTER_STEPS = 31
 _WIDE_THREADS = 384
+# Two warpgroups share the values' columns, in a width that wgmma has; a stage has one rope box, which P replaces.
+_WIDE_LATENT_DIMS = (128, 256, 512)
+_WIDE_ROPE_DIMS = (0, BOX_COLUMNS)
 _STEP_COLUMNS = 16
 _ELEMENT_BYTES = 2
 _FLOAT_BYTES = 4
@@ -193,6 +196,7 @@ def choose_config(
     Rows are the query heads and tokens that share a kv head. With a fixed split, which promises the same bits in any
     batch, they alone decide; of ragged queries those of one token, as how many tokens a request has, on average or at
     most, depends on the batch. A mask is compiled in only where it can hide anything: one query token sees every key.
+    Widths that the wide kernel is not made for are left to the narrow one.
 
     Parameters
     ----------
@@ -205,9 +209,11 @@ def choose_config(
     fixed_split_tokens
         The fixed split, if there is one.
     """
+    fits_wide = problem.latent_dim in _WIDE_LATENT_DIMS and problem.rope_dim in _WIDE_ROPE_DIMS
+    kernels = [kernel for kernel in _KERNEL_TIMES if fits_wide or kernel[0] != "wide"]
     if fixed_split_tokens is not None:
         rows = problem.group_heads * (1 if problem.ragged else problem.seqlen_q)
-        kernel = next((kernel for kernel in _KERNEL_TIMES if rows <= kernel[1]), ("wide", WIDE_ROWS))
+        kernel = next((kernel for kernel in kernels if rows <= kernel[1]), kernels[-1])
     else:
         tokens = ceil_div(problem.total_q, max(problem.batch, 1))  # of a request, on average when ragged
         if problem.seqlen_q <= 2 * tokens:  # else the longest request is an exception, or its length is not known
@@ -215,7 +221,7 @@ def choose_config(
         rows = problem.group_heads * tokens
         tokens_k = problem.max_seqlen_k if max_seqlen_k is None else min(max_seqlen_k, problem.max_seqlen_k)
         requests = problem.batch * problem.num_heads_kv
-        kernel = min(_KERNEL_TIMES, key=lambda kernel: _estimate_time(kernel, rows, requests, tokens_k, num_sms))
+        kernel = min(kernels, key=lambda kernel: _estimate_time(kernel, rows, requests, tokens_k, num_sms))
     return KernelConfig(
         kernel=kernel[0],
         rows=kernel[1],

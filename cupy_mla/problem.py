@@ -32,9 +32,9 @@ INT32_MAX = 2**31 - 1
 COPY_ALIGNMENT = 16
 COPY_MAX_STRIDE = 2**40
 # What the CUDA kernels are written for.
-CUDA_LATENT_MULTIPLE = 128
+CUDA_WIDTH_MULTIPLE = 64
 CUDA_MAX_LATENT = 512
-CUDA_ROPE_MULTIPLE = 64
+CUDA_MAX_WIDTH = 1024  # latent and rope: 32 rows of queries and a tile have room in shared memory
 CUDA_PAGE_MULTIPLE = 16
 
 _KV_RANK = 4
@@ -658,16 +658,18 @@ def _check_rows(shape: tuple[int, ...], strides: tuple[int, ...], itemsize: int,
 
 def _check_cuda_widths(problem: DecodeProblem) -> None:
     way_out = "on a GPU (the NumPy backend takes any: pass CPU arrays)"
-    if problem.latent_dim % CUDA_LATENT_MULTIPLE or problem.latent_dim > CUDA_MAX_LATENT:
+    if problem.latent_dim % CUDA_WIDTH_MULTIPLE or problem.latent_dim > CUDA_MAX_LATENT:
         raise InvalidArgumentError(
             "head_dim_v",
-            f"a multiple of {CUDA_LATENT_MULTIPLE} up to {CUDA_MAX_LATENT} {way_out}",
+            f"a multiple of {CUDA_WIDTH_MULTIPLE} up to {CUDA_MAX_LATENT} {way_out}",
             str(problem.latent_dim),
         )
-    if problem.rope_dim % CUDA_ROPE_MULTIPLE:
+    if problem.rope_dim % CUDA_WIDTH_MULTIPLE:
         raise InvalidArgumentError(
-            "q", f"a rope width that is a multiple of {CUDA_ROPE_MULTIPLE} {way_out}", str(problem.rope_dim)
+            "q", f"a rope width that is a multiple of {CUDA_WIDTH_MULTIPLE} {way_out}", str(problem.rope_dim)
         )
+    if problem.head_dim_qk > CUDA_MAX_WIDTH:
+        raise InvalidArgumentError("q", f"a width up to {CUDA_MAX_WIDTH} {way_out}", str(problem.head_dim_qk))
     if problem.page_size != 1 and problem.page_size % CUDA_PAGE_MULTIPLE:
         raise InvalidArgumentError(
             "kv_cache", f"a page size of 1 or a multiple of {CUDA_PAGE_MULTIPLE} {way_out}", str(problem.page_size)

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from cupy_mla.configs import KernelConfig, choose_config
+from cupy_mla.configs import MAX_SHARED_BYTES, KernelConfig, choose_config
 from cupy_mla.problem import DecodeProblem
 
 NUM_SMS = 132
@@ -57,6 +57,27 @@ def test_small_batches_of_many_heads_spread_over_more_ctas() -> None:
     assert name(choose_config(problem(1, 8192, 128), NUM_SMS)) == "narrow32"
     assert name(choose_config(problem(1, 131072, 128), NUM_SMS)) == "wide64"
     assert name(choose_config(problem(64, 64, 128), NUM_SMS)) == "wide64"  # an item each, nothing to cut
+
+
+@pytest.mark.parametrize("split", [None, 256])
+@pytest.mark.parametrize(
+    ("latent_dim", "rope_dim", "expected"),
+    [
+        (512, 64, "wide64"),
+        (256, 0, "wide64"),
+        (128, 64, "wide64"),
+        (384, 64, "narrow32"),
+        (512, 128, "narrow32"),
+        (64, 0, "narrow32"),
+        (512, 512, "narrow32"),
+    ],
+)
+def test_widths_that_the_wide_kernel_is_not_made_for_are_left_to_the_narrow_one(
+    latent_dim: int, rope_dim: int, expected: str, split: int | None
+) -> None:
+    config = choose_config(problem(132, 8192, 128, latent_dim=latent_dim, rope_dim=rope_dim), NUM_SMS, None, split)
+    assert name(config) == expected
+    assert config.shared_memory <= MAX_SHARED_BYTES
 
 
 @pytest.mark.parametrize(

@@ -14,7 +14,7 @@ from concurrent.futures import Future, ProcessPoolExecutor
 import pytest
 
 from cupy_mla.compile_job import all_kernels
-from cupy_mla.configs import standard_configs
+from cupy_mla.configs import KernelConfig, standard_configs
 from cupy_mla.jit import compiler
 from cupy_mla.jit.compiler import CompiledKernel
 from cupy_mla.jit.module import get_cubin
@@ -24,7 +24,20 @@ needs_nvrtc = pytest.mark.skipif(
     compiler.why_unavailable() is not None, reason=f"no compiler: {compiler.why_unavailable()}"
 )
 
-SOURCES = {kernel.name: kernel.source for kernel in all_kernels()}
+# What a GPU compiles when it meets them: the ends of what `describe_decode` lets pass.
+OTHER_CONFIGS = [
+    KernelConfig(kernel, rows, latent, rope, "bfloat16", 64, True)
+    for kernel, rows, latent, rope in (
+        ("wide", 64, 128, 64),
+        ("wide", 64, 256, 0),
+        ("narrow", 16, 64, 0),
+        ("narrow", 16, 512, 512),
+        ("narrow", 32, 64, 960),
+        ("narrow", 32, 384, 64),
+        ("narrow", 32, 512, 512),
+    )
+]
+SOURCES = {kernel.name: kernel.source for kernel in all_kernels()} | {c.name: c.source() for c in OTHER_CONFIGS}
 
 
 @pytest.fixture(scope="module")

@@ -406,7 +406,13 @@ WRONG_ON_GPU: list[tuple[str, dict[str, Any], str, str]] = [
         "kv_cache[1]",
         "a multiple of 16 bytes",
     ),
-    ("latent not 128 k", {"head_dim_v": 448}, "head_dim_v", "a multiple of 128 up to 512"),
+    ("latent not 64 k", {"head_dim_v": 480}, "head_dim_v", "a multiple of 64 up to 512"),
+    (
+        "too wide together",
+        {"q": GpuArray((4, 2, 16, 1088)), "kv_cache": GpuArray((10, 64, 2, 1088))},
+        "q",
+        "a width up to 1024",
+    ),
     (
         "latent too wide",
         {"head_dim_v": 640, "q": GpuArray((4, 2, 16, 704)), "kv_cache": GpuArray((10, 64, 2, 704))},

@@ -187,9 +187,16 @@ def test_page_sizes(heads: int, page_size: int) -> None:
     run(DenseCase(lengths=(0, 1, 63, 64, 65, 140, 1000), num_heads_q=heads, page_size=page_size))
 
 
-@pytest.mark.parametrize(("latent_dim", "rope_dim"), [(512, 64), (512, 0), (256, 64)])
+@pytest.mark.parametrize(("latent_dim", "rope_dim"), [(512, 64), (512, 0), (256, 64), (256, 0), (128, 64)])
 @pytest.mark.parametrize("heads", [16, 64])
 def test_widths(heads: int, latent_dim: int, rope_dim: int) -> None:
+    run(DenseCase(lengths=(0, 64, 140, 1000), num_heads_q=heads, latent_dim=latent_dim, rope_dim=rope_dim))
+
+
+@pytest.mark.parametrize("kernel", ["chosen", "narrow16", "narrow32"], indirect=True)
+@pytest.mark.parametrize(("latent_dim", "rope_dim"), [(64, 0), (320, 64), (384, 0), (512, 128), (512, 512)])
+@pytest.mark.parametrize("heads", [16, 64])
+def test_widths_that_the_wide_kernel_is_not_made_for(heads: int, latent_dim: int, rope_dim: int) -> None:
     run(DenseCase(lengths=(0, 64, 140, 1000), num_heads_q=heads, latent_dim=latent_dim, rope_dim=rope_dim))
 
 
