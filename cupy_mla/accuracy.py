@@ -10,7 +10,7 @@ import numpy as np
 
 from .case_arrays import Array
 from .cases import Case
-from .problem import describe_decode
+from .describe import describe_decode
 from .reference import mla_decode_reference
 
 # The contract's bounds: relative Frobenius error of out, and |lse - lse64| <= LSE_BOUND (1 + |lse64|).

@@ -7,15 +7,17 @@ from typing import Any
 
 import numpy as np
 
+from .arguments import check_output, validate_values
 from .arrays import ArrayView, contiguous_strides, view
 from .decode_call import CallLayout, DecodeCall, prepare
+from .describe import describe_decode
 from .device import require_supported
 from .errors import InvalidArgumentError, UnsupportedDeviceError
 from .exchange import as_numpy, empty_like, finish, keep_imported
 from .frameworks import CUDA, check_stream, current_stream
 from .known_calls import Addresses, identify, recall, remember
 from .plan import DecodePlan, blueprint, check_plan_options
-from .problem import LSE_DTYPE, DecodeInputs, DecodeProblem, check_output, describe_decode, validate_values
+from .problem import LSE_DTYPE, DecodeInputs, DecodeProblem
 from .reference import mla_decode_reference
 from .settings import get_settings
 from .sketches import pointer_of

@@ -30,7 +30,7 @@ _ELEMENT_BYTES = 2
 # CTAs of a job read the same tiles; two of them on neighbouring SMs take up to 3% less time (kernels_cu/DESIGN.md). SMs
 # come in pairs; larger clusters do not fill a GPU.
 _PAIR = 2
-_CALLS_KEPT = 4096  # as many as problem.py remembers good combinations
+_CALLS_KEPT = 4096  # as many as describe.py remembers good combinations
 _CACHES_KEPT = 512  # KV caches (one a layer) whose tensor maps a prepared call has at hand
 
 

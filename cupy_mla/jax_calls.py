@@ -16,12 +16,13 @@ import numpy as np
 
 from .arrays import ArrayView, contiguous_strides
 from .decode_call import CallLayout, prepare
+from .describe import describe_decode
 from .errors import InvalidArgumentError, MissingDependencyError
 from .exchange import as_numpy
 from .frameworks import CPU, CUDA
 from .plan import Blueprint, DecodePlan
 from .plan_arrays import plan_kind
-from .problem import DecodeInputs, DecodeProblem, describe_decode
+from .problem import DecodeInputs, DecodeProblem
 from .reference import mla_decode_reference
 
 DECODE_TARGET = "cupy_mla.mla_decode"

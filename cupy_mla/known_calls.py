@@ -10,10 +10,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+from .arguments import COPY_ALIGNMENT
 from .decode_call import DecodeCall
 from .dtypes import ITEM_SIZES
 from .plan import Blueprint
-from .problem import COPY_ALIGNMENT, INDEX_DTYPE, DecodeInputs
+from .problem import INDEX_DTYPE, DecodeInputs
 from .settings import Settings
 from .sketches import sketch, sketch_tensors
 

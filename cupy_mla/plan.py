@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from .arguments import as_integer
 from .arrays import ArrayView, view
 from .configs import KernelConfig, choose_config
 from .device import describe_device
@@ -19,7 +20,7 @@ from .html import facts_table
 from .jit.module import LoadedKernel, load
 from .launch import Launch, is_capturing
 from .plan_layout import PLAN_SOURCE, combine_source, plan_geometry, plan_layout, plan_params
-from .problem import DecodeInputs, DecodeProblem, as_integer
+from .problem import DecodeInputs, DecodeProblem
 from .schedule import ScheduleShape, ceil_div, check_fixed_split, choose_parts
 from .sketches import pointer_of
 

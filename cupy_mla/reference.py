@@ -40,7 +40,7 @@ def mla_decode_reference(
     Parameters
     ----------
     problem, inputs
-        What `cupy_mla.problem.describe_decode` returned. CUDA arrays are copied to the host first.
+        What `cupy_mla.describe.describe_decode` returned. CUDA arrays are copied to the host first.
     softmax_scale
         Factor on the scores.
     dtype

@@ -13,12 +13,13 @@ from __future__ import annotations
 from typing import Any
 
 from . import cache_ops, decode, merge
+from .arguments import COPY_ALIGNMENT
 from .arrays import ArrayView
+from .describe import describe_decode
 from .errors import InvalidArgumentError, MissingDependencyError
 from .frameworks import CPU, CUDA, current_stream
 from .plan import Blueprint, DecodePlan
 from .plan_arrays import check_plan_array, plan_array_bytes, plan_kind
-from .problem import COPY_ALIGNMENT, describe_decode
 from .sketches import pointer_of
 
 NAMESPACE = "cupy_mla"

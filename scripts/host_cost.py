@@ -28,8 +28,8 @@ import click
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from cupy_mla import arrays, decode, driver, known_calls, mla_decode, plan, plan_decode, sketches
+from cupy_mla.describe import describe_decode
 from cupy_mla.device import DeviceInfo, why_unsupported
-from cupy_mla.problem import describe_decode
 from cupy_mla.settings import get_settings
 
 CALLS, ROUNDS = 200, 25  # two launches a call stay below the 1024 that a stream takes before it blocks

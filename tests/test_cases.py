@@ -15,10 +15,10 @@ from cupy_mla.accuracy import OUT_BOUNDS, choose_requests, decode_float64, measu
 from cupy_mla.array_files import read_arrays, write_arrays
 from cupy_mla.cases import Case, build_case, visible_pairs
 from cupy_mla.check import CHECK_CASES, CheckCase, build_check
+from cupy_mla.describe import describe_decode
 from cupy_mla.errors import InvalidArgumentError
 from cupy_mla.lengths import mid_decode_lengths, read_lengths, shipped_lengths
 from cupy_mla.presets import PRESETS, find_preset
-from cupy_mla.problem import describe_decode
 from cupy_mla.reference import mla_decode_reference
 from cupy_mla.timing import COLD_BYTES, graph_shape
 

@@ -28,6 +28,8 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("arrays",),
     ("sketches", "exchange"),
     ("problem",),
+    ("arguments",),
+    ("describe",),
     ("reference", "schedule", "decode_params"),
     ("configs",),
     ("plan_layout",),

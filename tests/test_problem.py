@@ -10,12 +10,13 @@ import numpy as np
 import pytest
 from cases_dense import DTYPES, DenseCase
 
-from cupy_mla import arrays, problem
+from cupy_mla import arrays, describe, problem
+from cupy_mla.arguments import check_output, validate_values
 from cupy_mla.arrays import ArrayView, contiguous_strides, view
+from cupy_mla.describe import describe_decode
 from cupy_mla.errors import InvalidArgumentError
 from cupy_mla.exchange import as_numpy
 from cupy_mla.kv_layouts import BF16, DENSE_LAYOUTS
-from cupy_mla.problem import check_output, describe_decode, validate_values
 
 BASE = 1 << 30
 
@@ -187,11 +188,11 @@ def test_the_same_kind_of_call_gives_the_same_problem():
 
 
 def test_memory_of_past_calls_is_bounded(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(problem, "_MAX_REMEMBERED", 3)
-    problem._checked.clear()
+    monkeypatch.setattr(describe, "_MAX_REMEMBERED", 3)
+    describe._checked.clear()
     for columns in range(1, 9):
         dense_call().with_(block_table=cpu_zeros((4, columns), "int32")).describe()
-        assert len(problem._checked) <= 3
+        assert len(describe._checked) <= 3
 
 
 @pytest.mark.parametrize("strides", [(1, 7, 5, 1), (0, 0, 0, 1)])

@@ -13,7 +13,7 @@ from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
 from cupy_mla import reference
-from cupy_mla.problem import describe_decode
+from cupy_mla.describe import describe_decode
 from cupy_mla.reference import merge_states_reference, mla_decode_reference
 
 # Half a unit in the last place of the output type, and what float32 arithmetic loses.

@@ -13,6 +13,7 @@ constexpr u32 kSharedSteps = kSteps - kRegisterSteps;
 
 constexpr u32 kStages = 3;  // the third stage is what matters most (DESIGN.md); a fourth does not fit at 576
 // P takes the place of its stage's rope box, dead after QK; without rope it has a box of its own.
+static_assert(kRopeBoxes <= 1, "a tile's rope columns are one copy; cupy_mla/configs.py knows");
 constexpr u32 kStageBoxes = kLatentBoxes + (kRopeBoxes > 0 ? kRopeBoxes : 1);
 constexpr u32 kStageBytes = kStageBoxes * kBoxBytes;
 constexpr u32 kProbabilityBox = kLatentBoxes;
