@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import numbers
 import operator
 from typing import Any
@@ -18,23 +17,27 @@ from .problem import DecodeInputs, DecodeProblem
 # What the copy engine of the GPU (TMA) asks of global addresses and strides, in bytes.
 COPY_ALIGNMENT = 16
 COPY_MAX_STRIDE = 2**40
+# Times log2(e), a softmax scale is a float32.
+_MIN_SCALE, _MAX_SCALE = 1e-37, 1e37
 
 
 def check_softmax_scale(softmax_scale: float) -> None:
-    """Refuse a scale that is not a finite number above 0 (the kernels take row maxima before they scale).
+    """Refuse a scale that is not above 0 (the kernels take row maxima before they scale) and well within float32.
 
     Raises
     ------
     InvalidArgumentError
         It is not.
     """
-    if type(softmax_scale) is float and 0.0 < softmax_scale < math.inf:
+    if type(softmax_scale) is float and _MIN_SCALE <= softmax_scale <= _MAX_SCALE:
         return
     # Not just compared: comparing an array on a GPU would wait for it.
     if not isinstance(softmax_scale, numbers.Real) or isinstance(softmax_scale, bool):
         raise InvalidArgumentError("softmax_scale", "a number or None", type(softmax_scale).__name__)
-    if not 0.0 < float(softmax_scale) < math.inf:
-        raise InvalidArgumentError("softmax_scale", "a finite number above 0", str(softmax_scale))
+    if not _MIN_SCALE <= softmax_scale <= _MAX_SCALE:
+        raise InvalidArgumentError(
+            "softmax_scale", f"a finite number above 0, {_MIN_SCALE:.0e} to {_MAX_SCALE:.0e}", str(softmax_scale)
+        )
 
 
 def check_output(
@@ -72,10 +75,7 @@ def check_output(
         raise InvalidArgumentError(name, dtype, array.dtype)
     if array.location != location:
         raise InvalidArgumentError(name, f"an array on q's device, {place_name(location)}", place_name(array.location))
-    if 0 in array.strides:
-        for extent, step in zip(array.shape, array.strides, strict=True):
-            if step == 0 and extent > 1:
-                raise InvalidArgumentError(name, "elements that do not overlap", f"strides {array.strides}")
+    check_no_overlap(array, name)
     owner = source_of(array)
     if isinstance(owner, np.ndarray):
         if not owner.flags.writeable:
@@ -88,6 +88,21 @@ def check_output(
             raise misaligned(name, array.pointer, COPY_ALIGNMENT)
     elif array.device == CUDA and array.pointer % array.itemsize:
         raise misaligned(name, array.pointer, array.itemsize)
+
+
+def check_no_overlap(array: ArrayView, name: str) -> None:
+    """Refuse an array to be written whose elements share memory with each other, as far as its strides show.
+
+    Raises
+    ------
+    InvalidArgumentError
+        They do, or the axes interleave in a way that no view of an ordinary array has; ``argument`` is ``name``.
+    """
+    span = 1  # elements from the first to the last of the axes so far
+    for step, extent in sorted((abs(step), extent) for step, extent in zip(array.strides, array.shape, strict=True)):
+        if extent > 1 and step < span:
+            raise InvalidArgumentError(name, "elements that do not overlap", f"strides {array.strides}")
+        span += (extent - 1) * step
 
 
 def check_rows(shape: tuple[int, ...], strides: tuple[int, ...], itemsize: int, device: str, name: str) -> None:
@@ -152,7 +167,9 @@ def as_boolean(value: Any, name: str) -> bool:
     raise InvalidArgumentError(name, "True or False", f"{type(value).__name__} {value!r}")
 
 
-def validate_values(problem: DecodeProblem, inputs: DecodeInputs, stream: int | None = None) -> None:
+def validate_values(
+    problem: DecodeProblem, inputs: DecodeInputs, stream: int | None = None, max_seqlen_k: int | None = None
+) -> None:
     """Read lengths and page numbers back to the host and check them. Waits for the device.
 
     Parameters
@@ -161,22 +178,25 @@ def validate_values(problem: DecodeProblem, inputs: DecodeInputs, stream: int | 
         What `describe_decode` returned.
     stream
         Stream that produces the values. None: the current stream of the arrays' framework.
+    max_seqlen_k
+        Largest length of the plan, in tokens. None: what the block table can hold.
 
     Raises
     ------
     InvalidArgumentError
-        ``cache_seqlens[i]`` is negative or longer than the block table, ``block_table[i, j]`` is used by request i
-        and is no page of the cache, or ``cu_seqlens_q[i]`` does not start at 0, falls, or passes ``total_q``.
+        ``cache_seqlens[i]`` is negative or longer than the block table or the plan allows, ``block_table[i, j]`` is
+        used by request i and is no page of the cache, or ``cu_seqlens_q[i]`` does not start at 0, falls, or passes
+        ``total_q``.
     """
     lengths = as_numpy(inputs.cache_seqlens, stream).astype(np.int64)
-    wrong = np.flatnonzero((lengths < 0) | (lengths > problem.max_seqlen_k))
+    most = problem.max_seqlen_k
+    reason = f"{problem.max_pages_per_seq} pages of {problem.page_size} tokens"
+    if max_seqlen_k is not None and max_seqlen_k < most:
+        most, reason = max_seqlen_k, "max_seqlen_k of the plan"
+    wrong = np.flatnonzero((lengths < 0) | (lengths > most))
     if wrong.size:
         request = int(wrong[0])
-        raise InvalidArgumentError(
-            f"cache_seqlens[{request}]",
-            f"0 to {problem.max_seqlen_k} ({problem.max_pages_per_seq} pages of {problem.page_size} tokens)",
-            str(lengths[request]),
-        )
+        raise InvalidArgumentError(f"cache_seqlens[{request}]", f"0 to {most} ({reason})", str(lengths[request]))
     pages = as_numpy(inputs.block_table, stream)
     used = -(-lengths // problem.page_size)
     in_use = np.arange(problem.max_pages_per_seq) < used[:, None]

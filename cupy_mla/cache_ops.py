@@ -12,7 +12,9 @@ import numpy as np
 import numpy.typing as npt
 
 from . import arrays
+from .arguments import check_no_overlap, misaligned
 from .arrays import ArrayView
+from .device import require_backend
 from .errors import InvalidArgumentError
 from .exchange import as_numpy, keep_imported
 from .frameworks import CUDA, check_stream, current_stream, framework_of
@@ -125,7 +127,7 @@ def append_tokens(
         An argument of the wrong rank, shape, type, device or alignment, a cache that cannot be written to, or a stream
         that is no number. Nothing is written then.
     UnsupportedDeviceError
-        The arrays are on a GPU that is not Hopper.
+        The arrays are on a GPU that is not Hopper, or the backend that the settings ask for cannot take them.
     """
     check_stream(stream)
     if stream is None:
@@ -136,11 +138,12 @@ def append_tokens(
     segments = _match_segments(cache_views, rows_views)
     num_tokens = rows_views[0].shape[0]
     places = _describe_places(cache_views[0], num_tokens, slot_mapping, block_table, positions, requests, stream)
-    if cache_views[0].device == CUDA:
+    on_gpu = require_backend(*cache_views[0].location, "kv_cache")
+    if on_gpu:
         _check_chunks(segments)
     if num_tokens == 0 or not segments:
         return
-    if cache_views[0].device == CUDA:
+    if on_gpu:
         stream = stream if stream is not None else 0
         _append_cuda(segments, places, num_tokens, stream)
         keep_imported((*rows_views, places.slot_mapping, places.block_table, places.positions, places.requests), stream)
@@ -150,16 +153,16 @@ def append_tokens(
 
 def _framework_stream(kv_new: Any) -> int | None:
     """Current stream of the framework that made the rows; None on the CPU."""
-    first = kv_new[0] if isinstance(kv_new, tuple) and kv_new else kv_new
+    first = kv_new[0] if isinstance(kv_new, (tuple, list)) and kv_new else kv_new
     probe = arrays.view(first, "kv_new")
     return current_stream(first, probe.device_id) if probe.device == CUDA else None
 
 
 def _parts(value: Any, name: str) -> list[tuple[Any, str]]:
-    if not isinstance(value, tuple):
+    if not isinstance(value, (tuple, list)):
         return [(value, name)]
     if len(value) != 2:
-        raise InvalidArgumentError(name, "an array or a pair (latent, rope)", f"a tuple of {len(value)}")
+        raise InvalidArgumentError(name, "an array or a pair (latent, rope)", f"{len(value)} items")
     return [(part, f"{name}[{index}]") for index, part in enumerate(value)]
 
 
@@ -175,6 +178,7 @@ def _cache_views(kv_cache: Any, stream: int | None) -> list[ArrayView]:
         if isinstance(part, np.ndarray) and not part.flags.writeable:
             raise InvalidArgumentError(name, "an array that can be written to", "a read-only NumPy array")
         _check_last_contiguous(view, name)
+        check_no_overlap(view, name)
         views.append(view)
     if views[0].shape[1] < 1:
         raise InvalidArgumentError("kv_cache", "a page_size of at least 1", str(views[0].shape))
@@ -280,6 +284,8 @@ def _index_array(
         raise InvalidArgumentError(name, f"{dtype} {expected}", f"{view.dtype} {list(view.shape)}")
     _check_same_place(view, name, cache)
     _check_last_contiguous(view, name)
+    if view.device == CUDA and view.pointer % view.itemsize:
+        raise misaligned(name, view.pointer, view.itemsize)
     return view
 
 

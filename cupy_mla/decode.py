@@ -7,14 +7,14 @@ from typing import Any
 
 import numpy as np
 
-from .arguments import check_output, validate_values
+from .arguments import as_boolean, check_output, validate_values
 from .arrays import ArrayView, contiguous_strides, view
 from .decode_call import CallLayout, DecodeCall, prepare
 from .describe import describe_decode
-from .device import require_supported
-from .errors import InvalidArgumentError, UnsupportedDeviceError
+from .device import require_backend
+from .errors import InvalidArgumentError
 from .exchange import as_numpy, empty_like, finish, keep_imported
-from .frameworks import CUDA, check_stream, current_stream
+from .frameworks import check_stream, current_stream
 from .known_calls import Addresses, identify, recall, remember
 from .plan import DecodePlan, blueprint, check_plan_options
 from .problem import LSE_DTYPE, DecodeInputs, DecodeProblem
@@ -65,10 +65,11 @@ def mla_decode(
     causal
         Query i of s_q sees keys up to ``cache_seqlen - s_q + i`` only.
     cu_seqlens_q
-        [batch + 1] int32: ragged queries; request r has queries cu_seqlens_q[r] to cu_seqlens_q[r + 1].
+        [batch + 1] int32: ragged queries; request r has queries cu_seqlens_q[r] to cu_seqlens_q[r + 1]. On a GPU, rows
+        of q that belong to no request are not computed: their out and lse stay as they are.
     max_seqlen_q
-        Largest number of query tokens of a request when ragged; None: that of the plan, or total_q. Not read back: a
-        request that has more gets an output for the first so many only.
+        Largest number of query tokens of a request when ragged; None: that of the plan, or total_q. Not read back: on a
+        GPU a request that has more gets an output for the first so many only, and a wrong one if causal.
     plan
         From `plan_decode`, for calls that share their lengths. None: the call plans by itself.
     out, lse
@@ -99,9 +100,10 @@ def mla_decode(
     """
     check_stream(stream)
     settings = get_settings()
+    validate = settings.validate if validate is None else as_boolean(validate, "validate")
     first_q = q[0] if isinstance(q, (tuple, list)) and q else q
     identity = None
-    if not (settings.validate if validate is None else validate):
+    if not validate:
         kind = plan.blueprint if type(plan) is DecodePlan else None
         if kind is not None or plan is None:
             others = block_table, cache_seqlens, cu_seqlens_q, out, lse
@@ -130,13 +132,13 @@ def mla_decode(
         max_seqlen_q=max_seqlen_q,
         stream=stream,
     )
-    on_gpu = require_backend(inputs)
+    on_gpu = require_backend(*inputs.location, "q")
     if plan is not None:
         plan.check(problem, inputs)
     out_view = _given_output(out, "out", problem.out_shape, problem.dtype, inputs, stream)
     lse_view = _given_output(lse, "lse", problem.lse_shape, LSE_DTYPE, inputs, stream)
-    if settings.validate if validate is None else validate:
-        validate_values(problem, inputs, stream)
+    if validate:
+        validate_values(problem, inputs, stream, None if plan is None else plan.max_seqlen_k)
     scale = problem.default_softmax_scale if softmax_scale is None else float(softmax_scale)
     if not on_gpu:
         return _decode_on_cpu(problem, inputs, scale, empty_lse, first_q, out, lse)
@@ -218,26 +220,14 @@ def plan_decode(
         max_seqlen_q=max_seqlen_q,
         stream=stream,
     )
-    on_gpu = require_backend(inputs)
+    on_gpu = require_backend(*inputs.location, "q")
+    if get_settings().validate:
+        validate_values(problem, inputs, stream, max_seqlen_k)
     first_q = q[0] if isinstance(q, (tuple, list)) else q
     kind = blueprint(problem, inputs.location[1], max_seqlen_k, fixed_split_tokens) if on_gpu else None
-    plan = DecodePlan(problem, inputs.location, first_q, kind, stream=stream)
+    plan = DecodePlan(problem, inputs.location, first_q, kind, max_seqlen_k=max_seqlen_k, stream=stream)
     plan.update(cache_seqlens, cu_seqlens_q, stream=stream)
     return plan
-
-
-def require_backend(inputs: DecodeInputs) -> bool:
-    """Whether the call runs on the GPU; refuses what the settings or the GPU do not allow."""
-    device, device_id = inputs.location
-    backend = get_settings().backend
-    if device == CUDA:
-        if backend == "numpy":
-            raise UnsupportedDeviceError("CUPY_MLA_BACKEND=numpy takes CPU arrays; q is on a CUDA device")
-        require_supported(device_id)
-        return True
-    if backend == "cuda":
-        raise UnsupportedDeviceError("CUPY_MLA_BACKEND=cuda takes CUDA arrays; q is on the CPU")
-    return False
 
 
 def _given_output(

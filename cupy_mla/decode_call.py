@@ -195,7 +195,8 @@ class DecodeCall:
             words[_PARTIAL_OUT] = combine_words[_C_PARTIAL_OUT] = plan.partial_out
             words[_PARTIAL_LSE] = combine_words[_C_PARTIAL_LSE] = plan.partial_lse
             words[_PLAN] = combine_words[_C_PLAN] = plan.pointer
-            self._flags[_PLAN_IS_SETTLED] = plan.is_settled
+            # What was captured may not have run yet when a call runs that is not.
+            self._flags[_PLAN_IS_SETTLED] = plan.is_settled and (not plan.updated_in_capture or is_capturing(stream))
             self._decode(stream)
             if not plan.is_settled and plan.updated_in_capture is not None:
                 plan.is_settled = is_capturing(stream) == plan.updated_in_capture

@@ -19,7 +19,8 @@ from .frameworks import CUDA
 from .kv_layouts import DENSE_LAYOUTS
 from .problem import INDEX_DTYPE, DecodeInputs, DecodeProblem
 
-INT32_MAX = 2**31 - 1
+# Tiles of 64 tokens are counted, and tokens up to a tile's end, in int32.
+MAX_TOKENS = 2**31 - 64
 
 # What the CUDA kernels are written for.
 CUDA_WIDTH_MULTIPLE = 64
@@ -275,9 +276,9 @@ def _check(call: _Call) -> _Checked:
         ragged=ragged,
         total_q=total_q,
     )
-    if problem.max_seqlen_k > INT32_MAX:
+    if problem.max_seqlen_k > MAX_TOKENS:
         raise InvalidArgumentError(
-            "block_table", f"at most {INT32_MAX // page_size} pages per sequence", str(problem.max_pages_per_seq)
+            "block_table", f"at most {MAX_TOKENS // page_size} pages per sequence", str(problem.max_pages_per_seq)
         )
     _check_strides(call)
     if first_q.device == CUDA:

@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from .errors import UnsupportedDeviceError
+from .frameworks import CUDA
+from .settings import get_settings
 
 HOPPER = (9, 0)
 NUMPY_WAY_OUT = "arrays in host memory run on the NumPy backend instead"
@@ -99,6 +101,45 @@ def require_supported(device_id: int = 0) -> DeviceInfo:
     if reason is not None:
         raise UnsupportedDeviceError(f"{reason}; {NUMPY_WAY_OUT}")
     return describe_device(device_id)
+
+
+def require_backend(device: str, device_id: int, name: str) -> bool:
+    """Whether work on arrays of a device runs on the GPU; refuses what the settings or the GPU do not allow.
+
+    Parameters
+    ----------
+    device, device_id
+        ``"cpu"`` or ``"cuda"``, and the GPU's number.
+    name
+        What lies there; for the message.
+
+    Raises
+    ------
+    UnsupportedDeviceError
+        CUPY_MLA_BACKEND asks for the other device, or the GPU is not Hopper.
+    """
+    backend = get_settings().backend
+    if device == CUDA:
+        if backend == "numpy":
+            raise UnsupportedDeviceError(f"CUPY_MLA_BACKEND=numpy takes CPU arrays; {name} is on a CUDA device")
+        require_supported(device_id)
+        return True
+    if backend == "cuda":
+        raise UnsupportedDeviceError(f"CUPY_MLA_BACKEND=cuda takes CUDA arrays; {name} is on the CPU")
+    return False
+
+
+def require_cuda() -> None:
+    """Refuse a machine on which no GPU can be used.
+
+    Raises
+    ------
+    UnsupportedDeviceError
+        There is none, no driver or no CuPy; the message says which, and the way out.
+    """
+    reason = _why_no_cuda()
+    if reason is not None:
+        raise UnsupportedDeviceError(f"{reason}; {NUMPY_WAY_OUT}")
 
 
 def driver_cuda_version() -> str | None:

@@ -151,11 +151,11 @@ def as_numpy(array: Any, stream: int | None = None) -> np.ndarray:
         A CUDA array came and CuPy is not installed.
     """
     if isinstance(array, np.ndarray):
-        return array
+        return np.asarray(array)  # a plain one: subclasses may mean anything by an index
     source = array if isinstance(array, ArrayView) else view(array, "array", stream)
     owner = source.owner
     if isinstance(owner, np.ndarray) and owner.shape == source.shape and owner.ctypes.data == source.pointer:
-        return owner
+        return np.asarray(owner)
     dtype = numpy_dtype(source.dtype)
     strides = tuple(step * source.itemsize for step in source.strides)
     if 0 in source.shape:
@@ -167,11 +167,13 @@ def as_numpy(array: Any, stream: int | None = None) -> np.ndarray:
         if stream is None:
             stream = current_stream(source_of(source), source.device_id)
         with cupy.cuda.ExternalStream(stream, source.device_id):
-            spanned = sum((extent - 1) * step for extent, step in zip(source.shape, strides, strict=True))
-            memory = cupy.cuda.UnownedMemory(source.pointer, spanned + source.itemsize, source.owner, source.device_id)
+            spans = [(extent - 1) * step for extent, step in zip(source.shape, strides, strict=True)]
+            before = -sum(span for span in spans if span < 0)  # bytes ahead of the first element
+            size = sum(map(abs, spans)) + source.itemsize
+            memory = cupy.cuda.UnownedMemory(source.pointer - before, size, source.owner, source.device_id)
             # As unsigned integers: a strided array is packed by a CuPy kernel first, which needs a type it knows.
             words = cupy.ndarray(
-                source.shape, f"u{source.itemsize}", cupy.cuda.MemoryPointer(memory, 0), strides=strides
+                source.shape, f"u{source.itemsize}", cupy.cuda.MemoryPointer(memory, before), strides=strides
             )
             return np.asarray(words.get()).view(dtype)
 

@@ -14,6 +14,7 @@ from typing import Any, NoReturn
 
 import numpy as np
 
+from .arrays import view
 from .decode import mla_decode, plan_decode
 from .errors import InvalidArgumentError, MlaError, PlanMismatchError
 from .exchange import as_numpy
@@ -298,7 +299,7 @@ def _fill(meta: FlashMLASchedMeta, plan: DecodePlan, cache_seqlens: Any) -> None
 
 
 def _check_lengths(cache_seqlens: Any, planned: np.ndarray) -> None:
-    lengths = as_numpy(cache_seqlens)
+    lengths = as_numpy(view(cache_seqlens, "cache_seqlens"))
     if lengths.shape != planned.shape:
         return  # mla_decode says so
     changed = np.flatnonzero(lengths != planned)

@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 
+from .arguments import validate_values
 from .arrays import ArrayView, contiguous_strides
 from .decode_call import CallLayout, prepare
 from .describe import describe_decode
@@ -24,6 +25,7 @@ from .plan import Blueprint, DecodePlan
 from .plan_arrays import plan_kind
 from .problem import DecodeInputs, DecodeProblem
 from .reference import mla_decode_reference
+from .settings import get_settings
 
 DECODE_TARGET = "cupy_mla.mla_decode"
 PLAN_TARGET = "cupy_mla.plan_decode"
@@ -131,6 +133,8 @@ def decode_in_callback(options: CallOptions, *arrays: Any) -> tuple[np.ndarray, 
         for host in map(np.ascontiguousarray, hosts)
     ]
     problem, inputs = options.describe(views[: len(views) - options.planned])
+    if get_settings().validate:
+        validate_values(problem, inputs, None, options.max_seqlen_k)
     return mla_decode_reference(problem, inputs, options.softmax_scale)
 
 
@@ -141,12 +145,14 @@ def _run_decode(*values: Any) -> None:
     problem, inputs = options.describe(views[:num_inputs])
     plan = views[num_inputs] if options.planned else None
     out, lse, *workspace = views[num_inputs + options.planned :]
-    if location[0] == CPU:
+    stream = None if location[0] == CPU else _start(location)
+    if get_settings().validate:
+        validate_values(problem, inputs, stream, options.max_seqlen_k)
+    if stream is None:
         mla_decode_reference(problem, inputs, options.softmax_scale, out=as_numpy(out), lse=as_numpy(lse))
         return
     kind = plan_kind(*options.plan_arguments(problem, location))
     assert kind is not None  # on a GPU there is one
-    stream = _start(location)
     made = _place(kind, workspace, plan)
     if plan is None:
         starts = 0 if inputs.cu_seqlens_q is None else inputs.cu_seqlens_q.pointer

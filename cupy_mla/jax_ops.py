@@ -14,7 +14,7 @@ from typing import Any
 
 from .arguments import COPY_ALIGNMENT
 from .arrays import ArrayView, contiguous_strides
-from .decode import require_backend
+from .device import require_backend
 from .errors import InvalidArgumentError, MissingDependencyError, UnsupportedDeviceError
 from .frameworks import CPU, CUDA
 from .jax_calls import DECODE_TARGET, PLAN_TARGET, CallOptions, decode_in_callback, register_calls
@@ -157,7 +157,7 @@ def _trace(
         )
 
     problem, inputs = options(softmax_scale).describe(views)
-    require_backend(inputs)
+    require_backend(*inputs.location, "q")
     scale = problem.default_softmax_scale if softmax_scale is None else float(softmax_scale)
     return [array for _, array in named], options(scale), location, problem
 

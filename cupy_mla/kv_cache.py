@@ -16,7 +16,9 @@ import numpy as np
 import numpy.typing as npt
 
 from . import arrays
+from .arguments import as_integer, check_output
 from .cache_ops import append_tokens
+from .device import require_backend, require_cuda
 from .errors import InvalidArgumentError, MlaError
 from .exchange import as_numpy
 from .frameworks import current_stream
@@ -114,7 +116,9 @@ class PagedKVCache:
     Raises
     ------
     InvalidArgumentError
-        A size that is not positive, an unknown type or device.
+        A size that is no positive integer, an unknown type or device.
+    UnsupportedDeviceError
+        ``device`` is not what the setting CUPY_MLA_BACKEND asks for, or there is no Hopper GPU.
 
     Examples
     --------
@@ -139,19 +143,12 @@ class PagedKVCache:
         max_requests: int = 256,
         max_pages_per_seq: int | None = None,
     ) -> None:
-        max_pages = num_pages if max_pages_per_seq is None else max_pages_per_seq
-        sizes = {
-            "num_pages": num_pages,
-            "page_size": page_size,
-            "latent_dim": latent_dim,
-            "max_requests": max_requests,
-            "max_pages_per_seq": max_pages,
-        }
-        for name, size in sizes.items():
-            if size < 1:
-                raise InvalidArgumentError(name, "at least 1", str(size))
-        if rope_dim < 0:
-            raise InvalidArgumentError("rope_dim", "at least 0", str(rope_dim))
+        num_pages = _size(num_pages, "num_pages")
+        page_size = _size(page_size, "page_size")
+        latent_dim = _size(latent_dim, "latent_dim")
+        rope_dim = _size(rope_dim, "rope_dim", least=0)
+        max_requests = _size(max_requests, "max_requests")
+        max_pages = num_pages if max_pages_per_seq is None else _size(max_pages_per_seq, "max_pages_per_seq")
         if dtype not in DTYPES:
             raise InvalidArgumentError("dtype", "one of " + ", ".join(DTYPES), repr(dtype))
         if device not in DEVICES:
@@ -300,10 +297,12 @@ class PagedKVCache:
         OutOfPagesError
             Too few free pages. In each case the requests are as they were.
         """
-        first = kv_new[0] if isinstance(kv_new, tuple) and kv_new else kv_new
+        first = kv_new[0] if isinstance(kv_new, (tuple, list)) and kv_new else kv_new
         view = arrays.view(first, "kv_new", stream)
         if view.ndim < 2:
             raise InvalidArgumentError("kv_new", "shape [num_tokens, d]", str(view.shape))
+        if first is not kv_new and view.shape[-1] != self.latent_dim:
+            raise InvalidArgumentError("kv_new[0]", f"{self.latent_dim} latent columns", str(view.shape[-1]))
         rows = self._distinct_rows(requests)
         plan = self._plan_append(rows, requests, self._token_counts(counts, len(requests), view.shape[0]))
         if view.device == "cuda" and stream is None:
@@ -354,9 +353,12 @@ class PagedKVCache:
 
             element = np.dtype(ml_dtypes.bfloat16)
         if self.device == "cpu":
+            require_backend("cpu", 0, "the cache")
             return 0, np.empty(shape, element)
+        require_cuda()
         import cupy
 
+        require_backend("cuda", int(cupy.cuda.runtime.getDevice()), "the cache")
         return int(cupy.cuda.runtime.getDevice()), cupy.empty(shape, np.uint16).view(element)
 
     @property
@@ -403,10 +405,7 @@ class PagedKVCache:
             with self._on_stream(stream):
                 return self._upload(host, stream)
         view = arrays.view(out, "out", stream)
-        got = (view.dtype, view.shape, view.device, view.device_id)
-        expected = ("int32", host.shape, self.device, self._device_id if self.device == "cuda" else view.device_id)
-        if got != expected:
-            raise InvalidArgumentError("out", "{} {} on {}:{}".format(*expected), "{} {} on {}:{}".format(*got))
+        check_output(view, "out", host.shape, "int32", (self.device, self._device_id))
         contiguous = tuple(stride // host.itemsize for stride in host.strides)
         # The stride of a dimension of one element means nothing.
         if any(size > 1 and a != b for size, a, b in zip(view.shape, view.strides, contiguous, strict=True)):
@@ -424,10 +423,10 @@ class PagedKVCache:
         return -(-num_tokens // self.page_size)
 
     def _row(self, request: int, argument: str) -> int:
-        row = self._rows.get(request)
-        if row is None:
-            raise InvalidArgumentError(argument, "a request that exists", repr(request))
-        return row
+        try:
+            return self._rows[request]
+        except (KeyError, TypeError):  # also of what cannot be a key
+            raise InvalidArgumentError(argument, "a request that exists", repr(request)) from None
 
     def _batch_rows(self, requests: Sequence[int] | None) -> npt.NDArray[np.int64]:
         chosen = self._rows if requests is None else requests
@@ -443,6 +442,7 @@ class PagedKVCache:
         length = int(self._lengths[row])
         if num_tokens is None:
             return length
+        num_tokens = as_integer(num_tokens, "num_tokens")
         if not 0 <= num_tokens <= length:
             raise InvalidArgumentError("num_tokens", f"0 to {length}, the length of request {request}", str(num_tokens))
         return num_tokens
@@ -460,11 +460,12 @@ class PagedKVCache:
                     "kv_new", f"a multiple of {batch} tokens, one per request (or counts given)", str(num_tokens)
                 )
             return np.full(batch, num_tokens // max(1, batch), np.int64)
-        if len(counts) != batch or any(count < 0 for count in counts) or sum(counts) != num_tokens:
+        numbers = [as_integer(count, "counts") for count in counts]
+        if len(numbers) != batch or any(count < 0 for count in numbers) or sum(numbers) != num_tokens:
             raise InvalidArgumentError(
-                "counts", f"{batch} non-negative numbers that add up to {num_tokens} tokens", str(list(counts))
+                "counts", f"{batch} non-negative numbers that add up to {num_tokens} tokens", str(numbers)
             )
-        return np.array(counts, np.int64)
+        return np.array(numbers, np.int64)
 
     def _plan_append(
         self, rows: npt.NDArray[np.int64], requests: Sequence[int], counts: npt.NDArray[np.int64]
@@ -547,3 +548,10 @@ class PagedKVCache:
             self._references[copy.old] -= 1
             self._references[copy.new] = 1
         self._lengths[plan.rows] = plan.new_lengths
+
+
+def _size(value: Any, name: str, least: int = 1) -> int:
+    size = as_integer(value, name)
+    if size < least:
+        raise InvalidArgumentError(name, f"at least {least}", str(size))
+    return size

@@ -6,8 +6,9 @@ from typing import Any
 
 import numpy as np
 
+from .arguments import misaligned
 from .arrays import ArrayView, view
-from .device import require_supported
+from .device import describe_device, require_backend
 from .errors import InvalidArgumentError
 from .exchange import as_numpy, empty_like, finish, keep_imported
 from .frameworks import CUDA, check_stream, current_stream
@@ -52,15 +53,15 @@ def merge_states(outs: Any, lses: Any, *, stream: int | None = None) -> tuple[An
         Wrong rank, shape, type, device, or (on CUDA) a last dimension that is not contiguous or a multiple of 8; a
         stream that is no number.
     UnsupportedDeviceError
-        The arrays are on a GPU that is not Hopper.
+        The arrays are on a GPU that is not Hopper, or the backend that the settings ask for cannot take them.
     """
     check_stream(stream)
     outs_view, lses_view = view(outs, "outs", stream), view(lses, "lses", stream)
     out_shape, lse_shape = _check(outs_view, lses_view)
-    if outs_view.device != CUDA:
+    if not require_backend(*outs_view.location, "outs"):
         return _merge_on_cpu(outs, lses, out_shape, lse_shape, outs_view.dtype)
     device_id = outs_view.device_id
-    info = require_supported(device_id)
+    info = describe_device(device_id)
     out = empty_like(outs, out_shape, outs_view.dtype, stream)
     lse = empty_like(outs, lse_shape, "float32", stream)
     if stream is None:
@@ -120,6 +121,9 @@ def _check(outs: ArrayView, lses: ArrayView) -> tuple[tuple[int, ...], tuple[int
             raise InvalidArgumentError("outs", f"a last dimension that is a multiple of {OCTET}", str(out_shape[-1]))
         if outs.strides[-1] != 1 and out_shape[-1] > 1:
             raise InvalidArgumentError("outs", "a contiguous last dimension", f"stride {outs.strides[-1]}")
+        for name, array in (("outs", outs), ("lses", lses)):
+            if array.pointer % array.itemsize:
+                raise misaligned(name, array.pointer, array.itemsize)
     return out_shape, lse_shape
 
 

@@ -181,6 +181,8 @@ class DecodePlan:
         Device and its number.
     blueprint : Blueprint or None
         What all plans of this kind share; None on the CPU, where nothing is planned.
+    max_seqlen_k : int
+        Largest length of a request, in tokens.
     pointer, partial_out, partial_lse : int
         Addresses of the plan and of the room for partial results.
     is_settled : bool
@@ -196,6 +198,9 @@ class DecodePlan:
     made
         uint8 array that holds a plan already, ``kind.plan_bytes`` or more; None: there is room for one in the
         workspace.
+    max_seqlen_k
+        Largest length that updates may bring, in tokens, where ``kind`` does not say so; None: what the block table can
+        hold.
     stream
         CUDA stream that the plan will be used on; None: the current one.
     """
@@ -208,11 +213,14 @@ class DecodePlan:
         kind: Blueprint | None,
         *,
         made: Any = None,
+        max_seqlen_k: int | None = None,
         stream: int | None = None,
     ) -> None:
         self.problem = problem
         self.location = location
         self.blueprint = kind
+        most = problem.max_seqlen_k if max_seqlen_k is None else min(max_seqlen_k, problem.max_seqlen_k)
+        self.max_seqlen_k = most if kind is None else kind.shape.max_seqlen_k
         self.pointer = self.partial_out = self.partial_lse = 0
         self.is_settled = False
         self.updated_in_capture: bool | None = None
@@ -306,6 +314,11 @@ class DecodePlan:
                     raise PlanMismatchError("plan", f"a plan for {field} = {came}", f"one for {field} = {was}")
         if inputs.location != self.location:
             raise PlanMismatchError("plan", f"a plan on {inputs.location}", f"one on {self.location}")
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        if self.blueprint is not None:
+            raise TypeError("a plan owns memory of its GPU and cannot be copied or pickled: make another (plan_decode)")
+        return super().__reduce_ex__(protocol)
 
     def __repr__(self) -> str:
         kind = self.blueprint

@@ -65,6 +65,12 @@ def mla_decode_reference(
     of zeros, as in the kernels. A ragged query outside of every request gets 0 and -inf.
     """
     compute = np.dtype(dtype)
+    q_latent = as_numpy(inputs.q_latent)
+    q_rope = None if inputs.q_rope is None else as_numpy(inputs.q_rope)
+    if out is not None and np.may_share_memory(out, q_latent):  # e.g. an output in the place of the query
+        q_latent = q_latent.copy()
+    if out is not None and q_rope is not None and np.may_share_memory(out, q_rope):
+        q_rope = q_rope.copy()
     if out is None:
         out_dtype = compute if compute == np.float64 else numpy_dtype(problem.dtype)
         out = np.zeros(problem.out_shape, out_dtype)
@@ -74,8 +80,6 @@ def mla_decode_reference(
         lse = np.full(problem.lse_shape, -np.inf, compute)
     else:
         lse[...] = -np.inf
-    q_latent = as_numpy(inputs.q_latent)
-    q_rope = None if inputs.q_rope is None else as_numpy(inputs.q_rope)
     keys = _PagedKeys(problem, inputs, compute)
     lengths = np.clip(as_numpy(inputs.cache_seqlens), 0, problem.max_seqlen_k)
     starts = None if inputs.cu_seqlens_q is None else np.clip(as_numpy(inputs.cu_seqlens_q), 0, problem.total_q)

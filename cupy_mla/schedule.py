@@ -149,7 +149,10 @@ class ScheduleShape:
         check_fixed_split(self.fixed_split_tokens)
         _require("num_heads_kv", f"less than {_MAX_KV_HEADS}", self.num_heads_kv, self.num_heads_kv < _MAX_KV_HEADS)
         row_blocks = ceil_div(self.seqlen_q * self.group_heads, self.rows)
-        _require("seqlen_q", f"at most {_MAX_ROW_BLOCKS} row blocks", row_blocks, row_blocks <= _MAX_ROW_BLOCKS)
+        way_out = "; max_seqlen_q says how many query tokens a request has" if self.ragged else ""
+        _require(
+            "q", f"at most {_MAX_ROW_BLOCKS} row blocks a request{way_out}", row_blocks, row_blocks <= _MAX_ROW_BLOCKS
+        )
         cost = ceil_div(self.max_jobs, self.num_parts) * (self.max_tiles * TILE_COST + _MAX_OVERHEAD)
         _require("max_seqlen_k", "less work for a part", self.max_seqlen_k, cost < _MAX_COST)
 

@@ -16,6 +16,7 @@ from . import cache_ops, decode, merge
 from .arguments import COPY_ALIGNMENT
 from .arrays import ArrayView
 from .describe import describe_decode
+from .device import require_backend
 from .errors import InvalidArgumentError, MissingDependencyError
 from .frameworks import CPU, CUDA, current_stream
 from .plan import Blueprint, DecodePlan
@@ -79,7 +80,7 @@ def plan_decode(
         cu_seqlens_q=cu_seqlens_q,
         max_seqlen_q=max_seqlen_q,
     )
-    on_gpu = decode.require_backend(inputs)
+    on_gpu = require_backend(*inputs.location, "q")
     size = plan_array_bytes(problem, inputs.location, max_seqlen_k, fixed_split_tokens)
     if not on_gpu:
         return q.new_zeros((size,), dtype=_torch().uint8)
@@ -135,7 +136,7 @@ def mla_decode(
                 cu_seqlens_q=cu_seqlens_q,
                 max_seqlen_q=max_seqlen_q,
             )
-            decode.require_backend(inputs)
+            require_backend(*inputs.location, "q")
             arguments = problem, inputs.location, max_seqlen_k, fixed_split_tokens
             if len(_kinds) >= _KINDS_KEPT:
                 _kinds.clear()

@@ -27,7 +27,7 @@ import click
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from cupy_mla import arrays, decode, driver, known_calls, mla_decode, plan, plan_decode, sketches
+from cupy_mla import arrays, decode, device, driver, known_calls, mla_decode, plan, plan_decode, sketches
 from cupy_mla.describe import describe_decode
 from cupy_mla.device import DeviceInfo, why_unsupported
 from cupy_mla.settings import get_settings
@@ -101,7 +101,7 @@ class NoGpu:
             module.current_stream = lambda array, device_id: 0  # type: ignore[attr-defined]
         plan.describe_device = lambda device_id: info  # type: ignore[attr-defined]
         plan.load = lambda source, device_id: SimpleNamespace(handle=1, device_id=0)  # type: ignore[attr-defined]
-        decode.require_supported = lambda device_id: info  # type: ignore[attr-defined]
+        device.require_supported = lambda device_id: info  # type: ignore[attr-defined]
 
 
 class Inputs:

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from cupy_mla import arrays, decode, decode_call, driver, frameworks, known_calls, plan, sketches, tensor_maps
+from cupy_mla import arrays, decode, decode_call, device, driver, frameworks, known_calls, plan, sketches, tensor_maps
 from cupy_mla.arrays import ArrayView, contiguous_strides
 from cupy_mla.decode_params import DECODE_PARAMS
 from cupy_mla.device import DeviceInfo
@@ -168,7 +168,7 @@ def fake_gpu(patch: pytest.MonkeyPatch) -> FakeGpu:
     info = DeviceInfo(0, "fake", (9, 0), NUM_SMS, 2**36, 2**25, 232448)
     patch.setattr(plan, "describe_device", lambda device_id: info)
     patch.setattr(plan, "load", gpu.load)
-    patch.setattr(decode, "require_supported", lambda device_id: info)
+    patch.setattr(device, "require_supported", lambda device_id: info)
     patch.setattr(decode_call, "second_half", lambda device_id: HALF)
     for module in (plan, decode):
         patch.setattr(module, "empty_like", gpu.empty_like)

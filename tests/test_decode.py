@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -78,6 +79,31 @@ def test_options_of_a_plan_are_checked_on_the_cpu_too(name: str) -> None:
     with pytest.raises(InvalidArgumentError) as caught:
         plan_decode(*tensors, **{argument: value})
     assert caught.value.argument == argument
+
+
+def test_an_output_in_the_place_of_the_query() -> None:
+    arrays = CAUSAL.build()
+    tensors = arrays.kv_cache, arrays.block_table, arrays.cache_seqlens
+    expected, _ = mla_decode(arrays.q, *tensors, **CAUSAL.options)
+    q = arrays.q.copy()
+    out, _ = mla_decode(q, *tensors, **CAUSAL.options, out=q[..., : CAUSAL.latent_dim])
+    assert np.shares_memory(out, q)
+    np.testing.assert_array_equal(out, expected)
+
+
+def test_validation_knows_the_maximum_of_the_plan(set_environment: Callable[..., Any]) -> None:
+    arrays = CAUSAL.build()
+    tensors = arrays.q, arrays.kv_cache, arrays.block_table, arrays.cache_seqlens
+    arrays.cache_seqlens[:] = (0, 0, 0, 100)
+    plan = plan_decode(*tensors, causal=True, head_dim_v=CAUSAL.latent_dim, max_seqlen_k=100)
+    mla_decode(*tensors, **CAUSAL.options, plan=plan, validate=True)
+    arrays.cache_seqlens[3] = 101
+    with pytest.raises(InvalidArgumentError, match=r"0 to 100 .max_seqlen_k of the plan") as caught:
+        mla_decode(*tensors, **CAUSAL.options, plan=plan, validate=True)
+    assert caught.value.argument == "cache_seqlens[3]"
+    set_environment(CUPY_MLA_VALIDATE="1")
+    with pytest.raises(InvalidArgumentError, match="max_seqlen_k of the plan"):
+        plan_decode(*tensors, causal=True, head_dim_v=CAUSAL.latent_dim, max_seqlen_k=100)
 
 
 def test_updates_of_a_plan_are_checked_on_the_cpu_too() -> None:

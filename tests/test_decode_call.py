@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import gc
 import math
+import pickle
 import threading
 import weakref
 from collections import Counter, deque
@@ -19,18 +21,22 @@ from fake_gpu import NUM_SMS, FakeArray, FakeGpu, Launched, fake_gpu, forget
 from cupy_mla import (
     DecodePlan,
     InvalidArgumentError,
+    PagedKVCache,
     PlanMismatchError,
     UnsupportedDeviceError,
+    append_tokens,
     decode_call,
     exchange,
     frameworks,
     jax_calls,
     known_calls,
+    merge_states,
     mla_decode,
     plan_decode,
 )
 from cupy_mla import arrays as arrays_module
 from cupy_mla.arrays import ArrayView, Shared
+from cupy_mla.dtypes import numpy_dtype
 from cupy_mla.plan_arrays import plan_array_bytes
 
 LATENT, ROPE = 512, 64
@@ -449,6 +455,43 @@ def test_only_a_decode_that_runs_like_the_update_settles_a_plan(gpu: FakeGpu) ->
     gpu.capturing = True
     plan.update(arrays["cache_seqlens"])
     assert [settled(plan=plan), settled(plan=plan)] == [False, True]
+    gpu.capturing = False
+    assert [settled(plan=plan), settled(plan=plan)] == [False, False]  # the captured update has not run
+
+
+def test_a_plan_on_a_gpu_is_not_copied(gpu: FakeGpu) -> None:
+    plan = plan_decode(**packed(gpu))
+    for duplicate in (copy.copy, copy.deepcopy, pickle.dumps):
+        with pytest.raises(TypeError, match="plan_decode"):
+            duplicate(plan)
+
+
+@pytest.mark.parametrize("backend", ["numpy", "cuda"])
+def test_every_operation_keeps_to_the_backend_of_the_settings(
+    gpu: FakeGpu, set_environment: Callable[..., Any], backend: str
+) -> None:
+    def array(shape: tuple[int, ...], dtype: str = "bfloat16") -> Any:
+        return gpu.array(shape, dtype) if backend == "numpy" else np.zeros(shape, numpy_dtype(dtype))
+
+    set_environment(CUPY_MLA_BACKEND=backend)
+    with pytest.raises(UnsupportedDeviceError, match=f"CUPY_MLA_BACKEND={backend}"):
+        merge_states(array((2, 3, 4, 8)), array((2, 4, 3), "float32"))
+    with pytest.raises(UnsupportedDeviceError, match=f"CUPY_MLA_BACKEND={backend}"):
+        append_tokens(array((2, 16, 1, 8)), array((1, 8)), array((1,), "int64"), stream=CURRENT_STREAM)
+    if backend == "cuda":
+        with pytest.raises(UnsupportedDeviceError, match="CUPY_MLA_BACKEND=cuda"):
+            PagedKVCache(4)
+
+
+def test_misaligned_arrays_of_merges_and_appends_are_refused(gpu: FakeGpu) -> None:
+    outs, lses = gpu.array((2, 3, 4, 8)), gpu.array((2, 4, 3), "float32")
+    for argument, wrong in (("outs", (misaligned(outs, 1), lses)), ("lses", (outs, misaligned(lses, 2)))):
+        with pytest.raises(InvalidArgumentError, match="an address that is a multiple of") as caught:
+            merge_states(*wrong)
+        assert caught.value.argument == argument
+    cache, rows, slots = gpu.array((2, 16, 1, 8)), gpu.array((1, 8)), gpu.array((1,), "int64")
+    with pytest.raises(InvalidArgumentError, match="slot_mapping: expected an address that is a multiple of 8"):
+        append_tokens(cache, rows, misaligned(slots, 4), stream=CURRENT_STREAM)
 
 
 def test_sizes_of_plan_arrays_tell_settings_apart(gpu: FakeGpu) -> None:

@@ -172,6 +172,15 @@ def test_the_backend_of_the_settings_counts(set_environment: Callable[..., Any])
         jax_ops.plan_decode(**make())
 
 
+def test_values_are_validated_where_the_settings_ask_for_it(set_environment: Callable[..., Any]) -> None:
+    arrays = make()
+    arrays["cache_seqlens"][0] = 10**6
+    jax.block_until_ready(jax_ops.mla_decode(**arrays))
+    set_environment(CUPY_MLA_VALIDATE="1")
+    with pytest.raises(Exception, match=r"cache_seqlens\[0\]"):  # JAX's own exception, with our message
+        jax.block_until_ready(jax_ops.mla_decode(**arrays))
+
+
 def test_a_traced_scale_is_refused() -> None:
     arrays = make()
     with pytest.raises(InvalidArgumentError, match="softmax_scale"):

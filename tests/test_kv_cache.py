@@ -253,6 +253,21 @@ def test_an_output_that_does_not_fit_is_refused(out: Any) -> None:
         cache.cache_seqlens([cache.allocate(), cache.allocate()], out=out)
 
 
+def test_an_output_that_must_not_be_written_is_refused() -> None:
+    cache = small_cache()
+    out = np.zeros(1, np.int32)
+    out.flags.writeable = False
+    with pytest.raises(InvalidArgumentError, match="a writable array"):
+        cache.cache_seqlens([cache.allocate()], out=out)
+
+
+def test_counts_of_a_narrow_type_do_not_wrap() -> None:
+    cache = small_cache(num_pages=80, max_pages_per_seq=80)
+    requests = [cache.allocate(), cache.allocate()]
+    cache.append(requests, random_rows(np.random.default_rng(9), 300), np.array([200, 100], np.uint8))
+    assert cache.cache_seqlens().tolist() == [200, 100]
+
+
 @pytest.mark.parametrize(
     ("argument", "value"),
     [
@@ -262,6 +277,9 @@ def test_an_output_that_does_not_fit_is_refused(out: Any) -> None:
         ("rope_dim", -1),
         ("max_requests", 0),
         ("max_pages_per_seq", 0),
+        ("num_pages", 2.0),
+        ("latent_dim", "12"),
+        ("max_pages_per_seq", 2.5),
         ("dtype", "float64"),
         ("device", "tpu"),
     ],
@@ -288,6 +306,12 @@ def test_bad_calls_change_nothing() -> None:
         ("kv_new", lambda: cache.append([fork], np.zeros((15, WIDTH), np.float16))),
         ("num_tokens", lambda: cache.fork(first, 7)),
         ("num_tokens", lambda: cache.truncate(first, -1)),
+        ("num_tokens", lambda: cache.truncate(first, 5.0)),  # type: ignore[arg-type]
+        ("num_tokens", lambda: cache.fork(first, 2.0)),  # type: ignore[arg-type]
+        ("requests", lambda: cache.append([[first]], rows)),  # type: ignore[list-item]
+        ("counts", lambda: cache.append([first], rows, [None])),  # type: ignore[list-item]
+        ("counts", lambda: cache.append([first, second], rows, [1.5, 4.5])),  # type: ignore[list-item]
+        (r"kv_new\[0\]", lambda: cache.append([fork], (rows[:, LATENT:].copy(), rows[:, :LATENT].copy()))),
         ("request", lambda: cache.free(99)),
     ]
     for argument, call in bad_calls:
@@ -296,6 +320,7 @@ def test_bad_calls_change_nothing() -> None:
             call()
         assert cache.num_free_pages == free
         assert cache.cache_seqlens().tolist() == [6, 0, 6]
+        assert len(cache.requests) == 3
         np.testing.assert_array_equal(gather(cache, fork), rows)
 
 
@@ -403,12 +428,14 @@ def bad_append_calls() -> dict[str, tuple[str, dict[str, Any]]]:
     cache, rows, slots = make_case(8)
     read_only = cache.copy()
     read_only.flags.writeable = False
+    one_page = np.lib.stride_tricks.as_strided(cache, strides=(0, *cache.strides[1:]))
     good: dict[str, Any] = {"kv_cache": cache, "kv_new": rows, "slot_mapping": slots}
     table = {"slot_mapping": None, "block_table": BLOCK_TABLE, "positions": slots.astype(np.int32)}
     changes: dict[str, tuple[str, dict[str, Any]]] = {
         "cache rank": ("kv_cache", {"kv_cache": cache[0]}),
         "cache of three": ("kv_cache", {"kv_cache": (cache, cache, cache)}),
         "read-only cache": ("kv_cache", {"kv_cache": read_only}),
+        "one page for all": ("kv_cache", {"kv_cache": one_page}),
         "cache stride": ("kv_cache", {"kv_cache": np.repeat(cache, 2, axis=-1)[..., ::2]}),
         "no array": ("kv_new", {"kv_new": "text"}),
         "rows rank": ("kv_new", {"kv_new": rows[0, 0]}),

@@ -78,6 +78,14 @@ def test_structs_are_the_same_on_both_sides(name: str) -> None:
     assert (dtype.itemsize, *offsets) == struct_layout(name, len(offsets))
 
 
+def test_offsets_that_ask_for_more_jobs_than_an_int_counts_stay_within_the_plan() -> None:
+    batch, total_q = 16384, 65536
+    shape = schedule.ScheduleShape(132, 1, 64, 64, 8, batch, total_q, 8192, ragged=True, total_q=total_q)
+    offsets = np.zeros(batch + 1, np.int32)
+    offsets[1::2] = total_q  # 2^32 jobs
+    assert run_plan(shape, np.full(batch, 64, np.int32), offsets).num_jobs == shape.max_jobs
+
+
 def test_constants_are_the_same_on_both_sides() -> None:
     rules = ("CLAIM_TILES", "_WHOLE_SHARE", "_MIN_HEAD", "_MIN_HEAD_SHARE")
     for name in ("TILE_TOKENS", "TILE_COST", "WHOLE_JOB", *rules):

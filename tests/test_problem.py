@@ -296,6 +296,9 @@ WRONG_ON_BOTH: list[tuple[str, Any, str, str]] = [
         "int32",
     ),
     # options
+    ("scale too large", lambda make: {"softmax_scale": 10**400}, "softmax_scale", "a finite number above 0"),
+    ("scale that float32 lacks", lambda make: {"softmax_scale": 1e39}, "softmax_scale", "1e-37 to 1e+37"),
+    ("scale that float32 takes for 0", lambda make: {"softmax_scale": 1e-46}, "softmax_scale", "1e-37 to 1e+37"),
     ("v too wide", lambda make: {"head_dim_v": 577}, "head_dim_v", "1 to 576"),
     ("v zero", lambda make: {"head_dim_v": 0}, "head_dim_v", "1 to 576"),
     ("v no integer", lambda make: {"head_dim_v": 512.0}, "head_dim_v", "an integer"),
@@ -497,12 +500,14 @@ def test_good_outputs():
         (GpuArray((4, 16, 512), "float32"), "bfloat16"),
         (GpuArray((4, 16, 512), device_id=1), "q's device, cuda:0"),
         (GpuArray((4, 16, 512), strides=(0, 512, 1)), "do not overlap"),
+        (GpuArray((4, 16, 512), strides=(512, 1024, 1)), "do not overlap"),
+        (GpuArray((4, 16, 512), strides=(8192, 504, 1)), "do not overlap"),
         (GpuArray((4, 16, 512), strides=(8192, 1, 16)), "contiguous last dimension"),
         (GpuArray((4, 16, 512), strides=(16 * 516, 516, 1)), "multiples of 8 elements"),
         (GpuArray((4, 16, 512), pointer=BASE + 8), "a multiple of 16 bytes"),
         (cpu_zeros((4, 16, 512)), "q's device, cuda:0"),
     ],
-    ids=["shape", "type", "device", "overlap", "columns", "strides", "address", "cpu"],
+    ids=["shape", "type", "device", "overlap", "shared rows", "close rows", "columns", "strides", "address", "cpu"],
 )
 def test_bad_outputs_are_refused(array: Any, expected: str):
     with pytest.raises(InvalidArgumentError) as caught:

@@ -295,7 +295,7 @@ def test_choose_parts_leaves_the_fewest_idle(num_sms: int, row_blocks: int) -> N
         ({"fixed_split_tokens": 0}, "fixed_split_tokens"),
         ({"fixed_split_tokens": 100}, "fixed_split_tokens"),
         ({"ragged": True}, "total_q"),
-        ({"seqlen_q": 70_000}, "seqlen_q"),
+        ({"seqlen_q": 70_000}, "q"),
         ({"num_heads_kv": 40_000}, "num_heads_kv"),
         ({"max_seqlen_k": 2**31, "num_parts": 1, "batch": 64}, "max_seqlen_k"),
     ],

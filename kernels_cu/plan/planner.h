@@ -9,7 +9,8 @@ namespace mla {
 
 // Each tries a budget of the search range, or two: it holds 129, 225 or 321 with the costs of 16, 32 or 64 rows.
 constexpr i32 kPlanThreads = 256;
-constexpr i32 kNoBudget = 0x7fffffff;
+constexpr i32 kMaxInt = 0x7fffffff;
+constexpr i32 kNoBudget = kMaxInt;
 // cupy_mla/schedule.py says why 48 and 16.
 constexpr i32 kClaimTiles = 48;  // CTAs claim their parts if the fullest has so many
 constexpr i32 kWholeShare = 16;  // jobs are left whole if that costs at most this part of a budget more
@@ -45,7 +46,8 @@ struct PlanScratch {
 };
 static_assert(sizeof(PlanScratch) == 16400, "cupy_mla/plan_layout.py adds the job table to it");
 
-MLA_DEVICE i32 join(i32 a, i32 b) { return a + b; }
+// Saturates: offsets that do not rise can ask for more jobs than an int counts.
+MLA_DEVICE i32 join(i32 a, i32 b) { return a > kMaxInt - b ? kMaxInt : a + b; }
 MLA_DEVICE Load join(const Load& a, const Load& b) { return a.then(b); }
 MLA_DEVICE Counts join(const Counts& a, const Counts& b) { return a.then(b); }
 
@@ -134,7 +136,8 @@ struct Planner {
         i32 jobs = 0;
 #pragma unroll 1
         for (i32 index = share.begin; index < share.end; ++index) {
-            jobs += jobs_of_head(params, load_request(params, inputs, index).seqlen_q) * params.num_heads_kv;
+            const i32 of_request = jobs_of_head(params, load_request(params, inputs, index).seqlen_q) * params.num_heads_kv;
+            jobs = min_i32(jobs + of_request, params.max_jobs);
         }
         i32 job = scan_threads(scratch.jobs_until, jobs, thread)[thread] - jobs;
         Load mine{0, 0, 0};
