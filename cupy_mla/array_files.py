@@ -8,8 +8,7 @@ NumPy stores a bfloat16 array in an .npz as two-byte raw values; they are read b
 from __future__ import annotations
 
 import json
-import zipfile
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -47,10 +46,12 @@ def check_suffix(path: Path, argument: str) -> None:
         raise InvalidArgumentError(argument, "a file name ending in " + " or ".join(SUFFIXES), str(path))
 
 
-def read_arrays(path: Path, argument: str = "input") -> dict[str, Array]:
-    """All arrays of a file by name; text metadata of a safetensors file comes as zero-dimensional arrays.
+def read_arrays(path: Path, argument: str = "input", metadata: Container[str] = ()) -> dict[str, Array]:
+    """All arrays of a file by name.
 
-    Arrays of a safetensors file are mapped, not read: several GB cost no memory until they are used.
+    Arrays of a safetensors file are mapped, not read: several GB cost no memory until they are used. Of its text
+    metadata, the entries named in ``metadata`` come too, as zero-dimensional arrays; others (frameworks write their
+    own) are ignored.
 
     Raises
     ------
@@ -59,9 +60,10 @@ def read_arrays(path: Path, argument: str = "input") -> dict[str, Array]:
     """
     check_suffix(path, argument)
     try:
-        return _read_npz(path) if path.suffix == ".npz" else _read_safetensors(path)
-    # Whatever a damaged file trips over, for the user it is one thing.
-    except (OSError, ValueError, KeyError, TypeError, EOFError, AttributeError, zipfile.BadZipFile) as error:
+        return _read_npz(path) if path.suffix == ".npz" else _read_safetensors(path, metadata)
+    except MemoryError:
+        raise
+    except Exception as error:  # zipfile, zlib, json and NumPy have many kinds; for the user it is one thing
         raise InvalidArgumentError(argument, f"a readable {path.suffix} file", f"{path} ({error})") from error
 
 
@@ -89,14 +91,15 @@ def _read_npz(path: Path) -> dict[str, Array]:
     return {name: array.view(_BFLOAT16) if array.dtype == np.dtype("V2") else array for name, array in arrays.items()}
 
 
-def _read_safetensors(path: Path) -> dict[str, Array]:
+def _read_safetensors(path: Path, metadata: Container[str]) -> dict[str, Array]:
     raw = np.memmap(path, dtype=np.uint8, mode="r")
     header_bytes = int(raw[:_LENGTH_BYTES].view("<u8")[0])
     start = _LENGTH_BYTES + header_bytes
     if header_bytes > _MAX_HEADER_BYTES or start > raw.size:
         raise ValueError("the header is longer than the file")
     header = json.loads(raw[_LENGTH_BYTES:start].tobytes())
-    arrays: dict[str, Array] = {name: np.array(text) for name, text in header.pop(_METADATA, {}).items()}
+    texts = header.pop(_METADATA, {}).items()
+    arrays: dict[str, Array] = {name: np.array(text) for name, text in texts if name in metadata}
     for name, entry in header.items():
         dtype = _SAFETENSORS_TYPES.get(entry["dtype"])
         if dtype is None:

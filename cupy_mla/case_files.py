@@ -20,16 +20,16 @@ def load_case(path: Path) -> Case:
     """Read a case from an .npz or .safetensors file, as NumPy arrays.
 
     The file holds q, kv_cache, block_table and cache_seqlens, and may hold cu_seqlens_q, softmax_scale, causal and
-    head_dim_v (single values; in a safetensors file they may be metadata). q and kv_cache may be stored as uint16,
-    which is taken as the bits of bfloat16; index arrays may be int64.
+    head_dim_v (single values; in a safetensors file they may be metadata, whose other entries are ignored). q and
+    kv_cache may be stored as uint16, which is taken as the bits of bfloat16; index arrays may be int64.
 
     Raises
     ------
     InvalidArgumentError
-        The file is not readable, an array is missing or unknown, or lengths are not of the rank or range they must
-        have. Everything else about the arrays is for ``mla_decode`` to check.
+        The file is not readable, an array is missing or unknown, lengths are not of the rank or range they must have,
+        or a single value is not of its kind. Everything else about the arrays is for ``mla_decode`` to check.
     """
-    found = read_arrays(path)
+    found = read_arrays(path, metadata=_SETTINGS)
     for name in TENSORS:
         if name not in found:
             raise InvalidArgumentError("input", f"an array {name}", f"{path} with {sorted(found)}")
@@ -72,14 +72,23 @@ def _index_array(name: str, array: Array) -> Array:
 
 def _settings(found: dict[str, Array]) -> dict[str, Any]:
     """The single values of a file; text where they come from safetensors metadata."""
-    readers: dict[str, Callable[[Any], Any]] = {"softmax_scale": float, "head_dim_v": int, "causal": _truth}
     settings = {}
-    for name in readers.keys() & found.keys():
+    for name in _SETTINGS.keys() & found.keys():
+        kind, read = _SETTINGS[name]
+        array = found[name]
         try:
-            settings[name] = readers[name](found[name].item())
-        except ValueError as error:
-            raise InvalidArgumentError(name, "a single value", str(found[name])) from error
+            settings[name] = read(array.item())
+        except (ValueError, TypeError, OverflowError) as error:  # many values; complex, a date; infinite
+            got = repr(array.item()) if array.size == 1 else f"shape {array.shape}"
+            raise InvalidArgumentError(name, f"a single value ({kind})", got) from error
     return settings
+
+
+def _whole_number(value: Any) -> int:
+    number = int(value)
+    if number != float(value):  # int() cuts 512.7 to 512
+        raise ValueError(value)
+    return number
 
 
 def _truth(value: Any) -> bool:
@@ -88,6 +97,13 @@ def _truth(value: Any) -> bool:
     if text not in words:
         raise ValueError(text)
     return words[text]
+
+
+_SETTINGS: dict[str, tuple[str, Callable[[Any], Any]]] = {
+    "softmax_scale": ("a number", float),
+    "head_dim_v": ("a whole number", _whole_number),
+    "causal": ("true or false", _truth),
+}
 
 
 def save_result(path: Path, out: Any, lse: Any) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import math
 from importlib import resources
 from pathlib import Path
 
@@ -17,6 +18,7 @@ IntArray = npt.NDArray[np.int64]
 _CONTEXT_NAMES = ("context_tokens", "ContextTokens")
 _GENERATED_NAMES = ("generated_tokens", "GeneratedTokens")
 _SHIPPED = "azure_llm_2023_conv_lengths.csv"
+MAX_TOKENS = int(np.iinfo(np.int32).max)  # of a request: cache_seqlens is int32
 
 
 def shipped_lengths() -> Path:
@@ -39,7 +41,8 @@ def read_lengths(path: Path) -> IntArray:
     Raises
     ------
     InvalidArgumentError
-        The file cannot be read, has no such column or no rows, or a value is not a whole number (named by its line).
+        The file cannot be read, has no such column or no rows, or a value (named by its line) is not a whole number or
+        makes a request longer than int32 can say.
     """
     try:
         with path.open(newline="", encoding="utf-8-sig") as file:
@@ -49,12 +52,11 @@ def read_lengths(path: Path) -> IntArray:
             generated = next((name for name in _GENERATED_NAMES if name in columns), None)
             if context is None:
                 raise InvalidArgumentError("lengths", f"a header with the column {_CONTEXT_NAMES[0]}", f"{columns}")
-            rows = [
-                (_whole_number(row[context], reader.line_num), _whole_number(row[generated], reader.line_num))
-                if generated
-                else (_whole_number(row[context], reader.line_num), 0)
-                for row in reader
-            ]
+            rows = []
+            for row in reader:
+                tokens = _whole_number(row[context], reader.line_num, MAX_TOKENS)
+                answer = _whole_number(row[generated], reader.line_num, MAX_TOKENS - tokens) if generated else 0
+                rows.append((tokens, answer))
     except (OSError, UnicodeDecodeError, csv.Error) as error:
         raise InvalidArgumentError("lengths", "a readable CSV file", f"{path} ({error})") from error
     if not rows:
@@ -62,11 +64,12 @@ def read_lengths(path: Path) -> IntArray:
     return np.array(rows, dtype=np.int64)
 
 
-def _whole_number(text: str | None, line: int) -> int:
+def _whole_number(text: str | None, line: int, most: int) -> int:
     digits = (text or "").strip()
-    if not digits.isdecimal():
-        raise InvalidArgumentError("lengths", "a whole number of tokens", f"{text!r} in line {line}")
-    return int(digits)
+    number = float(digits) if digits.isdecimal() else math.nan  # int() has an error of its own for thousands of digits
+    if not number <= most:
+        raise InvalidArgumentError("lengths", f"a whole number of tokens up to {most}", f"{text!r} in line {line}")
+    return int(number)
 
 
 def mid_decode_lengths(requests: IntArray, batch: int, seed: int) -> IntArray:

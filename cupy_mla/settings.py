@@ -95,8 +95,12 @@ def _switch(environment: Mapping[str, str], variable: str) -> bool:
 
 def _cache_dir(environment: Mapping[str, str]) -> Path:
     if chosen := environment.get(CACHE_DIR_VARIABLE):
-        # Absolute, so that a later chdir does not move the cache.
-        return Path(chosen).expanduser().absolute()
+        try:
+            # Absolute, so that a later chdir does not move the cache.
+            return Path(chosen).expanduser().absolute()
+        except RuntimeError as error:
+            expected = "a folder (~ and ~user only for users who have a home)"
+            raise InvalidArgumentError(CACHE_DIR_VARIABLE, expected, repr(chosen)) from error
     base = environment.get("XDG_CACHE_HOME", "")
     if os.path.isabs(base):  # the XDG specification tells to ignore a relative path
         return Path(base) / "cupy_mla"

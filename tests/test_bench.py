@@ -95,6 +95,18 @@ def test_work_is_that_of_the_case_that_is_decoded(options: dict[str, Any]) -> No
         ({"layout": "scattered"}, "layout"),
         ({"lengths": (1, 2, 3)}, "lengths"),
         ({"lengths": -1}, "lengths"),
+        ({"lengths": 2**31}, "lengths"),
+        ({"lengths": (1, 2**70)}, "lengths"),
+        ({"lengths": 70.0}, "lengths"),
+        ({"lengths": "70"}, "lengths"),
+        ({"lengths": np.array([1.5, 2.0])}, "lengths"),
+        ({"batch": 1.5}, "batch"),
+        ({"batch": np.float64(2)}, "batch"),
+        ({"batch": True}, "batch"),
+        ({"latent_dim": 512.0}, "latent_dim"),
+        ({"causal": "no"}, "causal"),
+        ({"ragged": 2}, "ragged"),
+        ({"fixed_split_tokens": 64.0}, "fixed_split_tokens"),
         ({"ragged": (1,)}, "ragged"),
         ({"ragged": (-1, 2)}, "ragged"),
         ({"ragged": (0, 0)}, "ragged"),
@@ -113,6 +125,29 @@ def test_lists_and_arrays_of_lengths_are_taken_as_tuples() -> None:
     assert hash(case) == hash(BenchCase.from_dict(json.loads(json.dumps(case.as_dict()))))
     with pytest.raises(InvalidArgumentError, match="lengths"):
         BenchCase(2, [5, 9, 1], 4)  # type: ignore[arg-type]
+
+
+def test_numpys_numbers_fit_into_json(tmp_path: Path) -> None:
+    sizes: Any = np.array([1, 2, 64, 128])
+    cases = expand_grid(
+        batches=sizes[:1],
+        lengths=sizes[2:3],
+        heads=sizes[1:2],
+        seqlens_q=sizes[1:2],
+        page_sizes=sizes[2:3],
+        splits=sizes[3:],
+        causal=sizes[0] == 1,
+    )
+    by_hand = BenchCase(sizes[1], (sizes[0], sizes[1]), 2, ragged=sizes[1::-1], latent_dim=4 * sizes[3])
+    path = tmp_path / "results.json"
+    results = run_bench([*cases, by_hand], backend="numpy")
+    results.write_json(path)
+    assert load_results(path) == results
+    assert [row.case for row in results.rows] == [
+        BenchCase(1, 64, 2, seqlen_q=2, causal=True, fixed_split_tokens=128),
+        BenchCase(2, (1, 2), 2, ragged=(2, 1)),
+    ]
+    assert results.rows[0].name == "b1_k64_h2_q2_causal_cut128"
 
 
 def test_a_case_survives_json() -> None:
@@ -484,7 +519,7 @@ def some_results(*times: float, ceilings: Ceilings | None = None) -> Results:
         )
         for index, time in enumerate(times)
     ]
-    return Results({"device": "NVIDIA <H200>", "date": "2030-01-01"}, ceilings, rows)
+    return Results({"device": "NVIDIA <H200>", "backend": "cuda", "date": "2030-01-01"}, ceilings, rows)
 
 
 def test_a_run_says_where_and_how_it_was_made() -> None:
@@ -567,11 +602,47 @@ def test_results_survive_a_file(tmp_path: Path) -> None:
     assert row["peers"]["flash_mla"]["ratio"] == pytest.approx(2.0)
 
 
-@pytest.mark.parametrize("text", ["", "[]", "{}", '{"format": "other"}', '{"format": "cupy-mla bench 1"}'])
+@pytest.mark.parametrize(
+    "text",
+    [
+        *("", "[]", "{}", '{"format": "other"}', '{"format": "cupy-mla bench 1"}'),
+        pytest.param("[" * 100_000, id="nested"),
+    ],
+)
 def test_a_file_that_holds_something_else_is_refused(tmp_path: Path, text: str) -> None:
     path = tmp_path / "old.json"
     path.write_text(text)
     with pytest.raises(InvalidArgumentError, match="results"):
+        load_results(path)
+
+
+@pytest.mark.parametrize(
+    ("place", "value", "words"),
+    [
+        (("rows", 0, "ours", "us"), 0, "us is 0 in b1_k64_h4_q1"),
+        (("rows", 0, "ours", "us"), -1.0, "us is -1.0"),
+        (("rows", 0, "ours", "us"), math.nan, "us is nan"),
+        (("rows", 0, "ours", "us"), 10**400, "OverflowError"),
+        (("rows", 0, "ours", "us"), "10", "TypeError"),
+        (("rows", 0, "peers", "fa3", "sustained_us"), "fast", "TypeError"),
+        (("rows", 0, "case", "batch"), 0, "batch"),
+        (("rows", 0, "case", "lengths"), "many", "lengths"),
+        (("metadata",), None, "TypeError"),
+        (("metadata",), {"backend": "cuda", "date": "2030-01-01"}, "KeyError.*device"),
+        (("metadata", "backend"), None, "backend is None"),
+    ],
+)
+def test_results_that_cannot_be_compared_are_refused_when_read(
+    tmp_path: Path, place: tuple[str | int, ...], value: Any, words: str
+) -> None:
+    path = tmp_path / "old.json"
+    values: Any = some_results(10.0).as_dict()
+    part = values
+    for step in place[:-1]:
+        part = part[step]
+    part[place[-1]] = value
+    path.write_text(json.dumps(values))
+    with pytest.raises(InvalidArgumentError, match=f"results: expected a JSON file of cupy-mla bench.*{words}"):
         load_results(path)
 
 

@@ -135,6 +135,19 @@ def test_bench_names_the_wrong_argument(arguments: list[str], words: list[str]) 
         assert word in message
 
 
+def test_bench_does_not_run_when_the_earlier_results_cannot_be_compared(tmp_path: Path) -> None:
+    old, new = tmp_path / "old.json", tmp_path / "new.json"
+    assert bench(*TINY, "--json", str(old)).exit_code == 0
+    values = json.loads(old.read_text())
+    values["rows"][0]["ours"]["us"] = 0
+    old.write_text(json.dumps(values))
+    result = bench(*TINY, "--compare", str(old), "--json", str(new))
+    assert result.exit_code == 2
+    assert "results: " in result.stderr
+    assert "us is 0 in b1_k64_h2_q1" in result.stderr
+    assert not new.exists()
+
+
 def test_the_command_line_starts_without_the_benchmark_and_has_its_choices() -> None:
     assert command.LAYOUTS is grid.LAYOUTS
     assert command.DEFAULT_LIMIT_SECONDS == run.DEFAULT_LIMIT_SECONDS

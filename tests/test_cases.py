@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import io
 import json
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +19,7 @@ from cupy_mla.cases import Case, build_case, visible_pairs
 from cupy_mla.check import CHECK_CASES, CheckCase, build_check
 from cupy_mla.describe import describe_decode
 from cupy_mla.errors import InvalidArgumentError
-from cupy_mla.lengths import mid_decode_lengths, read_lengths, shipped_lengths
+from cupy_mla.lengths import MAX_TOKENS, mid_decode_lengths, read_lengths, shipped_lengths
 from cupy_mla.presets import PRESETS, find_preset
 from cupy_mla.reference import mla_decode_reference
 from cupy_mla.timing import COLD_BYTES, graph_shape
@@ -71,6 +73,11 @@ def test_generated_tokens_may_be_unknown(tmp_path: Path) -> None:
         ("context_tokens\n4\nmany\n", "line 3"),
         ("context_tokens\n-4\n", "'-4'"),
         ("context_tokens,generated_tokens\n4\n", "None"),
+        (f"context_tokens\n{MAX_TOKENS + 1}\n", f"up to {MAX_TOKENS}, got '{MAX_TOKENS + 1}' in line 2"),
+        (f"context_tokens\n{2**63}\n", "line 2"),
+        pytest.param(f"context_tokens\n{'9' * 5000}\n", "line 2", id="more digits than int() takes"),
+        (f"context_tokens,generated_tokens\n1,1\n{MAX_TOKENS},1\n", "up to 0, got '1' in line 3"),
+        ("context_tokens,generated_tokens\n9000000000000000000,9000000000000000000\n", "line 2"),
         ("", "context_tokens"),
     ],
 )
@@ -80,6 +87,12 @@ def test_wrong_lengths_are_named(tmp_path: Path, text: str, words: str) -> None:
     with pytest.raises(InvalidArgumentError, match=words) as caught:
         read_lengths(file)
     assert caught.value.argument == "lengths"
+
+
+def test_the_longest_request_is_read(tmp_path: Path) -> None:
+    file = tmp_path / "lengths.csv"
+    file.write_text(f"context_tokens,generated_tokens\n{MAX_TOKENS - 1},1\n")
+    assert mid_decode_lengths(read_lengths(file), 1, seed=0)[0] in (MAX_TOKENS - 1, MAX_TOKENS)
 
 
 def test_missing_lengths_file(tmp_path: Path) -> None:
@@ -246,10 +259,28 @@ def test_safetensors_package_reads_and_writes_the_same(tmp_path: Path) -> None:
     for name, array in package.load_file(ours).items():
         assert array.dtype == arrays[name].dtype
         assert array.tobytes() == arrays[name].tobytes()
-    package.save_file(arrays, theirs, metadata={"causal": "True", "softmax_scale": "0.5", "head_dim_v": "64"})
+    settings = {"causal": "True", "softmax_scale": "0.5", "head_dim_v": "64"}
+    package.save_file(arrays, theirs, metadata={"format": "pt", **settings})
     loaded = case_files.load_case(theirs)
     assert (loaded.softmax_scale, loaded.causal, loaded.head_dim_v) == (0.5, True, 64)
     assert loaded.kv_cache.tobytes() == case.kv_cache.tobytes()
+
+
+def test_metadata_of_others_is_ignored_and_an_unknown_array_is_not(tmp_path: Path) -> None:
+    path = tmp_path / "case.safetensors"
+    write_arrays(path, stored(small_case(), format=np.zeros(2, np.int32)))
+    content = path.read_bytes()
+    header_bytes = int.from_bytes(content[:8], "little")
+    header, data = json.loads(content[8 : 8 + header_bytes]), content[8 + header_bytes :]
+    header["__metadata__"] = {"format": "pt", "q": "text", "softmax_scale": "0.5"}
+    path.write_bytes(safetensors_bytes(header, data))
+    with pytest.raises(InvalidArgumentError, match="also format"):
+        case_files.load_case(path)
+    del header["format"]
+    path.write_bytes(safetensors_bytes(header, data))
+    loaded = case_files.load_case(path)
+    assert loaded.softmax_scale == 0.5
+    assert loaded.q.tobytes() == small_case().q.tobytes()
 
 
 @pytest.mark.parametrize("suffix", SUFFIXES)
@@ -273,8 +304,15 @@ def test_result_is_saved(tmp_path: Path, suffix: str) -> None:
         ({"block_table": np.zeros(4, np.int32)}, r"block_table: expected 2 dimension\(s\)"),
         ({"cache_seqlens": np.zeros(4, np.float32)}, "cache_seqlens: expected int32"),
         ({"cache_seqlens": np.full(4, 2**40)}, "cache_seqlens: expected int32"),
-        ({"softmax_scale": np.ones(2)}, "softmax_scale: expected a single value"),
+        ({"softmax_scale": np.ones((2, 2))}, r"softmax_scale: expected a single value .*, got shape \(2, 2\)$"),
+        ({"softmax_scale": np.complex128(1j)}, "softmax_scale: expected a single value .*1j"),
         ({"causal": np.int64(2)}, "causal: expected a single value"),
+        ({"head_dim_v": np.float64(64.7)}, r"head_dim_v: expected a single value \(a whole number\), got 64.7"),
+        ({"head_dim_v": np.array("64.7")}, "head_dim_v: expected .*64.7"),
+        ({"head_dim_v": np.complex128(64)}, "head_dim_v: expected .*64"),
+        ({"head_dim_v": np.float64(np.inf)}, "head_dim_v: expected .*inf"),
+        ({"head_dim_v": np.float64(np.nan)}, "head_dim_v: expected .*nan"),
+        ({"head_dim_v": np.datetime64("2030-01-01")}, "head_dim_v: expected .*2030"),
     ],
 )
 def test_wrong_case_is_named(tmp_path: Path, changes: dict[str, Any], words: str) -> None:
@@ -285,9 +323,31 @@ def test_wrong_case_is_named(tmp_path: Path, changes: dict[str, Any], words: str
         case_files.load_case(path)
 
 
+def test_a_whole_number_may_be_a_float(tmp_path: Path) -> None:
+    path = tmp_path / "case.npz"
+    write_arrays(path, stored(small_case(), head_dim_v=np.float64(64)))
+    loaded = case_files.load_case(path)
+    assert type(loaded.head_dim_v) is int
+    assert loaded.head_dim_v == 64
+
+
 def safetensors_bytes(header: Any, data: bytes = b"") -> bytes:
     text = header if isinstance(header, bytes) else json.dumps(header).encode()
     return len(text).to_bytes(8, "little") + text + data
+
+
+def npy_bytes(header: str) -> bytes:
+    return b"\x93NUMPY\x01\x00" + len(header).to_bytes(2, "little") + header.encode()
+
+
+def npz_bytes(member: bytes, method: int = 0) -> bytes:
+    """An archive with one member, marked as packed by this method of compression (0: stored)."""
+    buffer = io.BytesIO()
+    with zipfile.ZipFile(buffer, "w") as archive:
+        archive.writestr("q.npy", member)
+    content = bytearray(buffer.getvalue())
+    content[content.index(b"PK\x01\x02") + 10] = method
+    return bytes(content)
 
 
 @pytest.mark.parametrize(
@@ -303,6 +363,12 @@ def safetensors_bytes(header: Any, data: bytes = b"") -> bytes:
         safetensors_bytes({"q": {"dtype": "F77", "shape": [4], "data_offsets": [0, 16]}}, bytes(16)),
         safetensors_bytes({"q": {"shape": [4]}}),
         safetensors_bytes([1, 2]),
+        pytest.param(safetensors_bytes(b"[" * 100_000), id="nested"),
+        safetensors_bytes({"__metadata__": {"softmax_scale": [1, [2]]}}),
+        npz_bytes(b"not an array"),
+        npz_bytes(npy_bytes("{'descr': ((((")),
+        npz_bytes(npy_bytes(f"{{'descr': '<f8', 'fortran_order': False, 'shape': ({10**30},)}}")),
+        npz_bytes(npy_bytes("{}"), method=99),
     ],
 )
 @pytest.mark.parametrize("suffix", SUFFIXES)

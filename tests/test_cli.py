@@ -120,6 +120,16 @@ def test_decode_takes_a_case_and_saves_the_result(tmp_path: Path, suffix: str) -
     np.testing.assert_allclose(found["lse"][:, :2], expected[1][0], rtol=1e-5)
 
 
+@pytest.mark.parametrize(
+    "arguments",
+    [["plan", str(2**31)], ["plan", "1" * 20], ["bench", "--batch", "1" * 20], ["bench", "--heads", str(2**31)]],
+)
+def test_numbers_that_are_no_int32_are_refused(arguments: list[str]) -> None:
+    result = run(*arguments)
+    assert result.exit_code == 2
+    assert f"{arguments[-1]} is not in the range" in result.output
+
+
 def test_decode_exits_with_1_above_the_bound(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(accuracy.OUT_BOUNDS, "bfloat16", 1e-9)
     result = run("decode", *QUICK)
@@ -140,7 +150,7 @@ def test_decode_exits_with_1_above_the_bound(monkeypatch: pytest.MonkeyPatch) ->
         (["--input", "case.npz", "--batch", "4"], ["--batch", "--input"]),
         (["--input", "case.npz", "--page-size", "64"], ["--page-size", "--input"]),
         (["--save", "result.txt"], ["save", ".npz or .safetensors"]),
-        (["--save", "no/such/folder/result.npz", *QUICK], ["save", "written"]),
+        (["--save", "."], ["--save", "is a directory"]),
     ],
 )
 def test_decode_names_the_wrong_argument(arguments: list[str], words: list[str]) -> None:
@@ -154,6 +164,9 @@ def test_decode_names_the_wrong_argument(arguments: list[str], words: list[str])
         ({"block_table": np.array([[7]], np.int32)}, ["block_table[0, 0]", "7"]),
         ({"cache_seqlens": np.array([65], np.int32)}, ["cache_seqlens[0]", "65"]),
         ({"head_dim_v": np.int64(2000)}, ["head_dim_v"]),
+        ({"head_dim_v": np.float64(512.7)}, ["head_dim_v", "512.7"]),
+        ({"head_dim_v": np.float64(np.inf)}, ["head_dim_v", "inf"]),
+        ({"softmax_scale": np.complex128(1j)}, ["softmax_scale", "1j"]),
     ],
 )
 def test_decode_checks_the_case(tmp_path: Path, changes: dict[str, Any], words: list[str]) -> None:
@@ -161,6 +174,21 @@ def test_decode_checks_the_case(tmp_path: Path, changes: dict[str, Any], words: 
     path = tmp_path / "case.npz"
     write_arrays(path, {**{name: getattr(case, name) for name in TENSORS}, **changes})
     assert_mistake(run("decode", "--input", str(path), "--backend", "numpy"), *words)
+
+
+def test_decode_does_not_run_for_a_result_that_has_no_place(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    def run_case(*_: Any, **__: Any) -> None:
+        raise AssertionError("ran although the result cannot be kept")
+
+    monkeypatch.setattr("cupy_mla.decode_job.run_case", run_case)
+    target = tmp_path / "no" / "folder.npz"
+    assert_mistake(run("decode", *QUICK, "--save", str(target)), "save", "folder that exists", str(target))
+
+
+def test_lengths_beyond_int64_are_one_line(tmp_path: Path) -> None:
+    lengths = tmp_path / "lengths.csv"
+    lengths.write_text(f"context_tokens\n{2**63}\n")
+    assert_mistake(run("plan", "--lengths", str(lengths), "--batch", "1"), "lengths", "line 2")
 
 
 def test_decode_on_a_gpu_that_is_not_there(monkeypatch: pytest.MonkeyPatch) -> None:

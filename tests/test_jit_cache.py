@@ -91,6 +91,7 @@ def flip_a_bit(path: Path) -> None:
         (cache.RECORD_NAME, lambda path: path.write_text("[]")),
         (cache.RECORD_NAME, lambda path: path.write_text("{}")),
         (cache.RECORD_NAME, lambda path: path.write_bytes(b"\xff\xfe")),
+        (cache.RECORD_NAME, lambda path: path.write_text("[" * 100_000)),
     ],
 )
 def test_damage_is_a_miss_and_is_repaired(tmp_path: Path, name: str, damage: object) -> None:

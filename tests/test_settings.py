@@ -54,7 +54,13 @@ def test_backend(backend: str):
 
 
 @pytest.mark.parametrize(
-    ("variable", "value"), [("CUPY_MLA_VALIDATE", "maybe"), ("CUPY_MLA_BACKEND", "rocm"), ("CUPY_MLA_VALIDATE", "2")]
+    ("variable", "value"),
+    [
+        ("CUPY_MLA_VALIDATE", "maybe"),
+        ("CUPY_MLA_BACKEND", "rocm"),
+        ("CUPY_MLA_VALIDATE", "2"),
+        ("CUPY_MLA_CACHE_DIR", "~nosuchuser/x"),
+    ],
 )
 def test_wrong_values_are_refused(variable: str, value: str):
     with pytest.raises(InvalidArgumentError, match=value) as caught:

@@ -9,10 +9,11 @@ from typing import Any
 
 import numpy as np
 
+from ..arguments import as_boolean, as_integer
 from ..case_arrays import DTYPES, LAYOUTS
 from ..cases import DEFAULT_HEAD_DIM_V, Case, IntArray, Work
 from ..errors import InvalidArgumentError
-from ..lengths import mid_decode_lengths, read_lengths, shipped_lengths
+from ..lengths import MAX_TOKENS, mid_decode_lengths, read_lengths, shipped_lengths
 from ..presets import find_preset
 from ..schedule import TILE_TOKENS
 
@@ -24,6 +25,7 @@ CPU_BATCHES, CPU_LENGTHS, CPU_HEADS = (1, 2), (64, 256), (8,)
 DEFAULT_DTYPE, DEFAULT_PAGE_SIZE = "bfloat16", 64
 DEFAULT_WIDTHS = (DEFAULT_HEAD_DIM_V, 64)  # latent and rope part
 _SHORT_DTYPES = {"bfloat16": "bf16", "float16": "fp16"}
+_INTEGERS = ("batch", "num_heads_q", "seqlen_q", "page_size", "latent_dim", "rope_dim")
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,10 +77,16 @@ class BenchCase:
     name: str = field(default="", compare=False)
 
     def __post_init__(self) -> None:
-        for argument in ("lengths", "ragged"):
-            values = getattr(self, argument)
-            if isinstance(values, (list, np.ndarray)):  # a case must be hashable, and fit into JSON
-                object.__setattr__(self, argument, tuple(int(value) for value in values))
+        # Python's own types, whatever numbers and arrays came: a case must be hashable, and fit into JSON.
+        plain: dict[str, Any] = {argument: as_integer(getattr(self, argument), argument) for argument in _INTEGERS}
+        plain["causal"] = as_boolean(self.causal, "causal")
+        plain["lengths"] = _integers(self.lengths, "lengths")
+        if self.ragged is not None:
+            plain["ragged"] = _integers(self.ragged, "ragged")
+        if self.fixed_split_tokens is not None:
+            plain["fixed_split_tokens"] = as_integer(self.fixed_split_tokens, "fixed_split_tokens")
+        for argument, value in plain.items():
+            object.__setattr__(self, argument, value)
         for argument in ("batch", "num_heads_q", "seqlen_q", "page_size"):
             if getattr(self, argument) < 1:
                 raise InvalidArgumentError(argument, "at least 1", str(getattr(self, argument)))
@@ -92,16 +100,17 @@ class BenchCase:
         split = self.fixed_split_tokens
         if split is not None and (split < 1 or split % TILE_TOKENS != 0):
             raise InvalidArgumentError("fixed_split_tokens", f"a multiple of {TILE_TOKENS}", str(split))
-        if min(self.kv_lengths) < 0:
-            raise InvalidArgumentError("lengths", "no negative number of tokens", str(min(self.kv_lengths)))
+        for tokens in self.lengths if isinstance(self.lengths, tuple) else (self.lengths,):
+            if not 0 <= tokens <= MAX_TOKENS:
+                raise InvalidArgumentError("lengths", f"0 to {MAX_TOKENS} tokens", str(tokens))
         if self.ragged is not None:
-            if min(self.ragged) < 0 or not any(self.ragged):
-                raise InvalidArgumentError("ragged", "numbers from 0 up, not all 0", str(list(self.ragged)))
+            if not isinstance(self.ragged, tuple) or min(self.ragged) < 0 or not any(self.ragged):
+                raise InvalidArgumentError("ragged", "numbers from 0 up, not all 0", str(self.ragged))
             object.__setattr__(self, "seqlen_q", max(self.ragged))
         if not self.name:
             equal = isinstance(self.lengths, int)
-            tokens = f"k{self.lengths}" if equal else f"mean{round(float(self.kv_lengths.mean()))}"
-            object.__setattr__(self, "name", _name(self, tokens))
+            length = f"k{self.lengths}" if equal else f"mean{round(float(self.kv_lengths.mean()))}"
+            object.__setattr__(self, "name", _name(self, length))
 
     @property
     def head_dim(self) -> int:
@@ -172,6 +181,13 @@ class BenchCase:
             name: tuple(value) if isinstance(value, list) else value for name, value in values.items()
         }
         return cls(**fields)
+
+
+def _integers(values: Any, argument: str) -> int | tuple[int, ...]:
+    """One number or a sequence of them, of any library."""
+    if isinstance(values, (list, tuple)) or getattr(values, "ndim", 0) > 0:
+        return tuple(as_integer(value, argument) for value in values)
+    return as_integer(values, argument)
 
 
 def _name(case: BenchCase, tokens: str) -> str:

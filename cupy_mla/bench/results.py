@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,6 +17,10 @@ from .columns import notes, table_columns
 from .rows import Row
 
 FORMAT = "cupy-mla bench 1"
+
+# What a comparison (`compare`, report.py) reads of an earlier run.
+_FACTS = ("device", "backend", "date")
+_TIMES = ("us", "fastest_us", "slowest_us", "sustained_us")
 
 _CSV_CASE = ("batch", "num_heads_q", "seqlen_q", "dtype", "page_size", "layout", "causal", "fixed_split_tokens")
 _CSV_HEADER = (
@@ -125,16 +130,32 @@ def load_results(path: Path) -> Results:
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
         if values["format"] != FORMAT:
-            raise InvalidArgumentError("results", f"a file of format {FORMAT!r}", f"{values['format']!r} in {path}")
-        return Results(
+            raise ValueError(f"the format is {values['format']!r}, not {FORMAT!r}")
+        results = Results(
             metadata=values["metadata"],
             ceilings=None if values["ceilings"] is None else Ceilings(**values["ceilings"]),
             rows=[Row.from_dict(row) for row in values["rows"]],
         )
+        _check_values(results)
     except (OSError, UnicodeDecodeError) as error:
         raise InvalidArgumentError("results", "a file that can be read", f"{path} ({error})") from error
-    except (KeyError, TypeError, AttributeError, json.JSONDecodeError) as error:
+    # Whatever a file of something else trips over, for the user it is one thing.
+    except (KeyError, TypeError, AttributeError, ValueError, OverflowError, RecursionError) as error:
         raise InvalidArgumentError("results", "a JSON file of cupy-mla bench", f"{path} ({error!r})") from error
+    return results
+
+
+def _check_values(results: Results) -> None:
+    """Raise one of the errors that `load_results` takes for a file of something else."""
+    for name in _FACTS:
+        if not isinstance(results.metadata[name], str):
+            raise TypeError(f"{name} is {results.metadata[name]!r}")
+    for row in results.rows:
+        for measurement in row.measurements.values():
+            for name in _TIMES:
+                time = getattr(measurement, name)
+                if time is not None and not (math.isfinite(time) and time > 0):
+                    raise ValueError(f"{name} is {time!r} in {row.name}")
 
 
 @dataclass(frozen=True, slots=True)

@@ -13,7 +13,7 @@ from ..case_arrays import DTYPES, LAYOUTS
 from ..errors import InvalidArgumentError
 from ..presets import DEFAULT_PRESET, PRESETS
 from ..timing import DEFAULT_LIMIT_SECONDS
-from .common import Command, backend_option, choose_backend
+from .common import COUNT, Command, backend_option, choose_backend
 
 
 def list_option(name: str, kind: Any, help_text: str) -> Callable[[Command], Command]:
@@ -28,22 +28,21 @@ def list_option(name: str, kind: Any, help_text: str) -> Callable[[Command], Com
     return click.option(name, multiple=True, callback=read, metavar=f"{metavar}[,...]", help=help_text)
 
 
-_COUNT = click.IntRange(min=1)
 _FILE = click.Path(path_type=Path, dir_okay=False, writable=True)  # refused before the run, not after it
 
 
 @click.command()
-@list_option("--batch", _COUNT, "Requests.")
-@list_option("--length", _COUNT, "Cached tokens of every request.")
-@list_option("--heads", _COUNT, "Query heads.")
-@list_option("--seqlen-q", _COUNT, "Query tokens of a request.")
+@list_option("--batch", COUNT, "Requests.")
+@list_option("--length", COUNT, "Cached tokens of every request.")
+@list_option("--heads", COUNT, "Query heads.")
+@list_option("--seqlen-q", COUNT, "Query tokens of a request.")
 @list_option("--dtype", click.Choice(list(DTYPES)), "Type of q and cache.")
-@list_option("--page-size", _COUNT, "Tokens of a page.")
+@list_option("--page-size", COUNT, "Tokens of a page.")
 @list_option("--layout", click.Choice(LAYOUTS), "One array; latent and rope apart; a view into a larger pool.")
-@list_option("--split", _COUNT, "Cut requests after so many tokens, in any batch (a multiple of 64).")
+@list_option("--split", COUNT, "Cut requests after so many tokens, in any batch (a multiple of 64).")
 @click.option("--causal", is_flag=True, help="Mask aligned to the bottom right (for --seqlen-q above 1).")
 @click.option("--preset", type=click.Choice(list(PRESETS)), help="A model's heads and widths, in place of --heads.")
-@list_option("--tp", _COUNT, f"Tensor-parallel ranks of the preset ({DEFAULT_PRESET} unless given).")
+@list_option("--tp", COUNT, f"Tensor-parallel ranks of the preset ({DEFAULT_PRESET} unless given).")
 @click.option("--trace", type=click.IntRange(min=0), default=0, help="So many draws of real lengths for each batch.")
 @list_option("--peer", click.STRING, "flash_mla, flashinfer, fa3, torch: beside those that can be imported.")
 @click.option("--peers-path", type=click.Path(path_type=Path), help="Folder to look for the peers in first.")

@@ -13,13 +13,15 @@ import numpy.typing as npt
 
 from .. import device
 from ..case_arrays import DTYPES
-from ..lengths import mid_decode_lengths, read_lengths, shipped_lengths
+from ..lengths import MAX_TOKENS, mid_decode_lengths, read_lengths, shipped_lengths
 from ..presets import DEFAULT_PRESET, PRESETS
 from ..settings import BACKENDS, get_settings
 
 Command = TypeVar("Command", bound=Callable[..., Any])
 
 DEFAULT_BATCH = 128
+
+COUNT = click.IntRange(1, MAX_TOKENS)  # of anything: all are int32 further on
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,12 +64,12 @@ def batch_options(command: Command) -> Command:
     """Options that describe a batch to build."""
     options = (
         click.option("--lengths", type=click.Path(path_type=Path), help="CSV: context_tokens, generated_tokens."),
-        click.option("--batch", type=click.IntRange(min=1), help="Requests, drawn from the lengths."),
+        click.option("--batch", type=COUNT, help="Requests, drawn from the lengths."),
         click.option("--preset", type=click.Choice(list(PRESETS)), default=DEFAULT_PRESET, show_default=True),
-        click.option("--tp", type=click.IntRange(min=1), default=1, show_default=True, help="Tensor-parallel ranks."),
+        click.option("--tp", type=COUNT, default=1, show_default=True, help="Tensor-parallel ranks."),
         click.option("--dtype", type=click.Choice(list(DTYPES)), default="bfloat16", show_default=True),
-        click.option("--page-size", type=click.IntRange(min=1), default=64, show_default=True, help="Tokens."),
-        click.option("--seqlen-q", type=click.IntRange(min=1), default=1, show_default=True, help="Tokens a request."),
+        click.option("--page-size", type=COUNT, default=64, show_default=True, help="Tokens."),
+        click.option("--seqlen-q", type=COUNT, default=1, show_default=True, help="Tokens a request."),
         click.option("--causal", is_flag=True, help="Mask aligned to the bottom right (for --seqlen-q above 1)."),
         click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True),
     )

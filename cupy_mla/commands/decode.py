@@ -40,7 +40,11 @@ _BUILD_OPTIONS = ("lengths", "batch", "preset", "tp", "dtype", "page_size", "seq
 @click.option(
     "--sample", type=click.IntRange(min=1), default=4, show_default=True, help="Requests checked against float64."
 )
-@click.option("--save", type=click.Path(path_type=Path), help="Write out and lse: .npz or .safetensors.")
+@click.option(
+    "--save",
+    type=click.Path(path_type=Path, dir_okay=False, writable=True),
+    help="Write out and lse: .npz or .safetensors.",
+)
 @json_option
 @click.pass_context
 def decode(
@@ -61,6 +65,8 @@ def decode(
     """
     if save is not None:
         check_suffix(save, "save")
+        if not save.absolute().parent.is_dir():  # refused before the run, not after it
+            raise InvalidArgumentError("save", "a path in a folder that exists", str(save))
     chosen = choose_backend(backend)
     notes = [chosen.note] if chosen.note else []
     if input_file is None:

@@ -12,6 +12,7 @@ import numpy.typing as npt
 
 from ..configs import choose_config
 from ..errors import InvalidArgumentError
+from ..lengths import MAX_TOKENS
 from ..plan import schedule_shape
 from ..presets import find_preset
 from ..problem import DecodeProblem
@@ -23,7 +24,7 @@ DEFAULT_SMS = 132  # of an H100 SXM or H200
 
 
 @click.command()
-@click.argument("kv_lengths", nargs=-1, type=click.IntRange(min=0), metavar="[KV_LENGTH]...")
+@click.argument("kv_lengths", nargs=-1, type=click.IntRange(0, MAX_TOKENS), metavar="[KV_LENGTH]...")
 @batch_options
 @click.option("--sms", type=click.IntRange(min=1), default=DEFAULT_SMS, show_default=True, help="SMs of the GPU.")
 @click.option("--fixed-split-tokens", type=click.IntRange(min=1), help="Cut after so many tokens, in any batch.")

@@ -89,7 +89,8 @@ def read_entry(cache_dir: Path, digest: str) -> CompiledKernel | None:
             path=folder / CUBIN_NAME,
             from_cache=True,
         )
-    except (OSError, ValueError, KeyError, TypeError):  # not there, not JSON, or JSON of another shape
+    # Not there, not JSON, JSON of another shape, or nested too deeply.
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return None
 
 
