@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import html
 from collections.abc import Iterable, Mapping, Sequence
 
 
@@ -61,4 +60,6 @@ def _caption(text: str, bold: bool = False) -> str:
 
 
 def _escape(text: object) -> str:
-    return html.escape(str(text))
+    from html import escape  # its table of named characters is 2,000 entries, for notebooks alone
+
+    return escape(str(text))

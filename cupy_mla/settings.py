@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import lru_cache
@@ -109,4 +108,6 @@ def _cache_dir(environment: Mapping[str, str]) -> Path:
     except RuntimeError:
         # A user without a home directory (some containers). Private to this process: a fixed name in a shared
         # temporary directory could be planted by someone else.
+        import tempfile
+
         return Path(tempfile.mkdtemp(prefix="cupy_mla-"))

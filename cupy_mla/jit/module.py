@@ -3,20 +3,20 @@
 from __future__ import annotations
 
 import contextlib
-import hashlib
-import tempfile
 import threading
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from .. import device
 from ..errors import DriverError
 from ..settings import get_settings
-from . import cache, compiler
-from .compiler import CompiledKernel, ResourceUsage
 from .source import COMPILE_OPTIONS, KernelSource, digest, read_files
+
+# The compiler and the cache, with what they import, are needed when the first kernel is loaded, not before.
+if TYPE_CHECKING:
+    from .compiler import CompiledKernel, ResourceUsage
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,6 +72,8 @@ def get_cubin(source: KernelSource, *, cache_dir: Path | None = None, root: Path
     MissingDependencyError
         cuda-bindings or the NVRTC library is not installed.
     """
+    from . import cache, compiler
+
     cache_dir = get_settings().cache_dir if cache_dir is None else cache_dir
     version = compiler.compiler_version()
 
@@ -143,14 +145,20 @@ def _cubin_file(kernel: CompiledKernel) -> Iterator[Path]:
     if kernel.path is not None:
         yield kernel.path
         return
+    import tempfile
+
+    from .cache import CUBIN_NAME
+
     with tempfile.TemporaryDirectory(prefix="cupy_mla-") as folder:
-        path = Path(folder) / cache.CUBIN_NAME
+        path = Path(folder) / CUBIN_NAME
         path.write_bytes(kernel.cubin)
         yield path
 
 
 def _describe(source: KernelSource, version: str, root: Path | None) -> dict[str, Any]:
     """Return what the cache keeps beside the cubin for people who look."""
+    import hashlib
+
     files = read_files(source, root)
     return {
         "entry": source.entry,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import posixpath
 import re
 from collections.abc import Iterator
@@ -130,6 +129,8 @@ def digest(source: KernelSource, compiler_version: str, root: Path | None = None
     root : Path, optional
         The kernel folder; ``kernels_root()`` unless given.
     """
+    import hashlib
+
     hasher = hashlib.sha256()
 
     def feed(*parts: str | bytes) -> None:
