@@ -17,10 +17,7 @@ from .dtypes import ITEM_SIZES
 from .errors import InvalidArgumentError
 from .frameworks import CUDA
 from .kv_layouts import DENSE_LAYOUTS
-from .problem import INDEX_DTYPE, DecodeInputs, DecodeProblem
-
-# Tiles of 64 tokens are counted, and tokens up to a tile's end, in int32.
-MAX_TOKENS = 2**31 - 64
+from .problem import INDEX_DTYPE, MAX_TOKENS, DecodeInputs, DecodeProblem
 
 # What the CUDA kernels are written for.
 CUDA_WIDTH_MULTIPLE = 64

@@ -89,6 +89,7 @@ def why_unsupported(device_id: int = 0) -> str | None:
     return None
 
 
+@functools.cache  # that it can; asked for by every append and merge
 def require_supported(device_id: int = 0) -> DeviceInfo:
     """Return what a GPU is, if the Hopper kernels can run on it.
 

@@ -358,8 +358,9 @@ class PagedKVCache:
         require_cuda()
         import cupy
 
-        require_backend("cuda", int(cupy.cuda.runtime.getDevice()), "the cache")
-        return int(cupy.cuda.runtime.getDevice()), cupy.empty(shape, np.uint16).view(element)
+        device_id = int(cupy.cuda.runtime.getDevice())
+        require_backend("cuda", device_id, "the cache")
+        return device_id, cupy.empty(shape, np.uint16).view(element)
 
     @property
     def _pages(self) -> Any:

@@ -11,6 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from .errors import InvalidArgumentError
+from .problem import MAX_TOKENS
 
 IntArray = npt.NDArray[np.int64]
 
@@ -18,7 +19,6 @@ IntArray = npt.NDArray[np.int64]
 _CONTEXT_NAMES = ("context_tokens", "ContextTokens")
 _GENERATED_NAMES = ("generated_tokens", "GeneratedTokens")
 _SHIPPED = "azure_llm_2023_conv_lengths.csv"
-MAX_TOKENS = int(np.iinfo(np.int32).max)  # of a request: cache_seqlens is int32
 
 
 def shipped_lengths() -> Path:
@@ -42,7 +42,7 @@ def read_lengths(path: Path) -> IntArray:
     ------
     InvalidArgumentError
         The file cannot be read, has no such column or no rows, or a value (named by its line) is not a whole number or
-        makes a request longer than int32 can say.
+        makes a request longer than there can be.
     """
     try:
         with path.open(newline="", encoding="utf-8-sig") as file:

@@ -8,7 +8,7 @@ import numpy as np
 
 from .arguments import misaligned
 from .arrays import ArrayView, view
-from .device import describe_device, require_backend
+from .device import require_backend, require_supported
 from .errors import InvalidArgumentError
 from .exchange import as_numpy, empty_like, finish, keep_imported
 from .frameworks import CUDA, check_stream, current_stream
@@ -61,7 +61,7 @@ def merge_states(outs: Any, lses: Any, *, stream: int | None = None) -> tuple[An
     if not require_backend(*outs_view.location, "outs"):
         return _merge_on_cpu(outs, lses, out_shape, lse_shape, outs_view.dtype)
     device_id = outs_view.device_id
-    info = describe_device(device_id)
+    info = require_supported(device_id)
     out = empty_like(outs, out_shape, outs_view.dtype, stream)
     lse = empty_like(outs, lse_shape, "float32", stream)
     if stream is None:

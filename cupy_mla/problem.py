@@ -9,6 +9,8 @@ from .html import facts_table
 
 INDEX_DTYPE = "int32"
 LSE_DTYPE = "float32"
+# Of a request: lengths are int32, and tokens are counted in it up to the end of a tile of 64.
+MAX_TOKENS = 2**31 - 64
 
 
 @dataclass(frozen=True, slots=True)

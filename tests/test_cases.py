@@ -19,8 +19,9 @@ from cupy_mla.cases import Case, build_case, visible_pairs
 from cupy_mla.check import CHECK_CASES, CheckCase, build_check
 from cupy_mla.describe import describe_decode
 from cupy_mla.errors import InvalidArgumentError
-from cupy_mla.lengths import MAX_TOKENS, mid_decode_lengths, read_lengths, shipped_lengths
+from cupy_mla.lengths import mid_decode_lengths, read_lengths, shipped_lengths
 from cupy_mla.presets import PRESETS, find_preset
+from cupy_mla.problem import MAX_TOKENS
 from cupy_mla.reference import mla_decode_reference
 from cupy_mla.timing import COLD_BYTES, graph_shape
 

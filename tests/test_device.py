@@ -43,6 +43,7 @@ def fake_runtime(count: int | Exception, *, driver: int, built_for: int = 12090,
 def _fresh() -> Iterator[None]:
     def clear() -> None:
         device.describe_device.cache_clear()
+        device.require_supported.cache_clear()
         device._why_no_cuda.cache_clear()
 
     clear()

@@ -13,8 +13,9 @@ from ..arguments import as_boolean, as_integer
 from ..case_arrays import DTYPES, LAYOUTS
 from ..cases import DEFAULT_HEAD_DIM_V, Case, IntArray, Work
 from ..errors import InvalidArgumentError
-from ..lengths import MAX_TOKENS, mid_decode_lengths, read_lengths, shipped_lengths
+from ..lengths import mid_decode_lengths, read_lengths, shipped_lengths
 from ..presets import find_preset
+from ..problem import MAX_TOKENS
 from ..schedule import TILE_TOKENS
 
 # Small, middle and full batches; memory-bound and compute-bound head counts: under a minute on an H200, with peers.

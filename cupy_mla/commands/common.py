@@ -13,7 +13,7 @@ import numpy.typing as npt
 
 from .. import device
 from ..case_arrays import DTYPES
-from ..lengths import MAX_TOKENS, mid_decode_lengths, read_lengths, shipped_lengths
+from ..lengths import mid_decode_lengths, read_lengths, shipped_lengths
 from ..presets import DEFAULT_PRESET, PRESETS
 from ..settings import BACKENDS, get_settings
 
@@ -21,7 +21,7 @@ Command = TypeVar("Command", bound=Callable[..., Any])
 
 DEFAULT_BATCH = 128
 
-COUNT = click.IntRange(1, MAX_TOKENS)  # of anything: all are int32 further on
+COUNT = click.IntRange(1, 2**31 - 1)  # of anything: all are int32 further on
 
 
 @dataclass(frozen=True, slots=True)

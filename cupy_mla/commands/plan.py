@@ -12,10 +12,9 @@ import numpy.typing as npt
 
 from ..configs import choose_config
 from ..errors import InvalidArgumentError
-from ..lengths import MAX_TOKENS
 from ..plan import schedule_shape
 from ..presets import find_preset
-from ..problem import DecodeProblem
+from ..problem import MAX_TOKENS, DecodeProblem
 from ..schedule import make_schedule
 from ..schedule_text import draw_schedule
 from .common import DEFAULT_BATCH, batch_options, describe_lengths, draw_lengths
