@@ -34,11 +34,12 @@ _WIDE_THREADS = 384
 _WIDE_LATENT_DIMS = (128, 256, 512)
 _WIDE_ROPE_DIMS = (0, BOX_COLUMNS)
 _STEP_COLUMNS = 16
+_ATOM_TOKENS = 8  # rows after which the 128-byte swizzle repeats
 _ELEMENT_BYTES = 2
 _FLOAT_BYTES = 4
 _BOX_BYTES = TILE_TOKENS * BOX_COLUMNS * _ELEMENT_BYTES
 _LOADER_STATE_BYTES = 32
-_WIDE_LOADER_WARPS = 4  # where a tile has several pages
+_WIDE_LOADER_WARPS = 4  # where a page does not hold a swizzle atom's tokens
 _BARRIER_BYTES = 8
 _CLAIM_BYTES = 8
 
@@ -135,10 +136,15 @@ class KernelConfig:
         return math.gcd(self.page_size, TILE_TOKENS)
 
     @property
-    def boxes_per_load(self) -> int:
-        """Boxes of 64 latent columns that one copy-engine instruction loads: all where a stage holds whole tiles."""
-        whole_tiles = self.kernel == "wide" and self.chunk_tokens == TILE_TOKENS
-        return self.latent_dim // BOX_COLUMNS if whole_tiles else 1
+    def group_tokens(self) -> int:
+        """Tokens of a chunk in one swizzle atom."""
+        return min(self.chunk_tokens, _ATOM_TOKENS)
+
+    @property
+    def copies_whole_tokens(self) -> bool:
+        """Whether one copy of a chunk brings all latent columns: where a stage holds whole tiles and no swizzle atom is
+        shared by pages. Else one copy brings one box."""
+        return self.kernel == "wide" and self.group_tokens == _ATOM_TOKENS
 
     @property
     def shared_memory(self) -> int:
@@ -153,7 +159,7 @@ class KernelConfig:
         query = shared_steps * self.rows * _STEP_COLUMNS * _ELEMENT_BYTES
         factors = _WIDE_STAGES * self.rows * _FLOAT_BYTES
         barriers = 3 * _WIDE_STAGES * _BARRIER_BYTES
-        loader_warps = 1 if self.chunk_tokens == TILE_TOKENS else _WIDE_LOADER_WARPS
+        loader_warps = 1 if self.copies_whole_tokens else _WIDE_LOADER_WARPS
         return ring + query + factors + loader_warps * _LOADER_STATE_BYTES + barriers + _CLAIM_BYTES
 
     def _narrow_shared_memory(self) -> int:

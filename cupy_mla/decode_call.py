@@ -21,7 +21,7 @@ from .launch import Launch, is_capturing
 from .plan import Blueprint, DecodePlan
 from .plan_layout import COMBINE_PARAMS, STORE_ALIGNMENT, combine_geometry
 from .problem import DecodeInputs, DecodeProblem
-from .tensor_maps import TENSOR_MAP, TensorMap, kv_tensor_map
+from .tensor_maps import TENSOR_MAP, PageSteps, TensorMap, kv_tensor_map
 
 _LOG2_E = math.log2(math.e)
 _WORD_BYTES = 8
@@ -125,6 +125,10 @@ class DecodeCall:
         params["num_parts"], params["blocks_per_job"] = shape.num_parts, shape.blocks_per_job
         params["group_heads"], params["scale_log2"] = problem.group_heads, softmax_scale * _LOG2_E
         params["empty_lse"] = empty_lse
+        for part, pages in (("latent", layout.kv_latent), ("rope", layout.kv_rope)):
+            if pages is not None:
+                steps = PageSteps.of(pages.shape, pages.strides)
+                params[f"{part}_page_step"], params[f"{part}_head_step"] = steps.page, steps.head
         if shape.may_claim:
             params["second_half"] = half = second_half(kind.location[1])
             num_second = sum(int(word).bit_count() for word in half)
@@ -205,10 +209,10 @@ class DecodeCall:
 
     def _make_maps(self, kv_latent: int, kv_rope: int) -> tuple[TensorMap, TensorMap]:
         config, layout = self.kind.config, self._layout
-        latent = kv_tensor_map(self._pages(kv_latent, layout.kv_latent), config, config.boxes_per_load)
+        latent = kv_tensor_map(self._pages(kv_latent, layout.kv_latent), config)
         rope = latent  # an argument that the kernel does not look at
         if layout.kv_rope is not None:
-            rope = kv_tensor_map(self._pages(kv_rope, layout.kv_rope), config, 1)
+            rope = kv_tensor_map(self._pages(kv_rope, layout.kv_rope), config)
         if len(self._maps) >= _CACHES_KEPT:
             self._maps.clear()
         self._maps[kv_latent, kv_rope] = latent, rope

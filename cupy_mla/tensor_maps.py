@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import math
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any
 
@@ -11,8 +12,10 @@ import numpy as np
 from .arrays import ArrayView
 from .configs import BOX_COLUMNS, KernelConfig
 from .driver import check, driver
+from .errors import InvalidArgumentError
 
 TENSOR_MAP = np.dtype("V128")  # CUtensorMap, opaque
+_MAX_STEPS = 2**31  # coordinates are int32
 _MAPS_KEPT = 1024  # layers * caches of a large model; 128 bytes each
 
 
@@ -32,7 +35,50 @@ class TensorMap:
     address: int
 
 
-def kv_tensor_map(pages: ArrayView, config: KernelConfig, boxes_per_load: int) -> TensorMap:
+@dataclass(frozen=True, slots=True)
+class PageSteps:
+    """Where the kv heads of the pages lie: head h of page p begins ``p * page + h * head`` steps into the cache.
+
+    Attributes
+    ----------
+    stride : int
+        Elements of a step.
+    page, head : int
+        Steps between pages and between kv heads.
+    count : int
+        Steps that there are.
+    """
+
+    stride: int
+    page: int
+    head: int
+    count: int
+
+    @staticmethod
+    def of(shape: tuple[int, ...], strides: tuple[int, ...]) -> PageSteps:
+        """Of pages of this shape and these strides, [num_pages, page_size, num_heads_kv, width].
+
+        Raises
+        ------
+        InvalidArgumentError
+            The strides have so small a divisor in common that steps cannot be counted in 32 bits.
+        """
+        (num_pages, _, num_heads, _), (page, _, head, _) = shape, strides
+        if num_heads == 1:
+            return PageSteps(page, 1, 0, num_pages)
+        stride = math.gcd(page, head) or BOX_COLUMNS  # strides of 0: all is one
+        steps = PageSteps(stride, page // stride, head // stride, 0)
+        count = (num_pages - 1) * steps.page + (num_heads - 1) * steps.head + 1
+        if count > _MAX_STEPS:
+            raise InvalidArgumentError(
+                "kv_cache",
+                f"strides of pages and of kv heads that are multiples of a larger number than {stride} elements",
+                f"strides {strides} of shape {shape}",
+            )
+        return replace(steps, count=count)
+
+
+def kv_tensor_map(pages: ArrayView, config: KernelConfig) -> TensorMap:
     """The tensor map of one part (latent or rope) of a paged cache.
 
     It depends on nothing but what it describes (address, shape, strides, type), so one that is kept is right whatever
@@ -44,22 +90,25 @@ def kv_tensor_map(pages: ArrayView, config: KernelConfig, boxes_per_load: int) -
         [num_pages, page_size, num_heads_kv, width], bf16 or fp16; any strides that are multiples of 16 bytes but the
         last, which is 1.
     config : KernelConfig
-        Says how many tokens one load takes.
-    boxes_per_load : int
-        Boxes of 64 columns that one load takes.
+        Says how many tokens and columns one copy takes.
 
     Returns
     -------
     TensorMap
-        The map has five dimensions, innermost first: 64 columns, tokens of a page, boxes
-        of 64 columns, kv heads, pages.
+        The map has five dimensions, innermost first: 64 columns, tokens of a group, boxes of 64 columns, groups of a
+        page, `PageSteps`. A copy writes them in this order: boxes side by side for each group of tokens.
 
     Raises
     ------
+    InvalidArgumentError
+        As `PageSteps.of`.
     DriverError
         The driver refused the description.
     """
-    return _encode(pages.pointer, pages.shape, pages.strides, pages.dtype, config.chunk_tokens, boxes_per_load)
+    width = pages.shape[-1]
+    boxes = width // BOX_COLUMNS if config.copies_whole_tokens else 1
+    groups = config.chunk_tokens // config.group_tokens
+    return _encode(pages.pointer, pages.shape, pages.strides, pages.dtype, config.group_tokens, boxes, groups)
 
 
 @lru_cache(maxsize=_MAPS_KEPT)
@@ -68,25 +117,29 @@ def _encode(
     shape: tuple[int, ...],
     strides: tuple[int, ...],
     dtype: str,
-    chunk_tokens: int,
-    boxes_per_load: int,
+    group_tokens: int,
+    boxes: int,
+    groups: int,
 ) -> TensorMap:
     cuda = driver()
-    num_pages, page_size, num_heads, width = shape
+    _, page_size, _, width = shape
     item_bytes = 2
     data_type = {
         "bfloat16": cuda.CUtensorMapDataType.CU_TENSOR_MAP_DATA_TYPE_BFLOAT16,
         "float16": cuda.CUtensorMapDataType.CU_TENSOR_MAP_DATA_TYPE_FLOAT16,
     }[dtype]
-    sizes = (BOX_COLUMNS, page_size, width // BOX_COLUMNS, num_heads, num_pages)
+    steps = PageSteps.of(shape, strides)
+    sizes = (BOX_COLUMNS, group_tokens, width // BOX_COLUMNS, page_size // group_tokens, steps.count)
     # A dimension of size one may come with any stride, 0 included; the driver wants multiples of 16 bytes that are
     # larger than nothing, and never uses them.
     box_bytes = BOX_COLUMNS * item_bytes
     byte_strides = tuple(
         step * item_bytes if size > 1 else box_bytes
-        for step, size in zip((strides[1], BOX_COLUMNS, strides[2], strides[0]), sizes[1:], strict=True)
+        for step, size in zip(
+            (strides[1], BOX_COLUMNS, group_tokens * strides[1], steps.stride), sizes[1:], strict=True
+        )
     )
-    box = (BOX_COLUMNS, chunk_tokens, boxes_per_load, 1, 1)
+    box = (BOX_COLUMNS, group_tokens, boxes, groups, 1)
     tensor_map = check(
         "cuTensorMapEncodeTiled",
         cuda.cuTensorMapEncodeTiled(

@@ -124,6 +124,8 @@ def expect_decode(launched: Launched, arrays: Arrays, out: Any, lse: Any, scale:
     lse_strides = [0, lse.strides[1], lse.strides[0]] if is_ragged else [lse.strides[i] for i in (0, 2, 1)]
     assert list(params["lse_strides"]) == lse_strides
     assert params["group_heads"] == 16
+    for part in ("latent", "rope"):  # one kv head: the pages are counted
+        assert (params[f"{part}_page_step"], params[f"{part}_head_step"]) == (1, 0)
     expected_scale = (LATENT + ROPE) ** -0.5 if scale is None else scale
     assert params["scale_log2"] == pytest.approx(expected_scale * math.log2(math.e))
 
@@ -180,6 +182,14 @@ def test_a_plan_and_given_outputs_allocate_nothing(gpu: FakeGpu, make: Callable[
         expect_decode(decode, arrays, out, lse)
         assert decode.arguments[2]["plan"] == combine.arguments[0]["plan"] == plan.pointer
     assert gpu.allocated == []
+
+
+def test_kv_heads_and_pages_are_counted_in_common_steps(gpu: FakeGpu) -> None:
+    arrays = packed(gpu) | {"kv_cache": gpu.array((64, 64, 2, LATENT + ROPE), strides=(64 * 1536, 1536, 768, 1))}
+    mla_decode(**arrays)
+    params = gpu.take()[1].arguments[2]
+    assert params["latent_page_step"] == params["rope_page_step"] == 64 * 1536 // 768
+    assert params["latent_head_step"] == params["rope_head_step"] == 1
 
 
 def test_layers_have_their_own_tensor_maps(gpu: FakeGpu) -> None:

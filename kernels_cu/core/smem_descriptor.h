@@ -12,7 +12,8 @@ constexpr u32 kSwizzle32B = 3;
 constexpr u32 kBoxColumns = 64;
 constexpr u32 kBoxRowBytes = kBoxColumns * 2;
 constexpr u32 kBoxBytes = 64 * kBoxRowBytes;
-constexpr u32 kSwizzleAtomBytes = 8 * kBoxRowBytes;  // the 128-byte swizzle repeats every 8 rows
+constexpr u32 kAtomRows = 8;  // the 128-byte swizzle repeats every 8 rows
+constexpr u32 kSwizzleAtomBytes = kAtomRows * kBoxRowBytes;
 
 constexpr MLA_DEVICE u64 encode_descriptor(u32 leading_bytes, u32 stride_bytes, u32 swizzle) {
     return (static_cast<u64>(leading_bytes >> 4) << 16) | (static_cast<u64>(stride_bytes >> 4) << 32) |
@@ -22,8 +23,6 @@ constexpr MLA_DEVICE u64 encode_descriptor(u32 leading_bytes, u32 stride_bytes, 
 // K-major operand in boxes: one k16 step is 32 bytes further, one box of 64 columns kBoxBytes further. The leading
 // offset is not used by a swizzled K-major operand.
 constexpr u64 kBoxKMajor = encode_descriptor(16, kSwizzleAtomBytes, kSwizzle128B);
-// M- or N-major operand in boxes (the tile read along its rows): columns continue in the next box.
-constexpr u64 kBoxMNMajor = encode_descriptor(kBoxBytes, kSwizzleAtomBytes, kSwizzle128B);
 
 constexpr u32 kStepBytes = 16 * 2;  // one k16 step along a K-major row
 

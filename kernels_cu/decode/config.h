@@ -22,6 +22,8 @@ constexpr MLA_DEVICE u32 greatest_common_divisor(u32 a, u32 b) { return b == 0 ?
 // Tokens of a tile that surely lie in one page: what one copy-engine box takes.
 constexpr u32 kChunkTokens = greatest_common_divisor(kPageSize, kTileTokens);
 constexpr u32 kChunks = kTileTokens / kChunkTokens;
+// Of a chunk, the tokens of one swizzle atom: boxes may lie side by side in it, and then one copy brings all columns.
+constexpr u32 kGroupTokens = kChunkTokens < kAtomRows ? kChunkTokens : kAtomRows;
 
 constexpr u32 kWarpThreads = 32;
 constexpr u32 kWarpgroupThreads = 128;

@@ -2,9 +2,9 @@
 // asks the copy engine for the boxes of each tile.
 #pragma once
 #include "decode/block_work.h"
+#include "decode/kv_copy.h"
 #include "decode/narrow_smem.h"
 #include "ptx/mbarrier.h"
-#include "ptx/tma.h"
 
 namespace mla {
 
@@ -22,11 +22,11 @@ public:
         for (u32 chunk = lane_; chunk < kPrefetchedTiles * kChunks; chunk += kWarpThreads) {
             const i32 token = work.tile_begin * kTileTokens + static_cast<i32>(chunk * kChunkTokens);
             if (token >= min_i32(work.tile_end * kTileTokens, work.seqlen_k)) break;
-            const i32 page = table[token / static_cast<i32>(kPageSize)];
+            const KvPlace place(params_, token, table[token / static_cast<i32>(kPageSize)], work.kv_head);
             for (u32 box = block_in_job(); box < kTileBoxes; box += params_.blocks_per_job) {
                 const bool is_latent = box < kLatentBoxes;
-                tma_prefetch_5d(is_latent ? latent_ : rope_, 0, token % static_cast<i32>(kPageSize),
-                                is_latent ? box : box - kLatentBoxes, work.kv_head, page);
+                tma_prefetch_5d(is_latent ? latent_ : rope_, 0, 0, is_latent ? box : box - kLatentBoxes, place.group,
+                                is_latent ? place.latent : place.rope);
             }
         }
     }
@@ -85,14 +85,14 @@ private:
     }
 
     MLA_DEVICE void load_chunk(const BlockWork& work, i32 first_key, u32 chunk, i32 page) const {
-        const i32 offset = (static_cast<u32>(first_key) + chunk * kChunkTokens) % kPageSize;
+        const KvPlace place(params_, first_key + static_cast<i32>(chunk * kChunkTokens), page, work.kv_head);
         const u32 row_offset = chunk * kChunkTokens * kBoxRowBytes;
 #pragma unroll
         for (u32 box = 0; box < kTileBoxes; ++box) {
             const u32 slot = ring_.slot(box).index;
             const bool is_latent = box < kLatentBoxes;
-            tma_load_5d(box_address(smem_, slot) + row_offset, is_latent ? latent_ : rope_, full_barrier(smem_, slot), 0,
-                        offset, is_latent ? box : box - kLatentBoxes, work.kv_head, page);
+            tma_load_5d(box_address(smem_, slot) + row_offset, is_latent ? latent_ : rope_, full_barrier(smem_, slot), 0, 0,
+                        is_latent ? box : box - kLatentBoxes, place.group, is_latent ? place.latent : place.rope);
         }
     }
 

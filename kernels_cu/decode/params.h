@@ -27,6 +27,8 @@ struct DecodeParams {
     i32 num_parts;
     i32 blocks_per_job;
     i32 group_heads;  // query heads per kv head
+    i32 latent_page_step, latent_head_step;  // decode/kv_copy.h
+    i32 rope_page_step, rope_head_step;
     f32 scale_log2;   // softmax_scale * log2(e): the softmax works in powers of two
     f32 empty_lse;    // lse of a row that sees no key: -inf, or +inf as FlashMLA has it
     i32 plan_is_settled;  // 1: the plan was complete before the kernel ahead of this one began

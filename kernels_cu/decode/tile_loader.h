@@ -3,9 +3,9 @@
 // latency hides behind a tile's arithmetic.
 #pragma once
 #include "decode/block_work.h"
+#include "decode/kv_copy.h"
 #include "decode/wide_smem.h"
 #include "ptx/mbarrier.h"
-#include "ptx/tma.h"
 
 namespace mla {
 
@@ -60,22 +60,15 @@ private:
 
     MLA_DEVICE LoaderState* state() const { return states_ + warp(); }
 
-    // Warps deal out the chunks of a tile, and where there are fewer chunks than warps, the boxes of a chunk.
-    static constexpr u32 kChunkWarps = kChunks < kLoaderWarps ? kChunks : kLoaderWarps;
-    static constexpr u32 kBoxWarps = kLoaderWarps / kChunkWarps;
-    static constexpr u32 kBoxes = kLatentBoxes + kRopeBoxes;
-    static constexpr u32 kChunksPerLane = (kChunks / kChunkWarps + kWarpThreads - 1) / kWarpThreads;
-    static MLA_DEVICE u32 chunk_of(u32 i) {
-        const u32 index = lane() + i * kWarpThreads;  // among this warp's
-        return index * kChunkWarps + warp() % kChunkWarps;
-    }
-    static MLA_DEVICE u32 first_box() { return kBoxWarps == 1 ? 0 : warp() / kChunkWarps; }
+    // Warps deal out the chunks of a tile.
+    static constexpr u32 kChunksPerLane = (kChunks / kLoaderWarps + kWarpThreads - 1) / kWarpThreads;
+    static_assert(kChunks % kLoaderWarps == 0, "warps have as many chunks as each other");
+    static MLA_DEVICE u32 chunk_of(u32 i) { return (lane() + i * kWarpThreads) * kLoaderWarps + warp(); }
 
     // What this warp asks for of a tile's first `valid_chunks` chunks.
     static MLA_DEVICE u32 own_bytes(u32 valid_chunks) {
-        const u32 chunks = (valid_chunks + kChunkWarps - 1 - warp() % kChunkWarps) / kChunkWarps;
-        const u32 boxes = (kBoxes + kBoxWarps - 1 - first_box()) / kBoxWarps;
-        return chunks * boxes * kChunkTokens * kBoxRowBytes;
+        const u32 chunks = (valid_chunks + kLoaderWarps - 1 - warp()) / kLoaderWarps;
+        return chunks * kChunkTokens * (kLatentBoxes + kRopeBoxes) * kBoxRowBytes;
     }
 
     // Moves to the first item from `item` on that has tiles for this CTA.
@@ -105,22 +98,14 @@ private:
     }
 
     MLA_DEVICE void load_chunk(u32 stage, u32 full, i32 tile, u32 chunk, i32 page) {
-        const i32 kv_head = state()->kv_head;
-        const i32 offset = (tile * kTileTokens + chunk * kChunkTokens) % kPageSize;
-        if constexpr (kChunks == 1) {  // a tile is one box of all latent columns and one of all rope columns
-            tma_load_5d(stage, latent_, full, 0, offset, 0, kv_head, page);
-            if constexpr (kRopeBoxes > 0)
-                tma_load_5d(stage + kLatentBoxes * kBoxBytes, rope_, full, 0, offset, 0, kv_head, page);
-        } else {
-            u32 destination = stage + first_box() * kBoxBytes + chunk * kChunkTokens * kBoxRowBytes;
+        const u32 token = chunk * kChunkTokens;  // of the tile
+        const KvPlace place(params_, tile * kTileTokens + static_cast<i32>(token), page, state()->kv_head);
+        constexpr u32 kCopyBoxes = kCopiesWholeTokens ? kLatentBoxes : 1;
 #pragma unroll 1
-            for (i32 box = first_box(); box < static_cast<i32>(kBoxes); box += kBoxWarps) {
-                const bool is_latent = box < static_cast<i32>(kLatentBoxes);
-                tma_load_5d(destination, is_latent ? latent_ : rope_, full, 0, offset,
-                            is_latent ? box : box - static_cast<i32>(kLatentBoxes), kv_head, page);
-                destination += kBoxWarps * kBoxBytes;
-            }
-        }
+        for (u32 box = 0; box < kLatentBoxes; box += kCopyBoxes)
+            tma_load_5d(stage + latent_row(token, box), latent_, full, 0, 0, box, place.group, place.latent);
+        if constexpr (kRopeBoxes > 0)
+            tma_load_5d(stage + kStageRope + token * kBoxRowBytes, rope_, full, 0, 0, 0, place.group, place.rope);
     }
 
     const TensorMap* latent_;

@@ -134,7 +134,13 @@ private:
     MLA_DEVICE void issue_steps(const u32 (&q)[kRegisterSteps][4], float (&scores)[32], u64 k, u64 q_shared) {
 #pragma unroll
         for (u32 step = Begin; step < End; ++step) {
-            const u64 k_step = k + descriptor_offset(step / 4 * kBoxBytes + step % 4 * kStepBytes);
+            constexpr u32 kBoxSteps = kBoxRowBytes / kStepBytes;
+            constexpr u32 kLatentSteps = kLatentBoxes * kBoxSteps;
+            const u32 in_box = step % kBoxSteps * kStepBytes;
+            const u64 k_step =
+                step < kLatentSteps
+                    ? kLatentKMajor + k + descriptor_offset(step / kBoxSteps * kSwizzleAtomBytes + in_box)
+                    : kBoxKMajor + k + descriptor_offset(kStageRope + in_box);
             if (step < kRegisterSteps)
                 wgmma_rs<Element, 0>(scores, q[step][0], q[step][1], q[step][2], q[step][3], k_step, step > 0);
             else
@@ -144,7 +150,7 @@ private:
 
     // scores = Q K^T of the tile at ring_; releases the previous tile's P on the way.
     MLA_DEVICE void multiply(const u32 (&q)[kRegisterSteps][4], float (&scores)[32], bool release_previous) {
-        const u64 k = descriptor_at(kBoxKMajor, stage_address(smem_, ring_.stage));
+        const u64 k = descriptor_at(0, stage_address(smem_, ring_.stage));
         const u64 q_shared = descriptor_at(kQStepKMajor, smem_ + WideSmem::q_steps);
         const u32 tile_full = smem_ + WideSmem::tile_full + ring_.stage * sizeof(u64);
         if (!mbarrier_test_wait(tile_full, ring_.parity)) {
@@ -191,9 +197,9 @@ private:
         const u32 thread = warp() * kWarpThreads + lane();
         for (i32 dead = sequence_end + static_cast<i32>(thread / kChunksPerRow); dead < kTileTokens; dead += kRowsPerPass) {
             for (u32 box = 0; box < kLatentBoxes; ++box)
-                store_shared_16b(stage_address(smem_, ring_.stage) + box * kBoxBytes + dead * kBoxRowBytes +
-                                     thread % kChunksPerRow * 16,
-                                 uint4{0, 0, 0, 0});
+                store_shared_16b(
+                    stage_address(smem_, ring_.stage) + latent_row(dead, box) + thread % kChunksPerRow * 16,
+                    uint4{0, 0, 0, 0});
         }
     }
 
@@ -229,7 +235,7 @@ private:
                 factor[half] *= normalise[half];
             }
         }
-        const u32 probabilities = stage_address(smem_, ring_.stage) + kProbabilityBox * kBoxBytes;
+        const u32 probabilities = stage_address(smem_, ring_.stage) + kProbabilities;
         const u32 matrix_row = warp() * 16 + lane() % 16;
         const u32 matrix_chunk = lane() / 16;
 #pragma unroll

@@ -12,11 +12,23 @@ constexpr u32 kRegisterSteps = kSteps < kMaxRegisterSteps ? kSteps : kMaxRegiste
 constexpr u32 kSharedSteps = kSteps - kRegisterSteps;
 
 constexpr u32 kStages = 3;  // the third stage is what matters most (DESIGN.md); a fourth does not fit at 576
-// P takes the place of its stage's rope box, dead after QK; without rope it has a box of its own.
-static_assert(kRopeBoxes <= 1, "a tile's rope columns are one copy; cupy_mla/configs.py knows");
-constexpr u32 kStageBoxes = kLatentBoxes + (kRopeBoxes > 0 ? kRopeBoxes : 1);
-constexpr u32 kStageBytes = kStageBoxes * kBoxBytes;
-constexpr u32 kProbabilityBox = kLatentBoxes;
+// A tile lies in its stage in the order in which one copy of whole tokens writes it: for each group of eight tokens the
+// swizzle atoms of all latent boxes. The box of rope columns follows. P takes its place, dead after QK; without rope it has
+// a box of its own.
+static_assert(kRopeBoxes <= 1, "a stage has one box behind the latent ones; cupy_mla/configs.py knows");
+constexpr u32 kStageBytes = (kLatentBoxes + 1) * kBoxBytes;
+constexpr u32 kStageRope = kLatentBoxes * kBoxBytes;
+constexpr u32 kProbabilities = kStageRope;
+constexpr u32 kLatentGroupBytes = kLatentBoxes * kSwizzleAtomBytes;
+// The latent part of K: one k16 step is 32 bytes further, one box of 64 columns kSwizzleAtomBytes further.
+constexpr u64 kLatentKMajor = encode_descriptor(16, kLatentGroupBytes, kSwizzle128B);
+// V, N-major: columns continue in the next atom, tokens in the next group.
+constexpr u64 kLatentNMajor = encode_descriptor(kSwizzleAtomBytes, kLatentGroupBytes, kSwizzle128B);
+
+// Where a token's row of 64 columns of a latent box lies in the stage.
+constexpr MLA_DEVICE u32 latent_row(u32 token, u32 box) {
+    return token / kAtomRows * kLatentGroupBytes + box * kSwizzleAtomBytes + token % kAtomRows * kBoxRowBytes;
+}
 
 // One k16 step of Q for 64 rows: 32 bytes a row, 32-byte swizzle.
 constexpr u32 kQStepRowBytes = 32;
@@ -26,9 +38,10 @@ MLA_DEVICE u32 q_step_chunk_offset(u32 row, u32 chunk) {
     return row * kQStepRowBytes + ((chunk ^ ((row >> 2) & 1)) << 4);
 }
 
-// Small pages make many small boxes of a tile: a warp asks for one in about 40 clocks, so four warps share them. One is
-// enough, and disturbs the others less, where a page holds a tile.
-constexpr u32 kLoaderWarps = kChunks == 1 ? 1 : kWarpgroupThreads / kWarpThreads;
+// Where a page holds a group of tokens, a copy of a chunk brings all its columns. Else a chunk makes many small copies: a
+// warp asks for one in about 40 clocks, so four warps share them. One is enough otherwise, and disturbs the others less.
+constexpr bool kCopiesWholeTokens = kGroupTokens == kAtomRows;
+constexpr u32 kLoaderWarps = kCopiesWholeTokens ? 1 : kWarpgroupThreads / kWarpThreads;
 constexpr u32 kLoaderStateBytes = 32;
 
 struct WideSmem {

@@ -67,15 +67,15 @@ private:
 
     MLA_DEVICE void multiply(float (&output)[kAccumulators]) {
         const u32 stage = stage_address(smem_, ring_.stage);
-        const u64 p = descriptor_at(kBoxKMajor, stage + kProbabilityBox * kBoxBytes);
-        const u64 v = descriptor_at(kBoxMNMajor, stage + first_column() / kBoxColumns * kBoxBytes);
+        const u64 p = descriptor_at(kBoxKMajor, stage + kProbabilities);
+        const u64 v = descriptor_at(kLatentNMajor, stage + first_column() / kBoxColumns * kSwizzleAtomBytes);
         constexpr u32 kStepTokens = 16;
         wgmma_pin(output);
         wgmma_fence();
 #pragma unroll
         for (u32 step = 0; step < kTileTokens / kStepTokens; ++step)
             wgmma_ss<Element, 0, 1>(output, p + descriptor_offset(step * kStepBytes),
-                                    v + descriptor_offset(step * kStepTokens * kBoxRowBytes), 1);
+                                    v + descriptor_offset(step * kStepTokens / kAtomRows * kLatentGroupBytes), 1);
         wgmma_commit();
         wgmma_wait<0>();
         wgmma_pin(output);

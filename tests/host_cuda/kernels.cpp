@@ -70,6 +70,8 @@ int struct_layout(const char* name, int index) {
           offsetof(DecodeParams, lse_stride_batch), offsetof(DecodeParams, partial_out),
           offsetof(DecodeParams, partial_lse), offsetof(DecodeParams, plan), offsetof(DecodeParams, num_parts),
           offsetof(DecodeParams, blocks_per_job), offsetof(DecodeParams, group_heads),
+          offsetof(DecodeParams, latent_page_step), offsetof(DecodeParams, latent_head_step),
+          offsetof(DecodeParams, rope_page_step), offsetof(DecodeParams, rope_head_step),
           offsetof(DecodeParams, scale_log2), offsetof(DecodeParams, empty_lse),
           offsetof(DecodeParams, plan_is_settled), offsetof(DecodeParams, second_half_share),
           offsetof(DecodeParams, second_half)}},
