@@ -46,7 +46,7 @@ _CLAIM_BYTES = 8
 _COSTS = {  # by rows
     FEW_ROWS: CostModel(piece_overhead=TILE_COST, split_overhead=2 * TILE_COST),
     MORE_ROWS: CostModel(piece_overhead=2 * TILE_COST, split_overhead=3 * TILE_COST),
-    WIDE_ROWS: CostModel(piece_overhead=4 * TILE_COST, split_overhead=5 * TILE_COST),
+    WIDE_ROWS: CostModel(piece_overhead=4 * TILE_COST, split_overhead=5 * TILE_COST, packs=True),
 }
 # Partial results of so few rows are float32: no more bytes than 16 bits are for twice the rows. For 16 rows they would
 # cost 0.7 to 2.3 us of 8 to 45 (1 x 4096 to 1 x 131072 tokens).

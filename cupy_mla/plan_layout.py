@@ -87,6 +87,7 @@ PLAN_PARAMS = np.dtype(
         ("piece_overhead", np.int32),
         ("split_overhead", np.int32),
         ("merge_overhead", np.int32),
+        ("packs", np.int32),
         ("max_jobs", np.int32),
         ("merges_offset", np.int32),
         ("workspace_offset", np.int32),
@@ -213,7 +214,7 @@ def plan_params(shape: ScheduleShape) -> npt.NDArray[Any]:
     params["max_seqlen_k"] = shape.max_seqlen_k
     params["causal"] = shape.causal
     params["fixed_split_tiles"] = shape.fixed_split_tiles
-    for name in ("piece_overhead", "split_overhead", "merge_overhead"):
+    for name in ("piece_overhead", "split_overhead", "merge_overhead", "packs"):
         params[name] = getattr(shape.cost, name)
     params["max_jobs"] = shape.max_jobs
     params["merges_offset"] = layout.merges_offset

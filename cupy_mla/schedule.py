@@ -14,6 +14,7 @@ lists to the bit: all costs are integers.
 
 from __future__ import annotations
 
+import bisect
 from dataclasses import dataclass
 
 import numpy as np
@@ -46,6 +47,13 @@ CLAIM_TILES = 48
 _MIN_HEAD = 4  # tiles, but at most a quarter of what a part holds
 _MIN_HEAD_SHARE = 4
 
+# Packing is for jobs of which parts have one or two each. Fewer are cut into several parts each, in whatever order; of
+# more, parts have several. A thread of the planner keeps a bit of each job.
+_MAX_PACKED_JOBS = 256
+_PACKED_JOBS_PER_PART = 2  # at least 1 / 2
+# A packing takes the planner some 20 us, with every thread that tries a budget; so budgets are tried in steps.
+_PACKED_STEP = TILE_COST // 4
+
 Int32Array = npt.NDArray[np.int32]
 _Int64Array = npt.NDArray[np.int64]
 
@@ -69,11 +77,14 @@ class CostModel:
     merge_overhead
         Of having any cut at all: the merge runs after the last part has ended. `make_schedule` adds a share of the
         budget to it.
+    packs
+        Whether packing jobs by length is worth the planner's time.
     """
 
     piece_overhead: int = 2 * TILE_COST
     split_overhead: int = 3 * TILE_COST
     merge_overhead: int = TILE_COST
+    packs: bool = False
 
     def __post_init__(self) -> None:
         if not 1 <= self.piece_overhead <= self.split_overhead <= _MAX_OVERHEAD:
@@ -333,6 +344,7 @@ class _Job:
 
 @dataclass(frozen=True, slots=True)
 class _Piece:
+    job: int
     tile_begin: int
     tile_end: int
     part: int
@@ -352,7 +364,10 @@ def make_schedule(
     """Divide the work of a batch among the parts.
 
     Jobs are walked in order of request, kv head and rows. Each part takes from them until its budget is used up; a job
-    that does not fit is cut there if a few tiles fit. The budget is the smallest with which the parts suffice.
+    that does not fit is cut there if a few tiles fit. Where ``CostModel.packs`` says so, and parts have about one or
+    two jobs each, they take the longest that fit instead, and what then remains of a part is filled from a longer job,
+    which is cut, if that is a few tiles. The budget is the smallest with which the parts suffice (for packing, among
+    those a quarter of a tile apart).
     If leaving all jobs whole needs hardly more (``CostModel.merge_overhead`` and 1/16), nothing is cut. Each job is
     covered once; a job without a visible key has one piece of no tiles.
 
@@ -389,7 +404,9 @@ def make_schedule(
         pieces = _place_fixed(cuts, budget, cost)
     else:
         budget, may_cut = _budget(np.array(tiles, np.int64), shape.num_parts, cost)
-        pieces = _place(tiles, budget, cost) if may_cut else _place_fixed([[count] for count in tiles], budget, cost)
+        pieces = (
+            _cut(tiles, budget, shape.num_parts, cost) if may_cut else _place_fixed([[n] for n in tiles], budget, cost)
+        )
     return _number(shape, jobs, pieces, budget)
 
 
@@ -414,15 +431,14 @@ def _list_jobs(shape: ScheduleShape, lengths: _Int64Array, offsets: _Int64Array)
     return jobs[: shape.max_jobs]  # more only if the offsets do not rise
 
 
-def _place(tiles: list[int], budget: int, cost: CostModel) -> list[list[_Piece]]:
-    """Fill part after part; jobs may be cut where a budget ends. The pieces of each job."""
+def _place(tiles: list[int], budget: int, cost: CostModel) -> list[_Piece]:
+    """Fill part after part with jobs in their order; they may be cut where a budget ends."""
     part, left = 0, budget
     min_head = _min_head((budget - cost.split_overhead) // TILE_COST)
-    placed: list[list[_Piece]] = []
-    for count in tiles:
-        pieces: list[_Piece] = []
-        done = 0
-        while not pieces or done < count:
+    placed: list[_Piece] = []
+    for job, count in enumerate(tiles):
+        done, is_placed = 0, False
+        while not is_placed or done < count:
             rest = count - done
             if done == 0 and rest * TILE_COST + cost.piece_overhead <= left:
                 take, overhead = rest, cost.piece_overhead
@@ -433,11 +449,72 @@ def _place(tiles: list[int], budget: int, cost: CostModel) -> list[list[_Piece]]
             if (take == 0 and rest > 0) or overhead > left:
                 part, left = part + 1, budget
                 continue
-            pieces.append(_Piece(done, done + take, part))
+            placed.append(_Piece(job, done, done + take, part))
             left -= take * TILE_COST + overhead
-            done += take
-        placed.append(pieces)
+            done, is_placed = done + take, True
     return placed
+
+
+def _pack(tiles: list[int], budget: int, cost: CostModel, max_parts: int) -> list[_Piece] | None:
+    """Fill part after part; None if there are not enough.
+
+    First what is left of the job that is being cut, or the longest job; then the longest that fit, one after another;
+    then what remains is filled from the job that is being cut, or from the longest one left, if it is not too little.
+    So few jobs are cut, and the long ones, which must be cut anyhow.
+    """
+    order = sorted(range(len(tiles)), key=lambda job: (tiles[job], job))
+    lengths = [tiles[job] for job in order]
+    tiles_per_part = max((budget - cost.split_overhead) // TILE_COST, 1)
+    least = max(_min_head(tiles_per_part), 1)
+    placed: list[_Piece] = []
+    cut: tuple[int, int] | None = None  # a job, and how many of its tiles have a part
+
+    def put_cut(open_job: tuple[int, int], part: int, most: int) -> tuple[int, tuple[int, int] | None]:
+        job, done = open_job
+        end = min(done + most, tiles[job])
+        placed.append(_Piece(job, done, end, part))
+        return (end - done) * TILE_COST + cost.split_overhead, (job, end) if end < tiles[job] else None
+
+    part = 0
+    while order or cut is not None:
+        if part == max_parts:
+            return None
+        left = budget
+        if cut is None and lengths[-1] * TILE_COST + cost.piece_overhead > budget:
+            lengths.pop()
+            cut = (order.pop(), 0)
+        if cut is not None:
+            price, cut = put_cut(cut, part, tiles_per_part)
+            left -= price
+            place = bisect.bisect_right(lengths, (left - cost.piece_overhead) // TILE_COST)
+        else:
+            place = len(order)
+        while place > 0:
+            count = lengths.pop(place - 1)
+            placed.append(_Piece(order.pop(place - 1), 0, count, part))
+            left -= count * TILE_COST + cost.piece_overhead
+            place = bisect.bisect_right(lengths, (left - cost.piece_overhead) // TILE_COST)
+        rest = (left - cost.split_overhead) // TILE_COST
+        if rest >= least:
+            if cut is None and order:
+                lengths.pop()
+                cut = (order.pop(), 0)
+            if cut is not None:
+                _, cut = put_cut(cut, part, rest)
+        part += 1
+    return placed
+
+
+def _is_packed(num_jobs: int, num_parts: int, cost: CostModel) -> bool:
+    return cost.packs and num_jobs <= _MAX_PACKED_JOBS and num_jobs * _PACKED_JOBS_PER_PART >= num_parts
+
+
+def _cut(tiles: list[int], budget: int, num_parts: int, cost: CostModel) -> list[_Piece]:
+    if not _is_packed(len(tiles), num_parts, cost):
+        return _place(tiles, budget, cost)
+    pieces = _pack(tiles, budget, cost, num_parts)
+    assert pieces is not None  # `_budget` has tried
+    return pieces
 
 
 def _min_head(tiles_per_part: int) -> int:
@@ -453,21 +530,19 @@ def _piece_cost(cuts: list[int], index: int, cost: CostModel) -> int:
     return cuts[index] * TILE_COST + (cost.piece_overhead if len(cuts) == 1 else cost.split_overhead)
 
 
-def _place_fixed(cuts: list[list[int]], budget: int, cost: CostModel) -> list[list[_Piece]]:
-    """Fill part after part with pieces that are not cut further. The pieces of each job."""
+def _place_fixed(cuts: list[list[int]], budget: int, cost: CostModel) -> list[_Piece]:
+    """Fill part after part with pieces that are not cut further."""
     part, left = 0, budget
-    placed: list[list[_Piece]] = []
-    for of_job in cuts:
-        pieces: list[_Piece] = []
+    placed: list[_Piece] = []
+    for job, of_job in enumerate(cuts):
         begin = 0
         for index, count in enumerate(of_job):
             price = _piece_cost(of_job, index, cost)
             if price > left:
                 part, left = part + 1, budget
             left -= price
-            pieces.append(_Piece(begin, begin + count, part))
+            placed.append(_Piece(job, begin, begin + count, part))
             begin += count
-        placed.append(pieces)
     return placed
 
 
@@ -480,9 +555,15 @@ def _budget(tiles: _Int64Array, num_parts: int, cost: CostModel) -> tuple[int, b
     """
     whole_costs = tiles * TILE_COST + cost.piece_overhead
     mean = ceil_div(int(whole_costs.sum()), num_parts)
-    span = np.arange(_MIN_HEAD * TILE_COST + 3 * cost.split_overhead + cost.merge_overhead + 1)
+    packed = _is_packed(len(tiles), num_parts, cost)
+    step = _PACKED_STEP if packed else 1
+    span = np.arange(ceil_div(_MIN_HEAD * TILE_COST + 3 * cost.split_overhead + cost.merge_overhead, step) + 1) * step
     with_cuts = max(mean, TILE_COST + cost.split_overhead) + span
-    best_cut = int(with_cuts[_parts_with_cuts(tiles, with_cuts, cost) <= num_parts].min())
+    if packed:
+        whole = tiles.tolist()
+        best_cut = next(int(budget) for budget in with_cuts if _pack(whole, int(budget), cost, num_parts) is not None)
+    else:
+        best_cut = int(with_cuts[_parts_with_cuts(tiles, with_cuts, cost) <= num_parts].min())
     lowest_whole = max(mean, int(whole_costs.max(initial=0)))
     highest_whole = best_cut + cost.merge_overhead + best_cut // _WHOLE_SHARE
     if lowest_whole <= highest_whole and _parts_whole(whole_costs, np.array([highest_whole]))[0] <= num_parts:
@@ -544,22 +625,26 @@ def _smallest_whole(costs: _Int64Array, low: int, high: int, num_parts: int) -> 
     return high
 
 
-def _number(shape: ScheduleShape, jobs: list[_Job], pieces: list[list[_Piece]], budget: int) -> Schedule:
-    """Write the lists; slots are numbered in the order of the items."""
-    items: list[tuple[int, ...]] = []
+def _number(shape: ScheduleShape, jobs: list[_Job], pieces: list[_Piece], budget: int) -> Schedule:
+    """Write the lists; slots are numbered job by job, and in a job in the order of its pieces."""
+    counts = [0] * len(jobs)
+    for piece in pieces:
+        counts[piece.job] += 1
     merges: list[tuple[int, ...]] = []
-    parts: list[int] = []
+    next_slot = [WHOLE_JOB] * len(jobs)
     num_slots = 0
-    for job, of_job in zip(jobs, pieces, strict=True):
-        split = len(of_job) > 1
-        if split:
-            merges.append((job.request, job.head_block, job.seqlen_q, job.q_begin, num_slots, len(of_job), 0, 0))
-        for piece in of_job:
-            slot = num_slots if split else WHOLE_JOB
-            num_slots += split
-            request = (job.seqlen_k, job.seqlen_q, job.q_begin)
-            items.append((job.request, job.head_block, piece.tile_begin, piece.tile_end, *request, slot))
-            parts.append(piece.part)
+    for index, (job, count) in enumerate(zip(jobs, counts, strict=True)):
+        if count > 1:
+            merges.append((job.request, job.head_block, job.seqlen_q, job.q_begin, num_slots, count, 0, 0))
+            next_slot[index] = num_slots
+            num_slots += count
+    items: list[tuple[int, ...]] = []
+    for piece in pieces:
+        job, slot = jobs[piece.job], next_slot[piece.job]
+        next_slot[piece.job] += counts[piece.job] > 1
+        request = (job.seqlen_k, job.seqlen_q, job.q_begin)
+        items.append((job.request, job.head_block, piece.tile_begin, piece.tile_end, *request, slot))
+    parts = [piece.part for piece in pieces]
     return Schedule(
         part_begin=np.searchsorted(parts, np.arange(shape.num_parts + 1)).astype(np.int32),
         items=np.array(items, np.int32).reshape(-1, 8),

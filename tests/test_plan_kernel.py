@@ -38,9 +38,10 @@ def test_lists_are_equal(case: Case, reverse: bool) -> None:
 
 @pytest.mark.parametrize("reverse", [False, True])
 @pytest.mark.parametrize("fixed_split_tokens", [None, 2048])
-@pytest.mark.parametrize("batch", [1, 20, 128, 1024, MANY_JOBS])
-def test_lists_are_equal_at_full_size(batch: int, fixed_split_tokens: int | None, reverse: bool) -> None:
-    shape = dense(batch, fixed_split_tokens=fixed_split_tokens)
+@pytest.mark.parametrize("packs", [False, True])
+@pytest.mark.parametrize("batch", [1, 20, 66, 128, 256, 257, 1024, MANY_JOBS])
+def test_lists_are_equal_at_full_size(batch: int, packs: bool, fixed_split_tokens: int | None, reverse: bool) -> None:
+    shape = dense(batch, fixed_split_tokens=fixed_split_tokens, cost=CostModel(packs=packs))
     lengths = np.random.default_rng(batch).integers(0, 32768, batch)
     assert_same(run_plan(shape, lengths, reverse=reverse), make_schedule(shape, lengths))
 
@@ -49,6 +50,8 @@ def test_long_requests_and_large_overheads() -> None:
     """More candidates than threads, and fixed pieces so long that the search takes several rounds."""
     cost = CostModel(piece_overhead=300, split_overhead=900, merge_overhead=1000)
     lengths = [2**20, 77, 300_000, 0, 2**19]
+    packing = dense(5, num_parts=3, cost=dataclasses.replace(cost, packs=True))
+    assert_same(run_plan(packing, lengths), make_schedule(packing, lengths))
     for fixed_split_tokens in (None, 2**18):
         shape = dense(5, num_parts=11, fixed_split_tokens=fixed_split_tokens, cost=cost)
         assert_same(run_plan(shape, lengths), make_schedule(shape, lengths))
@@ -87,7 +90,15 @@ def test_offsets_that_ask_for_more_jobs_than_an_int_counts_stay_within_the_plan(
 
 
 def test_constants_are_the_same_on_both_sides() -> None:
-    rules = ("CLAIM_TILES", "_WHOLE_SHARE", "_MIN_HEAD", "_MIN_HEAD_SHARE")
+    rules = (
+        "CLAIM_TILES",
+        "_WHOLE_SHARE",
+        "_MIN_HEAD",
+        "_MIN_HEAD_SHARE",
+        "_MAX_PACKED_JOBS",
+        "_PACKED_JOBS_PER_PART",
+        "_PACKED_STEP",
+    )
     for name in ("TILE_TOKENS", "TILE_COST", "WHOLE_JOB", *rules):
         assert getattr(schedule, name) == kernel_constant(name), name
     for name in ("MAX_SMS", "SM_WORDS", "HALF_SHARE_UNIT"):

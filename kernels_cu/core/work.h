@@ -55,6 +55,7 @@ struct alignas(16) MergeItem {
 
 static_assert(sizeof(PlanHeader) == 4 * kPlanSectionInts && alignof(PlanHeader) == 16, "PlanHeader is 8 ints");
 static_assert(sizeof(WorkItem) == 32 && alignof(WorkItem) == 16, "WorkItem is read as two 16-byte words");
+constexpr i32 kWorkItemInts = sizeof(WorkItem) / sizeof(i32);
 static_assert(sizeof(MergeItem) == 32 && alignof(MergeItem) == 16, "MergeItem is read as two 16-byte words");
 
 constexpr MLA_DEVICE i32 pack_head_block(i32 kv_head, i32 first_row_block) {

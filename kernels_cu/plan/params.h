@@ -19,12 +19,13 @@ struct PlanParams {
     i32 piece_overhead;      // these three in 1/16 tile, see CostModel in cupy_mla/schedule.py
     i32 split_overhead;
     i32 merge_overhead;
+    i32 packs;               // 0 or 1, also from there
     i32 max_jobs;
     i32 merges_offset;       // in the plan buffer, ints
     i32 workspace_offset;
     i32 table_in_shared;  // 1: the job table lies in dynamic shared memory and the plan has no workspace
 };
 
-static_assert(sizeof(PlanParams) == 18 * sizeof(i32), "no padding");
+static_assert(sizeof(PlanParams) == 19 * sizeof(i32), "no padding");
 
 }  // namespace mla

@@ -16,7 +16,8 @@ constexpr i32 kMinHeadShare = 4;
 
 enum class Cutting {
     kNone,   // every job whole
-    kBudget, // a job is cut where a part's budget ends
+    kBudget, // jobs in order; a job is cut where a part's budget ends
+    kPacked, // jobs by length; packing.h
     kFixed,  // every job is cut every fixed_tiles tiles, wherever it lands
 };
 
@@ -37,7 +38,7 @@ struct Rule {
 
 MLA_DEVICE Rule make_rule(Cutting cutting, const PlanParams& params, i32 budget) {
     Rule rule{cutting, budget, params.piece_overhead, params.split_overhead, params.fixed_split_tiles, 1, 0, 1};
-    if (cutting == Cutting::kBudget) {
+    if (cutting == Cutting::kBudget || cutting == Cutting::kPacked) {
         rule.tiles_per_part = max_i32((budget - rule.split_overhead) >> kTileCostShift, 1);
         rule.min_head = min_i32(kMinHead, rule.tiles_per_part / kMinHeadShare);
     }

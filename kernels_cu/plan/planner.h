@@ -3,6 +3,7 @@
 // Only the walks over all jobs are unrolled, so that loads run ahead; unrolling the rest doubles the compile time.
 #pragma once
 #include "plan/jobs.h"
+#include "plan/packing.h"
 #include "plan/pieces.h"
 
 namespace mla {
@@ -36,8 +37,15 @@ struct Counts {
 
 // Shared memory besides the job table.
 struct PlanScratch {
-    Load loads[2][kPlanThreads];
-    Counts counts[2][kPlanThreads];
+    // While budgets are searched, nobody needs the sums.
+    union {
+        Load loads[2][kPlanThreads];
+        u32 free_ranks[kMaxPackedJobs / FreeRanks::kWordBits][kPlanThreads];
+    };
+    union {
+        Counts counts[2][kPlanThreads];
+        SortedJobs sorted;
+    };
     i32 jobs_until[2][kPlanThreads];
     i32 best_whole;  // smallest feasible budgets found: jobs left whole, or cut only at fixed places
     i32 best_cut;    // jobs cut where budgets end
@@ -45,6 +53,13 @@ struct PlanScratch {
     i32 padding;
 };
 static_assert(sizeof(PlanScratch) == 16400, "cupy_mla/plan_layout.py adds the job table to it");
+
+// A piece as it waits in the plan for the WorkItem that takes its place.
+struct alignas(16) PackedPiece {
+    i32 job, index;  // of the job's pieces
+    i32 tile_begin, tile_end;
+};
+static_assert(sizeof(PackedPiece) <= sizeof(WorkItem), "it lies where the item will");
 
 // Saturates: offsets that do not rise can ask for more jobs than an int counts.
 MLA_DEVICE i32 join(i32 a, i32 b) { return a > kMaxInt - b ? kMaxInt : a + b; }
@@ -91,12 +106,20 @@ struct Planner {
     MLA_DEVICE void run() const {
         const Load load = inputs.cu_seqlens_q == nullptr ? make_uniform_jobs() : make_ragged_jobs();
         const Rule rule = params.fixed_split_tiles > 0 ? search_fixed(load) : search(load);
-        if (thread == 0) assign_parts(rule, load.jobs);
+        if (rule.cutting == Cutting::kPacked) {
+            write_packed(rule, load.jobs);
+        } else if (thread == 0) {
+            assign_parts(rule, load.jobs);
+        }
         __syncthreads();
         const Counts totals = number_pieces(rule, load.jobs);
 #pragma unroll 1
         for (i32 item = thread; item < totals.items; item += kPlanThreads) {
-            write_item(rule, load.jobs, item, totals.items);
+            if (rule.cutting == Cutting::kPacked) {
+                write_packed_item(item);
+            } else {
+                write_item(rule, load.jobs, item, totals.items);
+            }
         }
 #pragma unroll 1
         for (i32 part = scratch.parts_used + thread; part <= params.num_parts; part += kPlanThreads) {
@@ -157,22 +180,21 @@ struct Planner {
         return static_cast<i32>((load.total + params.num_parts - 1) / params.num_parts);
     }
 
-    // The smallest feasible budget with cuts where budgets end. Filling in order leaves less than kMinHead tiles and an
-    // overhead of each part unused, and a cut adds at most two overheads: it lies within `candidates` of the mean load.
-    // Every one is tried, because a larger budget may move a cut and need one part more. Then the smallest without cuts,
-    // if it is hardly larger.
+    // The smallest feasible budget with cuts; then the smallest without, if it is hardly larger. Parts that are filled in
+    // order have less than kMinHead tiles and an overhead unused, and a cut adds at most two overheads: the first lies
+    // within `span` of the mean load. All are tried (packing: in steps), because a larger budget may move a cut and need
+    // one part more.
     MLA_DEVICE Rule search(const Load& load) const {
         const i32 lowest_cut = max_i32(mean_load(load), kTileCost + params.split_overhead);
-        const i32 candidates = kMinHead * kTileCost + 3 * params.split_overhead + params.merge_overhead + 1;
+        const i32 span = kMinHead * kTileCost + 3 * params.split_overhead + params.merge_overhead;
+        const Cutting cutting = is_packed(params, load.jobs) ? Cutting::kPacked : Cutting::kBudget;
         if (thread == 0) scratch.best_cut = kNoBudget;
         __syncthreads();
-#pragma unroll 1
-        for (i32 i = thread; i < candidates; i += kPlanThreads) {
-            const Rule cut = make_rule(Cutting::kBudget, params, lowest_cut + i);
-            Fill fill{0, cut.budget};
-#pragma unroll 4
-            for (i32 job = 0; job < load.jobs; ++job) fill = place_job(cut, fill, table.tiles[job]);
-            if (fill.part < params.num_parts) atomicMin(&scratch.best_cut, cut.budget);
+        if (cutting == Cutting::kPacked) {
+            sort_jobs(load.jobs);
+            try_packing(load.jobs, lowest_cut, span);
+        } else {
+            try_cutting(load.jobs, lowest_cut, span);
         }
         __syncthreads();
         const i32 best_cut = scratch.best_cut;
@@ -183,7 +205,89 @@ struct Planner {
                                    ? smallest_whole(Cutting::kNone, load, lowest_whole, highest_whole)
                                    : kNoBudget;
         return best_whole != kNoBudget ? make_rule(Cutting::kNone, params, best_whole)
-                                       : make_rule(Cutting::kBudget, params, best_cut);
+                                       : make_rule(cutting, params, best_cut);
+    }
+
+    MLA_DEVICE void try_cutting(i32 num_jobs, i32 lowest, i32 span) const {
+#pragma unroll 1
+        for (i32 above = thread; above <= span; above += kPlanThreads) {
+            const Rule rule = make_rule(Cutting::kBudget, params, lowest + above);
+            Fill fill{0, rule.budget};
+#pragma unroll 4
+            for (i32 job = 0; job < num_jobs; ++job) fill = place_job(rule, fill, table.tiles[job]);
+            if (fill.part < params.num_parts) atomicMin(&scratch.best_cut, rule.budget);
+        }
+    }
+
+    // Budgets are dealt out to the warps in turn: threads of a warp that pack wait for each other.
+    MLA_DEVICE void try_packing(i32 num_jobs, i32 lowest, i32 span) const {
+        constexpr i32 kWarpThreads = 32;
+        const i32 first = thread % kWarpThreads * (kPlanThreads / kWarpThreads) + thread / kWarpThreads;
+#pragma unroll 1
+        for (i32 i = first; i <= ceil_div(span, kPackedStep); i += kPlanThreads) {
+            const Rule rule = make_rule(Cutting::kPacked, params, lowest + i * kPackedStep);
+            const i32 parts = pack_jobs(rule, scratch.sorted, num_jobs, free_ranks(), params.num_parts,
+                                        [](i32, i32, i32, i32) {});
+            if (parts <= params.num_parts) atomicMin(&scratch.best_cut, rule.budget);
+        }
+    }
+
+    // This thread's own.
+    MLA_DEVICE FreeRanks free_ranks() const { return {&scratch.free_ranks[0][thread], kPlanThreads}; }
+
+    MLA_DEVICE void sort_jobs(i32 num_jobs) const {
+        SortedJobs& sorted = scratch.sorted;
+#pragma unroll 1
+        for (i32 job = thread; job < num_jobs; job += kPlanThreads) {
+            const i32 tiles = table.tiles[job];
+            i32 rank = 0;
+#pragma unroll 4
+            for (i32 other = 0; other < num_jobs; ++other) {
+                rank += table.tiles[other] < tiles || (table.tiles[other] == tiles && other < job);
+            }
+            sorted.jobs[rank] = job;
+            sorted.tiles[rank] = tiles;
+        }
+        __syncthreads();
+#pragma unroll 1
+        for (i32 tiles = thread; tiles < kTabledTiles; tiles += kPlanThreads) {
+            sorted.up_to[tiles] = sorted.search_up_to(tiles, num_jobs);
+        }
+        __syncthreads();
+    }
+
+    // The pieces in the order of the parts, and how many each job has, in place of the part that it would meet.
+    MLA_DEVICE void write_packed(const Rule& rule, i32 num_jobs) const {
+#pragma unroll 1
+        for (i32 job = thread; job < num_jobs; job += kPlanThreads) table.part[job] = 0;
+        __syncthreads();
+        if (thread > 0) return;
+        i32 item = 0;
+        i32 open_part = -1;
+        scratch.parts_used = pack_jobs(rule, scratch.sorted, num_jobs, free_ranks(), params.num_parts,
+                                       [&](i32 part, i32 rank, i32 tile_begin, i32 tile_end) {
+                                           const i32 job = scratch.sorted.jobs[rank];
+                                           if (part != open_part) plan[kPlanPartBeginOffset + part] = item;
+                                           open_part = part;
+                                           *packed_piece(item++) = {job, table.part[job]++, tile_begin, tile_end};
+                                       });
+    }
+
+    MLA_DEVICE PackedPiece* packed_piece(i32 item) const {
+        return reinterpret_cast<PackedPiece*>(plan + plan_items_offset(params.num_parts) + item * kWorkItemInts);
+    }
+
+    MLA_DEVICE void write_packed_item(i32 item) const {
+        const PackedPiece piece = *packed_piece(item);
+        put_item(item, piece.job, piece.index, piece.tile_begin, piece.tile_end);
+    }
+
+    MLA_DEVICE void put_item(i32 item, i32 job, i32 index, i32 tile_begin, i32 tile_end) const {
+        const Request request = load_request(params, inputs, table.request[job]);
+        const i32 slot = table.slot_begin[job] == kWholeJob ? kWholeJob : table.slot_begin[job] + index;
+        reinterpret_cast<WorkItem*>(plan + plan_items_offset(params.num_parts))[item] =
+            WorkItem{table.request[job], table.head_block[job], tile_begin,      tile_end,
+                     request.seqlen_k,   request.seqlen_q,      request.q_begin, slot};
     }
 
     // The smallest budget for pieces cut at fixed places. The highest is feasible: a part is closed only when it is
@@ -228,7 +332,9 @@ struct Planner {
     }
 
     MLA_DEVICE Counts count_job(const Rule& rule, i32 job) const {
-        const i32 pieces = count_pieces(rule, Fill{table.part[job], table.left[job]}, table.tiles[job]);
+        const i32 pieces = rule.cutting == Cutting::kPacked
+                               ? table.part[job]
+                               : count_pieces(rule, Fill{table.part[job], table.left[job]}, table.tiles[job]);
         return pieces > 1 ? Counts{pieces, pieces, 1} : Counts{1, 0, 0};
     }
 
@@ -290,11 +396,7 @@ struct Planner {
         const bool opens_part = index > 0 ? piece.part != piece_at(rule, fill, tiles, count, index - 1).part
                                           : piece.part != fill.part || job == 0;
         if (opens_part) plan[kPlanPartBeginOffset + piece.part] = item;
-        const Request request = load_request(params, inputs, table.request[job]);
-        const i32 slot = table.slot_begin[job] == kWholeJob ? kWholeJob : table.slot_begin[job] + index;
-        reinterpret_cast<WorkItem*>(plan + plan_items_offset(params.num_parts))[item] =
-            WorkItem{table.request[job], table.head_block[job], piece.tile_begin, piece.tile_end,
-                     request.seqlen_k,   request.seqlen_q,      request.q_begin,  slot};
+        put_item(item, job, index, piece.tile_begin, piece.tile_end);
     }
 };
 

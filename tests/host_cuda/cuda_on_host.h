@@ -32,6 +32,8 @@ struct Dim3 {
 };
 static Dim3 threadIdx, blockIdx, blockDim, gridDim;
 
+inline int __clz(unsigned x) { return x == 0 ? 32 : __builtin_clz(x); }
+
 namespace host_cuda {
 
 constexpr unsigned kWarp = 32;
