@@ -195,8 +195,8 @@ struct Planner {
             try_packing(load.jobs, lowest_cut, span);
         } else {
             try_cutting(load.jobs, lowest_cut, span);
+            __syncthreads();
         }
-        __syncthreads();
         const i32 best_cut = scratch.best_cut;
         const i32 lowest_whole = max_i32(mean_load(load), load.largest);
         // cupy_mla/schedule.py says why 1/16.
@@ -219,16 +219,26 @@ struct Planner {
         }
     }
 
-    // Budgets are dealt out to the warps in turn: threads of a warp that pack wait for each other.
+    // Rounds of a few budgets, from the lowest up, dealt out to the warps in turn: threads of a warp that pack wait for
+    // each other, and the smallest feasible budget is rarely far.
     MLA_DEVICE void try_packing(i32 num_jobs, i32 lowest, i32 span) const {
         constexpr i32 kWarpThreads = 32;
-        const i32 first = thread % kWarpThreads * (kPlanThreads / kWarpThreads) + thread / kWarpThreads;
+        constexpr i32 kWarps = kPlanThreads / kWarpThreads;
+        constexpr i32 kRoundLanes = 4;
+        const i32 lane = thread % kWarpThreads;
 #pragma unroll 1
-        for (i32 i = first; i <= ceil_div(span, kPackedStep); i += kPlanThreads) {
-            const Rule rule = make_rule(Cutting::kPacked, params, lowest + i * kPackedStep);
-            const i32 parts = pack_jobs(rule, scratch.sorted, num_jobs, free_ranks(), params.num_parts,
-                                        [](i32, i32, i32, i32) {});
-            if (parts <= params.num_parts) atomicMin(&scratch.best_cut, rule.budget);
+        for (i32 first = 0; first <= ceil_div(span, kPackedStep); first += kRoundLanes * kWarps) {
+            if (lane < kRoundLanes) {
+                const i32 step = first + lane * kWarps + thread / kWarpThreads;
+                const Rule rule = make_rule(Cutting::kPacked, params, lowest + step * kPackedStep);
+                const i32 parts = pack_jobs(rule, scratch.sorted, num_jobs, free_ranks(), params.num_parts,
+                                            [](i32, i32, i32, i32) {});
+                if (parts <= params.num_parts) atomicMin(&scratch.best_cut, rule.budget);
+            }
+            __syncthreads();
+            const bool found = scratch.best_cut != kNoBudget;
+            __syncthreads();  // all have read it before the next round lowers it
+            if (found) return;
         }
     }
 
