@@ -54,18 +54,21 @@ struct FreeRanks {
         }
     }
 
-    MLA_DEVICE void take(i32 rank) const { words[rank / kWordBits * stride] &= ~(1u << rank % kWordBits); }
+    MLA_DEVICE void take(i32 rank) const { words[word_of(rank) * stride] &= ~(1u << bit_of(rank)); }
 
     // The highest one below `end`, or -1.
     MLA_DEVICE i32 highest_below(i32 end) const {
         if (end <= 0) return -1;
-        i32 word = (end - 1) / kWordBits;
-        u32 bits = words[word * stride] & ~0u >> (kWordBits - 1 - (end - 1) % kWordBits);
+        i32 word = word_of(end - 1);
+        u32 bits = words[word * stride] & ~0u >> (kWordBits - 1 - bit_of(end - 1));
         while (bits == 0 && word > 0) bits = words[--word * stride];
         return bits == 0 ? -1 : word * kWordBits + kWordBits - 1 - __clz(bits);
     }
 
     static constexpr i32 kWordBits = 32;
+    // Unsigned: one instruction each.
+    static MLA_DEVICE i32 word_of(i32 rank) { return static_cast<u32>(rank) / kWordBits; }
+    static MLA_DEVICE i32 bit_of(i32 rank) { return static_cast<u32>(rank) % kWordBits; }
 };
 
 // Packs all jobs into parts; calls put(part, rank, tile_begin, tile_end) for each piece, parts in order. Returns how many

@@ -2,57 +2,12 @@
 // job table -> smallest budget that needs no more than num_parts parts -> pieces counted -> lists written.
 // Only the walks over all jobs are unrolled, so that loads run ahead; unrolling the rest doubles the compile time.
 #pragma once
-#include "plan/jobs.h"
-#include "plan/packing.h"
-#include "plan/pieces.h"
+#include "plan/search.h"
 
 namespace mla {
 
-// Each tries a budget of the search range, or two: it holds 129, 225 or 321 with the costs of 16, 32 or 64 rows.
-constexpr i32 kPlanThreads = 256;
-constexpr i32 kMaxInt = 0x7fffffff;
-constexpr i32 kNoBudget = kMaxInt;
-// cupy_mla/schedule.py says why 48 and 16.
+// cupy_mla/schedule.py says why 48.
 constexpr i32 kClaimTiles = 48;  // CTAs claim their parts if the fullest has so many
-constexpr i32 kWholeShare = 16;  // jobs are left whole if that costs at most this part of a budget more
-
-// What all jobs cost, cut only where a fixed split asks for it.
-struct Load {
-    i64 total;
-    i32 largest;  // of what may not be cut further
-    i32 jobs;
-
-    MLA_DEVICE Load then(const Load& next) const {
-        return {total + next.total, max_i32(largest, next.largest), jobs + next.jobs};
-    }
-};
-
-struct Counts {
-    i32 items, slots, merges;
-
-    MLA_DEVICE Counts then(const Counts& next) const {
-        return {items + next.items, slots + next.slots, merges + next.merges};
-    }
-};
-
-// Shared memory besides the job table.
-struct PlanScratch {
-    // While budgets are searched, nobody needs the sums.
-    union {
-        Load loads[2][kPlanThreads];
-        u32 free_ranks[kMaxPackedJobs / FreeRanks::kWordBits][kPlanThreads];
-    };
-    union {
-        Counts counts[2][kPlanThreads];
-        SortedJobs sorted;
-    };
-    i32 jobs_until[2][kPlanThreads];
-    i32 best_whole;  // smallest feasible budgets found: jobs left whole, or cut only at fixed places
-    i32 best_cut;    // jobs cut where budgets end
-    i32 parts_used;
-    i32 padding;
-};
-static_assert(sizeof(PlanScratch) == 16400, "cupy_mla/plan_layout.py adds the job table to it");
 
 // A piece as it waits in the plan for the WorkItem that takes its place.
 struct alignas(16) PackedPiece {
@@ -60,40 +15,6 @@ struct alignas(16) PackedPiece {
     i32 tile_begin, tile_end;
 };
 static_assert(sizeof(PackedPiece) <= sizeof(WorkItem), "it lies where the item will");
-
-// Saturates: offsets that do not rise can ask for more jobs than an int counts.
-MLA_DEVICE i32 join(i32 a, i32 b) { return a > kMaxInt - b ? kMaxInt : a + b; }
-MLA_DEVICE Load join(const Load& a, const Load& b) { return a.then(b); }
-MLA_DEVICE Counts join(const Counts& a, const Counts& b) { return a.then(b); }
-
-// Inclusive prefix over the CTA's threads; returns the buffer that holds it.
-template <typename T>
-MLA_DEVICE const T* scan_threads(T (&buffers)[2][kPlanThreads], const T& mine, i32 thread) {
-    T* from = buffers[0];
-    T* to = buffers[1];
-    from[thread] = mine;
-    __syncthreads();
-#pragma unroll 1
-    for (i32 distance = 1; distance < kPlanThreads; distance *= 2) {
-        to[thread] = thread < distance ? from[thread] : join(from[thread - distance], from[thread]);
-        __syncthreads();
-        T* const written = to;
-        to = from;
-        from = written;
-    }
-    return from;
-}
-
-// Contiguous share of `count` elements for a thread.
-struct Share {
-    i32 begin, end;
-
-    MLA_DEVICE Share(i32 count, i32 thread) {
-        const i32 each = ceil_div(count, kPlanThreads);
-        begin = min_i32(thread * each, count);
-        end = min_i32(begin + each, count);
-    }
-};
 
 struct Planner {
     const PlanParams& params;
@@ -105,9 +26,10 @@ struct Planner {
 
     MLA_DEVICE void run() const {
         const Load load = inputs.cu_seqlens_q == nullptr ? make_uniform_jobs() : make_ragged_jobs();
-        const Rule rule = params.fixed_split_tiles > 0 ? search_fixed(load) : search(load);
+        const BudgetSearch budgets{params, table, scratch, thread};
+        const Rule rule = budgets.run(load);
         if (rule.cutting == Cutting::kPacked) {
-            write_packed(rule, load.jobs);
+            write_packed(rule, load.jobs, budgets.free_ranks());
         } else if (thread == 0) {
             assign_parts(rule, load.jobs);
         }
@@ -176,105 +98,15 @@ struct Planner {
         return scan_threads(scratch.loads, mine, thread)[kPlanThreads - 1];
     }
 
-    MLA_DEVICE i32 mean_load(const Load& load) const {
-        return static_cast<i32>((load.total + params.num_parts - 1) / params.num_parts);
-    }
-
-    // The smallest feasible budget with cuts; then the smallest without, if it is hardly larger. Parts that are filled in
-    // order have less than kMinHead tiles and an overhead unused, and a cut adds at most two overheads: the first lies
-    // within `span` of the mean load. All are tried (packing: in steps), because a larger budget may move a cut and need
-    // one part more.
-    MLA_DEVICE Rule search(const Load& load) const {
-        const i32 lowest_cut = max_i32(mean_load(load), kTileCost + params.split_overhead);
-        const i32 span = kMinHead * kTileCost + 3 * params.split_overhead + params.merge_overhead;
-        const Cutting cutting = is_packed(params, load.jobs) ? Cutting::kPacked : Cutting::kBudget;
-        if (thread == 0) scratch.best_cut = kNoBudget;
-        __syncthreads();
-        if (cutting == Cutting::kPacked) {
-            sort_jobs(load.jobs);
-            try_packing(load.jobs, lowest_cut, span);
-        } else {
-            try_cutting(load.jobs, lowest_cut, span);
-            __syncthreads();
-        }
-        const i32 best_cut = scratch.best_cut;
-        const i32 lowest_whole = max_i32(mean_load(load), load.largest);
-        // cupy_mla/schedule.py says why 1/16.
-        const i32 highest_whole = best_cut + params.merge_overhead + best_cut / kWholeShare;
-        const i32 best_whole = lowest_whole <= highest_whole
-                                   ? smallest_whole(Cutting::kNone, load, lowest_whole, highest_whole)
-                                   : kNoBudget;
-        return best_whole != kNoBudget ? make_rule(Cutting::kNone, params, best_whole)
-                                       : make_rule(cutting, params, best_cut);
-    }
-
-    MLA_DEVICE void try_cutting(i32 num_jobs, i32 lowest, i32 span) const {
-#pragma unroll 1
-        for (i32 above = thread; above <= span; above += kPlanThreads) {
-            const Rule rule = make_rule(Cutting::kBudget, params, lowest + above);
-            Fill fill{0, rule.budget};
-#pragma unroll 4
-            for (i32 job = 0; job < num_jobs; ++job) fill = place_job(rule, fill, table.tiles[job]);
-            if (fill.part < params.num_parts) atomicMin(&scratch.best_cut, rule.budget);
-        }
-    }
-
-    // Rounds of a few budgets, from the lowest up, dealt out to the warps in turn: threads of a warp that pack wait for
-    // each other, and the smallest feasible budget is rarely far.
-    MLA_DEVICE void try_packing(i32 num_jobs, i32 lowest, i32 span) const {
-        constexpr i32 kWarpThreads = 32;
-        constexpr i32 kWarps = kPlanThreads / kWarpThreads;
-        constexpr i32 kRoundLanes = 4;
-        const i32 lane = thread % kWarpThreads;
-#pragma unroll 1
-        for (i32 first = 0; first <= ceil_div(span, kPackedStep); first += kRoundLanes * kWarps) {
-            if (lane < kRoundLanes) {
-                const i32 step = first + lane * kWarps + thread / kWarpThreads;
-                const Rule rule = make_rule(Cutting::kPacked, params, lowest + step * kPackedStep);
-                const i32 parts = pack_jobs(rule, scratch.sorted, num_jobs, free_ranks(), params.num_parts,
-                                            [](i32, i32, i32, i32) {});
-                if (parts <= params.num_parts) atomicMin(&scratch.best_cut, rule.budget);
-            }
-            __syncthreads();
-            const bool found = scratch.best_cut != kNoBudget;
-            __syncthreads();  // all have read it before the next round lowers it
-            if (found) return;
-        }
-    }
-
-    // This thread's own.
-    MLA_DEVICE FreeRanks free_ranks() const { return {&scratch.free_ranks[0][thread], kPlanThreads}; }
-
-    MLA_DEVICE void sort_jobs(i32 num_jobs) const {
-        SortedJobs& sorted = scratch.sorted;
-#pragma unroll 1
-        for (i32 job = thread; job < num_jobs; job += kPlanThreads) {
-            const i32 tiles = table.tiles[job];
-            i32 rank = 0;
-#pragma unroll 4
-            for (i32 other = 0; other < num_jobs; ++other) {
-                rank += table.tiles[other] < tiles || (table.tiles[other] == tiles && other < job);
-            }
-            sorted.jobs[rank] = job;
-            sorted.tiles[rank] = tiles;
-        }
-        __syncthreads();
-#pragma unroll 1
-        for (i32 tiles = thread; tiles < kTabledTiles; tiles += kPlanThreads) {
-            sorted.up_to[tiles] = sorted.search_up_to(tiles, num_jobs);
-        }
-        __syncthreads();
-    }
-
     // The pieces in the order of the parts, and how many each job has, in place of the part that it would meet.
-    MLA_DEVICE void write_packed(const Rule& rule, i32 num_jobs) const {
+    MLA_DEVICE void write_packed(const Rule& rule, i32 num_jobs, const FreeRanks& free) const {
 #pragma unroll 1
         for (i32 job = thread; job < num_jobs; job += kPlanThreads) table.part[job] = 0;
         __syncthreads();
         if (thread > 0) return;
         i32 item = 0;
         i32 open_part = -1;
-        scratch.parts_used = pack_jobs(rule, scratch.sorted, num_jobs, free_ranks(), params.num_parts,
+        scratch.parts_used = pack_jobs(rule, scratch.sorted, num_jobs, free, params.num_parts,
                                        [&](i32 part, i32 rank, i32 tile_begin, i32 tile_end) {
                                            const i32 job = scratch.sorted.jobs[rank];
                                            if (part != open_part) plan[kPlanPartBeginOffset + part] = item;
@@ -298,36 +130,6 @@ struct Planner {
         reinterpret_cast<WorkItem*>(plan + plan_items_offset(params.num_parts))[item] =
             WorkItem{table.request[job], table.head_block[job], tile_begin,      tile_end,
                      request.seqlen_k,   request.seqlen_q,      request.q_begin, slot};
-    }
-
-    // The smallest budget for pieces cut at fixed places. The highest is feasible: a part is closed only when it is
-    // fuller than the mean.
-    MLA_DEVICE Rule search_fixed(const Load& load) const {
-        const i32 mean = mean_load(load);
-        const i32 budget = smallest_whole(Cutting::kFixed, load, max_i32(mean, load.largest), mean + load.largest);
-        return make_rule(Cutting::kFixed, params, budget);
-    }
-
-    // The smallest feasible budget from low to high for pieces that are not cut where budgets end; kNoBudget if there is
-    // none. A larger budget never needs more parts here, so each round narrows the range kPlanThreads-fold.
-    MLA_DEVICE i32 smallest_whole(Cutting cutting, const Load& load, i32 low, i32 high) const {
-        if (thread == 0) scratch.best_whole = kNoBudget;
-        __syncthreads();
-        do {
-            const i32 step = ceil_div(high - low, kPlanThreads - 1);
-            const Rule rule = make_rule(cutting, params, min_i32(low + thread * step, high));
-            Fill fill{0, rule.budget};
-#pragma unroll 4
-            for (i32 job = 0; job < load.jobs; ++job) fill = place_job(rule, fill, table.tiles[job]);
-            if (fill.part < params.num_parts) atomicMin(&scratch.best_whole, rule.budget);
-            __syncthreads();
-            const i32 best = scratch.best_whole;
-            __syncthreads();  // all have read it before the next round lowers it
-            if (best == kNoBudget) return kNoBudget;
-            high = best;
-            low = max_i32(low, high - step + 1);
-        } while (low < high);
-        return high;
     }
 
     // One thread: each job's fill depends on the one before.
