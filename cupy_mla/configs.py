@@ -44,7 +44,7 @@ _BARRIER_BYTES = 8
 _CLAIM_BYTES = 8
 
 _COSTS = {  # by rows
-    FEW_ROWS: CostModel(piece_overhead=TILE_COST, split_overhead=2 * TILE_COST),
+    FEW_ROWS: CostModel(piece_overhead=3 * TILE_COST // 2, split_overhead=3 * TILE_COST // 2),
     MORE_ROWS: CostModel(piece_overhead=2 * TILE_COST, split_overhead=3 * TILE_COST),
     WIDE_ROWS: CostModel(piece_overhead=4 * TILE_COST, split_overhead=5 * TILE_COST, packs=True),
 }
@@ -124,9 +124,10 @@ class KernelConfig:
     def cost(self) -> CostModel:
         """What a piece costs besides its tiles: 64 rows of queries and of output are most of a tile's bytes again.
 
-        Measured on an H200: 64 rows, 128 real requests, 128 heads: 103 us with 2 and 3 tiles, 92 us with 4 and 5. 32
-        rows, 64 x 8192 tokens: 155 us with 1 and 2, 151 us with 2 and 3. 16 rows, 128 real requests: 54.8 us with 1/2
-        and 1, 52.9 us with 1 and 2, 53.5 us with 2 and 3.
+        Measured on an H200. 64 rows: 128 real requests, 128 heads, 103 us with 2 and 3 tiles, 92 us with 4 and 5. 32
+        rows: 64 x 8192 tokens, 155 us with 1 and 2, 151 us with 2 and 3. 16 rows: a CTA ends 3.2 us later for each of
+        its items, whole or not; 8 x 192 tokens take 7.7 us with 1 and 2, 6.1 us with 1.5 and 1.5, and 128 real
+        requests the same with both, 1.9 us more with 1/2 and 1.
         """
         return _COSTS[self.rows]
 

@@ -4,7 +4,7 @@
 
 namespace mla {
 
-// Each tries a budget of the search range, or two: it holds 129, 225 or 321 with the costs of 16, 32 or 64 rows.
+// Each tries a budget of the search range, or two: it holds 153, 225 or 321 with the costs of 16, 32 or 64 rows.
 constexpr i32 kPlanThreads = 256;
 constexpr i32 kMaxInt = 0x7fffffff;
 
