@@ -380,6 +380,7 @@ def make_schedule(
     cu_seqlens_q
         int [batch + 1], when ``shape.ragged``: query tokens of request i are rows ``cu_seqlens_q[i]`` to
         ``cu_seqlens_q[i + 1]`` of q.
+
     Returns
     -------
     Schedule

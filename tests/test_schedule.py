@@ -247,6 +247,13 @@ def test_equal_lengths(batch: int, tiles: int, items: int, tiles_of_piece: int) 
     assert set((plan.items[:, 3] - plan.items[:, 2]).tolist()) == {tiles_of_piece}
 
 
+@pytest.mark.parametrize(("batch", "tiles", "items"), [(1, 2, 1), (1, 3, 3), (32, 3, 96), (64, 2, 64), (64, 3, 64)])
+def test_short_requests_are_cut_for_16_rows_where_that_is_faster(batch: int, tiles: int, items: int) -> None:
+    """Measured; kernels_cu/DESIGN.md has the times."""
+    cost = configs.KernelConfig("narrow", 16, 512, 64, "bfloat16", 64, False).cost
+    assert len(make_schedule(dense(batch, cost=cost), [tiles * TILE_TOKENS] * batch).items) == items
+
+
 def test_real_lengths_are_balanced() -> None:
     rng = np.random.default_rng(0)
     lengths = rng.integers(1, 16384, 128)
