@@ -50,8 +50,8 @@ _MIN_HEAD_SHARE = 4
 # Packing is for jobs of which parts have one or two each. Fewer are cut into several parts each, in whatever order; of
 # more, parts have several. A thread of the planner keeps a bit of each job.
 _MAX_PACKED_JOBS = 256
-_PACKED_JOBS_PER_PART = 2  # at least 1 / 2
-# A packing takes the planner some 20 us, with every thread that tries a budget; so budgets are tried in steps.
+_PACKED_PARTS_PER_JOB = 2  # at most
+# To pack for one budget takes the planner some 20 us, so few are tried.
 _PACKED_STEP = TILE_COST // 4
 
 Int32Array = npt.NDArray[np.int32]
@@ -507,7 +507,7 @@ def _pack(tiles: list[int], budget: int, cost: CostModel, max_parts: int) -> lis
 
 
 def _is_packed(num_jobs: int, num_parts: int, cost: CostModel) -> bool:
-    return cost.packs and num_jobs <= _MAX_PACKED_JOBS and num_jobs * _PACKED_JOBS_PER_PART >= num_parts
+    return cost.packs and num_jobs <= _MAX_PACKED_JOBS and num_jobs * _PACKED_PARTS_PER_JOB >= num_parts
 
 
 def _cut(tiles: list[int], budget: int, num_parts: int, cost: CostModel) -> list[_Piece]:

@@ -96,7 +96,7 @@ def test_constants_are_the_same_on_both_sides() -> None:
         "_MIN_HEAD",
         "_MIN_HEAD_SHARE",
         "_MAX_PACKED_JOBS",
-        "_PACKED_JOBS_PER_PART",
+        "_PACKED_PARTS_PER_JOB",
         "_PACKED_STEP",
     )
     for name in ("TILE_TOKENS", "TILE_COST", "WHOLE_JOB", *rules):

@@ -7,12 +7,12 @@ namespace mla {
 
 // cupy_mla/schedule.py says why.
 constexpr i32 kMaxPackedJobs = 256;
-constexpr i32 kPackedJobsPerPart = 2;  // at least 1 / 2
+constexpr i32 kPackedPartsPerJob = 2;
 constexpr i32 kPackedStep = kTileCost / 4;
 constexpr i32 kTabledTiles = 1024;
 
 MLA_DEVICE bool is_packed(const PlanParams& params, i32 jobs) {
-    return params.packs && jobs <= kMaxPackedJobs && jobs * kPackedJobsPerPart >= params.num_parts;
+    return params.packs && jobs <= kMaxPackedJobs && jobs * kPackedPartsPerJob >= params.num_parts;
 }
 
 // Jobs by their tiles, and among equals by their number: the rank of a job is its place in this order.

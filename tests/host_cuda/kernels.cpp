@@ -115,7 +115,7 @@ int kernel_constant(const char* name) {
         {"_SECTION_INTS", kPlanSectionInts},
         {"_MIN_HEAD", kMinHead},
         {"_MAX_PACKED_JOBS", kMaxPackedJobs},
-        {"_PACKED_JOBS_PER_PART", kPackedJobsPerPart},
+        {"_PACKED_PARTS_PER_JOB", kPackedPartsPerJob},
         {"_PACKED_STEP", kPackedStep},
         {"_MIN_HEAD_SHARE", kMinHeadShare},
         {"SM_WORDS", kSmWords},
