@@ -11,7 +11,8 @@ import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from .schedule import TILE_COST, TILE_TOKENS, CostModel, ceil_div, choose_parts
+from .pieces import TILE_COST, TILE_TOKENS, CostModel, ceil_div
+from .schedule import choose_parts
 
 if TYPE_CHECKING:
     from .jit.source import KernelSource

@@ -19,9 +19,10 @@ from .frameworks import CUDA, check_stream, current_stream
 from .html import facts_table
 from .jit.module import LoadedKernel, load
 from .launch import Launch, is_capturing
+from .pieces import ceil_div
 from .plan_layout import PLAN_SOURCE, combine_source, plan_geometry, plan_layout, plan_params
 from .problem import DecodeInputs, DecodeProblem
-from .schedule import ScheduleShape, ceil_div, check_fixed_split, choose_parts
+from .schedule import ScheduleShape, check_fixed_split, choose_parts
 from .sketches import pointer_of
 
 _PARTIAL_ALIGNMENT = 256  # bytes; sections of the workspace

@@ -14,7 +14,8 @@ import numpy.typing as npt
 from . import configs
 from .errors import InvalidArgumentError
 from .jit.source import KernelSource
-from .schedule import Schedule, ScheduleShape, ceil_div
+from .pieces import ceil_div
+from .schedule import Schedule, ScheduleShape
 
 PLAN_SOURCE = KernelSource(entry="plan/plan.cu", function="mla_plan")
 DTYPE_TAGS = {**configs.DTYPE_TAGS, "float32": "Fp32"}

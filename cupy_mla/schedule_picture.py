@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from .drawing import FAINT, INK, PALETTE, legend_beside, tidy
-from .schedule import TILE_COST, TILE_TOKENS, WHOLE_JOB, Schedule, ScheduleShape, piece_costs
+from .pieces import TILE_COST, TILE_TOKENS
+from .schedule import WHOLE_JOB, Schedule, ScheduleShape, piece_costs
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

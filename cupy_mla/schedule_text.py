@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import numpy as np
 
+from .pieces import TILE_COST, CostModel
 from .schedule import (
-    TILE_COST,
     WHOLE_JOB,
-    CostModel,
     Schedule,
     ScheduleShape,
     first_row_block_of,

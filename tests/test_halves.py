@@ -18,7 +18,8 @@ from cupy_mla import halves, mla_decode
 from cupy_mla.decode_params import HALF_SHARE_UNIT, MAX_SMS
 from cupy_mla.halves import split_halves
 from cupy_mla.jit.source import kernels_root
-from cupy_mla.schedule import CLAIM_TILES, TILE_TOKENS, make_schedule
+from cupy_mla.pieces import TILE_TOKENS
+from cupy_mla.schedule import CLAIM_TILES, make_schedule
 
 
 def claims(second: list[bool], parts: int, second_parts: int) -> list[int]:

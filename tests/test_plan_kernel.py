@@ -11,10 +11,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_schedule import Case, cases, dense
 
-from cupy_mla import decode_params, plan_layout, schedule
+from cupy_mla import decode_params, pieces, plan_layout, schedule
 from cupy_mla.decode_params import DECODE_PARAMS
 from cupy_mla.errors import InvalidArgumentError
-from cupy_mla.schedule import CostModel, Schedule, make_schedule
+from cupy_mla.pieces import CostModel
+from cupy_mla.schedule import Schedule, make_schedule
 
 pytestmark = needs_compiler
 
@@ -91,7 +92,6 @@ def test_offsets_that_ask_for_more_jobs_than_an_int_counts_stay_within_the_plan(
 
 def test_constants_are_the_same_on_both_sides() -> None:
     rules = (
-        "CLAIM_TILES",
         "_WHOLE_SHARE",
         "_MIN_HEAD",
         "_MIN_HEAD_SHARE",
@@ -99,7 +99,9 @@ def test_constants_are_the_same_on_both_sides() -> None:
         "_PACKED_PARTS_PER_JOB",
         "_PACKED_STEP",
     )
-    for name in ("TILE_TOKENS", "TILE_COST", "WHOLE_JOB", *rules):
+    for name in ("TILE_TOKENS", "TILE_COST", *rules):
+        assert getattr(pieces, name) == kernel_constant(name), name
+    for name in ("WHOLE_JOB", "CLAIM_TILES"):
         assert getattr(schedule, name) == kernel_constant(name), name
     for name in ("MAX_SMS", "SM_WORDS", "HALF_SHARE_UNIT"):
         assert getattr(decode_params, name) == kernel_constant(name), name

@@ -17,7 +17,8 @@ from cupy_mla.bench.panels import draw_latency, draw_ratios, draw_roofline, late
 from cupy_mla.bench.plots import write_plots
 from cupy_mla.drawing import format_tokens, make_figure
 from cupy_mla.errors import InvalidArgumentError, MissingDependencyError
-from cupy_mla.schedule import TILE_COST, WHOLE_JOB, CostModel, ScheduleShape, make_schedule
+from cupy_mla.pieces import TILE_COST, CostModel
+from cupy_mla.schedule import WHOLE_JOB, ScheduleShape, make_schedule
 from cupy_mla.schedule_picture import draw_schedule
 
 pytest.importorskip("matplotlib", reason="matplotlib (extra: plot) is not installed")

@@ -11,10 +11,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cupy_mla import configs, schedule
+from cupy_mla import configs, pieces, schedule
 from cupy_mla.errors import InvalidArgumentError
 from cupy_mla.lengths import mid_decode_lengths, read_lengths, shipped_lengths
-from cupy_mla.schedule import TILE_COST, TILE_TOKENS, CostModel, Schedule, ScheduleShape, choose_parts, make_schedule
+from cupy_mla.pieces import TILE_COST, TILE_TOKENS, CostModel
+from cupy_mla.schedule import Schedule, ScheduleShape, choose_parts, make_schedule
 from cupy_mla.schedule_text import draw_schedule
 
 WHOLE = schedule.WHOLE_JOB
@@ -114,17 +115,17 @@ def test_every_job_is_covered_once_and_in_order(case: Case) -> None:
                 expected.append((request, kv_head << 16 | first_row // shape.rows))
     assert sorted(found) == sorted(expected)
     assert plan.num_jobs == len(expected)
-    for (request, head_block), pieces in found.items():
+    for (request, head_block), of_job in found.items():
         tiles = visible_tiles(case, request, (head_block & 0xFFFF) * shape.rows)
-        assert pieces[0][0] == 0
-        assert pieces[-1][1] == tiles
-        for before, after in itertools.pairwise(pieces):
+        assert of_job[0][0] == 0
+        assert of_job[-1][1] == tiles
+        for before, after in itertools.pairwise(of_job):
             assert before[1] == after[0]
-        if len(pieces) > 1:
-            assert all(end > begin for begin, end, _ in pieces)
-            assert [slot for _, _, slot in pieces] == list(range(pieces[0][2], pieces[0][2] + len(pieces)))
+        if len(of_job) > 1:
+            assert all(end > begin for begin, end, _ in of_job)
+            assert [slot for _, _, slot in of_job] == list(range(of_job[0][2], of_job[0][2] + len(of_job)))
         else:
-            assert pieces[0][2] == WHOLE
+            assert of_job[0][2] == WHOLE
 
 
 @settings(deadline=None)
@@ -161,8 +162,8 @@ def test_parts_keep_the_budget_and_the_shape_its_bounds(case: Case) -> None:
     assert plan.num_slots <= shape.max_slots
 
 
-def parts_needed(pieces: list[schedule._Piece]) -> int:
-    return max((piece.part for piece in pieces), default=-1) + 1
+def parts_needed(placed: list[pieces.Piece]) -> int:
+    return max((piece.part for piece in placed), default=-1) + 1
 
 
 @settings(deadline=None)
@@ -177,30 +178,30 @@ def test_no_smaller_budget_suffices(case: Case) -> None:
         return
 
     def smallest_whole(cuts: list[list[int]]) -> int:
-        budget = max(schedule._piece_cost(of_job, i, cost) for of_job in cuts for i in range(len(of_job)))
-        while parts_needed(schedule._place_fixed(cuts, budget, cost)) > shape.num_parts:
+        budget = max(pieces._piece_cost(of_job, i, cost) for of_job in cuts for i in range(len(of_job)))
+        while parts_needed(pieces._place_fixed(cuts, budget, cost)) > shape.num_parts:
             budget += 1
         return budget
 
     if shape.fixed_split_tiles:
-        cuts = [schedule._fixed_cuts(count, shape.fixed_split_tiles) for count in tiles]
+        cuts = [pieces._fixed_cuts(count, shape.fixed_split_tiles) for count in tiles]
         assert plan.budget == smallest_whole(cuts)
         return
-    packed = schedule._is_packed(len(jobs), shape.num_parts, cost)
+    packed = pieces._is_packed(len(jobs), shape.num_parts, cost)
     with_cuts, step = TILE_COST + cost.split_overhead, 1
     if packed:  # in steps, from the mean
         total = sum(count * TILE_COST + cost.piece_overhead for count in tiles)
-        with_cuts, step = max(with_cuts, -(-total // shape.num_parts)), schedule._PACKED_STEP
+        with_cuts, step = max(with_cuts, -(-total // shape.num_parts)), pieces._PACKED_STEP
 
     def suffices(budget: int) -> bool:
         if packed:
-            return schedule._pack(tiles, budget, cost, shape.num_parts) is not None
-        return parts_needed(schedule._place(tiles, budget, cost)) <= shape.num_parts
+            return pieces._pack(tiles, budget, cost, shape.num_parts) is not None
+        return parts_needed(pieces._place(tiles, budget, cost)) <= shape.num_parts
 
     while not suffices(with_cuts):
         with_cuts += step
     whole = smallest_whole([[count] for count in tiles])
-    if whole <= with_cuts + cost.merge_overhead + with_cuts // schedule._WHOLE_SHARE:
+    if whole <= with_cuts + cost.merge_overhead + with_cuts // pieces._WHOLE_SHARE:
         assert (plan.budget, plan.num_slots) == (whole, 0)
     else:
         assert plan.budget == with_cuts

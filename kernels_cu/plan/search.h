@@ -6,7 +6,7 @@
 namespace mla {
 
 constexpr i32 kNoBudget = kMaxInt;
-// cupy_mla/schedule.py says why 16.
+// cupy_mla/pieces.py says why 16.
 constexpr i32 kWholeShare = 16;  // jobs are left whole if that costs at most this part of a budget more
 
 struct BudgetSearch {
@@ -46,7 +46,6 @@ private:
         }
         const i32 best_cut = scratch.best_cut;
         const i32 lowest_whole = max_i32(mean_load(load), load.largest);
-        // cupy_mla/schedule.py says why 1/16.
         const i32 highest_whole = best_cut + params.merge_overhead + best_cut / kWholeShare;
         const i32 best_whole = lowest_whole <= highest_whole
                                    ? smallest_whole(Cutting::kNone, load, lowest_whole, highest_whole)
