@@ -1,7 +1,10 @@
 """Multi-head latent attention (MLA) decoding on NVIDIA Hopper GPUs, compiled at run time."""
 
-from .cache_ops import append_tokens
-from .decode import mla_decode, plan_decode
+from .cache.append import append_tokens
+from .cache.paged import OutOfPagesError, OutOfRequestsError, PagedKVCache
+from .decode.dense import mla_decode, plan_decode
+from .decode.merge import merge_states
+from .decode.plan import DecodePlan
 from .errors import (
     CompilationError,
     DriverError,
@@ -11,9 +14,6 @@ from .errors import (
     PlanMismatchError,
     UnsupportedDeviceError,
 )
-from .kv_cache import OutOfPagesError, OutOfRequestsError, PagedKVCache
-from .merge import merge_states
-from .plan import DecodePlan
 
 __version__ = "0.1.0"
 

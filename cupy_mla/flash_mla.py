@@ -14,11 +14,11 @@ from typing import Any, NoReturn
 
 import numpy as np
 
-from .arrays import view
-from .decode import mla_decode, plan_decode
+from .arrays.exchange import as_numpy
+from .arrays.view import view
+from .decode.dense import mla_decode, plan_decode
+from .decode.plan import DecodePlan
 from .errors import InvalidArgumentError, MlaError, PlanMismatchError
-from .exchange import as_numpy
-from .plan import DecodePlan
 from .settings import get_settings
 
 __all__ = [

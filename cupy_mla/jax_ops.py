@@ -12,14 +12,14 @@ from __future__ import annotations
 import functools
 from typing import Any
 
-from .arguments import COPY_ALIGNMENT
-from .arrays import ArrayView, contiguous_strides
-from .device import require_backend
+from .arrays.frameworks import CPU, CUDA
+from .arrays.view import ArrayView, contiguous_strides
+from .call.arguments import COPY_ALIGNMENT
+from .call.problem import LSE_DTYPE, DecodeProblem
+from .decode.jax_calls import DECODE_TARGET, PLAN_TARGET, CallOptions, decode_in_callback, register_calls
+from .decode.plan_arrays import check_plan_array, plan_array_bytes, plan_kind
 from .errors import InvalidArgumentError, MissingDependencyError, UnsupportedDeviceError
-from .frameworks import CPU, CUDA
-from .jax_calls import DECODE_TARGET, PLAN_TARGET, CallOptions, decode_in_callback, register_calls
-from .plan_arrays import check_plan_array, plan_array_bytes, plan_kind
-from .problem import LSE_DTYPE, DecodeProblem
+from .gpu.device import require_backend
 
 
 def mla_decode(

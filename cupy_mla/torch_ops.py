@@ -12,16 +12,18 @@ from __future__ import annotations
 
 from typing import Any
 
-from . import cache_ops, decode, merge
-from .arguments import COPY_ALIGNMENT
-from .arrays import ArrayView
-from .describe import describe_decode
-from .device import require_backend
+from .arrays.frameworks import CPU, CUDA, current_stream
+from .arrays.sketch import pointer_of
+from .arrays.view import ArrayView
+from .cache import append as cache_ops
+from .call.arguments import COPY_ALIGNMENT
+from .call.describe import describe_decode
+from .decode import dense as decode
+from .decode import merge
+from .decode.plan import Blueprint, DecodePlan
+from .decode.plan_arrays import check_plan_array, plan_array_bytes, plan_kind
 from .errors import InvalidArgumentError, MissingDependencyError
-from .frameworks import CPU, CUDA, current_stream
-from .plan import Blueprint, DecodePlan
-from .plan_arrays import check_plan_array, plan_array_bytes, plan_kind
-from .sketches import pointer_of
+from .gpu.device import require_backend
 
 NAMESPACE = "cupy_mla"
 _PLAN_ALIGNMENT = 32  # bytes; sections of a plan

@@ -27,9 +27,15 @@ import click
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from cupy_mla import arrays, decode, device, driver, known_calls, mla_decode, plan, plan_decode, sketches
-from cupy_mla.describe import describe_decode
-from cupy_mla.device import DeviceInfo, why_unsupported
+from cupy_mla import mla_decode, plan_decode
+from cupy_mla.arrays import sketch as sketches
+from cupy_mla.arrays import view as arrays
+from cupy_mla.call.describe import describe_decode
+from cupy_mla.decode import dense as decode
+from cupy_mla.decode import known as known_calls
+from cupy_mla.decode import plan
+from cupy_mla.gpu import device, driver
+from cupy_mla.gpu.device import DeviceInfo, why_unsupported
 from cupy_mla.settings import get_settings
 
 CALLS, ROUNDS = 200, 25  # two launches a call stay below the 1024 that a stream takes before it blocks

@@ -27,7 +27,7 @@ from cupy_mla.bench.results import Results, load_results
 from cupy_mla.bench.rows import Row
 from cupy_mla.bench.run import run_bench
 from cupy_mla.errors import MlaError
-from cupy_mla.timing import DEFAULT_LIMIT_SECONDS
+from cupy_mla.lab.timing import DEFAULT_LIMIT_SECONDS
 
 DEFAULT_PEERS = "flash_mla,flashinfer,fa3"
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from cupy_mla import settings
-from cupy_mla.device import why_unsupported
+from cupy_mla.gpu.device import why_unsupported
 
 GPU_TESTS = Path(__file__).parent / "gpu"
 

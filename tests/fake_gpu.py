@@ -15,13 +15,21 @@ from typing import Any
 import numpy as np
 import pytest
 
-from cupy_mla import arrays, decode, decode_call, device, driver, frameworks, known_calls, plan, sketches, tensor_maps
-from cupy_mla.arrays import ArrayView, contiguous_strides
-from cupy_mla.decode_params import DECODE_PARAMS
-from cupy_mla.device import DeviceInfo
-from cupy_mla.jit.source import KernelSource
-from cupy_mla.plan_layout import COMBINE_PARAMS, PLAN_PARAMS
-from cupy_mla.tensor_maps import TENSOR_MAP
+from cupy_mla.arrays import frameworks
+from cupy_mla.arrays import sketch as sketches
+from cupy_mla.arrays import view as arrays
+from cupy_mla.arrays.view import ArrayView, contiguous_strides
+from cupy_mla.decode import dense as decode
+from cupy_mla.decode import known as known_calls
+from cupy_mla.decode import plan
+from cupy_mla.decode import prepared as decode_call
+from cupy_mla.gpu import device, driver
+from cupy_mla.gpu.device import DeviceInfo
+from cupy_mla.gpu.jit.source import KernelSource
+from cupy_mla.kernels import tensor_maps
+from cupy_mla.kernels.decode_params import DECODE_PARAMS
+from cupy_mla.kernels.plan_layout import COMBINE_PARAMS, PLAN_PARAMS
+from cupy_mla.kernels.tensor_maps import TENSOR_MAP
 
 BASE = 1 << 40
 NUM_SMS = 132

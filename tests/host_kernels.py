@@ -12,9 +12,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from cupy_mla.jit.source import kernels_root
-from cupy_mla.plan_layout import MERGE_STATES_THREADS, plan_layout, plan_params, read_plan
-from cupy_mla.schedule import Schedule, ScheduleShape
+from cupy_mla.gpu.jit.source import kernels_root
+from cupy_mla.kernels.plan_layout import MERGE_STATES_THREADS, plan_layout, plan_params, read_plan
+from cupy_mla.schedule.make import Schedule, ScheduleShape
 
 HOST_CUDA = Path(__file__).parent / "host_cuda"
 OPTIONS = ("-std=c++17", "-O2", "-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas", "-shared", "-fPIC")

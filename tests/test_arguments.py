@@ -10,10 +10,10 @@ import pytest
 from cases_dense import DenseCase
 from test_describe import BASE, GpuArray, _read_gpu_arrays, cpu_zeros  # noqa: F401, the fixture serves here too
 
-from cupy_mla import problem
-from cupy_mla.arguments import check_output, validate_values
-from cupy_mla.arrays import ArrayView, view
-from cupy_mla.describe import describe_decode
+from cupy_mla.arrays.view import ArrayView, view
+from cupy_mla.call import problem
+from cupy_mla.call.arguments import check_output, validate_values
+from cupy_mla.call.describe import describe_decode
 from cupy_mla.errors import InvalidArgumentError
 
 # --- outputs

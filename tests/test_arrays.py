@@ -10,11 +10,11 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from cupy_mla.arrays import ArrayView, contiguous_strides, source_of, view
-from cupy_mla.dtypes import ITEM_SIZES, numpy_dtype
+from cupy_mla.arrays.dtypes import ITEM_SIZES, numpy_dtype
+from cupy_mla.arrays.exchange import as_numpy, empty_like, finish
+from cupy_mla.arrays.frameworks import framework_of
+from cupy_mla.arrays.view import ArrayView, contiguous_strides, source_of, view
 from cupy_mla.errors import InvalidArgumentError
-from cupy_mla.exchange import as_numpy, empty_like, finish
-from cupy_mla.frameworks import framework_of
 
 BF16 = np.dtype(ml_dtypes.bfloat16)
 FAKE_POINTER = 1 << 30
@@ -293,7 +293,8 @@ def test_numpy_results():
 
 def test_no_framework_is_imported_for_numpy_arrays():
     code = (
-        "import sys, numpy; from cupy_mla.arrays import view; from cupy_mla.exchange import empty_like, as_numpy;"
+        "import sys, numpy; from cupy_mla.arrays.view import view;"
+        "from cupy_mla.arrays.exchange import empty_like, as_numpy;"
         "a = numpy.zeros(3, 'f4'); as_numpy(view(a, 'a')); empty_like(a, (2,), 'bfloat16');"
         "print(sorted({'torch', 'jax', 'cupy', 'tvm_ffi'} & set(sys.modules)))"
     )

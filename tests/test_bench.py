@@ -14,7 +14,6 @@ from typing import Any
 import numpy as np
 import pytest
 
-from cupy_mla import accuracy, device
 from cupy_mla import bench as package
 from cupy_mla.bench import (
     BenchCase,
@@ -35,9 +34,11 @@ from cupy_mla.bench import inputs as inputs_module
 from cupy_mla.bench.ceilings import published_ceilings
 from cupy_mla.bench.inputs import Inputs, NumpyLibrary, TorchLibrary
 from cupy_mla.bench.ours import OurSide
-from cupy_mla.cases import Work, build_case
 from cupy_mla.errors import InvalidArgumentError, UnsupportedDeviceError
-from cupy_mla.lengths import mid_decode_lengths, read_lengths, shipped_lengths
+from cupy_mla.gpu import device
+from cupy_mla.lab import accuracy
+from cupy_mla.lab.cases import Work, build_case
+from cupy_mla.lab.lengths import mid_decode_lengths, read_lengths, shipped_lengths
 
 SMALL = BenchCase(2, 70, 4)
 LIBRARY = NumpyLibrary()

@@ -11,7 +11,6 @@ from types import SimpleNamespace
 import pytest
 from click.testing import CliRunner, Result
 
-from cupy_mla import accuracy
 from cupy_mla.bench import (
     Results,
     grid,
@@ -20,6 +19,7 @@ from cupy_mla.bench import (
 )
 from cupy_mla.cli import main
 from cupy_mla.commands import bench as command
+from cupy_mla.lab import accuracy
 
 
 def bench(*arguments: str) -> Result:
@@ -93,7 +93,7 @@ def test_bench_draws(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
         return [folder / "roofline.png"]
 
     monkeypatch.setitem(sys.modules, "cupy_mla.bench.plots", SimpleNamespace(write_plots=write_plots))
-    monkeypatch.setattr("cupy_mla.drawing.make_figure", lambda width, height: None)  # as if matplotlib was there
+    monkeypatch.setattr("cupy_mla.shown.drawing.make_figure", lambda width, height: None)  # as if matplotlib was there
     result = bench(*TINY, "--plot", str(tmp_path))
     assert result.exit_code == 0
     assert f"wrote {tmp_path / 'roofline.png'}" in result.output

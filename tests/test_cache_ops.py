@@ -10,8 +10,8 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-import cupy_mla.cache_ops as cache_ops
-from cupy_mla.cache_ops import append_tokens
+import cupy_mla.cache.append as cache_ops
+from cupy_mla.cache.append import append_tokens
 from cupy_mla.errors import InvalidArgumentError
 
 LATENT, ROPE = 12, 4

@@ -12,18 +12,18 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from cupy_mla import case_files, cases
-from cupy_mla.accuracy import OUT_BOUNDS, choose_requests, decode_float64, measure_accuracy
-from cupy_mla.array_files import read_arrays, write_arrays
-from cupy_mla.cases import Case, build_case, visible_pairs
-from cupy_mla.check import CHECK_CASES, CheckCase, build_check
-from cupy_mla.describe import describe_decode
+from cupy_mla.call.describe import describe_decode
+from cupy_mla.call.problem import MAX_TOKENS
+from cupy_mla.decode.reference import mla_decode_reference
 from cupy_mla.errors import InvalidArgumentError
-from cupy_mla.lengths import mid_decode_lengths, read_lengths, shipped_lengths
-from cupy_mla.presets import PRESETS, find_preset
-from cupy_mla.problem import MAX_TOKENS
-from cupy_mla.reference import mla_decode_reference
-from cupy_mla.timing import COLD_BYTES, graph_shape
+from cupy_mla.lab import case_files, cases
+from cupy_mla.lab.accuracy import OUT_BOUNDS, choose_requests, decode_float64, measure_accuracy
+from cupy_mla.lab.array_files import read_arrays, write_arrays
+from cupy_mla.lab.cases import Case, build_case, visible_pairs
+from cupy_mla.lab.lengths import mid_decode_lengths, read_lengths, shipped_lengths
+from cupy_mla.lab.presets import PRESETS, find_preset
+from cupy_mla.lab.selftest import CHECK_CASES, CheckCase, build_check
+from cupy_mla.lab.timing import COLD_BYTES, graph_shape
 
 BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
 SUFFIXES = (".npz", ".safetensors")

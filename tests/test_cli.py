@@ -14,14 +14,16 @@ import numpy as np
 import pytest
 from click.testing import CliRunner, Result
 
-from cupy_mla import accuracy, check, compile_job, device
-from cupy_mla.array_files import read_arrays, write_arrays
-from cupy_mla.cases import TENSORS, build_case
 from cupy_mla.cli import main
-from cupy_mla.compile_job import NamedKernel, compile_all, select_kernels
 from cupy_mla.errors import MissingDependencyError
-from cupy_mla.jit import compiler
-from cupy_mla.jit.source import KernelSource
+from cupy_mla.gpu import device
+from cupy_mla.gpu.jit import compiler
+from cupy_mla.gpu.jit.source import KernelSource
+from cupy_mla.lab import accuracy, compile_job
+from cupy_mla.lab import selftest as check
+from cupy_mla.lab.array_files import read_arrays, write_arrays
+from cupy_mla.lab.cases import TENSORS, build_case
+from cupy_mla.lab.compile_job import NamedKernel, compile_all, select_kernels
 
 needs_compiler = pytest.mark.skipif(
     compiler.why_unavailable() is not None, reason=f"no compiler: {compiler.why_unavailable()}"
@@ -180,7 +182,7 @@ def test_decode_does_not_run_for_a_result_that_has_no_place(monkeypatch: pytest.
     def run_case(*_: Any, **__: Any) -> None:
         raise AssertionError("ran although the result cannot be kept")
 
-    monkeypatch.setattr("cupy_mla.decode_job.run_case", run_case)
+    monkeypatch.setattr("cupy_mla.lab.decode_job.run_case", run_case)
     target = tmp_path / "no" / "folder.npz"
     assert_mistake(run("decode", *QUICK, "--save", str(target)), "save", "folder that exists", str(target))
 
@@ -288,8 +290,8 @@ def test_compile_exits_with_1_on_a_bad_kernel(
 ) -> None:
     set_environment(CUPY_MLA_CACHE_DIR=str(tmp_path / "cache"))
     (tmp_path / "bad.cu").write_text(BAD_KERNELS[kind])
-    monkeypatch.setattr("cupy_mla.jit.source.kernels_root", lambda: tmp_path)
-    monkeypatch.setattr("cupy_mla.jit.compiler.kernels_root", lambda: tmp_path)
+    monkeypatch.setattr("cupy_mla.gpu.jit.source.kernels_root", lambda: tmp_path)
+    monkeypatch.setattr("cupy_mla.gpu.jit.compiler.kernels_root", lambda: tmp_path)
     monkeypatch.setattr(compile_job, "all_kernels", lambda: [NamedKernel("bad", KernelSource("bad.cu", "bad"))])
     result = run("compile")
     assert result.exit_code == 1

@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 
-from cupy_mla.configs import MAX_SHARED_BYTES, KernelConfig, choose_config
-from cupy_mla.problem import DecodeProblem
+from cupy_mla.call.problem import DecodeProblem
+from cupy_mla.kernels.configs import MAX_SHARED_BYTES, KernelConfig, choose_config
 
 NUM_SMS = 132
 

@@ -25,19 +25,18 @@ from cupy_mla import (
     PlanMismatchError,
     UnsupportedDeviceError,
     append_tokens,
-    decode_call,
-    exchange,
-    frameworks,
-    jax_calls,
-    known_calls,
     merge_states,
     mla_decode,
     plan_decode,
 )
-from cupy_mla import arrays as arrays_module
-from cupy_mla.arrays import ArrayView, Shared
-from cupy_mla.dtypes import numpy_dtype
-from cupy_mla.plan_arrays import plan_array_bytes
+from cupy_mla.arrays import exchange, frameworks
+from cupy_mla.arrays import view as arrays_module
+from cupy_mla.arrays.dtypes import numpy_dtype
+from cupy_mla.arrays.view import ArrayView, Shared
+from cupy_mla.decode import jax_calls
+from cupy_mla.decode import known as known_calls
+from cupy_mla.decode import prepared as decode_call
+from cupy_mla.decode.plan_arrays import plan_array_bytes
 
 LATENT, ROPE = 512, 64
 CURRENT_STREAM = 77  # what fake_gpu says
@@ -308,7 +307,7 @@ def test_a_change_of_the_settings_counts_at_once(
     mla_decode(**arrays)
     assert len(gpu.take()) == 3
     checked: list[Any] = []
-    monkeypatch.setattr("cupy_mla.decode.validate_values", lambda *arguments: checked.append(arguments))
+    monkeypatch.setattr("cupy_mla.decode.dense.validate_values", lambda *arguments: checked.append(arguments))
     set_environment(CUPY_MLA_VALIDATE="1")
     mla_decode(**arrays)
     assert len(checked) == 1

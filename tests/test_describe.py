@@ -10,12 +10,13 @@ import numpy as np
 import pytest
 from cases_dense import DTYPES
 
-from cupy_mla import arrays, describe, problem
-from cupy_mla.arrays import ArrayView, contiguous_strides
-from cupy_mla.describe import describe_decode
+from cupy_mla.arrays import view as arrays
+from cupy_mla.arrays.exchange import as_numpy
+from cupy_mla.arrays.view import ArrayView, contiguous_strides
+from cupy_mla.call import describe, problem
+from cupy_mla.call.describe import describe_decode
 from cupy_mla.errors import InvalidArgumentError
-from cupy_mla.exchange import as_numpy
-from cupy_mla.kv_layouts import BF16, DENSE_LAYOUTS
+from cupy_mla.layouts import BF16, DENSE_LAYOUTS
 
 BASE = 1 << 30
 

@@ -7,8 +7,8 @@ from types import SimpleNamespace
 
 import pytest
 
-from cupy_mla import device
 from cupy_mla.errors import UnsupportedDeviceError
+from cupy_mla.gpu import device
 
 
 class FakeRuntimeError(RuntimeError):

@@ -20,7 +20,7 @@ from cases_dense import DTYPES, DenseArrays, DenseCase, exact_decode, frobenius_
 import cupy_mla
 import cupy_mla.flash_mla as flash_mla
 from cupy_mla import InvalidArgumentError, MlaError, PlanMismatchError, mla_decode
-from cupy_mla.plan import DecodePlan
+from cupy_mla.decode.plan import DecodePlan
 
 MAX_ERROR = {"bfloat16": 3e-3, "float16": 1e-3}
 LSE_TOLERANCE = 1e-5

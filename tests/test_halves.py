@@ -14,12 +14,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_schedule import dense
 
-from cupy_mla import halves, mla_decode
-from cupy_mla.decode_params import HALF_SHARE_UNIT, MAX_SMS
-from cupy_mla.halves import split_halves
-from cupy_mla.jit.source import kernels_root
-from cupy_mla.pieces import TILE_TOKENS
-from cupy_mla.schedule import CLAIM_TILES, make_schedule
+from cupy_mla import mla_decode
+from cupy_mla.gpu.jit.source import kernels_root
+from cupy_mla.kernels import halves
+from cupy_mla.kernels.decode_params import HALF_SHARE_UNIT, MAX_SMS
+from cupy_mla.kernels.halves import split_halves
+from cupy_mla.schedule.make import CLAIM_TILES, make_schedule
+from cupy_mla.schedule.pieces import TILE_TOKENS
 
 
 def claims(second: list[bool], parts: int, second_parts: int) -> list[int]:

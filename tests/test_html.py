@@ -9,9 +9,9 @@ import numpy as np
 
 from cupy_mla import plan_decode
 from cupy_mla.bench import BenchCase, Measurement, Results, Row
-from cupy_mla.html import facts_table, grid_table
-from cupy_mla.plan import DecodePlan
-from cupy_mla.problem import DecodeProblem
+from cupy_mla.call.problem import DecodeProblem
+from cupy_mla.decode.plan import DecodePlan
+from cupy_mla.shown.html import facts_table, grid_table
 
 HOSTILE = '<script>alert("&")</script>'
 

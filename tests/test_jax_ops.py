@@ -14,10 +14,10 @@ from cupy_mla import (
     MissingDependencyError,
     PlanMismatchError,
     UnsupportedDeviceError,
-    jax_calls,
     mla_decode,
 )
-from cupy_mla.jax_calls import CallOptions
+from cupy_mla.decode import jax_calls
+from cupy_mla.decode.jax_calls import CallOptions
 
 jax = pytest.importorskip("jax", reason="JAX is not installed")
 jax_ops = pytest.importorskip("cupy_mla.jax_ops")

@@ -13,8 +13,8 @@ from pathlib import Path
 
 import pytest
 
-from cupy_mla.jit import cache
-from cupy_mla.jit.compiler import CompiledKernel, ResourceUsage
+from cupy_mla.gpu.jit import cache
+from cupy_mla.gpu.jit.compiler import CompiledKernel, ResourceUsage
 
 DIGEST = "0123456789abcdef"
 KERNEL = CompiledKernel(

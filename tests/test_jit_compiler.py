@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 
 from cupy_mla.errors import CompilationError, MissingDependencyError
-from cupy_mla.jit import compiler
-from cupy_mla.jit.compiler import CompiledKernel, ResourceUsage, compile_source, parse_usage, parse_warnings
-from cupy_mla.jit.source import KernelSource
+from cupy_mla.gpu.jit import compiler
+from cupy_mla.gpu.jit.compiler import CompiledKernel, ResourceUsage, compile_source, parse_usage, parse_warnings
+from cupy_mla.gpu.jit.source import KernelSource
 
 ELF_MAGIC = b"\x7fELF"
 

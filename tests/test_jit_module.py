@@ -9,11 +9,11 @@ from types import SimpleNamespace
 
 import pytest
 
-from cupy_mla import device
 from cupy_mla.errors import DriverError, UnsupportedDeviceError
-from cupy_mla.jit import cache, compiler, module
-from cupy_mla.jit.compiler import CompiledKernel
-from cupy_mla.jit.source import KernelSource
+from cupy_mla.gpu import device
+from cupy_mla.gpu.jit import cache, compiler, module
+from cupy_mla.gpu.jit.compiler import CompiledKernel
+from cupy_mla.gpu.jit.source import KernelSource
 
 HOPPER = device.DeviceInfo(0, "NVIDIA H200", (9, 0), 132, 141 << 30, 60 << 20, 232448)
 HANDLE = 0xC0FFEE
@@ -81,8 +81,8 @@ def test_a_fresh_process_with_a_warm_cache_compiles_nothing_and_imports_no_cupy(
     script = f"""
 import sys
 from pathlib import Path
-from cupy_mla.jit import module
-from cupy_mla.jit.source import KernelSource
+from cupy_mla.gpu.jit import module
+from cupy_mla.gpu.jit.source import KernelSource
 kernel = module.get_cubin(KernelSource("scale.cu", "scale"), cache_dir=Path({str(tmp_path / "cache")!r}),
                           root=Path({str(root)!r}))
 assert kernel.from_cache

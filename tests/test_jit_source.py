@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from cupy_mla.errors import CompilationError
-from cupy_mla.jit.source import KernelSource, digest, kernels_root, read_files
+from cupy_mla.gpu.jit.source import KernelSource, digest, kernels_root, read_files
 
 VERSION = "NVRTC 12.9"
 SOURCE = KernelSource("scale/scale.cu", "scale", (("FACTOR", "3"),))
@@ -73,7 +73,7 @@ def test_digest_follows_the_compiler(root: Path) -> None:
 
 def test_digest_follows_the_options(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     before = digest(SOURCE, VERSION, root)
-    monkeypatch.setattr("cupy_mla.jit.source.COMPILE_OPTIONS", ("-arch=sm_90a", "-G"))
+    monkeypatch.setattr("cupy_mla.gpu.jit.source.COMPILE_OPTIONS", ("-arch=sm_90a", "-G"))
     assert digest(SOURCE, VERSION, root) != before
 
 
@@ -100,7 +100,7 @@ def test_the_kernel_folder_is_found() -> None:
 
 
 def test_a_broken_installation_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("cupy_mla.jit.source._WHEEL_ROOT", tmp_path / "a")
-    monkeypatch.setattr("cupy_mla.jit.source._CHECKOUT_ROOT", tmp_path / "b")
+    monkeypatch.setattr("cupy_mla.gpu.jit.source._WHEEL_ROOT", tmp_path / "a")
+    monkeypatch.setattr("cupy_mla.gpu.jit.source._CHECKOUT_ROOT", tmp_path / "b")
     with pytest.raises(CompilationError, match="reinstall cupy-mla"):
         kernels_root()

@@ -13,8 +13,8 @@ from hypothesis import settings
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 from test_cache_ops import GPU_WIDTHS, LATENT, ROPE, WIDTH, to_device, to_host
 
+from cupy_mla.cache.paged import OutOfPagesError, OutOfRequestsError, PagedKVCache
 from cupy_mla.errors import InvalidArgumentError, MlaError
-from cupy_mla.kv_cache import OutOfPagesError, OutOfRequestsError, PagedKVCache
 
 
 def random_rows(rng: np.random.Generator, num_tokens: int, width: int = WIDTH, dtype: Any = np.float16) -> Any:

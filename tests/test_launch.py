@@ -11,10 +11,11 @@ import numpy as np
 import pytest
 from fake_gpu import FakeGpu, fake_gpu, forget
 
-from cupy_mla import DriverError, driver
-from cupy_mla.decode_params import DECODE_PARAMS
-from cupy_mla.launch import Launch
-from cupy_mla.tensor_maps import TENSOR_MAP
+from cupy_mla import DriverError
+from cupy_mla.gpu import driver
+from cupy_mla.gpu.launch import Launch
+from cupy_mla.kernels.decode_params import DECODE_PARAMS
+from cupy_mla.kernels.tensor_maps import TENSOR_MAP
 
 INVALID_VALUE, INVALID_CONTEXT = 1, 201
 

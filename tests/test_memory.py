@@ -9,8 +9,8 @@ from click.testing import CliRunner
 
 from cupy_mla.cli import main
 from cupy_mla.errors import InvalidArgumentError
-from cupy_mla.memory import CLAIM, CacheSize, cache_sizes, compare_claim, explain_claim
-from cupy_mla.presets import GROUPED_PRESETS, PRESETS, find_model, find_preset
+from cupy_mla.lab.cache_sizes import CLAIM, CacheSize, cache_sizes, compare_claim, explain_claim
+from cupy_mla.lab.presets import GROUPED_PRESETS, PRESETS, find_model, find_preset
 
 
 def size_of(model: str, attention: str, layout: str = "bf16", tensor_parallel: int = 1) -> CacheSize:

@@ -11,11 +11,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_schedule import Case, cases, dense
 
-from cupy_mla import decode_params, pieces, plan_layout, schedule
-from cupy_mla.decode_params import DECODE_PARAMS
 from cupy_mla.errors import InvalidArgumentError
-from cupy_mla.pieces import CostModel
-from cupy_mla.schedule import Schedule, make_schedule
+from cupy_mla.kernels import decode_params, plan_layout
+from cupy_mla.kernels.decode_params import DECODE_PARAMS
+from cupy_mla.schedule import make as schedule
+from cupy_mla.schedule import pieces
+from cupy_mla.schedule.make import Schedule, make_schedule
+from cupy_mla.schedule.pieces import CostModel
 
 pytestmark = needs_compiler
 

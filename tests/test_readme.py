@@ -14,12 +14,13 @@ from typing import Any
 import pytest
 from click.testing import CliRunner
 
-from cupy_mla import device, settings
-from cupy_mla.array_files import write_arrays
+from cupy_mla import settings
 from cupy_mla.bench import expand_grid, run_bench
-from cupy_mla.cases import TENSORS, build_case
 from cupy_mla.cli import main
-from cupy_mla.jit import compiler
+from cupy_mla.gpu import device
+from cupy_mla.gpu.jit import compiler
+from cupy_mla.lab.array_files import write_arrays
+from cupy_mla.lab.cases import TENSORS, build_case
 
 ROOT = Path(__file__).resolve().parent.parent
 TEXT = (ROOT / "README.md").read_text(encoding="utf-8")

@@ -12,9 +12,9 @@ from hypothesis import given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
-from cupy_mla import reference
-from cupy_mla.describe import describe_decode
-from cupy_mla.reference import merge_states_reference, mla_decode_reference
+from cupy_mla.call.describe import describe_decode
+from cupy_mla.decode import reference
+from cupy_mla.decode.reference import merge_states_reference, mla_decode_reference
 
 # Half a unit in the last place of the output type, and what float32 arithmetic loses.
 OUT_ERROR = {"bfloat16": 2.0e-3, "float16": 3e-4, "float32": 2e-6, "float64": 1e-13}

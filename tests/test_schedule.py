@@ -11,12 +11,14 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cupy_mla import configs, pieces, schedule
 from cupy_mla.errors import InvalidArgumentError
-from cupy_mla.lengths import mid_decode_lengths, read_lengths, shipped_lengths
-from cupy_mla.pieces import TILE_COST, TILE_TOKENS, CostModel
-from cupy_mla.schedule import Schedule, ScheduleShape, choose_parts, make_schedule
-from cupy_mla.schedule_text import draw_schedule
+from cupy_mla.kernels import configs
+from cupy_mla.lab.lengths import mid_decode_lengths, read_lengths, shipped_lengths
+from cupy_mla.schedule import make as schedule
+from cupy_mla.schedule import pieces
+from cupy_mla.schedule.make import Schedule, ScheduleShape, choose_parts, make_schedule
+from cupy_mla.schedule.pieces import TILE_COST, TILE_TOKENS, CostModel
+from cupy_mla.schedule.text import draw_schedule
 
 WHOLE = schedule.WHOLE_JOB
 

@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 
-from cupy_mla.arrays import view
-from cupy_mla.sketches import pointer_of, sketch, sketch_tensors
+from cupy_mla.arrays.sketch import pointer_of, sketch, sketch_tensors
+from cupy_mla.arrays.view import view
 
 torch = pytest.importorskip("torch", reason="torch is not installed")
 

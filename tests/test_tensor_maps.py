@@ -12,10 +12,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cupy_mla import InvalidArgumentError, driver, tensor_maps
-from cupy_mla.arrays import ArrayView, contiguous_strides
-from cupy_mla.configs import KernelConfig
-from cupy_mla.tensor_maps import PageSteps, kv_tensor_map
+from cupy_mla import InvalidArgumentError
+from cupy_mla.arrays.view import ArrayView, contiguous_strides
+from cupy_mla.gpu import driver
+from cupy_mla.kernels import tensor_maps
+from cupy_mla.kernels.configs import KernelConfig
+from cupy_mla.kernels.tensor_maps import PageSteps, kv_tensor_map
 
 COLUMNS, TILE_TOKENS, ATOM_ROWS, CHUNK_COLUMNS = 64, 64, 8, 8
 LATENT = 128

@@ -13,7 +13,7 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from ..cases import Work
+from ..lab.cases import Work
 
 READ_BYTES = 4 << 30
 READ_REPEATS = 7
@@ -151,7 +151,7 @@ def _product() -> Callable[[], object]:
     except ImportError:
         import cupy
 
-        from ..case_arrays import random_normal
+        from ..lab.case_arrays import random_normal
 
         # float16 runs at the same rate, and CuPy's products of it are mature.
         left, right = (random_normal(shape, "float16", seed, "cuda") for seed in range(2))

@@ -9,14 +9,14 @@ from typing import Any
 
 import numpy as np
 
-from ..arguments import as_boolean, as_integer
-from ..case_arrays import DTYPES, LAYOUTS
-from ..cases import DEFAULT_HEAD_DIM_V, Case, IntArray, Work
+from ..call.arguments import as_boolean, as_integer
+from ..call.problem import MAX_TOKENS
 from ..errors import InvalidArgumentError
-from ..lengths import mid_decode_lengths, read_lengths, shipped_lengths
-from ..pieces import TILE_TOKENS
-from ..presets import find_preset
-from ..problem import MAX_TOKENS
+from ..lab.case_arrays import DTYPES, LAYOUTS
+from ..lab.cases import DEFAULT_HEAD_DIM_V, Case, IntArray, Work
+from ..lab.lengths import mid_decode_lengths, read_lengths, shipped_lengths
+from ..lab.presets import find_preset
+from ..schedule.pieces import TILE_TOKENS
 
 # Small, middle and full batches; memory-bound and compute-bound head counts: under a minute on an H200, with peers.
 DEFAULT_BATCHES, DEFAULT_LENGTHS, DEFAULT_HEADS = (1, 16, 128), (1024, 8192), (16, 128)

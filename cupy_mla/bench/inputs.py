@@ -11,10 +11,10 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from ..accuracy import measure_accuracy
-from ..case_arrays import DTYPES, Array, random_normal, to_device
-from ..cases import Case, page_table
-from ..timing import graph_shape
+from ..lab.accuracy import measure_accuracy
+from ..lab.case_arrays import DTYPES, Array, random_normal, to_device
+from ..lab.cases import Case, page_table
+from ..lab.timing import graph_shape
 from .grid import BenchCase
 
 LAYERS_IN_POOL = 2  # of layout "strided": the pages of so many layers lie side by side

@@ -16,9 +16,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
-from ..accuracy import LSE_BOUND, OUT_BOUNDS
 from ..errors import MlaError
-from ..timing import CPU_REPEATS, REPLAYS, WARM_UP_REPLAYS
+from ..lab.accuracy import LSE_BOUND, OUT_BOUNDS
+from ..lab.timing import CPU_REPEATS, REPLAYS, WARM_UP_REPLAYS
 from .grid import BenchCase
 from .inputs import ArrayLibrary, Inputs
 from .rows import OURS, Measurement, Row

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from ..decode import mla_decode, plan_decode
+from ..decode.dense import mla_decode, plan_decode
 from .grid import BenchCase
 from .inputs import Inputs
 from .rows import OURS

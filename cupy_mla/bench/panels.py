@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from ..drawing import FAINT, INK, PALETTE, legend_beside, plain_ticks, tidy, token_ticks
+from ..shown.drawing import FAINT, INK, PALETTE, legend_beside, plain_ticks, tidy, token_ticks
 from .ceilings import Ceilings
 from .grid import BenchCase
 from .results import Results

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TypeVar
 
-from ..drawing import make_figure, save_figure
+from ..shown.drawing import make_figure, save_figure
 from .panels import (
     batches_of,
     device_of,

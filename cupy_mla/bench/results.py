@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import InvalidArgumentError
-from ..html import grid_table
+from ..shown.html import grid_table
 from .ceilings import Ceilings
 from .columns import notes, table_columns
 from .rows import Row

@@ -12,10 +12,10 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from .. import device
 from ..errors import InvalidArgumentError
+from ..gpu import device
+from ..lab.timing import DEFAULT_LIMIT_SECONDS
 from ..settings import BACKENDS, get_settings
-from ..timing import DEFAULT_LIMIT_SECONDS
 from . import measure as protocol
 from .ceilings import Ceilings, measure_ceilings, published_ceilings
 from .grid import BenchCase

@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable
 from typing import Any, Protocol
 
-from ..timing import WARM_UP_REPLAYS
+from ..lab.timing import WARM_UP_REPLAYS
 from .inputs import Inputs
 
 Call = Callable[[Any], tuple[Any, Any]]

@@ -9,10 +9,10 @@ from typing import Any
 import click
 from click.core import ParameterSource
 
-from ..case_arrays import DTYPES, LAYOUTS
 from ..errors import InvalidArgumentError
-from ..presets import DEFAULT_PRESET, PRESETS
-from ..timing import DEFAULT_LIMIT_SECONDS
+from ..lab.case_arrays import DTYPES, LAYOUTS
+from ..lab.presets import DEFAULT_PRESET, PRESETS
+from ..lab.timing import DEFAULT_LIMIT_SECONDS
 from .common import COUNT, Command, backend_option, choose_backend
 
 
@@ -88,7 +88,7 @@ def bench(
         if path is not None and not path.absolute().parent.is_dir():
             raise InvalidArgumentError(option, "a path in a folder that exists", str(path))
     if plot is not None:
-        from ..drawing import make_figure
+        from ..shown.drawing import make_figure
 
         make_figure(1.0, 1.0)  # without matplotlib: refused now, not after the run
     if peers_path is not None:

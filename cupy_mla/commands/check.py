@@ -18,8 +18,8 @@ def check(ctx: click.Context, backend: str) -> None:
     Heads, query tokens, masks, types, page sizes, splits and strides; each case runs twice and must give the same
     bits. Takes under a minute, with the compilation of the kernels. Exits with 1 if a case fails.
     """
-    from ..accuracy import LSE_BOUND
-    from ..check import CHECK_CASES, run_checks
+    from ..lab.accuracy import LSE_BOUND
+    from ..lab.selftest import CHECK_CASES, run_checks
 
     chosen = choose_backend(backend)
     if chosen.note:

@@ -11,10 +11,10 @@ import click
 import numpy as np
 import numpy.typing as npt
 
-from .. import device
-from ..case_arrays import DTYPES
-from ..lengths import mid_decode_lengths, read_lengths, shipped_lengths
-from ..presets import DEFAULT_PRESET, PRESETS
+from ..gpu import device
+from ..lab.case_arrays import DTYPES
+from ..lab.lengths import mid_decode_lengths, read_lengths, shipped_lengths
+from ..lab.presets import DEFAULT_PRESET, PRESETS
 from ..settings import BACKENDS, get_settings
 
 Command = TypeVar("Command", bound=Callable[..., Any])

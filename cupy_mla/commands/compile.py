@@ -9,7 +9,7 @@ from collections.abc import Sequence
 
 import click
 
-from ..compile_job import KernelReport, NamedKernel, compile_all, select_kernels
+from ..lab.compile_job import KernelReport, NamedKernel, compile_all, select_kernels
 
 
 @click.command("compile")

@@ -9,12 +9,12 @@ from typing import Any
 import click
 from click.core import ParameterSource
 
-from ..array_files import check_suffix
-from ..case_files import load_case, save_result
-from ..cases import Case, build_case
 from ..errors import InvalidArgumentError
-from ..presets import find_preset
-from ..timing import Timing
+from ..lab.array_files import check_suffix
+from ..lab.case_files import load_case, save_result
+from ..lab.cases import Case, build_case
+from ..lab.presets import find_preset
+from ..lab.timing import Timing
 from .common import (
     DEFAULT_BATCH,
     Backend,
@@ -75,7 +75,7 @@ def decode(
         _refuse_build_options(ctx)
         case, title = load_case(input_file).on(chosen.name), str(input_file)
 
-    from ..decode_job import run_case
+    from ..lab.decode_job import run_case
 
     report = run_case(case, requests_checked=sample, seed=build["seed"])
     if save is not None:

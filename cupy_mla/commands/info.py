@@ -8,9 +8,10 @@ from importlib import metadata
 
 import click
 
-from .. import __version__, device
+from .. import __version__
 from ..errors import MlaError
-from ..jit import cache, compiler
+from ..gpu import device
+from ..gpu.jit import cache, compiler
 from ..settings import BACKEND_VARIABLE, CACHE_DIR_VARIABLE, VALIDATE_VARIABLE, get_settings
 from .common import json_option, print_facts
 

@@ -8,11 +8,11 @@ from typing import TYPE_CHECKING
 
 import click
 
-from ..presets import GROUPED_PRESETS, PRESETS, find_model
+from ..lab.presets import GROUPED_PRESETS, PRESETS, find_model
 from .common import json_option
 
 if TYPE_CHECKING:
-    from ..memory import CacheSize
+    from ..lab.cache_sizes import CacheSize
 
 DEFAULT_LENGTHS = (4096, 32768, 131072)
 GIB = 1 << 30
@@ -46,7 +46,7 @@ def memory(models: tuple[str, ...], lengths: tuple[int, ...], tp: int, as_json: 
     does not have: the same heads and widths, cached that way. Below: what is true of the claim that MLA needs 1/15 of
     the memory at 32K and compresses 93.3%. Needs no GPU.
     """
-    from ..memory import CLAIM, cache_sizes, compare_claim, explain_claim
+    from ..lab.cache_sizes import CLAIM, cache_sizes, compare_claim, explain_claim
 
     sizes = []
     for name in models or (*PRESETS, *GROUPED_PRESETS):
@@ -69,7 +69,7 @@ def memory(models: tuple[str, ...], lengths: tuple[int, ...], tp: int, as_json: 
 def _print_json(sizes: Sequence[CacheSize], lengths: Sequence[int], tp: int) -> None:
     import json
 
-    from ..memory import CLAIM, compare_claim, explain_claim
+    from ..lab.cache_sizes import CLAIM, compare_claim, explain_claim
 
     rows = [
         {**asdict(size), "bytes_per_request": {str(length): size.bytes_per_request(length) for length in lengths}}

@@ -10,13 +10,13 @@ import click
 import numpy as np
 import numpy.typing as npt
 
-from ..configs import choose_config
+from ..call.problem import MAX_TOKENS, DecodeProblem
+from ..decode.plan import schedule_shape
 from ..errors import InvalidArgumentError
-from ..plan import schedule_shape
-from ..presets import find_preset
-from ..problem import MAX_TOKENS, DecodeProblem
-from ..schedule import make_schedule
-from ..schedule_text import draw_schedule
+from ..kernels.configs import choose_config
+from ..lab.presets import find_preset
+from ..schedule.make import make_schedule
+from ..schedule.text import draw_schedule
 from .common import DEFAULT_BATCH, batch_options, describe_lengths, draw_lengths
 
 DEFAULT_SMS = 132  # of an H100 SXM or H200

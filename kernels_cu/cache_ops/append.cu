@@ -39,7 +39,7 @@ struct AppendParams {
     i32 reserved;
 };
 
-// cupy_mla/cache_ops.py packs these structs; its tests compare the sizes.
+// cupy_mla/cache/append.py packs these structs; its tests compare the sizes.
 static_assert(sizeof(AppendSegment) == 64, "AppendSegment is packed by the host");
 static_assert(sizeof(AppendParams) == 200, "AppendParams is packed by the host");
 

@@ -1,4 +1,4 @@
-// The configuration this kernel is compiled for; cupy_mla/configs.py passes the macros.
+// The configuration this kernel is compiled for; cupy_mla/kernels/configs.py passes the macros.
 #pragma once
 #include "core/smem_descriptor.h"
 #include "core/types.h"

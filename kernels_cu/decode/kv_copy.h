@@ -1,4 +1,4 @@
-// Where KV tokens lie in the tensor maps that cupy_mla/tensor_maps.py makes. Their dimensions, innermost first: 64 columns,
+// Where KV tokens lie in the tensor maps that cupy_mla/kernels/tensor_maps.py makes. Their dimensions, innermost first: 64 columns,
 // kGroupTokens tokens, boxes of 64 columns, groups of tokens of a page, pages and kv heads. A map has five dimensions at
 // most, so the last one counts both, in the largest step that both strides are multiples of.
 #pragma once

@@ -1,11 +1,11 @@
 // Jobs packed into parts: the longest that is left first, then the longest that still fit, and what then remains of the part
-// filled from one job that is cut. cupy_mla/pieces.py, _pack, says the same; tests compare the two list by list.
+// filled from one job that is cut. cupy_mla/schedule/pieces.py, _pack, says the same; tests compare the two list by list.
 #pragma once
 #include "plan/pieces.h"
 
 namespace mla {
 
-// cupy_mla/pieces.py says why.
+// cupy_mla/schedule/pieces.py says why.
 constexpr i32 kMaxPackedJobs = 256;
 constexpr i32 kPackedPartsPerJob = 2;
 constexpr i32 kPackedStep = kTileCost / 4;

@@ -1,5 +1,5 @@
 // How jobs are cut into pieces and pieces put into parts: the arithmetic, for one job at a time and in closed form.
-// cupy_mla/pieces.py says the same in words and steps; tests compare the two list by list.
+// cupy_mla/schedule/pieces.py says the same in words and steps; tests compare the two list by list.
 #pragma once
 #include "core/work.h"
 #include "plan/params.h"
@@ -10,7 +10,7 @@ constexpr i32 kTileCost = 16;  // costs are integers in 1/16 tile, so that host 
 constexpr i32 kTileCostShift = 4;
 static_assert(kTileCost == 1 << kTileCostShift, "one unit");
 
-// cupy_mla/pieces.py says why.
+// cupy_mla/schedule/pieces.py says why.
 constexpr i32 kMinHead = 4;
 constexpr i32 kMinHeadShare = 4;
 

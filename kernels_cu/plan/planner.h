@@ -6,7 +6,7 @@
 
 namespace mla {
 
-// cupy_mla/schedule.py says why 48.
+// cupy_mla/schedule/make.py says why 48.
 constexpr i32 kClaimTiles = 48;  // CTAs claim their parts if the fullest has so many
 
 // A piece as it waits in the plan for the WorkItem that takes its place.

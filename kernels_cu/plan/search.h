@@ -6,7 +6,7 @@
 namespace mla {
 
 constexpr i32 kNoBudget = kMaxInt;
-// cupy_mla/pieces.py says why 16.
+// cupy_mla/schedule/pieces.py says why 16.
 constexpr i32 kWholeShare = 16;  // jobs are left whole if that costs at most this part of a budget more
 
 struct BudgetSearch {

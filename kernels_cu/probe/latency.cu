@@ -1,4 +1,4 @@
-// How long each SM takes to reach some lines of memory: cupy_mla/halves.py finds the halves of the chip in it.
+// How long each SM takes to reach some lines of memory: cupy_mla/kernels/halves.py finds the halves of the chip in it.
 // An atomic operation is done where the line's home is, in one half of the L2 cache; a plain load may be answered by a copy
 // in the SM's own half.
 #include "ptx/sm.h"

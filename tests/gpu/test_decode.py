@@ -11,11 +11,12 @@ import numpy as np
 import pytest
 from cases_dense import DTYPES, DenseArrays, DenseCase, frobenius_error
 
-from cupy_mla import InvalidArgumentError, PlanMismatchError, known_calls, merge_states, mla_decode, plan_decode
-from cupy_mla import plan as plan_module
-from cupy_mla.arrays import view
-from cupy_mla.configs import KernelConfig, choose_config
-from cupy_mla.exchange import empty_like
+from cupy_mla import InvalidArgumentError, PlanMismatchError, merge_states, mla_decode, plan_decode
+from cupy_mla.arrays.exchange import empty_like
+from cupy_mla.arrays.view import view
+from cupy_mla.decode import known as known_calls
+from cupy_mla.decode import plan as plan_module
+from cupy_mla.kernels.configs import KernelConfig, choose_config
 
 from . import gpu_arrays as gpu
 

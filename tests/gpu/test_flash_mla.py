@@ -11,7 +11,7 @@ from cases_dense import DTYPES, DenseArrays, DenseCase, frobenius_error
 
 import cupy_mla.flash_mla as flash_mla
 from cupy_mla import PlanMismatchError, mla_decode
-from cupy_mla.plan import DecodePlan
+from cupy_mla.decode.plan import DecodePlan
 
 from . import gpu_arrays as gpu
 

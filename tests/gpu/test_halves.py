@@ -8,12 +8,15 @@ from typing import Any
 import numpy as np
 import pytest
 
-from cupy_mla import decode_call as decode_call_module
-from cupy_mla import device, halves, known_calls, mla_decode, plan_decode
-from cupy_mla import plan as plan_module
-from cupy_mla.decode_params import SM_WORDS
-from cupy_mla.plan import DecodePlan
-from cupy_mla.plan_layout import PLAN_HEADER
+from cupy_mla import mla_decode, plan_decode
+from cupy_mla.decode import known as known_calls
+from cupy_mla.decode import plan as plan_module
+from cupy_mla.decode import prepared as decode_call_module
+from cupy_mla.decode.plan import DecodePlan
+from cupy_mla.gpu import device
+from cupy_mla.kernels import halves
+from cupy_mla.kernels.decode_params import SM_WORDS
+from cupy_mla.kernels.plan_layout import PLAN_HEADER
 
 from . import gpu_arrays as gpu
 

@@ -1,0 +1,1 @@
+"""Paged caches: appending tokens, and pages of requests."""

@@ -1,0 +1,1 @@
+"""What a call is: its description and the checks of its arguments."""

@@ -1,0 +1,231 @@
+"""Checks of single arguments: scales, outputs, row strides and addresses, and values that lie on the device."""
+
+from __future__ import annotations
+
+import numbers
+import operator
+from typing import Any
+
+import numpy as np
+
+from ..arrays.exchange import as_numpy
+from ..arrays.frameworks import CUDA
+from ..arrays.view import ArrayView, source_of
+from ..errors import InvalidArgumentError
+from .problem import DecodeInputs, DecodeProblem
+
+# What the copy engine of the GPU (TMA) asks of global addresses and strides, in bytes.
+COPY_ALIGNMENT = 16
+COPY_MAX_STRIDE = 2**40
+# Times log2(e), a softmax scale is a float32.
+_MIN_SCALE, _MAX_SCALE = 1e-37, 1e37
+
+
+def check_softmax_scale(softmax_scale: float) -> None:
+    """Refuse a scale that is not above 0 (the kernels take row maxima before they scale) and well within float32.
+
+    Raises
+    ------
+    InvalidArgumentError
+        It is not.
+    """
+    if type(softmax_scale) is float and _MIN_SCALE <= softmax_scale <= _MAX_SCALE:
+        return
+    # Not just compared: comparing an array on a GPU would wait for it.
+    if not isinstance(softmax_scale, numbers.Real) or isinstance(softmax_scale, bool):
+        raise InvalidArgumentError("softmax_scale", "a number or None", type(softmax_scale).__name__)
+    if not _MIN_SCALE <= softmax_scale <= _MAX_SCALE:
+        raise InvalidArgumentError(
+            "softmax_scale", f"a finite number above 0, {_MIN_SCALE:.0e} to {_MAX_SCALE:.0e}", str(softmax_scale)
+        )
+
+
+def check_output(
+    array: ArrayView,
+    name: str,
+    expected_shape: tuple[int, ...],
+    dtype: str,
+    location: tuple[str, int],
+    *,
+    contiguous_rows: bool = False,
+) -> None:
+    """Refuse an array that a result cannot be written to.
+
+    Parameters
+    ----------
+    array
+        View of what the caller gave.
+    name
+        Its name, ``"out"`` or ``"lse"``.
+    expected_shape, dtype
+        What it has to be.
+    location
+        Device and number that q is on (`DecodeInputs.location`).
+    contiguous_rows
+        Whether the last dimension has to be contiguous and, on CUDA, the rows aligned for 16-byte stores.
+
+    Raises
+    ------
+    InvalidArgumentError
+        Shape, type, device, strides or alignment are wrong, its elements overlap, or it must not be written.
+    """
+    if array.shape != expected_shape:
+        raise InvalidArgumentError(name, f"shape {list(expected_shape)}", str(list(array.shape)))
+    if array.dtype != dtype:
+        raise InvalidArgumentError(name, dtype, array.dtype)
+    if array.location != location:
+        raise InvalidArgumentError(name, f"an array on q's device, {place_name(location)}", place_name(array.location))
+    check_no_overlap(array, name)
+    owner = source_of(array)
+    if isinstance(owner, np.ndarray):
+        if not owner.flags.writeable:
+            raise InvalidArgumentError(name, "a writable array", "a read-only one")
+    elif type(owner).__module__.startswith("jax"):
+        raise InvalidArgumentError(name, "a writable array", "a JAX array, which is immutable")
+    if contiguous_rows:
+        check_rows(array.shape, array.strides, array.itemsize, array.device, name)
+        if array.device == CUDA and array.pointer % COPY_ALIGNMENT:
+            raise misaligned(name, array.pointer, COPY_ALIGNMENT)
+    elif array.device == CUDA and array.pointer % array.itemsize:
+        raise misaligned(name, array.pointer, array.itemsize)
+
+
+def check_no_overlap(array: ArrayView, name: str) -> None:
+    """Refuse an array to be written whose elements share memory with each other, as far as its strides show.
+
+    Raises
+    ------
+    InvalidArgumentError
+        They do, or the axes interleave in a way that no view of an ordinary array has; ``argument`` is ``name``.
+    """
+    span = 1  # elements from the first to the last of the axes so far
+    for step, extent in sorted((abs(step), extent) for step, extent in zip(array.strides, array.shape, strict=True)):
+        if extent > 1 and step < span:
+            raise InvalidArgumentError(name, "elements that do not overlap", f"strides {array.strides}")
+        span += (extent - 1) * step
+
+
+def check_rows(shape: tuple[int, ...], strides: tuple[int, ...], itemsize: int, device: str, name: str) -> None:
+    """Refuse rows that are not contiguous, or on CUDA not where the copy engine can take them.
+
+    Raises
+    ------
+    InvalidArgumentError
+        Rows are of that kind; ``argument`` is ``name``.
+    """
+    if shape[-1] > 1 and strides[-1] != 1:
+        raise InvalidArgumentError(name, "a contiguous last dimension", f"strides {strides}")
+    if device != CUDA:
+        return
+    for extent, step in zip(shape[:-1], strides[:-1], strict=True):
+        if extent > 1 and (step * itemsize % COPY_ALIGNMENT or not 0 <= step * itemsize < COPY_MAX_STRIDE):
+            raise InvalidArgumentError(
+                name,
+                f"strides that are multiples of {COPY_ALIGNMENT // itemsize} elements ({COPY_ALIGNMENT} bytes), "
+                f"not negative and below {COPY_MAX_STRIDE} bytes",
+                f"strides {strides}",
+            )
+
+
+def misaligned(name: str, pointer: int, alignment: int) -> InvalidArgumentError:
+    """What to raise for an address that is no multiple of ``alignment`` bytes."""
+    return InvalidArgumentError(name, f"an address that is a multiple of {alignment} bytes", hex(pointer))
+
+
+def place_name(location: tuple[str, int]) -> str:
+    """A device and its number in words."""
+    device, device_id = location
+    return f"{device}:{device_id}" if device == CUDA else device
+
+
+def as_integer(value: Any, name: str) -> int:
+    """An integer of any type as int.
+
+    Raises
+    ------
+    InvalidArgumentError
+        It is none; ``argument`` is ``name``.
+    """
+    if not isinstance(value, (bool, np.bool_)):
+        try:
+            return operator.index(value)
+        except TypeError:
+            pass
+    raise InvalidArgumentError(name, "an integer", f"{type(value).__name__} {value!r}")
+
+
+def as_boolean(value: Any, name: str) -> bool:
+    """A truth value of any type as bool.
+
+    Raises
+    ------
+    InvalidArgumentError
+        It is none; ``argument`` is ``name``.
+    """
+    if isinstance(value, np.bool_) or (isinstance(value, int) and value in (0, 1)):
+        return bool(value)
+    raise InvalidArgumentError(name, "True or False", f"{type(value).__name__} {value!r}")
+
+
+def validate_values(
+    problem: DecodeProblem, inputs: DecodeInputs, stream: int | None = None, max_seqlen_k: int | None = None
+) -> None:
+    """Read lengths and page numbers back to the host and check them. Waits for the device.
+
+    Parameters
+    ----------
+    problem, inputs
+        What `describe_decode` returned.
+    stream
+        Stream that produces the values. None: the current stream of the arrays' framework.
+    max_seqlen_k
+        Largest length of the plan, in tokens. None: what the block table can hold.
+
+    Raises
+    ------
+    InvalidArgumentError
+        ``cache_seqlens[i]`` is negative or longer than the block table or the plan allows, ``block_table[i, j]`` is
+        used by request i and is no page of the cache, or ``cu_seqlens_q[i]`` does not start at 0, falls, or passes
+        ``total_q``.
+    """
+    lengths = as_numpy(inputs.cache_seqlens, stream).astype(np.int64)
+    most = problem.max_seqlen_k
+    reason = f"{problem.max_pages_per_seq} pages of {problem.page_size} tokens"
+    if max_seqlen_k is not None and max_seqlen_k < most:
+        most, reason = max_seqlen_k, "max_seqlen_k of the plan"
+    wrong = np.flatnonzero((lengths < 0) | (lengths > most))
+    if wrong.size:
+        request = int(wrong[0])
+        raise InvalidArgumentError(f"cache_seqlens[{request}]", f"0 to {most} ({reason})", str(lengths[request]))
+    pages = as_numpy(inputs.block_table, stream)
+    used = -(-lengths // problem.page_size)
+    in_use = np.arange(problem.max_pages_per_seq) < used[:, None]
+    wrong_pages = np.argwhere(in_use & ((pages < 0) | (pages >= problem.num_pages)))
+    if wrong_pages.size:
+        request, column = (int(index) for index in wrong_pages[0])
+        raise InvalidArgumentError(
+            f"block_table[{request}, {column}]",
+            f"a page of the cache, 0 to {problem.num_pages - 1} (request {request} has {lengths[request]} tokens)",
+            str(pages[request, column]),
+        )
+    if inputs.cu_seqlens_q is not None:
+        _validate_starts(problem, as_numpy(inputs.cu_seqlens_q, stream).astype(np.int64))
+
+
+def _validate_starts(problem: DecodeProblem, starts: np.ndarray) -> None:
+    if starts[0] != 0:
+        raise InvalidArgumentError("cu_seqlens_q[0]", "0", str(starts[0]))
+    counts = np.diff(starts)
+    wrong = np.flatnonzero((counts < 0) | (counts > problem.seqlen_q))
+    if wrong.size:
+        request = int(wrong[0])
+        raise InvalidArgumentError(
+            f"cu_seqlens_q[{request + 1}]",
+            f"{starts[request]} to {starts[request] + problem.seqlen_q} "
+            f"(request {request} may have 0 to {problem.seqlen_q} queries)",
+            str(starts[request + 1]),
+        )
+    if starts[-1] > problem.total_q:
+        raise InvalidArgumentError(
+            f"cu_seqlens_q[{problem.batch}]", f"at most {problem.total_q}, the rows of q", str(starts[-1])
+        )

@@ -1,0 +1,400 @@
+"""Arguments of a decode call to its description, with the checks that a kind of call needs once.
+
+Checking a call costs more than launching it, and an engine makes the same call for every layer of every step. So
+`describe_decode` remembers which combinations of shapes, strides, types, devices and options it has found good, and
+looks at nothing else but addresses when one comes again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from ..arrays.dtypes import ITEM_SIZES
+from ..arrays.frameworks import CUDA
+from ..arrays.view import ArrayView, view
+from ..errors import InvalidArgumentError
+from ..layouts import DENSE_LAYOUTS
+from .arguments import COPY_ALIGNMENT, as_boolean, as_integer, check_rows, check_softmax_scale, misaligned, place_name
+from .problem import INDEX_DTYPE, MAX_TOKENS, DecodeInputs, DecodeProblem
+
+# What the CUDA kernels are written for.
+CUDA_WIDTH_MULTIPLE = 64
+CUDA_MAX_LATENT = 512
+CUDA_MAX_WIDTH = 1024  # latent and rope: 32 rows of queries and a tile have room in shared memory
+CUDA_PAGE_MULTIPLE = 16
+
+_KV_RANK = 4
+_Q_RANK = 4
+_RAGGED_Q_RANK = 3
+# Engines use a few dozen combinations; ragged batches may bring a new one every step.
+_MAX_REMEMBERED = 4096
+
+
+@dataclass(frozen=True, slots=True)
+class _Part:
+    """Where the latent or the rope columns of an argument are."""
+
+    index: int  # which array of the argument
+    offset: int  # bytes from that array's first element
+    shape: tuple[int, ...]
+    strides: tuple[int, ...]
+
+    def of(self, arrays: Sequence[ArrayView]) -> ArrayView:
+        array = arrays[self.index]
+        return ArrayView(
+            array.pointer + self.offset,
+            self.shape,
+            self.strides,
+            array.dtype,
+            array.device,
+            array.device_id,
+            array.owner,
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class _Checked:
+    """A combination of shapes, strides, types and options that was found good."""
+
+    problem: DecodeProblem
+    q_latent: _Part
+    q_rope: _Part | None
+    kv_latent: _Part
+    kv_rope: _Part | None
+
+
+_checked: dict[tuple[Any, ...], _Checked] = {}
+
+
+def describe_decode(
+    q: Any,
+    kv_cache: Any,
+    block_table: Any,
+    cache_seqlens: Any,
+    *,
+    head_dim_v: int,
+    softmax_scale: float | None = None,
+    causal: bool = False,
+    cu_seqlens_q: Any = None,
+    max_seqlen_q: int | None = None,
+    stream: int | None = None,
+) -> tuple[DecodeProblem, DecodeInputs]:
+    """Check the arguments of a dense decode call, and describe it. Reads no array's contents.
+
+    Parameters
+    ----------
+    q
+        [batch, seqlen_q, num_heads_q, d_qk] bfloat16 or float16, last dimension contiguous; with ``cu_seqlens_q``
+        [total_q, num_heads_q, d_qk]. Or a pair (latent, rope) of such arrays.
+    kv_cache
+        [num_pages, page_size, num_heads_kv, d_qk] of q's type, last dimension contiguous, or a pair (latent, rope).
+    block_table
+        [batch, max_pages_per_seq] int32, last dimension contiguous.
+    cache_seqlens
+        [batch] int32, contiguous; tokens per request.
+    head_dim_v
+        Width of the latent part, which is also the value.
+    softmax_scale
+        Factor on the scores; a finite number above 0, or None for ``d_qk ** -0.5``.
+    causal
+        Whether the mask is aligned to the bottom right of the scores.
+    cu_seqlens_q
+        [batch + 1] int32, contiguous: where each request's queries start. None: the same number for all.
+    max_seqlen_q
+        Upper bound on a request's query tokens when ragged; None: total_q. (A bound spares work: the lengths
+        themselves are on the device.)
+    stream
+        CUDA stream that will use the arrays; see `cupy_mla.arrays.view`.
+
+    Returns
+    -------
+    problem, inputs
+        The description and the views. The same `DecodeProblem` object comes back for the same kind of call.
+
+    Raises
+    ------
+    InvalidArgumentError
+        An argument has a wrong rank, shape, type, device, stride, alignment or value; its name, what was expected
+        and what came are in the error.
+    """
+    q_views = _views(q, "q", stream)
+    kv_views = _views(kv_cache, "kv_cache", stream)
+    table = view(block_table, "block_table", stream)
+    lengths = view(cache_seqlens, "cache_seqlens", stream)
+    starts = None if cu_seqlens_q is None else view(cu_seqlens_q, "cu_seqlens_q", stream)
+    if softmax_scale is not None:
+        check_softmax_scale(softmax_scale)
+    if type(head_dim_v) is not int:
+        head_dim_v = as_integer(head_dim_v, "head_dim_v")
+    if type(causal) is not bool:
+        causal = as_boolean(causal, "causal")
+    if max_seqlen_q is not None and type(max_seqlen_q) is not int:
+        max_seqlen_q = as_integer(max_seqlen_q, "max_seqlen_q")
+
+    first_q = q_views[0]
+    first_kv = kv_views[0]
+    key: tuple[Any, ...] = (
+        (first_q.shape, first_q.strides, first_q.dtype, first_q.device, first_q.device_id),
+        (first_kv.shape, first_kv.strides, first_kv.dtype, first_kv.device, first_kv.device_id),
+        (table.shape, table.strides, table.dtype, table.device, table.device_id),
+        (lengths.shape, lengths.strides, lengths.dtype, lengths.device, lengths.device_id),
+        (head_dim_v, causal, max_seqlen_q, len(q_views), len(kv_views)),
+        None if starts is None else _layout_key(starts),
+        _layout_key(q_views[1]) if len(q_views) > 1 else None,
+        _layout_key(kv_views[1]) if len(kv_views) > 1 else None,
+    )
+    checked = _checked.get(key)
+    if checked is None:
+        call = _Call(q_views, kv_views, table, lengths, starts, head_dim_v, causal, max_seqlen_q)
+        checked = _check(call)
+        if len(_checked) >= _MAX_REMEMBERED:
+            _checked.clear()
+        _checked[key] = checked
+    if first_q.device == CUDA:
+        bits = first_q.pointer | first_kv.pointer
+        index_bits = table.pointer | lengths.pointer | (0 if starts is None else starts.pointer)
+        if len(q_views) > 1:
+            bits |= q_views[1].pointer
+        if len(kv_views) > 1:
+            bits |= kv_views[1].pointer
+        if bits % COPY_ALIGNMENT or index_bits % ITEM_SIZES[INDEX_DTYPE]:
+            _refuse_addresses(_Call(q_views, kv_views, table, lengths, starts, head_dim_v, causal, max_seqlen_q))
+    return checked.problem, DecodeInputs(
+        checked.q_latent.of(q_views),
+        None if checked.q_rope is None else checked.q_rope.of(q_views),
+        checked.kv_latent.of(kv_views),
+        None if checked.kv_rope is None else checked.kv_rope.of(kv_views),
+        table,
+        lengths,
+        starts,
+    )
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Everything below runs once per kind of call
+
+
+@dataclass(slots=True, eq=False)
+class _Call:
+    """The arguments of `describe_decode` as views."""
+
+    q: Sequence[ArrayView]
+    kv: Sequence[ArrayView]
+    table: ArrayView
+    lengths: ArrayView
+    starts: ArrayView | None
+    head_dim_v: int
+    causal: bool
+    max_seqlen_q: int | None
+
+    def arrays(self) -> list[tuple[str, ArrayView]]:
+        named = _named("q", self.q) + _named("kv_cache", self.kv)
+        named += [("block_table", self.table), ("cache_seqlens", self.lengths)]
+        if self.starts is not None:
+            named.append(("cu_seqlens_q", self.starts))
+        return named
+
+
+def _views(argument: Any, name: str, stream: int | None) -> Sequence[ArrayView]:
+    if not isinstance(argument, (tuple, list)):
+        return (view(argument, name, stream),)
+    if len(argument) != 2:
+        raise InvalidArgumentError(name, "an array or a pair (latent, rope)", f"{len(argument)} items")
+    latent, rope = argument
+    if rope is None:
+        return (view(latent, f"{name}[0]", stream),)
+    return view(latent, f"{name}[0]", stream), view(rope, f"{name}[1]", stream)
+
+
+def _layout_key(array: ArrayView) -> tuple[Any, ...]:
+    return array.shape, array.strides, array.dtype, array.device, array.device_id
+
+
+def _named(name: str, views: Sequence[ArrayView]) -> list[tuple[str, ArrayView]]:
+    if len(views) == 1:
+        return [(name, views[0])]
+    return [(f"{name}[{index}]", array) for index, array in enumerate(views)]
+
+
+def _check(call: _Call) -> _Checked:
+    ragged = call.starts is not None
+    q_axes = "[total_q, num_heads_q, width]" if ragged else "[batch, seqlen_q, num_heads_q, width]"
+    kv_axes = "[num_pages, page_size, num_heads_kv, width]"
+    q_rank = _RAGGED_Q_RANK if ragged else _Q_RANK
+    for name, array in _named("q", call.q):
+        _check_rank(array, name, q_rank, q_axes + (" because cu_seqlens_q is given" if ragged else ""))
+    for name, array in _named("kv_cache", call.kv):
+        _check_rank(array, name, _KV_RANK, kv_axes)
+    _check_rank(call.table, "block_table", 2, "[batch, max_pages_per_seq]")
+    _check_rank(call.lengths, "cache_seqlens", 1, "[batch]")
+    if call.starts is not None:
+        _check_rank(call.starts, "cu_seqlens_q", 1, "[batch + 1]")
+    _check_types(call)
+    _check_devices(call)
+
+    first_q = call.q[0]
+    latent_dim, rope_dim, q_latent, q_rope = _split(call.q, "q", call.head_dim_v)
+    kv_latent_dim, kv_rope_dim, kv_latent, kv_rope = _split(call.kv, "kv_cache", call.head_dim_v)
+    if (kv_latent_dim, kv_rope_dim) != (latent_dim, rope_dim):
+        raise InvalidArgumentError(
+            "kv_cache",
+            f"width {latent_dim + rope_dim} ({latent_dim} latent + {rope_dim} rope) as in q",
+            f"{kv_latent_dim + kv_rope_dim} ({kv_latent_dim} + {kv_rope_dim})",
+        )
+    num_pages, page_size, num_heads_kv, _ = call.kv[0].shape
+    num_heads_q = first_q.shape[-2]
+    if num_heads_q % num_heads_kv:
+        raise InvalidArgumentError("q", f"a number of heads that {num_heads_kv} KV heads divide", str(num_heads_q))
+
+    batch = call.lengths.shape[0] if ragged else first_q.shape[0]
+    if call.lengths.shape != (batch,):
+        raise InvalidArgumentError("cache_seqlens", f"shape [{batch}], one per request", str(list(call.lengths.shape)))
+    if call.table.shape[0] != batch:
+        raise InvalidArgumentError("block_table", f"shape [{batch}, max_pages_per_seq]", str(list(call.table.shape)))
+    if call.starts is not None and call.starts.shape != (batch + 1,):
+        raise InvalidArgumentError(
+            "cu_seqlens_q", f"shape [{batch + 1}], one more than requests", str(list(call.starts.shape))
+        )
+    seqlen_q, total_q = _query_counts(call)
+    problem = DecodeProblem(
+        batch=batch,
+        seqlen_q=seqlen_q,
+        num_heads_q=num_heads_q,
+        num_heads_kv=num_heads_kv,
+        latent_dim=latent_dim,
+        rope_dim=rope_dim,
+        dtype=first_q.dtype,
+        page_size=page_size,
+        num_pages=num_pages,
+        max_pages_per_seq=call.table.shape[1],
+        causal=call.causal,
+        ragged=ragged,
+        total_q=total_q,
+    )
+    if problem.max_seqlen_k > MAX_TOKENS:
+        raise InvalidArgumentError(
+            "block_table", f"at most {MAX_TOKENS // page_size} pages per sequence", str(problem.max_pages_per_seq)
+        )
+    _check_strides(call)
+    if first_q.device == CUDA:
+        _check_cuda_widths(problem)
+    return _Checked(problem, q_latent, q_rope, kv_latent, kv_rope)
+
+
+def _check_rank(array: ArrayView, name: str, rank: int, axes: str) -> None:
+    if array.ndim != rank:
+        raise InvalidArgumentError(name, f"{rank} dimensions {axes}", f"{array.ndim}: {list(array.shape)}")
+    # A rope part of width 0 is a way to say that there is none.
+    extents = array.shape[:-1] if name.endswith("[1]") else array.shape
+    if 0 in extents:
+        raise InvalidArgumentError(name, f"{axes} with no extent of 0", str(list(array.shape)))
+
+
+def _check_types(call: _Call) -> None:
+    dtype = call.q[0].dtype
+    if dtype not in DENSE_LAYOUTS:
+        raise InvalidArgumentError(_named("q", call.q)[0][0], " or ".join(DENSE_LAYOUTS), dtype)
+    for name, array in _named("q", call.q) + _named("kv_cache", call.kv):
+        if array.dtype != dtype:
+            raise InvalidArgumentError(name, f"{dtype}, the type of q", array.dtype)
+    for name, array in call.arrays():
+        if not name.startswith(("q", "kv_cache")) and array.dtype != INDEX_DTYPE:
+            raise InvalidArgumentError(name, INDEX_DTYPE, array.dtype)
+
+
+def _check_devices(call: _Call) -> None:
+    location = call.q[0].location
+    for name, array in call.arrays():
+        if array.location != location:
+            raise InvalidArgumentError(
+                name, f"an array on q's device, {place_name(location)}", f"one on {place_name(array.location)}"
+            )
+
+
+def _split(views: Sequence[ArrayView], name: str, head_dim_v: int) -> tuple[int, int, _Part, _Part | None]:
+    """Widths and places of the latent and the rope columns."""
+    first = views[0]
+    width = first.shape[-1]
+    strides = _settled_strides(first)
+    if len(views) == 1:
+        if not 1 <= head_dim_v <= width:
+            raise InvalidArgumentError("head_dim_v", f"1 to {width}, the width of {name}", str(head_dim_v))
+        rope_dim = width - head_dim_v
+        latent = _Part(0, 0, (*first.shape[:-1], head_dim_v), strides)
+        if rope_dim == 0:
+            return head_dim_v, 0, latent, None
+        offset = head_dim_v * first.itemsize
+        return head_dim_v, rope_dim, latent, _Part(0, offset, (*first.shape[:-1], rope_dim), strides)
+    rope = views[1]
+    if width != head_dim_v:
+        raise InvalidArgumentError("head_dim_v", f"{width}, the width of {name}[0]", str(head_dim_v))
+    if rope.shape[:-1] != first.shape[:-1]:
+        raise InvalidArgumentError(
+            f"{name}[1]", f"shape {[*first.shape[:-1], 'rope width']} as in {name}[0]", str(list(rope.shape))
+        )
+    latent = _Part(0, 0, first.shape, strides)
+    if rope.shape[-1] == 0:
+        return width, 0, latent, None
+    return width, rope.shape[-1], latent, _Part(1, 0, rope.shape, _settled_strides(rope))
+
+
+def _settled_strides(array: ArrayView) -> tuple[int, ...]:
+    """The strides, with those of axes of extent 1 (which mean nothing, and may be anything) as if contiguous."""
+    strides = list(array.strides)
+    step = 1
+    for axis in range(array.ndim - 1, -1, -1):
+        if array.shape[axis] == 1:
+            strides[axis] = step
+        step = strides[axis] * array.shape[axis]
+    return tuple(strides)
+
+
+def _query_counts(call: _Call) -> tuple[int, int]:
+    """seqlen_q (the maximum) and total_q."""
+    bound = call.max_seqlen_q
+    if bound is not None and bound < 1:
+        raise InvalidArgumentError("max_seqlen_q", "1 or more", str(bound))
+    if call.starts is not None:
+        total_q = call.q[0].shape[0]
+        return (total_q if bound is None else min(bound, total_q)), total_q
+    batch, seqlen_q = call.q[0].shape[:2]
+    if bound is not None and bound != seqlen_q:
+        raise InvalidArgumentError("max_seqlen_q", f"{seqlen_q} as in q (there is no cu_seqlens_q)", str(bound))
+    return seqlen_q, batch * seqlen_q
+
+
+def _check_strides(call: _Call) -> None:
+    for name, array in _named("q", call.q) + _named("kv_cache", call.kv):
+        check_rows(array.shape, array.strides, array.itemsize, array.device, name)
+    for name, array in call.arrays():
+        if array.dtype == INDEX_DTYPE and array.shape[-1] > 1 and array.strides[-1] != 1:
+            raise InvalidArgumentError(name, "a contiguous last dimension", f"strides {array.strides}")
+
+
+def _check_cuda_widths(problem: DecodeProblem) -> None:
+    way_out = "on a GPU (the NumPy backend takes any: pass CPU arrays)"
+    if problem.latent_dim % CUDA_WIDTH_MULTIPLE or problem.latent_dim > CUDA_MAX_LATENT:
+        raise InvalidArgumentError(
+            "head_dim_v",
+            f"a multiple of {CUDA_WIDTH_MULTIPLE} up to {CUDA_MAX_LATENT} {way_out}",
+            str(problem.latent_dim),
+        )
+    if problem.rope_dim % CUDA_WIDTH_MULTIPLE:
+        raise InvalidArgumentError(
+            "q", f"a rope width that is a multiple of {CUDA_WIDTH_MULTIPLE} {way_out}", str(problem.rope_dim)
+        )
+    if problem.head_dim_qk > CUDA_MAX_WIDTH:
+        raise InvalidArgumentError("q", f"a width up to {CUDA_MAX_WIDTH} {way_out}", str(problem.head_dim_qk))
+    if problem.page_size != 1 and problem.page_size % CUDA_PAGE_MULTIPLE:
+        raise InvalidArgumentError(
+            "kv_cache", f"a page size of 1 or a multiple of {CUDA_PAGE_MULTIPLE} {way_out}", str(problem.page_size)
+        )
+
+
+def _refuse_addresses(call: _Call) -> None:
+    for name, array in call.arrays():
+        alignment = array.itemsize if array.dtype == INDEX_DTYPE else COPY_ALIGNMENT
+        if array.pointer % alignment:
+            raise misaligned(name, array.pointer, alignment)

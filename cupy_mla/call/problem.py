@@ -1,0 +1,140 @@
+"""What a decode call is: a frozen description of its shapes, and views of its arrays."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from ..arrays.view import ArrayView
+from ..shown.html import facts_table
+
+INDEX_DTYPE = "int32"
+LSE_DTYPE = "float32"
+# Of a request: lengths are int32, and tokens are counted in it up to the end of a tile of 64.
+MAX_TOKENS = 2**31 - 64
+
+
+@dataclass(frozen=True, slots=True)
+class DecodeProblem:
+    """Static description of a dense call: all that a plan and a kernel depend on, and no address.
+
+    Attributes
+    ----------
+    batch
+        Number of requests.
+    seqlen_q
+        Query tokens per request; for ragged queries the maximum.
+    num_heads_q, num_heads_kv
+        Heads; the second divides the first.
+    latent_dim, rope_dim
+        Width of the part of a key that is also the value, and of the part that is not (may be 0).
+    dtype
+        Element type of q, cache and output: ``"bfloat16"`` or ``"float16"``.
+    page_size
+        Tokens per page of the cache.
+    num_pages
+        Pages in the cache.
+    max_pages_per_seq
+        Columns of the block table.
+    causal
+        Whether query i of s_q sees keys up to length - s_q + i only.
+    ragged
+        Whether the queries of all requests lie one behind the other, cut by cu_seqlens_q.
+    total_q
+        Query tokens of all requests together.
+    """
+
+    batch: int
+    seqlen_q: int
+    num_heads_q: int
+    num_heads_kv: int
+    latent_dim: int
+    rope_dim: int
+    dtype: str
+    page_size: int
+    num_pages: int
+    max_pages_per_seq: int
+    causal: bool
+    ragged: bool
+    total_q: int
+
+    @property
+    def head_dim_qk(self) -> int:
+        """Width of a query or key."""
+        return self.latent_dim + self.rope_dim
+
+    @property
+    def head_dim_v(self) -> int:
+        """Width of a value and of the output."""
+        return self.latent_dim
+
+    @property
+    def group_heads(self) -> int:
+        """Query heads that share a KV head."""
+        return self.num_heads_q // self.num_heads_kv
+
+    @property
+    def max_seqlen_k(self) -> int:
+        """Longest sequence that the block table can name."""
+        return self.page_size * self.max_pages_per_seq
+
+    @property
+    def default_softmax_scale(self) -> float:
+        """``head_dim_qk ** -0.5``."""
+        return float(self.head_dim_qk**-0.5)
+
+    @property
+    def out_shape(self) -> tuple[int, ...]:
+        """[batch, seqlen_q, num_heads_q, d_v], or [total_q, num_heads_q, d_v] when ragged."""
+        if self.ragged:
+            return self.total_q, self.num_heads_q, self.head_dim_v
+        return self.batch, self.seqlen_q, self.num_heads_q, self.head_dim_v
+
+    @property
+    def lse_shape(self) -> tuple[int, ...]:
+        """[batch, num_heads_q, seqlen_q], or [num_heads_q, total_q] when ragged."""
+        if self.ragged:
+            return self.num_heads_q, self.total_q
+        return self.batch, self.num_heads_q, self.seqlen_q
+
+    def _repr_html_(self) -> str:
+        """A table for notebooks."""
+        facts = {name: getattr(self, name) for name in self.__dataclass_fields__}
+        shapes = {"out": list(self.out_shape), "lse": list(self.lse_shape), "longest sequence": self.max_seqlen_k}
+        return facts_table("DecodeProblem", {**facts, **shapes})
+
+
+@dataclass(slots=True, eq=False)
+class DecodeInputs:
+    """The arrays of a call. A packed q or cache comes as two views of the same memory.
+
+    Attributes
+    ----------
+    q_latent, q_rope
+        [batch, seqlen_q, num_heads_q, latent_dim] and [..., rope_dim], or without the first axis and with total_q
+        as the second when ragged. q_rope is None when rope_dim is 0.
+    kv_latent, kv_rope
+        [num_pages, page_size, num_heads_kv, latent_dim] and [..., rope_dim]; kv_rope is None when rope_dim is 0.
+    block_table
+        [batch, max_pages_per_seq] int32.
+    cache_seqlens
+        [batch] int32.
+    cu_seqlens_q
+        [batch + 1] int32, or None.
+    """
+
+    q_latent: ArrayView
+    q_rope: ArrayView | None
+    kv_latent: ArrayView
+    kv_rope: ArrayView | None
+    block_table: ArrayView
+    cache_seqlens: ArrayView
+    cu_seqlens_q: ArrayView | None
+
+    @property
+    def location(self) -> tuple[str, int]:
+        """Device and its number; the same for all arrays."""
+        return self.q_latent.location
+
+    def views(self) -> tuple[ArrayView | None, ...]:
+        """All of them, None for one that is not there."""
+        return tuple(getattr(self, name) for name in self.__dataclass_fields__)

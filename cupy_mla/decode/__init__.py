@@ -1,0 +1,1 @@
+"""Decoding: plans, prepared calls, merges, and the NumPy reference."""

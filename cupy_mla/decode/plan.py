@@ -1,0 +1,359 @@
+"""Decode plans: how the work of a batch is cut, made on the device once and used by every layer of a step."""
+
+from __future__ import annotations
+
+import functools
+import threading
+from typing import Any
+
+import numpy as np
+
+from ..arrays.dtypes import ITEM_SIZES
+from ..arrays.exchange import empty_like, keep_imported
+from ..arrays.frameworks import CUDA, check_stream, current_stream
+from ..arrays.sketch import pointer_of
+from ..arrays.view import ArrayView, view
+from ..call.arguments import as_integer
+from ..call.problem import DecodeInputs, DecodeProblem
+from ..errors import InvalidArgumentError, PlanMismatchError
+from ..gpu.device import describe_device
+from ..gpu.jit.module import LoadedKernel, load
+from ..gpu.launch import Launch, is_capturing
+from ..kernels.configs import KernelConfig, choose_config
+from ..kernels.plan_layout import PLAN_SOURCE, combine_source, plan_geometry, plan_layout, plan_params
+from ..schedule.make import ScheduleShape, check_fixed_split, choose_parts
+from ..schedule.pieces import ceil_div
+from ..shown.html import facts_table
+
+_PARTIAL_ALIGNMENT = 256  # bytes; sections of the workspace
+_WORD_BYTES = 4  # int32 of the plan, float32 of the lse
+_BLUEPRINTS_KEPT = 1024  # ragged batches may bring a new one every step
+
+
+def check_plan_options(max_seqlen_k: int | None, fixed_split_tokens: int | None) -> tuple[int | None, int | None]:
+    """The options of a plan as Python's integers; the same are refused on every backend.
+
+    Raises
+    ------
+    InvalidArgumentError
+        ``max_seqlen_k`` is no integer or negative, or ``fixed_split_tokens`` no positive multiple of a tile's tokens.
+    """
+    if max_seqlen_k is not None:
+        max_seqlen_k = as_integer(max_seqlen_k, "max_seqlen_k")
+        if max_seqlen_k < 0:
+            raise InvalidArgumentError("max_seqlen_k", "a non-negative integer", str(max_seqlen_k))
+    if fixed_split_tokens is not None:
+        fixed_split_tokens = as_integer(fixed_split_tokens, "fixed_split_tokens")
+    check_fixed_split(fixed_split_tokens)
+    return max_seqlen_k, fixed_split_tokens
+
+
+def schedule_shape(
+    problem: DecodeProblem,
+    config: KernelConfig,
+    num_sms: int,
+    max_seqlen_k: int | None = None,
+    fixed_split_tokens: int | None = None,
+) -> ScheduleShape:
+    """What a schedule for a problem depends on besides the lengths."""
+    tokens = 1 if problem.ragged else problem.seqlen_q
+    blocks_per_job, num_parts = choose_parts(num_sms, ceil_div(tokens * problem.group_heads, config.rows))
+    return ScheduleShape(
+        num_parts=num_parts,
+        blocks_per_job=blocks_per_job,
+        rows=config.rows,
+        group_heads=problem.group_heads,
+        num_heads_kv=problem.num_heads_kv,
+        batch=problem.batch,
+        seqlen_q=problem.seqlen_q,
+        max_seqlen_k=problem.max_seqlen_k if max_seqlen_k is None else min(max_seqlen_k, problem.max_seqlen_k),
+        causal=problem.causal,
+        ragged=problem.ragged,
+        fixed_split_tokens=fixed_split_tokens,
+        total_q=problem.total_q if problem.ragged else None,
+        cost=config.cost,
+    )
+
+
+class Blueprint:
+    """What all plans of one kind of call on one GPU have in common; made once, by `blueprint`. Holds no device memory.
+
+    Attributes
+    ----------
+    problem : DecodeProblem
+        Shapes and settings.
+    location : (str, int)
+        Device and its number.
+    num_sms : int
+        Streaming multiprocessors of the GPU.
+    config : KernelConfig
+        The decode kernel.
+    shape : ScheduleShape
+        What the schedule depends on besides the lengths.
+    merges_offset : int
+        Where the merges lie in the plan, in ints.
+    plan_bytes, partial_out_bytes, partial_lse_bytes : int
+        Sizes of the plan and of the room for partial results, rounded up so that one may follow the other.
+    """
+
+    def __init__(
+        self, problem: DecodeProblem, device_id: int, max_seqlen_k: int | None, fixed_split_tokens: int | None
+    ) -> None:
+        self.problem = problem
+        self.location = (CUDA, device_id)
+        self.num_sms = describe_device(device_id).num_sms
+        self.config = choose_config(problem, self.num_sms, max_seqlen_k, fixed_split_tokens)
+        self.shape = schedule_shape(problem, self.config, self.num_sms, max_seqlen_k, fixed_split_tokens)
+        layout = plan_layout(self.shape)
+        self.merges_offset = layout.merges_offset
+        rows = self.shape.max_slots * self.shape.rows_per_job
+        self.plan_bytes = _section(layout.total_ints * _WORD_BYTES)
+        self.partial_out_bytes = _section(rows * problem.head_dim_v * ITEM_SIZES[self.config.partial_dtype])
+        self.partial_lse_bytes = _section(rows * _WORD_BYTES)
+        self._lock = threading.Lock()
+        self._pointers = np.zeros(3, np.uint64)  # cache_seqlens, cu_seqlens_q, plan
+
+    @property
+    def workspace_bytes(self) -> int:
+        """Bytes of a plan with its room for partial results."""
+        return self.plan_bytes + self.partial_out_bytes + self.partial_lse_bytes
+
+    @functools.cached_property
+    def decode_kernel(self) -> LoadedKernel:
+        """Compiled and loaded when first needed, like the others."""
+        return load(self.config.source(), self.location[1])
+
+    @functools.cached_property
+    def combine_kernel(self) -> LoadedKernel | None:
+        """The kernel that merges partial results; None when no schedule of this shape has any."""
+        return load(combine_source(self.config), self.location[1]) if self.shape.max_merges > 0 else None
+
+    @functools.cached_property
+    def _planner(self) -> Launch:
+        geometry = plan_geometry(self.shape)
+        return Launch(
+            load(PLAN_SOURCE, self.location[1]),
+            geometry.grid,
+            geometry.block,
+            geometry.shared_memory,
+            (*(self._pointers[index : index + 1] for index in range(3)), plan_params(self.shape)),
+        )
+
+    def launch_planner(self, cache_seqlens: int, cu_seqlens_q: int, plan: int, stream: int) -> None:
+        """Queue the planner, given addresses (0 for no cu_seqlens_q)."""
+        planner = self._planner
+        with self._lock:
+            self._pointers[:] = cache_seqlens, cu_seqlens_q, plan
+            planner(stream)
+
+
+@functools.lru_cache(maxsize=_BLUEPRINTS_KEPT)
+def blueprint(
+    problem: DecodeProblem, device_id: int, max_seqlen_k: int | None = None, fixed_split_tokens: int | None = None
+) -> Blueprint:
+    """The blueprint of a kind of call; the same object whenever it is asked for again.
+
+    Raises
+    ------
+    InvalidArgumentError
+        The plan would be too large, or ``fixed_split_tokens`` is no multiple of a tile.
+    UnsupportedDeviceError
+        There is no such GPU.
+    """
+    return Blueprint(problem, device_id, max_seqlen_k, fixed_split_tokens)
+
+
+def _section(size: int) -> int:
+    return ceil_div(size, _PARTIAL_ALIGNMENT) * _PARTIAL_ALIGNMENT
+
+
+class DecodePlan:
+    """How the work of one kind of call is cut, on the device; made by `cupy_mla.plan_decode`.
+
+    A plan belongs to the shapes and settings it was made with, and to the lengths it was last updated with. It also
+    owns the workspace for partial results, so that a call with a plan and given outputs allocates nothing, and a count
+    of the CTAs that have claimed their part; calls that share a plan must therefore follow one another on one stream.
+
+    Attributes
+    ----------
+    problem : DecodeProblem
+        Shapes and settings.
+    location : (str, int)
+        Device and its number.
+    blueprint : Blueprint or None
+        What all plans of this kind share; None on the CPU, where nothing is planned.
+    max_seqlen_k : int
+        Largest length of a request, in tokens.
+    pointer, partial_out, partial_lse : int
+        Addresses of the plan and of the room for partial results.
+    is_settled : bool
+        Whether a decode was queued since the plan was written: later ones may read it before their predecessor ends.
+    updated_in_capture : bool or None
+        Whether `update` was captured in a CUDA graph; None if the plan was written otherwise. Only a decode that runs,
+        or is captured, as the update was settles the plan: what is captured does not run after what is not.
+
+    Parameters
+    ----------
+    owner
+        An array whose framework and device the workspace comes from.
+    made
+        uint8 array that holds a plan already, ``kind.plan_bytes`` or more; None: there is room for one in the
+        workspace.
+    max_seqlen_k
+        Largest length that updates may bring, in tokens, where ``kind`` does not say so; None: what the block table can
+        hold.
+    stream
+        CUDA stream that the plan will be used on; None: the current one.
+    """
+
+    def __init__(
+        self,
+        problem: DecodeProblem,
+        location: tuple[str, int],
+        owner: Any,
+        kind: Blueprint | None,
+        *,
+        made: Any = None,
+        max_seqlen_k: int | None = None,
+        stream: int | None = None,
+    ) -> None:
+        self.problem = problem
+        self.location = location
+        self.blueprint = kind
+        most = problem.max_seqlen_k if max_seqlen_k is None else min(max_seqlen_k, problem.max_seqlen_k)
+        self.max_seqlen_k = most if kind is None else kind.shape.max_seqlen_k
+        self.pointer = self.partial_out = self.partial_lse = 0
+        self.is_settled = False
+        self.updated_in_capture: bool | None = None
+        if kind is None:
+            return
+        # From q's framework, whose allocator knows its streams and its graph captures.
+        size = kind.workspace_bytes - (0 if made is None else kind.plan_bytes)
+        workspace = empty_like(owner, (size,), "uint8", stream)
+        self._owners = (workspace, made)
+        base = pointer_of(workspace)
+        self.pointer = base if made is None else pointer_of(made)
+        self.partial_out = base + (kind.plan_bytes if made is None else 0)
+        self.partial_lse = self.partial_out + kind.partial_out_bytes
+
+    @classmethod
+    def at(cls, kind: Blueprint, workspace: int, made: int | None) -> DecodePlan:
+        """A plan in memory that is the caller's: addresses of a workspace, and of a plan if that is not in it."""
+        plan = cls(kind.problem, kind.location, None, None)
+        plan.blueprint = kind
+        plan.pointer = workspace if made is None else made
+        plan.partial_out = workspace + (kind.plan_bytes if made is None else 0)
+        plan.partial_lse = plan.partial_out + kind.partial_out_bytes
+        return plan
+
+    @property
+    def config(self) -> KernelConfig | None:
+        """The kernel; None on the CPU, where nothing is planned."""
+        return None if self.blueprint is None else self.blueprint.config
+
+    @property
+    def shape(self) -> ScheduleShape | None:
+        """What the schedule depends on besides the lengths; None on the CPU."""
+        return None if self.blueprint is None else self.blueprint.shape
+
+    def update(self, cache_seqlens: Any, cu_seqlens_q: Any = None, *, stream: int | None = None) -> None:
+        """Plan again for new lengths: one small kernel, no host synchronisation; may be captured in a CUDA graph.
+
+        Parameters
+        ----------
+        cache_seqlens
+            [batch] int32 on the plan's device; lengths up to the plan's maximum (longer ones are cut to it).
+        cu_seqlens_q
+            [batch + 1] int32 for ragged queries, else None.
+        stream
+            CUDA stream; None: the current stream of the framework of ``cache_seqlens``.
+
+        Raises
+        ------
+        InvalidArgumentError
+            A wrong shape, type, device or alignment, or cu_seqlens_q given or missing against the plan.
+        """
+        check_stream(stream)
+        lengths = view(cache_seqlens, "cache_seqlens", stream)
+        _check_index(lengths, "cache_seqlens", self.problem.batch, self.location)
+        if (cu_seqlens_q is not None) != self.problem.ragged:
+            expected = "an array, as the plan is ragged" if self.problem.ragged else "None, as the plan is not ragged"
+            raise InvalidArgumentError("cu_seqlens_q", expected, type(cu_seqlens_q).__name__)
+        if stream is None and self.blueprint is not None:
+            stream = current_stream(cache_seqlens, self.location[1])
+        starts = None
+        if cu_seqlens_q is not None:
+            starts = view(cu_seqlens_q, "cu_seqlens_q", stream)
+            _check_index(starts, "cu_seqlens_q", self.problem.batch + 1, self.location)
+        if stream is None or self.blueprint is None:
+            return  # nothing is planned on the CPU
+        self.launch(lengths.pointer, 0 if starts is None else starts.pointer, stream)
+        self.updated_in_capture = is_capturing(stream)
+        keep_imported((lengths, starts), stream)
+
+    def launch(self, cache_seqlens: int, cu_seqlens_q: int, stream: int) -> None:
+        """Queue the planner, given addresses (0 for no cu_seqlens_q)."""
+        assert self.blueprint is not None  # a plan on a GPU has one
+        self.is_settled = False
+        self.updated_in_capture = None
+        self.blueprint.launch_planner(cache_seqlens, cu_seqlens_q, self.pointer, stream)
+
+    def check(self, problem: DecodeProblem, inputs: DecodeInputs) -> None:
+        """Refuse a call that this plan was not made for.
+
+        Raises
+        ------
+        PlanMismatchError
+            Shapes or settings differ from the plan's.
+        """
+        if problem is not self.problem:
+            for field in DecodeProblem.__dataclass_fields__:
+                if field == "num_pages":  # the pool may have grown since
+                    continue
+                was, came = getattr(self.problem, field), getattr(problem, field)
+                if was != came:
+                    raise PlanMismatchError("plan", f"a plan for {field} = {came}", f"one for {field} = {was}")
+        if inputs.location != self.location:
+            raise PlanMismatchError("plan", f"a plan on {inputs.location}", f"one on {self.location}")
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        if self.blueprint is not None:
+            raise TypeError("a plan owns memory of its GPU and cannot be copied or pickled: make another (plan_decode)")
+        return super().__reduce_ex__(protocol)
+
+    def __repr__(self) -> str:
+        kind = self.blueprint
+        if kind is None:
+            return f"DecodePlan(batch={self.problem.batch}, NumPy backend)"
+        return (
+            f"DecodePlan(batch={self.problem.batch}, kernel={kind.config.name}, parts={kind.shape.num_parts}, "
+            f"blocks_per_job={kind.shape.blocks_per_job}, workspace={kind.workspace_bytes / 2**20:.1f} MiB)"
+        )
+
+    def _repr_html_(self) -> str:
+        """Tables for notebooks: what the plan is, and what it is for."""
+        device, number = self.location
+        facts: dict[str, object] = {"device": f"{device}:{number}"}
+        kind = self.blueprint
+        if kind is None:
+            facts["kernel"] = "none: the NumPy backend plans nothing"
+        else:
+            facts |= {
+                "kernel": kind.config.name,
+                "SMs": kind.num_sms,
+                "parts": f"{kind.shape.num_parts}, CTAs of each: {kind.shape.blocks_per_job}",
+                "most pieces": kind.shape.max_items,
+                "most partial results": kind.shape.max_slots,
+                "fixed split, tokens": kind.shape.fixed_split_tokens or "none",
+                "workspace": f"{kind.workspace_bytes / 2**20:.1f} MiB",
+            }
+        return facts_table("DecodePlan", facts) + self.problem._repr_html_()
+
+
+def _check_index(array: ArrayView, name: str, length: int, location: tuple[str, int]) -> None:
+    if array.shape != (length,) or array.dtype != "int32" or (length > 1 and array.strides != (1,)):
+        raise InvalidArgumentError(name, f"contiguous int32 [{length}]", f"{array.dtype} {list(array.shape)}")
+    if array.location != location:
+        raise InvalidArgumentError(name, f"an array on {location}", f"one on {array.location}")
+    if array.device == CUDA and array.pointer % array.itemsize:
+        raise InvalidArgumentError(name, f"an address that is a multiple of {array.itemsize} bytes", hex(array.pointer))

@@ -1,0 +1,56 @@
+"""Plans in ordinary arrays, for compilers of whole programs (torch.compile, jax.jit).
+
+Such a compiler sees arrays, not objects; it may copy them, move them, and run later or in another process. A plan in an
+array therefore holds nothing but what the planner wrote, and all else is worked out again from the arguments of each
+call. (A decode may count its CTAs in it, kernels_cu/decode/claim.h; the count is back at 0 at its end.) What it was
+made for is told by its size: to the bytes of the plan are added as many as a fingerprint of the problem says, so that a
+plan of other shapes or settings is refused although nothing is read back from the GPU.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import zlib
+
+from ..arrays.frameworks import CUDA
+from ..call.problem import DecodeProblem
+from ..errors import PlanMismatchError
+from .plan import Blueprint, blueprint, check_plan_options
+
+_FINGERPRINTS = 1 << 15  # at most 32 KiB more; a wrong plan of the same size otherwise passes once in so many cases
+
+
+def plan_kind(
+    problem: DecodeProblem, location: tuple[str, int], max_seqlen_k: int | None, fixed_split_tokens: int | None
+) -> Blueprint | None:
+    """What a plan for a call is; None on the CPU, where nothing is planned."""
+    max_seqlen_k, fixed_split_tokens = check_plan_options(max_seqlen_k, fixed_split_tokens)
+    return blueprint(problem, location[1], max_seqlen_k, fixed_split_tokens) if location[0] == CUDA else None
+
+
+def plan_array_bytes(
+    problem: DecodeProblem, location: tuple[str, int], max_seqlen_k: int | None, fixed_split_tokens: int | None
+) -> int:
+    """Size of the uint8 array that holds the plan of a call; the same in every process."""
+    kind = plan_kind(problem, location, max_seqlen_k, fixed_split_tokens)
+    # The pool may grow while a plan lives.
+    options = check_plan_options(max_seqlen_k, fixed_split_tokens)
+    settings = (dataclasses.astuple(dataclasses.replace(problem, num_pages=0)), *options)
+    fingerprint = zlib.crc32(repr(settings).encode()) % _FINGERPRINTS
+    return (0 if kind is None else kind.plan_bytes) + fingerprint + 1
+
+
+def check_plan_array(size: int, expected: int) -> None:
+    """Refuse a plan whose array has another size than one for this call has.
+
+    Raises
+    ------
+    PlanMismatchError
+        It has.
+    """
+    if size != expected:
+        raise PlanMismatchError(
+            "plan",
+            f"a plan made with the shapes and options of this call ({expected} bytes)",
+            f"one made with others ({size} bytes)",
+        )

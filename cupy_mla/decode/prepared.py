@@ -1,0 +1,246 @@
+"""Prepared decode calls: everything about a call but its addresses, packed once and launched for every layer.
+
+Per call only addresses are written into the packed arguments. A prepared call therefore keeps no array alive and is
+right for any memory of the same layout.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+import threading
+from dataclasses import dataclass
+
+import numpy as np
+
+from ..arrays.frameworks import CUDA
+from ..arrays.view import ArrayView
+from ..call.problem import DecodeInputs, DecodeProblem
+from ..gpu.launch import Launch, is_capturing
+from ..kernels.decode_params import DECODE_PARAMS, HALF_SHARE_UNIT
+from ..kernels.halves import second_half
+from ..kernels.plan_layout import COMBINE_PARAMS, STORE_ALIGNMENT, combine_geometry
+from ..kernels.tensor_maps import TENSOR_MAP, PageSteps, TensorMap, kv_tensor_map
+from .plan import Blueprint, DecodePlan
+
+_LOG2_E = math.log2(math.e)
+_WORD_BYTES = 8
+_FLAG_BYTES = 4
+_ELEMENT_BYTES = 2
+# CTAs of a job read the same tiles; two of them on neighbouring SMs take up to 3% less time (kernels_cu/DESIGN.md). SMs
+# come in pairs; larger clusters do not fill a GPU.
+_PAIR = 2
+_CALLS_KEPT = 4096  # as many as describe.py remembers good combinations
+_CACHES_KEPT = 512  # KV caches (one a layer) whose tensor maps a prepared call has at hand
+
+
+def _words_of(dtype: np.dtype[np.void], *names: str) -> tuple[int, ...]:
+    """Where fields of 8 bytes lie in a struct, in words."""
+    assert dtype.fields is not None
+    return tuple(dtype.fields[name][1] // _WORD_BYTES for name in names)
+
+
+_Q_LATENT, _Q_ROPE, _BLOCK_TABLE, _OUT, _LSE, _PARTIAL_OUT, _PARTIAL_LSE, _PLAN = _words_of(
+    DECODE_PARAMS, "q_latent", "q_rope", "block_table", "out", "lse", "partial_out", "partial_lse", "plan"
+)
+_C_OUT, _C_LSE, _C_PARTIAL_OUT, _C_PARTIAL_LSE, _C_PLAN = _words_of(
+    COMBINE_PARAMS, "out", "lse", "partial_out", "partial_lse", "plan"
+)
+assert DECODE_PARAMS.fields is not None
+_PLAN_IS_SETTLED = DECODE_PARAMS.fields["plan_is_settled"][1] // _FLAG_BYTES
+
+Strides = tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Pages:
+    """Shape and strides (in elements) of one part of a paged cache."""
+
+    shape: tuple[int, ...]
+    strides: Strides
+
+    @staticmethod
+    def of(array: ArrayView) -> Pages:
+        return Pages(array.shape, array.strides)
+
+
+@dataclass(frozen=True, slots=True)
+class CallLayout:
+    """Strides of a call's arrays, in elements; those of q, out and lse are batch (0 when ragged), token, head.
+
+    q_rope and kv_rope are None when there is no rope part.
+    """
+
+    q_latent: Strides
+    q_rope: Strides | None
+    kv_latent: Pages
+    kv_rope: Pages | None
+    block_table: int
+    out: Strides
+    lse: Strides
+
+    @staticmethod
+    def of(problem: DecodeProblem, inputs: DecodeInputs, out: Strides, lse: Strides) -> CallLayout:
+        """Of inputs, and of an out and an lse of these strides."""
+        ragged = problem.ragged
+        return CallLayout(
+            q_latent=_query_strides(inputs.q_latent.strides, ragged),
+            q_rope=None if inputs.q_rope is None else _query_strides(inputs.q_rope.strides, ragged),
+            kv_latent=Pages.of(inputs.kv_latent),
+            kv_rope=None if inputs.kv_rope is None else Pages.of(inputs.kv_rope),
+            block_table=inputs.block_table.strides[0],
+            out=_query_strides(out, ragged),
+            lse=_lse_strides(lse, ragged),
+        )
+
+
+class DecodeCall:
+    """The launches of one kind of call: the decode kernel, and the merge of partial results where there can be any.
+
+    Parameters
+    ----------
+    kind
+        What the plans of such calls have in common.
+    softmax_scale
+        Factor on the scores.
+    empty_lse
+        The lse of a query that sees no key.
+    layout
+        Strides of the arrays.
+    """
+
+    def __init__(self, kind: Blueprint, softmax_scale: float, empty_lse: float, layout: CallLayout) -> None:
+        config, shape, problem = kind.config, kind.shape, kind.problem
+        self.kind = kind
+        self._layout = layout
+        self._lock = threading.Lock()  # the packed arguments are shared by all threads
+        self._maps: dict[tuple[int, int], tuple[TensorMap, TensorMap]] = {}
+
+        params = np.zeros(1, DECODE_PARAMS)
+        params["q_latent_strides"] = layout.q_latent
+        if layout.q_rope is not None:
+            params["q_rope_strides"] = layout.q_rope
+        params["block_table_stride"] = layout.block_table
+        params["out_strides"], params["lse_strides"] = layout.out, layout.lse
+        params["num_parts"], params["blocks_per_job"] = shape.num_parts, shape.blocks_per_job
+        params["group_heads"], params["scale_log2"] = problem.group_heads, softmax_scale * _LOG2_E
+        params["empty_lse"] = empty_lse
+        for part, pages in (("latent", layout.kv_latent), ("rope", layout.kv_rope)):
+            if pages is not None:
+                steps = PageSteps.of(pages.shape, pages.strides)
+                params[f"{part}_page_step"], params[f"{part}_head_step"] = steps.page, steps.head
+        if shape.may_claim:
+            params["second_half"] = half = second_half(kind.location[1])
+            num_second = sum(int(word).bit_count() for word in half)
+            params["second_half_share"] = num_second * HALF_SHARE_UNIT // kind.num_sms
+        self.params = params
+        self._words = params.view(np.uint64).data
+        self._flags = params.view(np.int32).data
+        no_map = np.zeros(1, TENSOR_MAP)  # the launch is pointed at those of the cache
+        self._decode = Launch(
+            kind.decode_kernel,
+            (shape.blocks_per_job, shape.num_parts, 1),
+            (config.threads, 1, 1),
+            config.shared_memory,
+            (no_map, no_map, params),
+            programmatic=True,
+            cluster=_PAIR if shape.blocks_per_job % _PAIR == 0 else 1,
+        )
+        self.combine_params = np.zeros(1, COMBINE_PARAMS)
+        self._combine_words = self.combine_params.view(np.uint64).data
+        self.combine_params["empty_lse"] = empty_lse
+        self._combine = self._prepare_combine()
+
+    def _prepare_combine(self) -> Launch | None:
+        kind, layout, params = self.kind, self._layout, self.combine_params
+        if kind.combine_kernel is None:
+            return None
+        params["out_strides"], params["lse_strides"] = layout.out, layout.lse
+        params["merges_offset"], params["slot_rows"] = kind.merges_offset, kind.shape.rows_per_job
+        params["rows"], params["group_heads"] = kind.config.rows, kind.problem.group_heads
+        params["d_v"] = kind.problem.head_dim_v
+        # The address of out is a multiple of it; `check_output` sees to that.
+        params["aligned"] = all(step * _ELEMENT_BYTES % STORE_ALIGNMENT == 0 for step in layout.out)
+        geometry = combine_geometry(kind.num_sms, kind.config.combine_threads)
+        return Launch(
+            kind.combine_kernel, geometry.grid, geometry.block, geometry.shared_memory, (params,), programmatic=True
+        )
+
+    def __call__(
+        self,
+        q_latent: int,
+        q_rope: int,
+        kv_latent: int,
+        kv_rope: int,
+        block_table: int,
+        out: int,
+        lse: int,
+        plan: DecodePlan,
+        stream: int,
+    ) -> None:
+        """Queue the kernels, given addresses (0 for a rope part that there is not).
+
+        Raises
+        ------
+        DriverError
+            The driver refused a launch.
+        """
+        maps = self._maps.get((kv_latent, kv_rope)) or self._make_maps(kv_latent, kv_rope)
+        words, combine, combine_words = self._words, self._combine, self._combine_words
+        with self._lock:
+            addresses = self._decode.addresses
+            addresses[0] = maps[0].address
+            addresses[1] = maps[1].address
+            words[_Q_LATENT] = q_latent
+            words[_Q_ROPE] = q_rope
+            words[_BLOCK_TABLE] = block_table
+            words[_OUT] = combine_words[_C_OUT] = out
+            words[_LSE] = combine_words[_C_LSE] = lse
+            words[_PARTIAL_OUT] = combine_words[_C_PARTIAL_OUT] = plan.partial_out
+            words[_PARTIAL_LSE] = combine_words[_C_PARTIAL_LSE] = plan.partial_lse
+            words[_PLAN] = combine_words[_C_PLAN] = plan.pointer
+            # What was captured may not have run yet when a call runs that is not.
+            self._flags[_PLAN_IS_SETTLED] = plan.is_settled and (not plan.updated_in_capture or is_capturing(stream))
+            self._decode(stream)
+            if not plan.is_settled and plan.updated_in_capture is not None:
+                plan.is_settled = is_capturing(stream) == plan.updated_in_capture
+            if combine is not None:
+                combine(stream)
+
+    def _make_maps(self, kv_latent: int, kv_rope: int) -> tuple[TensorMap, TensorMap]:
+        config, layout = self.kind.config, self._layout
+        latent = kv_tensor_map(self._pages(kv_latent, layout.kv_latent), config)
+        rope = latent  # an argument that the kernel does not look at
+        if layout.kv_rope is not None:
+            rope = kv_tensor_map(self._pages(kv_rope, layout.kv_rope), config)
+        if len(self._maps) >= _CACHES_KEPT:
+            self._maps.clear()
+        self._maps[kv_latent, kv_rope] = latent, rope
+        return latent, rope
+
+    def _pages(self, pointer: int, pages: Pages) -> ArrayView:
+        return ArrayView(
+            pointer, pages.shape, pages.strides, self.kind.problem.dtype, CUDA, self.kind.location[1], None
+        )
+
+
+@functools.lru_cache(maxsize=_CALLS_KEPT)
+def prepare(kind: Blueprint, softmax_scale: float, empty_lse: float, layout: CallLayout) -> DecodeCall:
+    """The prepared call of a kind and a layout; the same object whenever it is asked for again.
+
+    Raises
+    ------
+    CompilationError, UnsupportedDeviceError, DriverError, MissingDependencyError
+        A kernel cannot be compiled or loaded.
+    """
+    return DecodeCall(kind, softmax_scale, empty_lse, layout)
+
+
+def _query_strides(strides: Strides, ragged: bool) -> Strides:
+    """Batch, token and head strides of q or out; a ragged array's batch stride is 0."""
+    return (0, *strides[:2]) if ragged else strides[:3]
+
+
+def _lse_strides(strides: Strides, ragged: bool) -> Strides:
+    """Batch, token and head strides of lse [batch, heads, tokens] or [heads, tokens]."""
+    return (0, strides[1], strides[0]) if ragged else (strides[0], strides[2], strides[1])

@@ -1,0 +1,230 @@
+"""The NumPy backend: decode attention on CPU arrays, one request after the other, with BLAS.
+
+It is the default where no Hopper GPU is, and with ``dtype=numpy.float64`` the oracle of everything else. Only tokens
+inside a sequence are ever gathered, so what lies past its end, in unused pages or in padding cannot reach a result.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from ..arrays.dtypes import numpy_dtype
+from ..arrays.exchange import as_numpy
+from ..call.problem import DecodeInputs, DecodeProblem
+
+Array = npt.NDArray[Any]
+
+# Keys that are converted and multiplied at once. Bounds the memory of a request whatever its length, and keeps the
+# float32 keys of a step (2.4 MB at width 576) in the cache: at 128 heads and 8192 tokens, one thread takes 45 ms a
+# request in steps of 512 to 2048, 69 ms in one step.
+TOKENS_PER_STEP = 1024
+
+
+def mla_decode_reference(
+    problem: DecodeProblem,
+    inputs: DecodeInputs,
+    softmax_scale: float,
+    *,
+    dtype: npt.DTypeLike = np.float32,
+    out: Array | None = None,
+    lse: Array | None = None,
+) -> tuple[Array, Array]:
+    """``out = softmax(scale * q @ k^T) @ k[..., :d_v]`` over a paged cache, and the log-sum-exp of the scores.
+
+    The softmax is taken in steps over the keys with a running maximum (Milakov and Gimelshein, "Online normalizer
+    calculation for softmax", 2018).
+
+    Parameters
+    ----------
+    problem, inputs
+        What `cupy_mla.describe.describe_decode` returned. CUDA arrays are copied to the host first.
+    softmax_scale
+        Factor on the scores.
+    dtype
+        Type of all arithmetic, ``numpy.float32`` or ``numpy.float64``.
+    out
+        Array to write to, of `DecodeProblem.out_shape` and any floating type; None: a new one.
+    lse
+        Array to write to, of `DecodeProblem.lse_shape` and any floating type; None: a new one.
+
+    Returns
+    -------
+    out
+        [batch, seqlen_q, num_heads_q, d_v], or [total_q, num_heads_q, d_v] when ragged, of q's type; float64 when
+        that is ``dtype``. 0 for a query that sees no key.
+    lse
+        [batch, num_heads_q, seqlen_q], or [num_heads_q, total_q] when ragged, of type ``dtype``; natural logarithm.
+        -inf for a query that sees no key.
+
+    Notes
+    -----
+    Lengths are taken as clamped to 0 and the block table's capacity, and a page number outside the cache as a page
+    of zeros, as in the kernels. A ragged query outside of every request gets 0 and -inf.
+    """
+    compute = np.dtype(dtype)
+    q_latent = as_numpy(inputs.q_latent)
+    q_rope = None if inputs.q_rope is None else as_numpy(inputs.q_rope)
+    if out is not None and np.may_share_memory(out, q_latent):  # e.g. an output in the place of the query
+        q_latent = q_latent.copy()
+    if out is not None and q_rope is not None and np.may_share_memory(out, q_rope):
+        q_rope = q_rope.copy()
+    if out is None:
+        out_dtype = compute if compute == np.float64 else numpy_dtype(problem.dtype)
+        out = np.zeros(problem.out_shape, out_dtype)
+    else:
+        out[...] = 0
+    if lse is None:
+        lse = np.full(problem.lse_shape, -np.inf, compute)
+    else:
+        lse[...] = -np.inf
+    keys = _PagedKeys(problem, inputs, compute)
+    lengths = np.clip(as_numpy(inputs.cache_seqlens), 0, problem.max_seqlen_k)
+    starts = None if inputs.cu_seqlens_q is None else np.clip(as_numpy(inputs.cu_seqlens_q), 0, problem.total_q)
+
+    for request in range(problem.batch):
+        rows: Any  # this request's queries in q and out, and in the last axes of lse
+        if starts is None:
+            rows = request
+            lse_rows = lse[request]
+        else:
+            rows = slice(int(starts[request]), int(starts[request + 1]))
+            lse_rows = lse[:, rows]
+        if out[rows].size == 0:
+            continue
+        queries = [_by_kv_head(q_latent[rows].astype(compute), problem.num_heads_kv)]
+        if q_rope is not None:
+            queries.append(_by_kv_head(q_rope[rows].astype(compute), problem.num_heads_kv))
+        for part in queries:
+            part *= softmax_scale
+        length = int(lengths[request])
+        request_out, request_lse = _attend(queries, keys, request, length, problem)
+        seqlen_q = out[rows].shape[0]
+        with np.errstate(over="ignore"):  # beyond float16's range, as on the GPU
+            out[rows] = _by_query(request_out, seqlen_q)
+            lse_rows[...] = _by_query(request_lse[..., None], seqlen_q)[..., 0].T
+    return out, lse
+
+
+def merge_states_reference(outs: Array, lses: Array, *, dtype: npt.DTypeLike = np.float32) -> tuple[Array, Array]:
+    """Merge attention over disjoint sets of keys into attention over all of them.
+
+    ``lse = log(sum(exp(lse_i)))``, ``out = sum(exp(lse_i - lse) * out_i)``.
+
+    Parameters
+    ----------
+    outs
+        [n, ..., d]: n partial results of any floating type.
+    lses
+        [n, ...]: their log-sum-exps, natural logarithm; -inf where a part saw no key (its out is not looked at).
+    dtype
+        Type of the arithmetic, ``numpy.float32`` or ``numpy.float64``.
+
+    Returns
+    -------
+    out
+        [..., d] of the type of ``outs``; float64 when that is ``dtype``. 0 where no part saw a key.
+    lse
+        [...] of type ``dtype``; -inf where no part saw a key.
+    """
+    compute = np.dtype(dtype)
+    parts = lses.astype(compute)
+    highest = parts.max(axis=0)
+    with np.errstate(invalid="ignore", divide="ignore"):
+        weights = np.exp(parts - _finite(highest))
+        total = weights.sum(axis=0)
+        lse = _finite(highest) + np.log(total)
+        seen = np.where(np.isneginf(parts)[..., None], compute.type(0), outs.astype(compute))
+        summed = (weights[..., None] * seen).sum(axis=0)
+    out = np.divide(summed, total[..., None], out=np.zeros_like(summed), where=(total != 0)[..., None])
+    return out.astype(compute if compute == np.float64 else outs.dtype), lse
+
+
+class _PagedKeys:
+    """The cache, read token by token."""
+
+    def __init__(self, problem: DecodeProblem, inputs: DecodeInputs, compute: np.dtype[Any]) -> None:
+        self.page_size = problem.page_size
+        self.num_pages = problem.num_pages
+        self.compute = compute
+        self.block_table = as_numpy(inputs.block_table)
+        self.parts = [as_numpy(inputs.kv_latent)]
+        if inputs.kv_rope is not None:
+            self.parts.append(as_numpy(inputs.kv_rope))
+
+    def gather(self, request: int, begin: int, end: int) -> list[Array]:
+        """Latent and rope keys of tokens begin..end of a request: each [num_heads_kv, end - begin, width]."""
+        tokens = np.arange(begin, end)
+        pages = self.block_table[request, tokens // self.page_size]
+        outside = (pages < 0) | (pages >= self.num_pages)
+        pages = np.where(outside, 0, pages)
+        gathered = []
+        for part in self.parts:
+            values = part[pages, tokens % self.page_size].astype(self.compute)
+            values[outside] = 0
+            gathered.append(values.transpose(1, 0, 2))
+        return gathered
+
+
+def _attend(
+    queries: list[Array], keys: _PagedKeys, request: int, length: int, problem: DecodeProblem
+) -> tuple[Array, Array]:
+    """out [num_heads_kv, rows, d_v] and lse [num_heads_kv, rows] of one request; row = query * group_heads + head."""
+    num_heads_kv, rows, _ = queries[0].shape
+    compute = queries[0].dtype
+    visible = _visible_keys(rows, length, problem)
+    highest = np.full((num_heads_kv, rows), -np.inf, compute)
+    total = np.zeros((num_heads_kv, rows), compute)
+    summed = np.zeros((num_heads_kv, rows, problem.head_dim_v), compute)
+    with np.errstate(invalid="ignore", divide="ignore"):
+        for begin in range(0, length, TOKENS_PER_STEP):
+            end = min(begin + TOKENS_PER_STEP, length)
+            gathered = keys.gather(request, begin, end)
+            scores = queries[0] @ gathered[0].swapaxes(1, 2)
+            for query_part, key_part in zip(queries[1:], gathered[1:], strict=True):
+                scores += query_part @ key_part.swapaxes(1, 2)
+            if visible.min() < end:
+                scores[:, np.arange(begin, end) >= visible[:, None]] = -np.inf
+            new_highest = np.maximum(highest, scores.max(axis=2))
+            base = _finite(new_highest)
+            scores -= base[..., None]
+            weights = np.exp(scores, out=scores)
+            shrink = np.exp(highest - base)
+            total = total * shrink + weights.sum(axis=2)
+            summed = summed * shrink[..., None] + weights @ gathered[0]
+            highest = new_highest
+        lse = _finite(highest) + np.log(total)
+    out = np.divide(summed, total[..., None], out=np.zeros_like(summed), where=(total != 0)[..., None])
+    return out, lse
+
+
+def _visible_keys(rows: int, length: int, problem: DecodeProblem) -> Array:
+    """How many leading keys each row sees: [rows]. Causal: query i of s_q sees length - s_q + i + 1."""
+    if not problem.causal:
+        return np.full(rows, length)
+    query = np.arange(rows) // problem.group_heads
+    seqlen_q = rows // problem.group_heads
+    return np.clip(length - seqlen_q + query + 1, 0, length)
+
+
+def _finite(highest: Array) -> Array:
+    """Row maxima to subtract; 0 for a row that has seen nothing (-inf - -inf would be NaN)."""
+    return np.where(np.isneginf(highest), highest.dtype.type(0), highest)
+
+
+def _by_kv_head(values: Array, num_heads_kv: int) -> Array:
+    """[s_q, num_heads_q, width] to [num_heads_kv, s_q * group_heads, width]."""
+    seqlen_q, num_heads_q, width = values.shape
+    group_heads = num_heads_q // num_heads_kv
+    grouped = values.reshape(seqlen_q, num_heads_kv, group_heads, width).transpose(1, 0, 2, 3)
+    return np.ascontiguousarray(grouped).reshape(num_heads_kv, seqlen_q * group_heads, width)
+
+
+def _by_query(values: Array, seqlen_q: int) -> Array:
+    """The inverse of `_by_kv_head`."""
+    num_heads_kv, rows, width = values.shape
+    group_heads = rows // seqlen_q
+    grouped = values.reshape(num_heads_kv, seqlen_q, group_heads, width).transpose(1, 0, 2, 3)
+    return grouped.reshape(seqlen_q, num_heads_kv * group_heads, width)

@@ -1,0 +1,1 @@
+"""The chip and its driver: devices, compiling, loading and launching kernels."""

@@ -1,0 +1,160 @@
+"""Tensor maps: what the copy engine must know of a paged KV cache to load tiles from it."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from typing import Any
+
+import numpy as np
+
+from ..arrays.view import ArrayView
+from ..errors import InvalidArgumentError
+from ..gpu.driver import check, driver
+from .configs import BOX_COLUMNS, KernelConfig
+
+TENSOR_MAP = np.dtype("V128")  # CUtensorMap, opaque
+_MAX_STEPS = 2**31  # coordinates are int32
+_MAPS_KEPT = 1024  # layers * caches of a large model; 128 bytes each
+
+
+@dataclass(frozen=True, slots=True)
+class TensorMap:
+    """A tensor map in host memory.
+
+    Attributes
+    ----------
+    words : numpy.ndarray
+        One element of 128 bytes, as a kernel takes it by value.
+    address : int
+        Where it lies; valid while ``words`` lives.
+    """
+
+    words: np.ndarray[Any, Any]
+    address: int
+
+
+@dataclass(frozen=True, slots=True)
+class PageSteps:
+    """Where the kv heads of the pages lie: head h of page p begins ``p * page + h * head`` steps into the cache.
+
+    Attributes
+    ----------
+    stride : int
+        Elements of a step.
+    page, head : int
+        Steps between pages and between kv heads.
+    count : int
+        Steps that there are.
+    """
+
+    stride: int
+    page: int
+    head: int
+    count: int
+
+    @staticmethod
+    def of(shape: tuple[int, ...], strides: tuple[int, ...]) -> PageSteps:
+        """Of pages of this shape and these strides, [num_pages, page_size, num_heads_kv, width].
+
+        Raises
+        ------
+        InvalidArgumentError
+            The strides have so small a divisor in common that steps cannot be counted in 32 bits.
+        """
+        (num_pages, _, num_heads, _), (page, _, head, _) = shape, strides
+        if num_heads == 1:
+            return PageSteps(page, 1, 0, num_pages)
+        stride = math.gcd(page, head) or BOX_COLUMNS  # strides of 0: all is one
+        steps = PageSteps(stride, page // stride, head // stride, 0)
+        count = (num_pages - 1) * steps.page + (num_heads - 1) * steps.head + 1
+        if count > _MAX_STEPS:
+            raise InvalidArgumentError(
+                "kv_cache",
+                f"strides of pages and of kv heads that are multiples of a larger number than {stride} elements",
+                f"strides {strides} of shape {shape}",
+            )
+        return replace(steps, count=count)
+
+
+def kv_tensor_map(pages: ArrayView, config: KernelConfig) -> TensorMap:
+    """The tensor map of one part (latent or rope) of a paged cache.
+
+    It depends on nothing but what it describes (address, shape, strides, type), so one that is kept is right whatever
+    became of the memory in between.
+
+    Parameters
+    ----------
+    pages : ArrayView
+        [num_pages, page_size, num_heads_kv, width], bf16 or fp16; any strides that are multiples of 16 bytes but the
+        last, which is 1.
+    config : KernelConfig
+        Says how many tokens and columns one copy takes.
+
+    Returns
+    -------
+    TensorMap
+        The map has five dimensions, innermost first: 64 columns, tokens of a group, boxes of 64 columns, groups of a
+        page, `PageSteps`. A copy writes them in this order: boxes side by side for each group of tokens.
+
+    Raises
+    ------
+    InvalidArgumentError
+        As `PageSteps.of`.
+    DriverError
+        The driver refused the description.
+    """
+    width = pages.shape[-1]
+    boxes = width // BOX_COLUMNS if config.copies_whole_tokens else 1
+    groups = config.chunk_tokens // config.group_tokens
+    return _encode(pages.pointer, pages.shape, pages.strides, pages.dtype, config.group_tokens, boxes, groups)
+
+
+@lru_cache(maxsize=_MAPS_KEPT)
+def _encode(
+    pointer: int,
+    shape: tuple[int, ...],
+    strides: tuple[int, ...],
+    dtype: str,
+    group_tokens: int,
+    boxes: int,
+    groups: int,
+) -> TensorMap:
+    cuda = driver()
+    _, page_size, _, width = shape
+    item_bytes = 2
+    data_type = {
+        "bfloat16": cuda.CUtensorMapDataType.CU_TENSOR_MAP_DATA_TYPE_BFLOAT16,
+        "float16": cuda.CUtensorMapDataType.CU_TENSOR_MAP_DATA_TYPE_FLOAT16,
+    }[dtype]
+    steps = PageSteps.of(shape, strides)
+    sizes = (BOX_COLUMNS, group_tokens, width // BOX_COLUMNS, page_size // group_tokens, steps.count)
+    # A dimension of size one may come with any stride, 0 included; the driver wants multiples of 16 bytes that are
+    # larger than nothing, and never uses them.
+    box_bytes = BOX_COLUMNS * item_bytes
+    byte_strides = tuple(
+        step * item_bytes if size > 1 else box_bytes
+        for step, size in zip(
+            (strides[1], BOX_COLUMNS, group_tokens * strides[1], steps.stride), sizes[1:], strict=True
+        )
+    )
+    box = (BOX_COLUMNS, group_tokens, boxes, groups, 1)
+    tensor_map = check(
+        "cuTensorMapEncodeTiled",
+        cuda.cuTensorMapEncodeTiled(
+            data_type,
+            len(sizes),
+            pointer,
+            [cuda.cuuint64_t(size) for size in sizes],
+            [cuda.cuuint64_t(step) for step in byte_strides],
+            [cuda.cuuint32_t(size) for size in box],
+            [cuda.cuuint32_t(1)] * len(sizes),
+            cuda.CUtensorMapInterleave.CU_TENSOR_MAP_INTERLEAVE_NONE,
+            cuda.CUtensorMapSwizzle.CU_TENSOR_MAP_SWIZZLE_128B,
+            cuda.CUtensorMapL2promotion.CU_TENSOR_MAP_L2_PROMOTION_L2_128B,
+            cuda.CUtensorMapFloatOOBfill.CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE,
+        ),
+    )
+    words = np.array([int(word) for word in tensor_map.opaque], dtype=np.uint64).view(TENSOR_MAP)
+    return TensorMap(words, words.ctypes.data)

@@ -1,0 +1,1 @@
+"""What the commands and benchmarks do: cases, their arrays and files, accuracy, timing."""

@@ -1,0 +1,119 @@
+"""Cases from files, and results into files."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ..errors import InvalidArgumentError
+from .array_files import read_arrays, write_arrays
+from .case_arrays import DTYPES, Array, to_host
+from .cases import OPTIONS, TENSORS, Case
+
+_INDEX_RANKS = {"block_table": 2, "cache_seqlens": 1, "cu_seqlens_q": 1}
+
+
+def load_case(path: Path) -> Case:
+    """Read a case from an .npz or .safetensors file, as NumPy arrays.
+
+    The file holds q, kv_cache, block_table and cache_seqlens, and may hold cu_seqlens_q, softmax_scale, causal and
+    head_dim_v (single values; in a safetensors file they may be metadata, whose other entries are ignored). q and
+    kv_cache may be stored as uint16, which is taken as the bits of bfloat16; index arrays may be int64.
+
+    Raises
+    ------
+    InvalidArgumentError
+        The file is not readable, an array is missing or unknown, lengths are not of the rank or range they must have,
+        or a single value is not of its kind. Everything else about the arrays is for ``mla_decode`` to check.
+    """
+    found = read_arrays(path, metadata=_SETTINGS)
+    for name in TENSORS:
+        if name not in found:
+            raise InvalidArgumentError("input", f"an array {name}", f"{path} with {sorted(found)}")
+    unknown = sorted(set(found) - set(TENSORS) - set(OPTIONS))
+    if unknown:
+        raise InvalidArgumentError("input", f"only {', '.join(TENSORS + OPTIONS)}", f"also {', '.join(unknown)}")
+    indices = {name: _index_array(name, found[name]) for name in _INDEX_RANKS if name in found}
+    kv_lengths = indices["cache_seqlens"].astype(np.int64)
+    q = _float_array(found["q"])
+    if "cu_seqlens_q" in indices:
+        q_lengths = np.diff(indices["cu_seqlens_q"]).astype(np.int64)
+    else:
+        q_lengths = np.full_like(kv_lengths, q.shape[1] if q.ndim > 1 else 0)
+    if len(q_lengths) != len(kv_lengths) or (q_lengths < 0).any():
+        raise InvalidArgumentError("cu_seqlens_q", "batch + 1 values that never fall", str(indices["cu_seqlens_q"]))
+    return Case(
+        q=q,
+        kv_cache=_float_array(found["kv_cache"]),
+        block_table=indices["block_table"],
+        cache_seqlens=indices["cache_seqlens"],
+        kv_lengths=kv_lengths,
+        q_lengths=q_lengths,
+        cu_seqlens_q=indices.get("cu_seqlens_q"),
+        **_settings(found),
+    )
+
+
+def _float_array(array: Array) -> Array:
+    return array.view(DTYPES["bfloat16"]) if array.dtype == np.uint16 else array
+
+
+def _index_array(name: str, array: Array) -> Array:
+    """As int32; a file made with a framework's default integers holds int64."""
+    if array.ndim != _INDEX_RANKS[name]:
+        raise InvalidArgumentError(name, f"{_INDEX_RANKS[name]} dimension(s)", f"shape {array.shape}")
+    if array.dtype.kind != "i" or not np.array_equal(array, array.astype(np.int32)):
+        raise InvalidArgumentError(name, "int32, or int64 with values that fit", str(array.dtype))
+    return np.ascontiguousarray(array, dtype=np.int32)
+
+
+def _settings(found: dict[str, Array]) -> dict[str, Any]:
+    """The single values of a file; text where they come from safetensors metadata."""
+    settings = {}
+    for name in _SETTINGS.keys() & found.keys():
+        kind, read = _SETTINGS[name]
+        array = found[name]
+        try:
+            settings[name] = read(array.item())
+        except (ValueError, TypeError, OverflowError) as error:  # many values; complex, a date; infinite
+            got = repr(array.item()) if array.size == 1 else f"shape {array.shape}"
+            raise InvalidArgumentError(name, f"a single value ({kind})", got) from error
+    return settings
+
+
+def _whole_number(value: Any) -> int:
+    number = int(value)
+    if number != float(value):  # int() cuts 512.7 to 512
+        raise ValueError(value)
+    return number
+
+
+def _truth(value: Any) -> bool:
+    words = {"true": True, "1": True, "false": False, "0": False}
+    text = str(value).lower()
+    if text not in words:
+        raise ValueError(text)
+    return words[text]
+
+
+_SETTINGS: dict[str, tuple[str, Callable[[Any], Any]]] = {
+    "softmax_scale": ("a number", float),
+    "head_dim_v": ("a whole number", _whole_number),
+    "causal": ("true or false", _truth),
+}
+
+
+def save_result(path: Path, out: Any, lse: Any) -> None:
+    """Write ``out`` and ``lse`` of mla_decode, from either backend, into an .npz or .safetensors file.
+
+    NumPy stores bfloat16 in an .npz as two-byte raw values: read it with ``array.view(ml_dtypes.bfloat16)``.
+
+    Raises
+    ------
+    InvalidArgumentError
+        Wrong suffix, or the file cannot be written.
+    """
+    write_arrays(path, {"out": to_host(out), "lse": to_host(lse)})

@@ -1,0 +1,147 @@
+"""Compile many kernels ahead of time, in several processes (NVRTC compiles one program at a time in each)."""
+
+from __future__ import annotations
+
+import fnmatch
+import multiprocessing
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import dataclass
+
+from ..cache.append import APPEND_SOURCE
+from ..errors import CompilationError, InvalidArgumentError
+from ..gpu.jit import compiler
+from ..gpu.jit.module import get_cubin
+from ..gpu.jit.source import KernelSource
+from ..kernels.configs import standard_configs
+from ..kernels.halves import PROBE_SOURCE
+from ..kernels.plan_layout import (
+    MERGE_STATES_THREADS,
+    PLAN_SOURCE,
+    PLAN_THREADS,
+    combine_source,
+    merge_states_source,
+)
+
+_MERGE_STATES_DTYPES = ("bfloat16", "float16", "float32")
+
+
+@dataclass(frozen=True, slots=True)
+class NamedKernel:
+    """A kernel and what its name is on the command line; ``threads`` is None where the problem decides."""
+
+    name: str
+    source: KernelSource
+    threads: int | None = None
+    shared_memory: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class KernelReport:
+    """What the compiler says of a kernel.
+
+    Attributes
+    ----------
+    registers, spill_bytes, static_shared
+        Registers per thread, bytes of spill stores and loads per thread, bytes of static shared memory.
+    seconds
+        How long compiling took, when it was done.
+    from_cache
+        Whether it was done before.
+    problems
+        Why the kernel must not be used: spills, stack frame, C75xx warnings, or the error of a failed compilation.
+    """
+
+    kernel: NamedKernel
+    registers: int = 0
+    spill_bytes: int = 0
+    static_shared: int = 0
+    seconds: float = 0.0
+    from_cache: bool = False
+    problems: tuple[str, ...] = ()
+
+
+def all_kernels() -> list[NamedKernel]:
+    """The standard decode configurations and the kernels around them."""
+    decode = [
+        NamedKernel(config.name, config.source(), config.threads, config.shared_memory) for config in standard_configs()
+    ]
+    sources = {
+        f"combine_{config.dtype}" + ("_float" if config.float_partials else ""): combine_source(config)
+        for config in standard_configs()
+    }
+    combine = [NamedKernel(name, source) for name, source in sources.items()]
+    merge = [
+        NamedKernel(f"merge_states_{dtype}", merge_states_source(dtype), MERGE_STATES_THREADS)
+        for dtype in _MERGE_STATES_DTYPES
+    ]
+    others = [
+        NamedKernel("plan", PLAN_SOURCE, PLAN_THREADS),
+        NamedKernel("append", APPEND_SOURCE),
+        NamedKernel("probe_latency", PROBE_SOURCE),
+    ]
+    return [*decode, *combine, *merge, *others]
+
+
+def select_kernels(patterns: Sequence[str]) -> list[NamedKernel]:
+    """The kernels whose name matches one of the patterns (``fnmatch``); all of them without a pattern.
+
+    Raises
+    ------
+    InvalidArgumentError
+        A pattern matches no kernel.
+    """
+    kernels = all_kernels()
+    for pattern in patterns:
+        if not any(fnmatch.fnmatchcase(kernel.name, pattern) for kernel in kernels):
+            names = ", ".join(kernel.name for kernel in (kernels[0], kernels[-1]))
+            raise InvalidArgumentError("pattern", f"one that matches a kernel (such as {names}; see --list)", pattern)
+    if not patterns:
+        return kernels
+    return [kernel for kernel in kernels if any(fnmatch.fnmatchcase(kernel.name, pattern) for pattern in patterns)]
+
+
+def compile_all(kernels: Sequence[NamedKernel], jobs: int, *, fresh: bool = False) -> Iterator[KernelReport]:
+    """Compile kernels, or find them in the cache, and report on each as it is done.
+
+    Parameters
+    ----------
+    kernels
+        What to compile.
+    jobs
+        How many processes; 1 compiles in this one.
+    fresh
+        Compile also what the cache has. The result is only reported on, not kept.
+
+    Raises
+    ------
+    MissingDependencyError
+        There is no compiler.
+    """
+    compiler.compiler_version()  # without a compiler, fail once and not for each kernel
+    jobs = min(jobs, len(kernels))
+    if jobs <= 1:
+        yield from (_compile(kernel, fresh) for kernel in kernels)
+        return
+    # Not forked: a process that has used CUDA or has threads does not survive that.
+    with ProcessPoolExecutor(jobs, mp_context=multiprocessing.get_context("spawn")) as pool:
+        futures = [pool.submit(_compile, kernel, fresh) for kernel in kernels]
+        for future in as_completed(futures):
+            yield future.result()
+
+
+def _compile(kernel: NamedKernel, fresh: bool) -> KernelReport:
+    try:
+        compiled = compiler.compile_source(kernel.source) if fresh else get_cubin(kernel.source)
+    except CompilationError as error:
+        return KernelReport(kernel, problems=(str(error),))
+    usage = compiled.usage
+    return KernelReport(
+        kernel,
+        registers=usage.registers,
+        spill_bytes=usage.spill_stores + usage.spill_loads,
+        static_shared=usage.static_smem,
+        seconds=compiled.compile_seconds,
+        from_cache=compiled.from_cache,
+        problems=compiled.problems,
+    )

@@ -1,0 +1,109 @@
+"""A schedule as a picture in text, for `cupy-mla plan`."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from .make import (
+    WHOLE_JOB,
+    Schedule,
+    ScheduleShape,
+    first_row_block_of,
+    kv_head_of,
+    piece_costs,
+)
+from .pieces import TILE_COST, CostModel
+
+DEFAULT_WIDTH = 100
+DEFAULT_MAX_LINES = 40
+_MIN_BAR = 20
+_WHOLE_FILL = "="
+_PARTIAL_FILL = "-"
+
+
+def draw_schedule(
+    schedule: Schedule,
+    shape: ScheduleShape,
+    width: int = DEFAULT_WIDTH,
+    max_lines: int = DEFAULT_MAX_LINES,
+) -> str:
+    """Draw what each part computes.
+
+    One line per part, as long as its cost; the budget is the full width. A piece begins with a bracket and the number
+    of its request and goes on with ``=`` if it is a whole job and with ``-`` if it is a part of one. Neighbouring parts
+    that look the same share a line.
+
+    Parameters
+    ----------
+    schedule
+        What to draw.
+    shape
+        The shape it was made for.
+    width
+        Characters of a line.
+    max_lines
+        Lines for parts; those in the middle are left out when there are more.
+    Returns
+    -------
+    str
+        Lines joined by newlines: a summary, the parts, and the jobs that are merged.
+    """
+    bars: list[tuple[int, int, float, str]] = []  # first and last part, tiles, drawing
+    prefix = "  000-000  0000.0 tiles  "
+    cells = max(width - len(prefix) - 1, _MIN_BAR)
+    for part in range(shape.num_parts):
+        items = schedule.items[schedule.part_begin[part] : schedule.part_begin[part + 1]]
+        tiles = float((items[:, 3] - items[:, 2]).sum())
+        bar = _bar(items, schedule.budget, cells, shape.cost)
+        if bars and bars[-1][2:] == (tiles, bar):
+            bars[-1] = (bars[-1][0], part, tiles, bar)
+        else:
+            bars.append((part, part, tiles, bar))
+    lines = [f"  {_span(first, last):<7}  {tiles:6.0f} tiles  {bar}|" for first, last, tiles, bar in bars]
+    return "\n".join([*_summary(schedule, shape), *_shorten(lines, max_lines), *_merges(schedule, max_lines)])
+
+
+def _span(first: int, last: int) -> str:
+    return str(first) if first == last else f"{first}-{last}"
+
+
+def _shorten(lines: list[str], max_lines: int) -> list[str]:
+    if len(lines) <= max_lines:
+        return lines
+    head = (max_lines + 1) // 2
+    tail = max_lines - head
+    return [*lines[:head], f"  ... {len(lines) - max_lines} more lines", *lines[len(lines) - tail :]]
+
+
+def _bar(items: np.ndarray, budget: int, cells: int, cost: CostModel) -> str:
+    ends = np.rint(np.cumsum(piece_costs(items, cost)) * (cells / max(budget, 1))).astype(int).tolist()
+    text = ""
+    for item, end in zip(items.tolist(), ends, strict=True):
+        fill = _WHOLE_FILL if item[7] == WHOLE_JOB else _PARTIAL_FILL
+        room = end - len(text)
+        label = f"[{item[0]}"
+        text += label + fill * (room - len(label)) if room >= len(label) else "["[:room] + fill * (room - 1)
+    return text.ljust(cells)
+
+
+def _summary(schedule: Schedule, shape: ScheduleShape) -> list[str]:
+    share = float(piece_costs(schedule.items, shape.cost).sum()) / max(schedule.budget * shape.num_parts, 1)
+    ctas = shape.num_parts * shape.blocks_per_job
+    busy = int((np.diff(schedule.part_begin) > 0).sum())
+    cut = f"{len(schedule.merges)} jobs are cut and merged from {schedule.num_slots} partial results"
+    if not len(schedule.merges):
+        cut = "none is cut"
+    return [
+        f"{schedule.num_jobs} jobs in {len(schedule.items)} pieces; {cut}",
+        f"{busy} of {shape.num_parts} parts of {shape.blocks_per_job} CTAs ({ctas} in all) have work; "
+        f"the fullest takes the time of {schedule.budget / TILE_COST:.1f} tiles, the mean is {share:.0%} of that",
+    ]
+
+
+def _merges(schedule: Schedule, max_lines: int) -> list[str]:
+    lines = [
+        f"  request {request}, kv head {kv_head_of(head_block)}, "
+        f"from row block {first_row_block_of(head_block)}: {count} partial results"
+        for request, head_block, _, _, _, count, _, _ in schedule.merges.tolist()
+    ]
+    return ["merges", *_shorten(lines, max_lines)] if lines else []
