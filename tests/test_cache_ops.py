@@ -16,7 +16,7 @@ from cupy_mla.errors import InvalidArgumentError
 
 LATENT, ROPE = 12, 4
 WIDTH = LATENT + ROPE
-APPEND_SOURCE = Path(__file__).parents[1] / "kernels_cu" / "cache_ops" / "append.cu"
+APPEND_SOURCE = Path(__file__).parents[1] / "kernels_cu" / "cache" / "append.cu"
 PAGES, PAGE_SIZE, HEADS, TOKENS = 5, 4, 2, 6
 OUTSIDE = (-1, PAGES * PAGE_SIZE, 2**40, -(2**40))
 

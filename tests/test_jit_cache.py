@@ -35,7 +35,7 @@ def must_not_build() -> CompiledKernel:
 
 
 def fill(cache_dir: Path) -> CompiledKernel:
-    return cache.fetch(DIGEST, lambda: KERNEL, cache_dir, lambda: {"entry": "decode/wide.cu"})
+    return cache.fetch(DIGEST, lambda: KERNEL, cache_dir, lambda: {"entry": "decode/wide/wide.cu"})
 
 
 def test_a_kernel_is_kept_and_found(tmp_path: Path) -> None:
@@ -59,7 +59,7 @@ def test_a_kernel_is_kept_and_found(tmp_path: Path) -> None:
 def test_the_description_lies_beside_the_cubin(tmp_path: Path) -> None:
     fill(tmp_path)
     record = json.loads((tmp_path / DIGEST / cache.RECORD_NAME).read_text())
-    assert record["entry"] == "decode/wide.cu"
+    assert record["entry"] == "decode/wide/wide.cu"
 
 
 def test_a_failed_build_leaves_nothing(tmp_path: Path) -> None:

@@ -113,7 +113,7 @@ def test_a_chunk_comes_to_where_the_kernel_looks_for_it(
     at_token = chunk % TILE_TOKENS
     tile = np.zeros(TILE_TOKENS * LATENT, np.int64)
     for box in range(0, boxes, copy_boxes):
-        # decode/kv_copy.h says where it is read, decode/wide_smem.h and narrow_smem.h where it is written.
+        # source/paged.h says where it is read, decode/wide/smem.h and narrow/smem.h where it is written.
         copied = description.copy(cache, (0, 0, box, first, page * steps.page + head * steps.head))
         row, row_box = (at_token, 0) if kernel == "narrow" else (at_token % ATOM_ROWS, at_token // ATOM_ROWS * boxes)
         place = (box * TILE_TOKENS if kernel == "narrow" else (row_box + box) * ATOM_ROWS) + row

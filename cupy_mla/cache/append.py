@@ -1,6 +1,6 @@
 """Write new KV rows of many requests to their places in a paged cache.
 
-One kernel launch on a Hopper GPU (kernels_cu/cache_ops/append.cu), NumPy indexing on the CPU.
+One kernel launch on a Hopper GPU (kernels_cu/cache/append.cu), NumPy indexing on the CPU.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from ..errors import InvalidArgumentError
 from ..gpu.device import require_backend
 from ..gpu.jit.source import KernelSource
 
-APPEND_SOURCE = KernelSource(entry="cache_ops/append.cu", function="mla_append", defines=())
+APPEND_SOURCE = KernelSource(entry="cache/append.cu", function="mla_append", defines=())
 CHUNK_BYTES = 16  # the kernel copies in units of this size
 _LANES = 32
 _WARPS_PER_BLOCK = 4  # one token per warp: 128 tokens of a decode step are spread over 32 SMs

@@ -65,7 +65,7 @@ class KernelConfig:
     Attributes
     ----------
     kernel : str
-        ``"wide"`` or ``"narrow"``: kernels_cu/decode/wide.cu, narrow.cu.
+        ``"wide"`` or ``"narrow"``: kernels_cu/decode/wide/wide.cu, narrow.cu.
     rows : int
         Query rows of a CTA.
     latent_dim, rope_dim : int
@@ -150,7 +150,7 @@ class KernelConfig:
 
     @property
     def shared_memory(self) -> int:
-        """Bytes of dynamic shared memory: the totals in decode/wide_smem.h and decode/narrow_smem.h."""
+        """Bytes of dynamic shared memory: the totals in decode/wide/smem.h and decode/narrow/smem.h."""
         return self._wide_shared_memory() if self.kernel == "wide" else self._narrow_shared_memory()
 
     def _wide_shared_memory(self) -> int:
@@ -178,7 +178,7 @@ class KernelConfig:
         from ..gpu.jit.source import KernelSource
 
         return KernelSource(
-            entry=f"decode/{self.kernel}.cu",
+            entry=f"decode/{self.kernel}/{self.kernel}.cu",
             function=f"mla_decode_{self.kernel}",
             defines=(
                 ("MLA_DTYPE", DTYPE_TAGS[self.dtype]),

@@ -1,6 +1,6 @@
 """The plan in device memory and the kernels that write and read it, as the host sees them.
 
-Mirrors kernels_cu/core/work.h, plan/params.h and combine/params.h; tests compare the two sides.
+Mirrors kernels_cu/core/plan_format.h, plan/params.h and combine/params.h; tests compare the two sides.
 """
 
 from __future__ import annotations

@@ -13,7 +13,7 @@ import numpy.typing as npt
 
 from ..errors import InvalidArgumentError
 
-TILE_TOKENS = 64  # KV tokens of a tile, the unit of a split: kTileTokens in kernels_cu/core/work.h
+TILE_TOKENS = 64  # KV tokens of a tile, the unit of a split: kTileTokens in kernels_cu/core/plan_format.h
 TILE_COST = 16  # costs are counted in 1/16 tile
 MAX_OVERHEAD = 64 * TILE_COST
 _CANDIDATES = 256

@@ -1,7 +1,7 @@
 // Merges the partial results of jobs that the plan cut into pieces. Leaves at once when it cut none.
 #include "combine/merge_octets.h"
 #include "combine/params.h"
-#include "core/work.h"
+#include "core/plan_format.h"
 #include "ptx/launch.h"
 
 namespace mla {

@@ -7,7 +7,7 @@
 // The last ones of a half go without.
 #pragma once
 #include "core/claimed_part.h"
-#include "decode/block_work.h"
+#include "decode/work_item.h"
 #include "ptx/launch.h"
 #include "ptx/sm.h"
 

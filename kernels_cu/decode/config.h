@@ -2,7 +2,7 @@
 #pragma once
 #include "core/smem_descriptor.h"
 #include "core/types.h"
-#include "core/work.h"
+#include "core/plan_format.h"
 
 namespace mla {
 

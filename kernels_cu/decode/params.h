@@ -1,7 +1,7 @@
 // What a decode kernel is told by value. cupy_mla/kernels/decode_params.py mirrors DecodeParams; a test compares the two.
 #pragma once
 #include "core/types.h"
-#include "core/work.h"
+#include "core/plan_format.h"
 
 namespace mla {
 
@@ -23,11 +23,11 @@ struct DecodeParams {
     i64 lse_stride_batch, lse_stride_seq, lse_stride_head;
     void* partial_out;  // Partial [slots, blocks_per_job * rows, D_v], normalised; decode/config.h has the type
     f32* partial_lse;  // [slots, blocks_per_job * rows], natural logarithm
-    i32* plan;         // core/work.h; only its `claims` is written, and is 0 again at the end
+    i32* plan;         // core/plan_format.h; only its `claims` is written, and is 0 again at the end
     i32 num_parts;
     i32 blocks_per_job;
     i32 group_heads;  // query heads per kv head
-    i32 latent_page_step, latent_head_step;  // decode/kv_copy.h
+    i32 latent_page_step, latent_head_step;  // source/paged.h
     i32 rope_page_step, rope_head_step;
     f32 scale_log2;   // softmax_scale * log2(e): the softmax works in powers of two
     f32 empty_lse;    // lse of a row that sees no key: -inf, or +inf as FlashMLA has it

@@ -1,6 +1,6 @@
 // From lengths to jobs: which jobs a request has and how many KV tiles each sees.
 #pragma once
-#include "core/work.h"
+#include "core/plan_format.h"
 #include "plan/params.h"
 
 namespace mla {

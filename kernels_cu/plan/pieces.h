@@ -1,7 +1,7 @@
 // How jobs are cut into pieces and pieces put into parts: the arithmetic, for one job at a time and in closed form.
 // cupy_mla/schedule/pieces.py says the same in words and steps; tests compare the two list by list.
 #pragma once
-#include "core/work.h"
+#include "core/plan_format.h"
 #include "plan/params.h"
 
 namespace mla {

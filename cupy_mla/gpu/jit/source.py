@@ -34,7 +34,7 @@ class KernelSource:
     Attributes
     ----------
     entry : str
-        The file to compile, relative to the kernel folder, e.g. ``"decode/wide.cu"``.
+        The file to compile, relative to the kernel folder, e.g. ``"decode/wide/wide.cu"``.
     function : str
         Its ``extern "C"`` kernel.
     defines : tuple of (str, str)

@@ -2,9 +2,9 @@
 //   0    scores: S = Q K^T, softmax, P
 //   1, 2 values: O += P V, half of the columns each; warps of the first also ask the copy engine for the KV tiles
 #include "decode/claim.h"
-#include "decode/tile_loader.h"
-#include "decode/wide_scores.h"
-#include "decode/wide_values.h"
+#include "decode/wide/load.h"
+#include "decode/wide/scores.h"
+#include "decode/wide/values.h"
 #include "ptx/launch.h"
 
 namespace mla {

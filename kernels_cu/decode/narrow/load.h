@@ -1,9 +1,9 @@
 // The producer warp of the narrow kernel: walks a part's items tile by tile, ahead of the arithmetic and across items, and
 // asks the copy engine for the boxes of each tile.
 #pragma once
-#include "decode/block_work.h"
-#include "decode/kv_copy.h"
-#include "decode/narrow_smem.h"
+#include "decode/work_item.h"
+#include "source/paged.h"
+#include "decode/narrow/smem.h"
 #include "ptx/mbarrier.h"
 
 namespace mla {

@@ -7,9 +7,9 @@
 #pragma once
 #include "core/quad.h"
 #include "core/softmax.h"
-#include "decode/block_work.h"
-#include "decode/narrow_smem.h"
-#include "decode/narrow_store.h"
+#include "decode/work_item.h"
+#include "decode/narrow/smem.h"
+#include "decode/narrow/store.h"
 #include "ptx/mbarrier.h"
 #include "ptx/warp.h"
 #include "ptx/wgmma.h"

@@ -2,8 +2,8 @@
 #pragma once
 #include "core/quad.h"
 #include "core/softmax.h"
-#include "decode/block_work.h"
-#include "decode/wide_smem.h"
+#include "decode/work_item.h"
+#include "decode/wide/smem.h"
 #include "ptx/convert.h"
 #include "ptx/mbarrier.h"
 #include "ptx/warp.h"

@@ -2,9 +2,9 @@
 // warp's share of it: the loader warps walk alike. Run by whole warps. Page numbers are read one tile ahead: their
 // latency hides behind a tile's arithmetic.
 #pragma once
-#include "decode/block_work.h"
-#include "decode/kv_copy.h"
-#include "decode/wide_smem.h"
+#include "decode/work_item.h"
+#include "source/paged.h"
+#include "decode/wide/smem.h"
 #include "ptx/mbarrier.h"
 
 namespace mla {

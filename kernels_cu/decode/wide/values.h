@@ -1,8 +1,8 @@
 // A values warpgroup: O += P V for half of the latent columns; rescales O when the running maximum moved; stores O.
 #pragma once
 #include "core/quad.h"
-#include "decode/block_work.h"
-#include "decode/wide_smem.h"
+#include "decode/work_item.h"
+#include "decode/wide/smem.h"
 #include "ptx/convert.h"
 #include "ptx/mbarrier.h"
 #include "ptx/warp.h"

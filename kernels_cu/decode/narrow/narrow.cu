@@ -2,8 +2,8 @@
 //   warps 0-3  consumers: S^T = K Q^T, softmax, O^T += V^T P^T
 //   warp 4     producer: asks the copy engine for KV boxes, as far ahead as the ring reaches
 #include "decode/claim.h"
-#include "decode/narrow_load.h"
-#include "decode/narrow_math.h"
+#include "decode/narrow/load.h"
+#include "decode/narrow/math.h"
 #include "ptx/launch.h"
 
 namespace mla {
