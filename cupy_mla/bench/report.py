@@ -2,18 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
 
+from ..shown.tables import print_lines, print_table
 from .columns import Column, notes, table_columns
 from .results import Results, compare
-
-if TYPE_CHECKING:
-    from rich.console import Console
-    from rich.table import Table
-
-FILE_WIDTH = 300  # characters of a line where there is no terminal: a wide table is not cut
 
 
 def print_results(results: Results, extra: Sequence[Column] = (), title: str | None = None) -> None:
@@ -26,17 +20,11 @@ def print_results(results: Results, extra: Sequence[Column] = (), title: str | N
     title
         Above the table.
     """
-    console = _console()
-    for line in describe(results):
-        console.print(line, style="dim", markup=False, highlight=False)
+    print_lines(describe(results), faint=True)
     columns = [*table_columns(results.rows, results.ceilings), *extra]
-    table = _table(title, [column.title for column in columns])
-    for row in results.rows:
-        _add(table, [column.text(row) for column in columns])
-    console.print(table)
-    for row in results.rows:
-        for note in notes(row):
-            console.print(f"{row.name}: {note}", markup=False, highlight=False)
+    lines = ([column.text(row) for column in columns] for row in results.rows)
+    print_table(_stacked(column.title for column in columns), lines, title=title)
+    print_lines(f"{row.name}: {note}" for row in results.rows for note in notes(row))
 
 
 def describe(results: Results) -> Iterator[str]:
@@ -58,18 +46,18 @@ def describe(results: Results) -> Iterator[str]:
 
 def print_changes(old: Results, new: Results) -> None:
     """Print how our times differ from those of an earlier run, and where that was made if it was not here."""
-    console = _console()
     changes = compare(old, new)
-    places = [(run.metadata["device"], run.metadata["backend"]) for run in (old, new)]
-    if places[0] != places[1]:
-        console.print(f"The earlier run was on {' with '.join(places[0])}, this one is on {' with '.join(places[1])}.")
+    before, now = (f"{run.metadata['device']} with {run.metadata['backend']}" for run in (old, new))
+    if before != now:
+        print_lines([f"The earlier run was on {before}, this one is on {now}."])
     if not changes:
-        console.print("No case of this run is in the earlier one.")
+        print_lines(["No case of this run is in the earlier one."])
         return
-    table = _table(f"our time, before ({old.metadata['date']}) and now", ["case", "before us", "now us", "change %"])
-    for change in changes:
-        _add(table, [change.name, f"{change.old_us:,.1f}", f"{change.new_us:,.1f}", f"{change.percent:+.1f}"])
-    console.print(table)
+    lines = (
+        (change.name, f"{change.old_us:,.1f}", f"{change.new_us:,.1f}", f"{change.percent:+.1f}") for change in changes
+    )
+    title = f"our time, before ({old.metadata['date']}) and now"
+    print_table(_stacked(["case", "before us", "now us", "change %"]), lines, title=title)
 
 
 @contextmanager
@@ -85,26 +73,6 @@ def progress_bar(total: int) -> Iterator[Callable[[int], None]]:
         yield lambda count: progress.advance(task, count)
 
 
-def _console() -> Console:
-    from rich.console import Console
-
-    console = Console()
-    return console if console.is_terminal else Console(width=FILE_WIDTH)
-
-
-def _table(title: str | None, titles: Sequence[str]) -> Table:
-    from rich.box import SIMPLE_HEAD
-    from rich.table import Table
-
-    table = Table(title=title, title_justify="left", box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
-    for index, name in enumerate(titles):
-        table.add_column(
-            name.replace(" ", "\n"), justify="right" if index else "left", no_wrap=index == 0, overflow="fold"
-        )
-    return table
-
-
-def _add(table: Table, texts: Sequence[str]) -> None:
-    from rich.text import Text
-
-    table.add_row(*(Text(text) for text in texts))  # Text: square brackets are not rich's markup
+def _stacked(titles: Iterable[str]) -> list[str]:
+    """One word below the other: the numbers under them are narrow, and the columns many."""
+    return [title.replace(" ", "\n") for title in titles]

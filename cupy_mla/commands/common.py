@@ -1,8 +1,8 @@
-"""What several commands share: choosing the backend, options that describe a batch, and printing."""
+"""What several commands share: choosing the backend, options that describe a batch, and texts."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -97,17 +97,3 @@ def format_time(seconds: float) -> str:
         if seconds >= 10 * size:
             return f"{seconds / size:,.1f} {unit}"
     return f"{seconds * 1e6:,.1f} us"
-
-
-def print_facts(title: str, facts: Mapping[str, str]) -> None:
-    """Print a table of two columns."""
-    from rich.console import Console
-    from rich.table import Table
-    from rich.text import Text
-
-    table = Table(title=title, title_justify="left", show_header=False)
-    table.add_column(style="bold", no_wrap=True)
-    table.add_column(overflow="fold")
-    for name, fact in facts.items():
-        table.add_row(name, Text(fact))  # Text: square brackets in a shape are not rich's markup
-    Console().print(table)

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 import click
 
 from ..lab.compile_job import KernelReport, NamedKernel, compile_all, select_kernels
+from ..shown.tables import print_table
 
 
 @click.command("compile")
@@ -48,23 +49,12 @@ def compile_kernels(ctx: click.Context, patterns: tuple[str, ...], jobs: int, fr
 
 
 def _print(kernels: Sequence[NamedKernel], reports: Sequence[KernelReport]) -> None:
-    from rich.console import Console
-    from rich.table import Table
-
-    # Narrow enough for the longest name in 80 columns.
-    table = Table(box=None, padding=(0, 1, 0, 0))
-    table.add_column("kernel", overflow="fold")
-    for heading in ("threads", "registers", "spills", "smem KB", "s"):
-        table.add_column(heading, justify="right")
     by_name = {report.kernel.name: report for report in reports}
-    for kernel in kernels:
-        report = by_name[kernel.name]
-        table.add_row(
-            kernel.name,
-            "" if kernel.threads is None else str(kernel.threads),
-            *_figures(kernel, report),
-        )
-    Console().print(table)
+    lines = (
+        (kernel.name, "" if kernel.threads is None else str(kernel.threads), *_figures(kernel, by_name[kernel.name]))
+        for kernel in kernels
+    )
+    print_table(("kernel", "threads", "registers", "spills", "smem KB", "s"), lines)
     if any(report.from_cache for report in reports):
         click.echo("* from the cache: the time is that of its compilation")
 

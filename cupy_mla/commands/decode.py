@@ -15,6 +15,7 @@ from ..lab.case_files import load_case, save_result
 from ..lab.cases import Case, build_case
 from ..lab.presets import find_preset
 from ..lab.timing import Timing
+from ..shown.tables import print_facts
 from .common import (
     DEFAULT_BATCH,
     Backend,
@@ -25,7 +26,6 @@ from .common import (
     draw_lengths,
     format_time,
     json_option,
-    print_facts,
 )
 
 # A CPU does in seconds what the GPU does in microseconds: a smaller batch unless one is asked for.

@@ -13,7 +13,8 @@ from ..errors import MlaError
 from ..gpu import device
 from ..gpu.jit import cache, compiler
 from ..settings import BACKEND_VARIABLE, CACHE_DIR_VARIABLE, VALIDATE_VARIABLE, get_settings
-from .common import json_option, print_facts
+from ..shown.tables import print_facts
+from .common import json_option
 
 _PACKAGES = ("numpy", "ml_dtypes", "apache-tvm-ffi", "cuda-bindings", "torch", "jax")
 _CUPY_WHEELS = ("cupy-cuda12x", "cupy-cuda13x", "cupy")

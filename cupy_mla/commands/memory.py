@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import click
 
 from ..lab.presets import GROUPED_PRESETS, PRESETS, find_model
+from ..shown.tables import print_table
 from .common import json_option
 
 if TYPE_CHECKING:
@@ -57,10 +58,11 @@ def memory(models: tuple[str, ...], lengths: tuple[int, ...], tp: int, as_json: 
         return
     _print_sizes(sizes, lengths, tp)
     click.echo(f'The claim: "{CLAIM}". With DeepSeek-V2:')
-    _print_table(
+    print_table(
         ("comparison", "the other, per token", "MLA, per token", "times", "saved"),
         [(c.question, c.other, c.mla, f"{c.factor:.2f}", f"{c.percent_saved:.1f}%") for c in compare_claim()],
-        numbers=2,
+        texts=3,
+        file_width=FILE_WIDTH,
     )
     for paragraph in explain_claim().splitlines():
         click.echo(click.wrap_text(paragraph, TEXT_WIDTH, subsequent_indent="  "))
@@ -97,21 +99,4 @@ def _print_sizes(sizes: Sequence[CacheSize], lengths: Sequence[int], tp: int) ->
         )
     title = "KV cache of all layers" if tp == 1 else f"KV cache of all layers, on each of {tp} ranks"
     header = ("model", "attention", "layout", "bytes per token", *requests, "% of MHA in bf16")
-    _print_table(header, lines, numbers=len(lengths) + 2, title=title)
-
-
-def _print_table(titles: Sequence[str], lines: Sequence[Sequence[str]], numbers: int, title: str | None = None) -> None:
-    """Print a table whose last ``numbers`` columns are flush right."""
-    from rich.box import SIMPLE_HEAD
-    from rich.console import Console
-    from rich.table import Table
-    from rich.text import Text
-
-    table = Table(title=title, title_justify="left", box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
-    for index, name in enumerate(titles):
-        right = index >= len(titles) - numbers
-        table.add_column(name, justify="right" if right else "left", no_wrap=index == 0)
-    for line in lines:
-        table.add_row(*(Text(text) for text in line))
-    console = Console()
-    (console if console.is_terminal else Console(width=FILE_WIDTH)).print(table)
+    print_table(header, lines, title=title, texts=3, file_width=FILE_WIDTH)

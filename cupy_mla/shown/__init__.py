@@ -1,1 +1,1 @@
-"""How things are drawn in notebooks."""
+"""How things are shown: tables on the terminal, tables and pictures in notebooks and files."""
