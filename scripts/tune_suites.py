@@ -162,7 +162,7 @@ def parity_variants() -> list[list[Variant]]:
         variants = [Variant(replace(plain, dtype="float16", name=""), plain, FP16_LIMIT)]
         variants += [Variant(replace(plain, page_size=size, name=""), plain, VARIANT_LIMIT) for size in (16, 32, 128)]
         variants += [
-            Variant(replace(plain, layout=layout, name=""), plain, VARIANT_LIMIT) for layout in ("strided", "split")
+            Variant(replace(plain, storage=storage, name=""), plain, VARIANT_LIMIT) for storage in ("strided", "split")
         ]
         uneven = tuple(1 + 2 * (request % 2) for request in range(batch))  # 1, 3, 1, 3, ...: 2 on average
         variants += [

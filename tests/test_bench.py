@@ -51,7 +51,7 @@ LIBRARY = NumpyLibrary()
     ("options", "name"),
     [
         ({}, "b2_k70_h4_q1"),
-        ({"dtype": "float16", "page_size": 16, "layout": "split"}, "b2_k70_h4_q1_fp16_p16_split"),
+        ({"dtype": "float16", "page_size": 16, "storage": "split"}, "b2_k70_h4_q1_fp16_p16_split"),
         ({"lengths": (10, 21)}, "b2_mean16_h4_q1"),
         ({"ragged": (1, 3), "causal": True}, "b2_k70_h4_q3_causal_ragged"),
         ({"fixed_split_tokens": 128, "latent_dim": 256}, "b2_k70_h4_q1_d256+64_cut128"),
@@ -93,7 +93,7 @@ def test_work_is_that_of_the_case_that_is_decoded(options: dict[str, Any]) -> No
         ({"batch": 0}, "batch"),
         ({"seqlen_q": 0}, "seqlen_q"),
         ({"dtype": "float32"}, "dtype"),
-        ({"layout": "scattered"}, "layout"),
+        ({"storage": "scattered"}, "storage"),
         ({"lengths": (1, 2, 3)}, "lengths"),
         ({"lengths": -1}, "lengths"),
         ({"lengths": 2**31}, "lengths"),
@@ -166,12 +166,20 @@ def test_a_grid_has_every_combination_once() -> None:
         seqlens_q=[1, 2],
         dtypes=["bfloat16", "float16"],
         page_sizes=[16, 64],
-        layouts=["packed", "split", "strided"],
+        storages=["packed", "split", "strided"],
         splits=[None, 128],
         causal=True,
     )
     assert len(cases) == len(set(cases)) == len({case.name for case in cases}) == 2 * 2 * 2 * 2 * 2 * 3 * 2
     assert all(case.causal for case in cases)
+
+
+def test_storages_have_an_earlier_name() -> None:
+    sizes: dict[str, Any] = {"batches": [1], "lengths": [64], "heads": [4]}
+    assert expand_grid(**sizes, layouts=["split"]) == expand_grid(**sizes, storages=["split"])
+    values = BenchCase(1, 64, 4, storage="split").as_dict()
+    values["layout"] = values.pop("storage")  # as in a file of an earlier version
+    assert BenchCase.from_dict(values) == BenchCase(1, 64, 4, storage="split")
 
 
 def test_a_preset_brings_heads_and_widths() -> None:
@@ -192,19 +200,19 @@ def test_traces_are_draws_of_the_shipped_lengths() -> None:
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
-@pytest.mark.parametrize("layout", grid.LAYOUTS)
-def test_every_layout_holds_the_same_values(layout: str, dtype: str) -> None:
-    case = BenchCase(2, (70, 5), 4, layout=layout, dtype=dtype)
+@pytest.mark.parametrize("storage", grid.STORAGES)
+def test_every_storage_holds_the_same_values(storage: str, dtype: str) -> None:
+    case = BenchCase(2, (70, 5), 4, storage=storage, dtype=dtype)
     inputs = Inputs(case, LIBRARY)
     cache = inputs.caches[0]
-    packed = np.concatenate(cache, axis=-1) if layout == "split" else cache
+    packed = np.concatenate(cache, axis=-1) if storage == "split" else cache
     plain = Inputs(BenchCase(2, (70, 5), 4, dtype=dtype), LIBRARY)
     np.testing.assert_array_equal(packed.view(np.uint16), plain.caches[0].view(np.uint16))
     np.testing.assert_array_equal(inputs.block_table, plain.block_table)
-    if layout == "strided":
+    if storage == "strided":
         page = case.page_size * case.head_dim * cache.itemsize
         assert cache.strides[0] == 2 * page
-    if layout == "split":
+    if storage == "split":
         assert [part.shape[-1] for part in cache] == [512, 64]
         assert all(part.flags.c_contiguous for part in (*cache, *inputs.q_parts))
 
@@ -213,8 +221,8 @@ def test_every_layout_holds_the_same_values(layout: str, dtype: str) -> None:
     "options",
     [
         {},
-        {"layout": "split", "seqlen_q": 2, "causal": True},
-        {"layout": "strided", "page_size": 16},
+        {"storage": "split", "seqlen_q": 2, "causal": True},
+        {"storage": "strided", "page_size": 16},
         {"ragged": (2, 0, 3), "lengths": (40, 7, 0), "causal": True},
         {"fixed_split_tokens": 64, "dtype": "float16"},
     ],
@@ -230,14 +238,14 @@ def test_our_side_is_right_on_every_kind_of_case(options: dict[str, Any]) -> Non
     assert inputs.errors(out + out)[0] > 0.9  # the float64 result is not simply taken from the call
 
 
-@pytest.mark.parametrize("layout", grid.LAYOUTS)
+@pytest.mark.parametrize("storage", grid.STORAGES)
 @pytest.mark.parametrize("ragged", [None, (2, 0, 3)])
 def test_torch_inputs_are_rotated_and_checked(
-    monkeypatch: pytest.MonkeyPatch, ragged: tuple[int, ...] | None, layout: str
+    monkeypatch: pytest.MonkeyPatch, ragged: tuple[int, ...] | None, storage: str
 ) -> None:
     pytest.importorskip("torch")
     monkeypatch.setattr(inputs_module, "graph_shape", lambda cache_bytes: (4, 3))
-    case = BenchCase(3, (40, 7, 90), 4, ragged=ragged, causal=True, layout=layout)
+    case = BenchCase(3, (40, 7, 90), 4, ragged=ragged, causal=True, storage=storage)
     inputs = Inputs(case, TorchLibrary("cpu"))
     assert (inputs.calls, len(inputs.caches)) == (4, 3)
     call = OurSide().prepare(inputs)

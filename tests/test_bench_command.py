@@ -44,12 +44,12 @@ def test_bench_runs_its_default_grid_on_a_cpu(tmp_path: Path) -> None:
 
 def test_bench_takes_lists_and_writes_files(tmp_path: Path) -> None:
     first, second, table = tmp_path / "1.json", tmp_path / "2.json", tmp_path / "2.csv"
-    arguments = (*TINY, "--layout", "packed,split", "--layout", "strided", "--dtype", "float16", "--causal")
+    arguments = (*TINY, "--storage", "packed,split", "--storage", "strided", "--dtype", "float16", "--causal")
     assert bench(*arguments, "--json", str(first)).exit_code == 0
     result = bench(*arguments, "--json", str(second), "--csv", str(table), "--compare", str(first), "--sustained")
     assert result.exit_code == 0
     results = load_results(second)
-    assert {row.case.layout for row in results.rows} == set(grid.LAYOUTS)
+    assert {row.case.storage for row in results.rows} == set(grid.STORAGES)
     assert results.metadata["command"].startswith("cupy-mla bench --batch 1 --length 64,100 --heads 2 --dtype float16")
     assert all(row.ours.sustained_us for row in results.rows)
     assert "our time, before (20" in result.output
@@ -59,6 +59,14 @@ def test_bench_takes_lists_and_writes_files(tmp_path: Path) -> None:
     first.write_text(json.dumps(elsewhere))
     assert "The earlier run was on another computer with numpy" in bench(*TINY, "--compare", str(first)).output
     assert len(table.read_text().splitlines()) == 1 + len(results.rows)
+
+
+def test_bench_takes_the_earlier_name_of_storage(tmp_path: Path) -> None:
+    path = tmp_path / "results.json"
+    arguments = ("--batch", "1", "--length", "64", "--heads", "2", "--layout", "split", "--storage", "split,packed")
+    assert bench(*arguments, "--json", str(path)).exit_code == 0
+    assert [row.case.storage for row in load_results(path).rows] == ["split", "packed"]
+    assert "--layout" not in bench("--help").output
 
 
 def test_bench_times_what_is_named_twice_once(tmp_path: Path) -> None:
@@ -112,6 +120,7 @@ def test_bench_without_matplotlib_does_not_start(monkeypatch: pytest.MonkeyPatch
     [
         (["--batch", "0"], ["--batch"]),
         (["--batch", "1,x"], ["--batch", "x"]),
+        (["--storage", "scattered"], ["--storage"]),
         (["--layout", "scattered"], ["--layout"]),
         (["--heads", "4", "--tp", "2"], ["--heads", "--preset or --tp"]),
         (["--tp", "3"], ["tp", "divisor of the 128 heads"]),
@@ -149,7 +158,7 @@ def test_bench_does_not_run_when_the_earlier_results_cannot_be_compared(tmp_path
 
 
 def test_the_command_line_starts_without_the_benchmark_and_has_its_choices() -> None:
-    assert command.LAYOUTS is grid.LAYOUTS
+    assert command.STORAGES is grid.STORAGES
     assert command.DEFAULT_LIMIT_SECONDS == run.DEFAULT_LIMIT_SECONDS
     script = "import sys, cupy_mla.cli; sys.exit('cupy_mla.bench' in sys.modules)"
     subprocess.run([sys.executable, "-c", script], check=True)

@@ -76,7 +76,7 @@ def tensor(array: np.ndarray, device: str) -> Any:
     return torch.from_numpy(np.ascontiguousarray(array)).to(device)
 
 
-def build(dense: DenseCase, device: str = "cpu", layout: str = "packed") -> PeerArrays:
+def build(dense: DenseCase, device: str = "cpu", storage: str = "packed") -> PeerArrays:
     arrays = dense.build()
     case = BenchCase(
         batch=len(dense.lengths),
@@ -85,12 +85,12 @@ def build(dense: DenseCase, device: str = "cpu", layout: str = "packed") -> Peer
         seqlen_q=1 if dense.ragged else dense.seqlens_q,
         dtype=dense.dtype,
         page_size=dense.page_size,
-        layout="strided" if dense.strided else layout,
+        storage="strided" if dense.strided else storage,
         causal=dense.causal,
         ragged=dense.seqlens_q if dense.ragged else None,
     )
     cache = tensor(arrays.kv_pool, device)[arrays.kv_slices]
-    if layout == "split":
+    if storage == "split":
         cache = cache[..., : dense.latent_dim].contiguous(), cache[..., dense.latent_dim :].contiguous()
     return PeerArrays(
         case=case,
@@ -127,7 +127,7 @@ def test_torch_peer(name: str, device: str) -> None:
 @pytest.mark.parametrize("device", DEVICES)
 def test_torch_peer_with_separate_parts(device: str) -> None:
     pytest.importorskip("torch")
-    check(TorchPeer("any"), build(PLAIN, device, layout="split"), has_lse=False)
+    check(TorchPeer("any"), build(PLAIN, device, storage="split"), has_lse=False)
 
 
 @pytest.mark.gpu
@@ -297,11 +297,11 @@ class FlashInferStandIn:
         lse.copy_(found[1].T)
 
 
-@pytest.mark.parametrize("layout", ["packed", "split"])
+@pytest.mark.parametrize("storage", ["packed", "split"])
 @pytest.mark.parametrize("name", CASES)
-def test_flashinfer_peer(name: str, layout: str) -> None:
+def test_flashinfer_peer(name: str, storage: str) -> None:
     pytest.importorskip("torch")
-    check(FlashInferPeer(FlashInferStandIn, "any"), build(CASES[name], layout=layout))
+    check(FlashInferPeer(FlashInferStandIn, "any"), build(CASES[name], storage=storage))
 
 
 class Fa3StandIn:
@@ -355,11 +355,11 @@ class Fa3StandIn:
         return (*found, None, None)
 
 
-@pytest.mark.parametrize("layout", ["packed", "split"])
+@pytest.mark.parametrize("storage", ["packed", "split"])
 @pytest.mark.parametrize("name", CASES)
-def test_fa3_peer_by_its_package(name: str, layout: str) -> None:
+def test_fa3_peer_by_its_package(name: str, storage: str) -> None:
     pytest.importorskip("torch")
-    check(PackagePeer(Fa3StandIn()), build(CASES[name], layout=layout))
+    check(PackagePeer(Fa3StandIn()), build(CASES[name], storage=storage))
 
 
 # The operators of vLLM 0.22.
@@ -428,7 +428,7 @@ PEERS: dict[str, Peer] = {
     ("name", "values", "words"),
     [
         ("flash_mla", {"page_size": 32}, "page size 32"),
-        ("flash_mla", {"layout": "split"}, "separate arrays"),
+        ("flash_mla", {"storage": "split"}, "separate arrays"),
         ("flash_mla", {"ragged": (1, 2)}, "ragged"),
         ("flash_mla", {"latent_dim": 256}, "256 + 64"),
         ("fa3", {"rope_dim": 0}, "512 + 0"),

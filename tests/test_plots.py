@@ -152,7 +152,7 @@ def test_a_batch_looks_the_same_in_all_panels() -> None:
 
 
 def test_titles_say_what_is_not_default(axes: Any) -> None:
-    draw_latency(axes, [row_of(BenchCase(4, 64, 1, seqlen_q=2, page_size=16, layout="split", causal=True), 1.0)])
+    draw_latency(axes, [row_of(BenchCase(4, 64, 1, seqlen_q=2, page_size=16, storage="split", causal=True), 1.0)])
     assert axes.get_title(loc="left") == "1 head, 2 query tokens, p16, split, causal"
 
 

@@ -12,7 +12,7 @@ import numpy as np
 from ..call.arguments import as_boolean, as_integer
 from ..call.problem import MAX_TOKENS
 from ..errors import InvalidArgumentError
-from ..lab.case_arrays import DTYPES, LAYOUTS
+from ..lab.case_arrays import DTYPES, STORAGES
 from ..lab.cases import DEFAULT_HEAD_DIM_V, Case, IntArray, Work
 from ..lab.lengths import mid_decode_lengths, read_lengths, shipped_lengths
 from ..lab.presets import find_preset
@@ -26,6 +26,7 @@ CPU_BATCHES, CPU_LENGTHS, CPU_HEADS = (1, 2), (64, 256), (8,)
 DEFAULT_DTYPE, DEFAULT_PAGE_SIZE = "bfloat16", 64
 DEFAULT_WIDTHS = (DEFAULT_HEAD_DIM_V, 64)  # latent and rope part
 _SHORT_DTYPES = {"bfloat16": "bf16", "float16": "fp16"}
+_EARLIER_NAMES = {"layout": "storage"}  # of fields, in files of earlier versions
 _INTEGERS = ("batch", "num_heads_q", "seqlen_q", "page_size", "latent_dim", "rope_dim")
 
 
@@ -45,7 +46,7 @@ class BenchCase:
         Query tokens of a request; when ragged, the most of any (set from ``ragged``).
     dtype, page_size, causal
         As in ``mla_decode``; tokens of a page.
-    layout
+    storage
         ``packed``: one array [num_pages, page_size, 1, 576]. ``split``: latent and rope part in separate arrays.
         ``strided``: a view into a pool that holds the pages of two layers side by side.
     ragged
@@ -69,7 +70,7 @@ class BenchCase:
     seqlen_q: int = 1
     dtype: str = DEFAULT_DTYPE
     page_size: int = DEFAULT_PAGE_SIZE
-    layout: str = LAYOUTS[0]
+    storage: str = STORAGES[0]
     causal: bool = False
     ragged: tuple[int, ...] | None = None
     fixed_split_tokens: int | None = None
@@ -91,7 +92,7 @@ class BenchCase:
         for argument in ("batch", "num_heads_q", "seqlen_q", "page_size"):
             if getattr(self, argument) < 1:
                 raise InvalidArgumentError(argument, "at least 1", str(getattr(self, argument)))
-        for argument, known in (("dtype", DTYPES), ("layout", LAYOUTS)):
+        for argument, known in (("dtype", DTYPES), ("storage", STORAGES)):
             if getattr(self, argument) not in known:
                 raise InvalidArgumentError(argument, "one of " + ", ".join(known), repr(getattr(self, argument)))
         for argument in ("lengths", "ragged"):
@@ -179,7 +180,8 @@ class BenchCase:
     def from_dict(cls, values: dict[str, Any]) -> BenchCase:
         """A case as `as_dict` wrote it, also after JSON has turned its tuples into lists."""
         fields: dict[str, Any] = {
-            name: tuple(value) if isinstance(value, list) else value for name, value in values.items()
+            _EARLIER_NAMES.get(name, name): tuple(value) if isinstance(value, list) else value
+            for name, value in values.items()
         }
         return cls(**fields)
 
@@ -200,8 +202,8 @@ def _name(case: BenchCase, tokens: str) -> str:
         parts.append(_SHORT_DTYPES[case.dtype])
     if case.page_size != DEFAULT_PAGE_SIZE:
         parts.append(f"p{case.page_size}")
-    if case.layout != LAYOUTS[0]:
-        parts.append(case.layout)
+    if case.storage != STORAGES[0]:
+        parts.append(case.storage)
     parts += ["causal"] * case.causal + ["ragged"] * (case.ragged is not None)
     if case.fixed_split_tokens is not None:
         parts.append(f"cut{case.fixed_split_tokens}")
@@ -216,24 +218,27 @@ def expand_grid(
     seqlens_q: Sequence[int] = (1,),
     dtypes: Sequence[str] = (DEFAULT_DTYPE,),
     page_sizes: Sequence[int] = (DEFAULT_PAGE_SIZE,),
-    layouts: Sequence[str] = LAYOUTS[:1],
+    storages: Sequence[str] = STORAGES[:1],
     splits: Sequence[int | None] = (None,),
     causal: bool = False,
     preset: str | None = None,
     tensor_parallel: Sequence[int] = (1,),
     traces: int = 0,
+    layouts: Sequence[str] | None = None,
 ) -> list[BenchCase]:
     """Every combination of the values given, in order, the last axis varying fastest.
 
     Parameters
     ----------
-    batches, lengths, heads, seqlens_q, dtypes, page_sizes, layouts, splits, causal
+    batches, lengths, heads, seqlens_q, dtypes, page_sizes, storages, splits, causal
         Values of the fields of `BenchCase`; ``splits`` are its ``fixed_split_tokens``.
     preset, tensor_parallel
         A model's widths, and its heads on each of so many ranks, in place of ``heads``.
     traces
         So many draws (seeds 0, 1, ...) of real request lengths in mid-decode, from the sample that ships with the
         package, after ``lengths``.
+    layouts
+        An earlier name of ``storages``, which it takes the place of.
 
     Raises
     ------
@@ -245,14 +250,14 @@ def expand_grid(
         model = find_preset(preset)
         heads = [model.heads_per_rank(ranks) for ranks in tensor_parallel]
         widths = {"latent_dim": model.latent_dim, "rope_dim": model.rope_dim}
-    axes = (_length_axis(batches, lengths, traces), heads, seqlens_q, dtypes, page_sizes, layouts, splits)
+    axes = (_length_axis(batches, lengths, traces), heads, seqlens_q, dtypes, page_sizes, layouts or storages, splits)
     cases = []
-    for (batch, tokens, draw), head_count, seqlen_q, dtype, page_size, layout, split in itertools.product(*axes):
+    for (batch, tokens, draw), head_count, seqlen_q, dtype, page_size, storage, split in itertools.product(*axes):
         options: dict[str, Any] = {
             "seqlen_q": seqlen_q,
             "dtype": dtype,
             "page_size": page_size,
-            "layout": layout,
+            "storage": storage,
             "causal": causal,
             "fixed_split_tokens": split,
             **widths,

@@ -17,7 +17,7 @@ from ..lab.cases import Case, page_table
 from ..lab.timing import graph_shape
 from .grid import BenchCase
 
-LAYERS_IN_POOL = 2  # of layout "strided": the pages of so many layers lie side by side
+LAYERS_IN_POOL = 2  # of storage "strided": the pages of so many layers lie side by side
 _Q_SEED, _CACHE_SEED, _PAGE_SEED = 0, 1, 2
 
 
@@ -125,9 +125,9 @@ class Inputs:
     q : array
         [batch, seqlen_q, h, d], or [total_q, h, d] when ragged.
     q_parts : (array, array) or None
-        Contiguous copies of q's latent and rope part, for layout ``split``.
+        Contiguous copies of q's latent and rope part, for storage ``split``.
     caches : list
-        Copies with the same values: [num_pages, page_size, 1, d], or pairs (latent, rope) for layout ``split``.
+        Copies with the same values: [num_pages, page_size, 1, d], or pairs (latent, rope) for storage ``split``.
     block_table : array
         [batch, pages of the longest] int32; 0 past a request's last page (not every peer takes another number there).
     cache_seqlens : array
@@ -157,15 +157,15 @@ class Inputs:
         self._starts = np.concatenate([[0], np.cumsum(case.q_lengths)]).astype(np.int32)
         self.cu_seqlens_q = None if case.ragged is None else library.upload(self._starts)
         self.q = library.normal(case.q_shape, case.dtype, _Q_SEED)
-        self.q_parts = self._split(self.q, 1)[0] if case.layout == "split" else None
+        self.q_parts = self._split(self.q, 1)[0] if case.storage == "split" else None
         self._packed = library.normal(case.cache_shape, case.dtype, _CACHE_SEED)
         self.caches = self._make_caches(copies)
 
     def _make_caches(self, copies: int) -> list[Any]:
         case, library = self.case, self.library
-        if case.layout == "split":
+        if case.storage == "split":
             return self._split(self._packed, copies)
-        if case.layout == "strided":
+        if case.storage == "strided":
             num_pages, *page_shape = case.cache_shape
             pool = library.empty((copies, num_pages, LAYERS_IN_POOL, *page_shape), case.dtype)
             views = [pool[copy][:, 0] for copy in range(copies)]

@@ -10,13 +10,13 @@ import click
 from click.core import ParameterSource
 
 from ..errors import InvalidArgumentError
-from ..lab.case_arrays import DTYPES, LAYOUTS
+from ..lab.case_arrays import DTYPES, STORAGES
 from ..lab.presets import DEFAULT_PRESET, PRESETS
 from ..lab.timing import DEFAULT_LIMIT_SECONDS
 from .common import COUNT, Command, backend_option, choose_backend
 
 
-def list_option(name: str, kind: Any, help_text: str) -> Callable[[Command], Command]:
+def list_option(name: str, kind: Any, help_text: str, *, hidden: bool = False) -> Callable[[Command], Command]:
     """An option that takes values of a click type with commas or repeated; gives one tuple without repeats,
     empty when not used."""
 
@@ -25,7 +25,7 @@ def list_option(name: str, kind: Any, help_text: str) -> Callable[[Command], Com
         return tuple(dict.fromkeys(values))
 
     metavar = "|".join(kind.choices) if isinstance(kind, click.Choice) else kind.name.removesuffix(" range").upper()
-    return click.option(name, multiple=True, callback=read, metavar=f"{metavar}[,...]", help=help_text)
+    return click.option(name, multiple=True, callback=read, metavar=f"{metavar}[,...]", help=help_text, hidden=hidden)
 
 
 _FILE = click.Path(path_type=Path, dir_okay=False, writable=True)  # refused before the run, not after it
@@ -38,7 +38,8 @@ _FILE = click.Path(path_type=Path, dir_okay=False, writable=True)  # refused bef
 @list_option("--seqlen-q", COUNT, "Query tokens of a request.")
 @list_option("--dtype", click.Choice(list(DTYPES)), "Type of q and cache.")
 @list_option("--page-size", COUNT, "Tokens of a page.")
-@list_option("--layout", click.Choice(LAYOUTS), "One array; latent and rope apart; a view into a larger pool.")
+@list_option("--storage", click.Choice(STORAGES), "One array; latent and rope apart; a view into a larger pool.")
+@list_option("--layout", click.Choice(STORAGES), "An earlier name of --storage.", hidden=True)
 @list_option("--split", COUNT, "Cut requests after so many tokens, in any batch (a multiple of 64).")
 @click.option("--causal", is_flag=True, help="Mask aligned to the bottom right (for --seqlen-q above 1).")
 @click.option("--preset", type=click.Choice(list(PRESETS)), help="A model's heads and widths, in place of --heads.")
@@ -146,7 +147,7 @@ def _cases(backend: str, options: dict[str, Any]) -> list[Any]:
         seqlens_q=options["seqlen_q"] or (1,),
         dtypes=options["dtype"] or (grid.DEFAULT_DTYPE,),
         page_sizes=options["page_size"] or (grid.DEFAULT_PAGE_SIZE,),
-        layouts=options["layout"] or LAYOUTS[:1],
+        storages=tuple(dict.fromkeys(options["storage"] + options["layout"])) or STORAGES[:1],
         splits=options["split"] or (None,),
         causal=options["causal"],
         preset=preset,

@@ -19,7 +19,7 @@ Array = npt.NDArray[Any]
 
 DTYPES: dict[str, np.dtype[Any]] = {"bfloat16": np.dtype(ml_dtypes.bfloat16), "float16": np.dtype(np.float16)}
 # One array for latent and rope columns; one for each; a view into a larger pool.
-LAYOUTS = ("packed", "split", "strided")
+STORAGES = ("packed", "split", "strided")
 
 _CHUNK_VALUES = 1 << 24  # values made at a time on the host: 64 MB of float32
 _THREADS = 256

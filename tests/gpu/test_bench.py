@@ -1,4 +1,4 @@
-"""The benchmark on the GPU: every layout is timed and right, a wrong result is seen. No time decides a test."""
+"""The benchmark on the GPU: every storage is timed and right, a wrong result is seen. No time decides a test."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import pytest
 
 from cupy_mla.bench import BenchCase, measure_ceilings, run_bench
 from cupy_mla.bench import measure as protocol
-from cupy_mla.bench.grid import LAYOUTS
+from cupy_mla.bench.grid import STORAGES
 from cupy_mla.bench.inputs import ArrayLibrary, CupyLibrary, Inputs, choose_library
 from cupy_mla.bench.measure import measure
 from cupy_mla.bench.ours import OurSide
@@ -17,7 +17,7 @@ from cupy_mla.bench.ours import OurSide
 pytestmark = pytest.mark.timeout(60)
 
 CASES = (
-    *(BenchCase(3, (300, 0, 70), 16, layout=layout) for layout in LAYOUTS),
+    *(BenchCase(3, (300, 0, 70), 16, storage=storage) for storage in STORAGES),
     BenchCase(2, 200, 12, seqlen_q=2, causal=True, dtype="float16"),
     BenchCase(2, 200, 16, ragged=(1, 3), causal=True),
     BenchCase(2, 300, 16, fixed_split_tokens=64),

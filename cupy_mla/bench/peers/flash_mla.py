@@ -29,7 +29,7 @@ class FlashMlaPeer(Peer):
             return f"widths {case.latent_dim} + {case.rope_dim}: only {_WIDTHS[0]} + {_WIDTHS[1]}"
         if case.page_size != _PAGE_SIZE:
             return f"page size {case.page_size}: only {_PAGE_SIZE}"
-        if case.layout == "split":
+        if case.storage == "split":
             return "latent and rope part in separate arrays: only one array"
         if case.ragged is not None:
             return "ragged queries: only equally many tokens for all requests"
