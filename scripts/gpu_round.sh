@@ -8,8 +8,9 @@
 #   PEERS         folder with the peers, if any
 #   OUT           folder for results (default: none are written)
 set -uo pipefail
+unset CDPATH
 
-cd "$(dirname "${BASH_SOURCE[0]}")/.."
+cd -- "$(dirname -- "${BASH_SOURCE[0]}")/.."
 export PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}"
 PYTHON=${PYTHON:-python3}
 TEST_SECONDS=${TEST_SECONDS:-240}

@@ -3,9 +3,12 @@
 #   VENV    where the virtual environment goes (default: .venv in the checkout)
 
 set -euo pipefail
+unset CDPATH # cd would look there first, and print where it went
 
-ROOT=$(cd -P "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
+ROOT=$(cd -P -- "$(dirname -- "${BASH_SOURCE[0]}")/.." && pwd)
 VENV=${VENV:-$ROOT/.venv}
+case $VENV in /*) ;; *) VENV=$PWD/$VENV ;; esac # test.sh changes the folder
+export CUPY_CACHE_DIR=${CUPY_CACHE_DIR:-$VENV/cupy} # CuPy is not even imported where HOME cannot be written
 
 say() { printf '==> %s\n' "$*" >&2; }
 fail() {
@@ -76,11 +79,18 @@ ensure_environment() {
         return
     fi
     say "installing cupy-mla${extras:+[$extras]} into $VENV"
-    "$VENV/bin/python" -m pip install --quiet --disable-pip-version-check -e "$ROOT${extras:+[$extras]}"
+    pip_install -e "$ROOT${extras:+[$extras]}"
     for cuda in cuda12 cuda13; do
         case ",$extras," in *,$cuda,*) touch "$VENV/.has-$cuda" ;; esac
     done
     echo "$key" >"$stamp"
+}
+
+# pip's progress for people, and nothing but errors for logs; the output of the scripts stays their own.
+pip_install() {
+    local quiet=--quiet
+    [ ! -t 2 ] || quiet=
+    "$VENV/bin/python" -m pip install $quiet --disable-pip-version-check "$@" >&2
 }
 
 # Whether VENV must go: its Python is broken or not the one that PYTHON names, or it has the other CuPy

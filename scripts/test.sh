@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # All tests that this machine can run: sets up .venv with the test extra and, GPU or not, the CUDA wheels, with which
 # the kernels compile anywhere. Arguments go to pytest.
-source "$(dirname "${BASH_SOURCE[0]}")/setup.sh"
+source "$(dirname -- "${BASH_SOURCE[0]}")/setup.sh"
 
 detect_gpu
 say "$GPU_NOTE"
@@ -10,6 +10,7 @@ if [ "$(uname -s)" != Linux ]; then
     extras=test # CuPy has no wheels here
 fi
 ensure_environment "$extras"
+export CUPY_MLA_CACHE_DIR=$VENV/kernels # not among the user's own
 
 cd "$ROOT"
 report=$(mktemp)

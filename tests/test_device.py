@@ -65,10 +65,15 @@ def no_cupy() -> SimpleNamespace:
     raise ImportError("No module named 'cupy'")
 
 
+def no_cache_folder() -> SimpleNamespace:
+    raise PermissionError(13, "Permission denied", "/nobody/.cupy")
+
+
 @pytest.mark.parametrize(
     ("runtime", "reason"),
     [
         (no_cupy, r"cupy-mla\[cuda12\]"),
+        (no_cache_folder, r"/nobody/\.cupy.*CUPY_CACHE_DIR"),
         (lambda: fake_runtime(0, driver=0), "no NVIDIA driver"),
         (lambda: fake_runtime(0, driver=13000), "there is no GPU"),
         (
@@ -78,7 +83,7 @@ def no_cupy() -> SimpleNamespace:
         (lambda: fake_runtime(FakeRuntimeError("cudaErrorNoDevice"), driver=13000), "cudaErrorNoDevice"),
         (lambda: fake_runtime(1, driver=13000, major=8), r"compute capability 8\.0; the kernels need Hopper"),
     ],
-    ids=["no CuPy", "no driver", "no GPU", "old driver", "hidden GPU", "not Hopper"],
+    ids=["no CuPy", "no cache folder for CuPy", "no driver", "no GPU", "old driver", "hidden GPU", "not Hopper"],
 )
 def test_what_is_missing_is_said(monkeypatch: pytest.MonkeyPatch, runtime: object, reason: str) -> None:
     monkeypatch.setattr(device, "_runtime", runtime)

@@ -163,7 +163,7 @@ def _driver_version() -> int:
     """Return the driver's CUDA version as CUDA numbers it (13000 is 13.0); 0 without CuPy or a driver."""
     try:
         return int(_runtime().driverGetVersion())
-    except ImportError:
+    except (ImportError, OSError):
         return 0
 
 
@@ -178,6 +178,8 @@ def _why_no_cuda() -> str | None:
         runtime = _runtime()
     except ImportError as error:
         return f'CuPy cannot be imported ({error}): pip install "cupy-mla[cuda12]"'
+    except OSError as error:  # CuPy makes its cache folder when it is imported
+        return f"CuPy cannot be imported ({error}): set CUPY_CACHE_DIR to a folder that can be written"
     driver = _driver_version()
     if not driver:
         return "no NVIDIA driver is installed"
