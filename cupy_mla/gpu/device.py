@@ -9,8 +9,8 @@ from typing import Any
 from ..arrays.frameworks import CUDA
 from ..errors import UnsupportedDeviceError
 from ..settings import get_settings
+from . import hopper
 
-HOPPER = (9, 0)
 NUMPY_WAY_OUT = "arrays in host memory run on the NumPy backend instead"
 
 
@@ -44,8 +44,8 @@ class DeviceInfo:
 
     @property
     def is_hopper(self) -> bool:
-        """Whether the kernels, which are machine code for sm_90a, can run on it."""
-        return self.compute_capability == HOPPER
+        """Whether the kernels, which are machine code for it alone, can run on it."""
+        return self.compute_capability == hopper.COMPUTE_CAPABILITY
 
 
 def count_devices() -> int:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from ...errors import CompilationError, MissingDependencyError
-from .source import COMPILE_OPTIONS, KernelSource, kernels_root, read_entry_file
+from .source import KernelSource, compile_options, kernels_root, read_entry_file
 
 # The oldest version the kernels are tested with.
 MINIMUM_NVRTC = (12, 9)
@@ -62,7 +62,7 @@ class CompiledKernel:
     Attributes
     ----------
     cubin : bytes
-        Machine code for sm_90a.
+        Machine code for the architecture of its source.
     log : str
         The compiler's log.
     usage : ResourceUsage
@@ -132,7 +132,7 @@ def why_unavailable() -> str | None:
 
 
 def compile_source(source: KernelSource, root: Path | None = None) -> CompiledKernel:
-    """Compile one kernel for sm_90a.
+    """Compile one kernel, for the architecture that its source names.
 
     Threads may call this at the same time, but NVRTC takes one program at a time in a process: more need processes.
 
@@ -153,7 +153,8 @@ def compile_source(source: KernelSource, root: Path | None = None) -> CompiledKe
     compiler_version()
     root = kernels_root() if root is None else root
     text = read_entry_file(source, root)
-    options = [*COMPILE_OPTIONS, f"--include-path={root}", *(f"-D{name}={value}" for name, value in source.defines)]
+    defines = (f"-D{name}={value}" for name, value in source.defines)
+    options = [*compile_options(source), f"--include-path={root}", *defines]
     started = time.perf_counter()
     cubin, log = _run_nvrtc(text, str(root / source.entry), options, source)
     seconds = time.perf_counter() - started

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from ...errors import DriverError
 from ...settings import get_settings
 from .. import device
-from .source import COMPILE_OPTIONS, KernelSource, digest, read_files
+from .source import KernelSource, compile_options, digest, read_files
 
 # The compiler and the cache, with what they import, are needed when the first kernel is loaded, not before.
 if TYPE_CHECKING:
@@ -164,7 +164,7 @@ def _describe(source: KernelSource, version: str, root: Path | None) -> dict[str
         "entry": source.entry,
         "function": source.function,
         "defines": dict(source.defines),
-        "options": list(COMPILE_OPTIONS),
+        "options": list(compile_options(source)),
         "compiler": version,
         "files": {name: hashlib.sha256(contents).hexdigest() for name, contents in sorted(files.items())},
     }

@@ -9,9 +9,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ...errors import CompilationError
+from .. import hopper
 
+# Besides the architecture, which is the source's.
 COMPILE_OPTIONS: tuple[str, ...] = (
-    "-arch=sm_90a",  # plain sm_90 refuses wgmma and setmaxnreg
     "--std=c++17",
     "-default-device",
     "-lineinfo",
@@ -39,15 +40,23 @@ class KernelSource:
         Its ``extern "C"`` kernel.
     defines : tuple of (str, str)
         Macro names and values, given to the compiler as ``-DNAME=VALUE``.
+    arch : str
+        The architecture to compile for, ``-arch=ARCH``.
     """
 
     entry: str
     function: str
     defines: tuple[tuple[str, str], ...] = ()
+    arch: str = hopper.ARCH
 
     def __str__(self) -> str:
         defines = ", ".join(f"{name}={value}" for name, value in self.defines)
         return f"{self.entry}:{self.function}({defines})"
+
+
+def compile_options(source: KernelSource) -> tuple[str, ...]:
+    """Return the compiler's options for a kernel, less its defines and where headers lie."""
+    return (f"-arch={source.arch}", *COMPILE_OPTIONS)
 
 
 def kernels_root() -> Path:
@@ -117,8 +126,8 @@ def read_files(source: KernelSource, root: Path | None = None) -> dict[str, byte
 def digest(source: KernelSource, compiler_version: str, root: Path | None = None) -> str:
     """Return a hexadecimal digest of everything the cubin depends on.
 
-    That is: the contents of the entry file and of every header it reaches, the function, the defines, the compile
-    options and the compiler. Files are read anew each time, so an edited header is always seen.
+    That is: the contents of the entry file and of every header it reaches, the function, the defines, the architecture,
+    the compile options and the compiler. Files are read anew each time, so an edited header is always seen.
 
     Parameters
     ----------
@@ -140,7 +149,7 @@ def digest(source: KernelSource, compiler_version: str, root: Path | None = None
             hasher.update(len(data).to_bytes(8, "little"))
             hasher.update(data)
 
-    feed(compiler_version, *COMPILE_OPTIONS)
+    feed(compiler_version, *compile_options(source))
     feed("kernel", source.entry, source.function)
     for name, value in source.defines:
         feed("define", name, value)
