@@ -27,8 +27,7 @@ from cupy_mla.gpu import device, driver
 from cupy_mla.gpu.device import DeviceInfo
 from cupy_mla.gpu.jit.source import KernelSource
 from cupy_mla.kernels import tensor_maps
-from cupy_mla.kernels.decode_params import DECODE_PARAMS
-from cupy_mla.kernels.plan_layout import COMBINE_PARAMS, PLAN_PARAMS
+from cupy_mla.kernels.structs import COMBINE_PARAMS, DECODE_PARAMS, PLAN_PARAMS
 from cupy_mla.kernels.tensor_maps import TENSOR_MAP
 
 BASE = 1 << 40

@@ -13,7 +13,8 @@ import numpy as np
 import pytest
 
 from cupy_mla.gpu.jit.source import kernels_root
-from cupy_mla.kernels.plan_layout import MERGE_STATES_THREADS, plan_layout, plan_params, read_plan
+from cupy_mla.kernels.combine import MERGE_STATES_THREADS
+from cupy_mla.kernels.planner import plan_layout, plan_params, read_plan
 from cupy_mla.schedule.make import Schedule, ScheduleShape
 
 HOST_CUDA = Path(__file__).parent / "host_cuda"

@@ -10,9 +10,9 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-import cupy_mla.cache.append as cache_ops
 from cupy_mla.cache.append import append_tokens
 from cupy_mla.errors import InvalidArgumentError
+from cupy_mla.kernels.structs import APPEND_PARAMS, APPEND_SEGMENT
 
 LATENT, ROPE = 12, 4
 WIDTH = LATENT + ROPE
@@ -153,8 +153,8 @@ def test_a_bad_append_is_refused(argument: str, call: dict[str, Any]) -> None:
 
 def test_params_have_the_sizes_of_the_kernel() -> None:
     sizes = dict(re.findall(r"sizeof\((Append\w+)\) == (\d+)", APPEND_SOURCE.read_text()))
-    assert int(sizes["AppendSegment"]) == cache_ops.SEGMENT_DTYPE.itemsize
-    assert int(sizes["AppendParams"]) == cache_ops.PARAMS_DTYPE.itemsize
+    assert int(sizes["AppendSegment"]) == APPEND_SEGMENT.itemsize
+    assert int(sizes["AppendParams"]) == APPEND_PARAMS.itemsize
 
 
 # On the GPU -------------------------------------------------------------------------------------------------------

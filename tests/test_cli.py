@@ -19,11 +19,12 @@ from cupy_mla.errors import MissingDependencyError
 from cupy_mla.gpu import device
 from cupy_mla.gpu.jit import compiler
 from cupy_mla.gpu.jit.source import KernelSource
+from cupy_mla.kernels.catalogue import NamedKernel
 from cupy_mla.lab import accuracy, compile_job
 from cupy_mla.lab import selftest as check
 from cupy_mla.lab.array_files import read_arrays, write_arrays
 from cupy_mla.lab.cases import TENSORS, build_case
-from cupy_mla.lab.compile_job import NamedKernel, compile_all, select_kernels
+from cupy_mla.lab.compile_job import compile_all, select_kernels
 
 needs_compiler = pytest.mark.skipif(
     compiler.why_unavailable() is not None, reason=f"no compiler: {compiler.why_unavailable()}"

@@ -7,7 +7,8 @@ from typing import Any
 import pytest
 
 from cupy_mla.call.problem import DecodeProblem
-from cupy_mla.kernels.configs import MAX_SHARED_BYTES, KernelConfig, choose_config
+from cupy_mla.gpu import hopper
+from cupy_mla.kernels.configs import KernelConfig, choose_config
 
 NUM_SMS = 132
 
@@ -77,7 +78,7 @@ def test_widths_that_the_wide_kernel_is_not_made_for_are_left_to_the_narrow_one(
 ) -> None:
     config = choose_config(problem(132, 8192, 128, latent_dim=latent_dim, rope_dim=rope_dim), NUM_SMS, None, split)
     assert name(config) == expected
-    assert config.shared_memory <= MAX_SHARED_BYTES
+    assert config.shared_memory <= hopper.MAX_SHARED_BYTES
 
 
 @pytest.mark.parametrize(

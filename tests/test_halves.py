@@ -15,10 +15,11 @@ from hypothesis import strategies as st
 from test_schedule import dense
 
 from cupy_mla import mla_decode
+from cupy_mla.gpu import hopper
 from cupy_mla.gpu.jit.source import kernels_root
 from cupy_mla.kernels import halves
-from cupy_mla.kernels.decode_params import HALF_SHARE_UNIT, MAX_SMS
 from cupy_mla.kernels.halves import split_halves
+from cupy_mla.kernels.structs import HALF_SHARE_UNIT
 from cupy_mla.schedule.make import CLAIM_TILES, make_schedule
 from cupy_mla.schedule.pieces import TILE_TOKENS
 
@@ -104,7 +105,7 @@ def latencies(is_second: np.ndarray, near: float, noise: float) -> np.ndarray:
 
 
 def clocks_of(is_second: np.ndarray) -> np.ndarray:
-    found = np.zeros((MAX_SMS, 32), np.uint32)
+    found = np.zeros((hopper.MAX_SMS, 32), np.uint32)
     found[: len(is_second)] = latencies(is_second, 1400, 100)
     return found
 

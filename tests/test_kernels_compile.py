@@ -17,8 +17,8 @@ from cupy_mla.gpu.jit import compiler
 from cupy_mla.gpu.jit.compiler import CompiledKernel
 from cupy_mla.gpu.jit.module import get_cubin
 from cupy_mla.gpu.jit.source import kernels_root
+from cupy_mla.kernels.catalogue import all_kernels
 from cupy_mla.kernels.configs import KernelConfig, standard_configs
-from cupy_mla.lab.compile_job import all_kernels
 
 needs_nvrtc = pytest.mark.skipif(
     compiler.why_unavailable() is not None, reason=f"no compiler: {compiler.why_unavailable()}"

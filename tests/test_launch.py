@@ -14,7 +14,7 @@ from fake_gpu import FakeGpu, fake_gpu, forget
 from cupy_mla import DriverError
 from cupy_mla.gpu import driver
 from cupy_mla.gpu.launch import Launch
-from cupy_mla.kernels.decode_params import DECODE_PARAMS
+from cupy_mla.kernels.structs import DECODE_PARAMS
 from cupy_mla.kernels.tensor_maps import TENSOR_MAP
 
 INVALID_VALUE, INVALID_CONTEXT = 1, 201

@@ -10,7 +10,9 @@ import pytest
 from host_kernels import needs_compiler, run_combine, run_merge_states, run_plan
 from test_schedule import dense
 
-from cupy_mla.kernels.plan_layout import COMBINE_PARAMS, MERGE_STATES_PARAMS, OCTET, merge_states_geometry, plan_layout
+from cupy_mla.kernels.combine import OCTET, merge_states_geometry
+from cupy_mla.kernels.planner import plan_layout
+from cupy_mla.kernels.structs import COMBINE_PARAMS, MERGE_STATES_PARAMS
 from cupy_mla.schedule.make import ScheduleShape, make_schedule
 
 pytestmark = needs_compiler

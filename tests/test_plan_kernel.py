@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 from test_schedule import Case, cases, dense
 
 from cupy_mla.errors import InvalidArgumentError
-from cupy_mla.kernels import decode_params, plan_layout
-from cupy_mla.kernels.decode_params import DECODE_PARAMS
+from cupy_mla.gpu import hopper
+from cupy_mla.kernels import combine, planner, structs
 from cupy_mla.schedule import make as schedule
 from cupy_mla.schedule import pieces
 from cupy_mla.schedule.make import Schedule, make_schedule
@@ -78,7 +78,7 @@ def test_arrays_may_hold_anything(values: list[int], fixed: bool) -> None:
     ["PLAN_HEADER", "WORK_ITEM", "MERGE_ITEM", "PLAN_PARAMS", "DECODE_PARAMS", "COMBINE_PARAMS", "MERGE_STATES_PARAMS"],
 )
 def test_structs_are_the_same_on_both_sides(name: str) -> None:
-    dtype: np.dtype = DECODE_PARAMS if name == "DECODE_PARAMS" else getattr(plan_layout, name)
+    dtype: np.dtype = getattr(structs, name)
     assert dtype.fields is not None
     offsets = tuple(dtype.fields[field][1] for field in dtype.names or ())
     assert (dtype.itemsize, *offsets) == struct_layout(name, len(offsets))
@@ -105,19 +105,21 @@ def test_constants_are_the_same_on_both_sides() -> None:
         assert getattr(pieces, name) == kernel_constant(name), name
     for name in ("WHOLE_JOB", "CLAIM_TILES"):
         assert getattr(schedule, name) == kernel_constant(name), name
-    for name in ("MAX_SMS", "SM_WORDS", "HALF_SHARE_UNIT"):
-        assert getattr(decode_params, name) == kernel_constant(name), name
-    names = ("PLAN_THREADS", "MERGE_STATES_THREADS", "OCTET")
-    for name in (*names, "_JOB_COLUMNS", "_SCRATCH_BYTES", "_SECTION_INTS"):
-        assert getattr(plan_layout, name) == kernel_constant(name), name
+    assert kernel_constant("MAX_SMS") == hopper.MAX_SMS
+    for name in ("SM_WORDS", "HALF_SHARE_UNIT"):
+        assert getattr(structs, name) == kernel_constant(name), name
+    for name in ("MERGE_STATES_THREADS", "OCTET"):
+        assert getattr(combine, name) == kernel_constant(name), name
+    for name in ("PLAN_THREADS", "_JOB_COLUMNS", "_SCRATCH_BYTES", "_SECTION_INTS"):
+        assert getattr(planner, name) == kernel_constant(name), name
 
 
 def test_the_planner_needs_no_more_shared_memory_than_every_kernel_may_have() -> None:
     for batch in (1, 128, 1024, 1025, 65536):
-        assert plan_layout.plan_geometry(dense(batch)).shared_memory <= 48 * 1024
+        assert planner.plan_geometry(dense(batch)).shared_memory <= hopper.FREE_SHARED_BYTES
 
 
 def test_a_plan_too_large_to_address_is_refused() -> None:
     shape = dense(4096, fixed_split_tokens=64, max_seqlen_k=2**23)
     with pytest.raises(InvalidArgumentError, match="fixed_split_tokens"):
-        plan_layout.plan_layout(shape)
+        planner.plan_layout(shape)

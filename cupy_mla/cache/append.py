@@ -18,48 +18,12 @@ from ..arrays.view import ArrayView
 from ..call.arguments import check_no_overlap, misaligned
 from ..errors import InvalidArgumentError
 from ..gpu.device import require_backend
-from ..gpu.jit.source import KernelSource
+from ..kernels.append import APPEND_SOURCE, CHUNK_BYTES, append_geometry
+from ..kernels.structs import APPEND_PARAMS
 
-APPEND_SOURCE = KernelSource(entry="cache/append.cu", function="mla_append", defines=())
-CHUNK_BYTES = 16  # the kernel copies in units of this size
-_LANES = 32
-_WARPS_PER_BLOCK = 4  # one token per warp: 128 tokens of a decode step are spread over 32 SMs
 _CACHE_RANK = 4
 _ROWS_RANK = 3
 _INT32_MAX = 2**31 - 1
-
-# struct AppendSegment and struct AppendParams of append.cu, field by field.
-SEGMENT_DTYPE = np.dtype(
-    [
-        ("cache", np.uint64),
-        ("rows", np.uint64),
-        ("cache_page_stride", np.int64),
-        ("cache_token_stride", np.int64),
-        ("cache_head_stride", np.int64),
-        ("rows_token_stride", np.int64),
-        ("rows_head_stride", np.int64),
-        ("chunks", np.int32),
-        ("reserved", np.int32),
-    ]
-)
-PARAMS_DTYPE = np.dtype(
-    [
-        ("segments", SEGMENT_DTYPE, 2),
-        ("slot_mapping", np.uint64),
-        ("block_table", np.uint64),
-        ("positions", np.uint64),
-        ("requests", np.uint64),
-        ("block_table_stride", np.int64),
-        ("num_tokens", np.int32),
-        ("num_heads_kv", np.int32),
-        ("page_size", np.int32),
-        ("num_pages", np.int32),
-        ("num_requests", np.int32),
-        ("max_pages_per_seq", np.int32),
-        ("tokens_per_request", np.int32),
-        ("reserved", np.int32),
-    ]
-)
 
 
 @dataclass(frozen=True, slots=True)
@@ -376,20 +340,20 @@ def _append_cuda(segments: list[_Segment], places: _Places, num_tokens: int, str
     from ..gpu.jit.module import load
     from ..gpu.launch import launch_kernel
 
-    blocks = -(-num_tokens // _WARPS_PER_BLOCK)
+    geometry = append_geometry(num_tokens)
     launch_kernel(
         load(APPEND_SOURCE, segments[0].cache.device_id),
-        grid=(blocks, 1, 1),
-        block=(_LANES, _WARPS_PER_BLOCK, 1),
-        shared_memory=0,
-        stream=stream,
-        arguments=(pack_params(segments, places, num_tokens),),
+        geometry.grid,
+        geometry.block,
+        geometry.shared_memory,
+        stream,
+        (pack_params(segments, places, num_tokens),),
     )
 
 
 def pack_params(segments: list[_Segment], places: _Places, num_tokens: int) -> npt.NDArray[np.void]:
-    """The kernel's by-value parameter: an array of size one and type ``PARAMS_DTYPE``."""
-    params = np.zeros(1, PARAMS_DTYPE)
+    """The kernel's by-value parameter: an array of size one and type ``APPEND_PARAMS``."""
+    params = np.zeros(1, APPEND_PARAMS)
     for packed, segment in zip(params[0]["segments"], segments, strict=False):
         itemsize = segment.cache.itemsize
         packed["cache"] = segment.cache.pointer + segment.cache_column * itemsize

@@ -9,7 +9,8 @@ from collections.abc import Sequence
 
 import click
 
-from ..lab.compile_job import KernelReport, NamedKernel, compile_all, select_kernels
+from ..kernels.catalogue import NamedKernel
+from ..lab.compile_job import KernelReport, compile_all, select_kernels
 from ..shown.tables import print_table
 
 

@@ -19,8 +19,9 @@ from ..errors import InvalidArgumentError, PlanMismatchError
 from ..gpu.device import describe_device
 from ..gpu.jit.module import LoadedKernel, load
 from ..gpu.launch import Launch, is_capturing
+from ..kernels.combine import combine_source
 from ..kernels.configs import KernelConfig, choose_config
-from ..kernels.plan_layout import PLAN_SOURCE, combine_source, plan_geometry, plan_layout, plan_params
+from ..kernels.planner import PLAN_SOURCE, plan_geometry, plan_layout, plan_params
 from ..schedule.make import ScheduleShape, check_fixed_split, choose_parts
 from ..schedule.pieces import ceil_div
 from ..shown.html import facts_table

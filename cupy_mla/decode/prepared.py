@@ -17,9 +17,9 @@ from ..arrays.frameworks import CUDA
 from ..arrays.view import ArrayView
 from ..call.problem import DecodeInputs, DecodeProblem
 from ..gpu.launch import Launch, is_capturing
-from ..kernels.decode_params import DECODE_PARAMS, HALF_SHARE_UNIT
+from ..kernels.combine import STORE_ALIGNMENT, combine_geometry
 from ..kernels.halves import second_half
-from ..kernels.plan_layout import COMBINE_PARAMS, STORE_ALIGNMENT, combine_geometry
+from ..kernels.structs import COMBINE_PARAMS, DECODE_PARAMS, HALF_SHARE_UNIT
 from ..kernels.tensor_maps import TENSOR_MAP, PageSteps, TensorMap, kv_tensor_map
 from .plan import Blueprint, DecodePlan
 

@@ -5,6 +5,7 @@ CuPy's plain launch has no launch attributes, so ``cuLaunchKernelEx`` is called 
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -14,6 +15,18 @@ from .driver import check, driver
 # Launches that a thread without a current context, or with that of another GPU, is refused: CUDA_ERROR_INVALID_CONTEXT
 # and CUDA_ERROR_INVALID_HANDLE.
 _CONTEXT_ERRORS = (201, 400)
+
+
+Grid = tuple[int, int, int]
+
+
+@dataclass(frozen=True, slots=True)
+class Geometry:
+    """How a kernel is launched: CTAs, threads of a CTA, bytes of dynamic shared memory."""
+
+    grid: Grid
+    block: Grid
+    shared_memory: int = 0
 
 
 class Launch:

@@ -11,20 +11,20 @@ import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from ..gpu import hopper
 from ..schedule.make import choose_parts
 from ..schedule.pieces import TILE_COST, TILE_TOKENS, CostModel, ceil_div
+from .structs import ELEMENT_TAGS
 
 if TYPE_CHECKING:
     from ..call.problem import DecodeProblem
     from ..gpu.jit.source import KernelSource
 
 BOX_COLUMNS = 64  # columns of one swizzled copy-engine box: core/smem_descriptor.h, kBoxColumns
-MAX_SHARED_BYTES = 232_448  # dynamic shared memory that a Hopper block can opt in to
 
 WIDE_ROWS = 64  # rows of wgmma's M
 FEW_ROWS, MORE_ROWS = 16, 32  # rows of wgmma's N, the operands swapped
 
-_CTA_SHARED_BYTES = 1024  # that every CTA takes besides its own
 _NARROW_THREADS = 160  # one consumer warpgroup, one producer warp
 _NARROW_CONSUMER_WARPS = 4
 _NARROW_PROBABILITY_BUFFERS = 2
@@ -54,8 +54,6 @@ _COSTS = {  # by rows
 FLOAT_PARTIAL_ROWS = 4
 _NARROW_COMBINE_THREADS, _WIDE_COMBINE_THREADS = 256, 640
 _FLOAT_COMBINE_REGISTERS, _COMBINE_REGISTERS = 80, 96
-
-DTYPE_TAGS = {"bfloat16": "Bf16", "float16": "Fp16"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -171,7 +169,7 @@ class KernelConfig:
         fixed = (boxes + _NARROW_PROBABILITY_BUFFERS) * row_box + exchange + _CLAIM_BYTES
         slot = _BOX_BYTES + 2 * _BARRIER_BYTES
         # As many KV boxes as fit beside a CTA of the merge.
-        return fixed + (MAX_SHARED_BYTES - _CTA_SHARED_BYTES - fixed) // slot * slot
+        return fixed + (hopper.MAX_SHARED_BYTES - hopper.CTA_SHARED_BYTES - fixed) // slot * slot
 
     def source(self) -> KernelSource:
         """What the run-time compiler is given."""
@@ -181,7 +179,7 @@ class KernelConfig:
             entry=f"decode/{self.kernel}/{self.kernel}.cu",
             function=f"mla_decode_{self.kernel}",
             defines=(
-                ("MLA_DTYPE", DTYPE_TAGS[self.dtype]),
+                ("MLA_DTYPE", ELEMENT_TAGS[self.dtype]),
                 ("MLA_LATENT", str(self.latent_dim)),
                 ("MLA_ROPE", str(self.rope_dim)),
                 ("MLA_PAGE_SIZE", str(self.page_size)),
@@ -277,6 +275,7 @@ def _estimate_time(kernel: tuple[str, int], rows: int, requests: int, tokens_k: 
 
 # What the models in use need: (latent, rope) of DeepSeek V2/V3/R1 and Kimi K2, without rope, and a small MLA.
 STANDARD_DIMS = ((512, 64), (512, 0), (256, 64))
+STANDARD_DTYPES = ("bfloat16", "float16")
 STANDARD_PAGE_SIZES = (16, 32, 64, 128)
 
 
@@ -291,6 +290,6 @@ def standard_configs() -> list[KernelConfig]:
     return [
         KernelConfig(kernel, rows, latent, rope, dtype, page_size, causal, float_partials)
         for (kernel, rows, float_partials), (latent, rope), dtype, page_size, causal in itertools.product(
-            kernels, STANDARD_DIMS, DTYPE_TAGS, STANDARD_PAGE_SIZES, (False, True)
+            kernels, STANDARD_DIMS, STANDARD_DTYPES, STANDARD_PAGE_SIZES, (False, True)
         )
     ]

@@ -15,12 +15,12 @@ from contextlib import contextmanager
 import numpy as np
 import numpy.typing as npt
 
+from ..gpu import hopper
 from ..gpu.device import require_supported
 from ..gpu.driver import check, driver
 from ..gpu.jit.module import load
 from ..gpu.jit.source import KernelSource
 from ..gpu.launch import launch_kernel
-from .decode_params import MAX_SMS
 
 PROBE_SOURCE = KernelSource(entry="probe/latency.cu", function="mla_probe_latency")
 
@@ -46,8 +46,8 @@ def second_half(device_id: int) -> npt.NDArray[np.uint32]:
         The probe cannot be compiled or loaded.
     """
     num_sms = require_supported(device_id).num_sms
-    is_second = np.zeros(MAX_SMS, bool)
-    for _ in range(_ATTEMPTS if num_sms <= MAX_SMS else 0):
+    is_second = np.zeros(hopper.MAX_SMS, bool)
+    for _ in range(_ATTEMPTS if num_sms <= hopper.MAX_SMS else 0):
         clocks = _measure(device_id, num_sms)
         if clocks is None:
             break
@@ -84,14 +84,14 @@ def _measure(device_id: int, num_sms: int) -> npt.NDArray[np.uint32] | None:
     with cupy.cuda.Device(device_id), _during_capture(), cupy.cuda.Stream(non_blocking=True) as stream:
         try:
             lines = cupy.zeros(_NUM_LINES * _LINE_STRIDE, np.uint32)
-            clocks = cupy.zeros((MAX_SMS, _NUM_LINES), np.uint32)
+            clocks = cupy.zeros((hopper.MAX_SMS, _NUM_LINES), np.uint32)
         except cupy.cuda.memory.OutOfMemoryError:
             return None
         arguments = (
             np.uint64(lines.data.ptr),
             np.uint64(clocks.data.ptr),
             np.int32(_NUM_LINES),
-            np.int32(MAX_SMS),
+            np.int32(hopper.MAX_SMS),
         )
         launch_kernel(kernel, (num_sms, 1, 1), (_THREADS, 1, 1), kernel.max_dynamic_smem, stream.ptr, arguments)
         deadline = time.perf_counter() + _WAIT_SECONDS

@@ -8,32 +8,10 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass
 
-from ..cache.append import APPEND_SOURCE
 from ..errors import CompilationError, InvalidArgumentError
 from ..gpu.jit import compiler
 from ..gpu.jit.module import get_cubin
-from ..gpu.jit.source import KernelSource
-from ..kernels.configs import standard_configs
-from ..kernels.halves import PROBE_SOURCE
-from ..kernels.plan_layout import (
-    MERGE_STATES_THREADS,
-    PLAN_SOURCE,
-    PLAN_THREADS,
-    combine_source,
-    merge_states_source,
-)
-
-_MERGE_STATES_DTYPES = ("bfloat16", "float16", "float32")
-
-
-@dataclass(frozen=True, slots=True)
-class NamedKernel:
-    """A kernel and what its name is on the command line; ``threads`` is None where the problem decides."""
-
-    name: str
-    source: KernelSource
-    threads: int | None = None
-    shared_memory: int = 0
+from ..kernels.catalogue import NamedKernel, all_kernels
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,28 +37,6 @@ class KernelReport:
     seconds: float = 0.0
     from_cache: bool = False
     problems: tuple[str, ...] = ()
-
-
-def all_kernels() -> list[NamedKernel]:
-    """The standard decode configurations and the kernels around them."""
-    decode = [
-        NamedKernel(config.name, config.source(), config.threads, config.shared_memory) for config in standard_configs()
-    ]
-    sources = {
-        f"combine_{config.dtype}" + ("_float" if config.float_partials else ""): combine_source(config)
-        for config in standard_configs()
-    }
-    combine = [NamedKernel(name, source) for name, source in sources.items()]
-    merge = [
-        NamedKernel(f"merge_states_{dtype}", merge_states_source(dtype), MERGE_STATES_THREADS)
-        for dtype in _MERGE_STATES_DTYPES
-    ]
-    others = [
-        NamedKernel("plan", PLAN_SOURCE, PLAN_THREADS),
-        NamedKernel("append", APPEND_SOURCE),
-        NamedKernel("probe_latency", PROBE_SOURCE),
-    ]
-    return [*decode, *combine, *merge, *others]
 
 
 def select_kernels(patterns: Sequence[str]) -> list[NamedKernel]:

@@ -1,4 +1,4 @@
-// What the two merging kernels are told by value. cupy_mla/kernels/plan_layout.py mirrors the structs; a test compares them.
+// What the two merging kernels are told by value. cupy_mla/kernels/structs.py mirrors the structs; a test compares them.
 #pragma once
 #include "core/types.h"
 

@@ -6,7 +6,7 @@
 //   MergeItem  [max_merges]                 at the offset in the kernel's parameters
 //   planner workspace
 //
-// Every section starts at a multiple of 8 ints (32 bytes). cupy_mla/kernels/plan_layout.py mirrors this; tests compare the two.
+// Every section starts at a multiple of 8 ints (32 bytes). cupy_mla/kernels/structs.py and planner.py mirror this; tests compare the two.
 #pragma once
 
 #include "core/types.h"

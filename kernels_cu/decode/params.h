@@ -1,4 +1,4 @@
-// What a decode kernel is told by value. cupy_mla/kernels/decode_params.py mirrors DecodeParams; a test compares the two.
+// What a decode kernel is told by value. cupy_mla/kernels/structs.py mirrors DecodeParams; a test compares the two.
 #pragma once
 #include "core/types.h"
 #include "core/plan_format.h"

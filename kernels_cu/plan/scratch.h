@@ -44,7 +44,7 @@ struct PlanScratch {
     i32 parts_used;
     i32 padding;
 };
-static_assert(sizeof(PlanScratch) == 16400, "cupy_mla/kernels/plan_layout.py adds the job table to it");
+static_assert(sizeof(PlanScratch) == 16400, "cupy_mla/kernels/planner.py adds the job table to it");
 
 // Saturates: offsets that do not rise can ask for more jobs than an int counts.
 MLA_DEVICE i32 join(i32 a, i32 b) { return a > kMaxInt - b ? kMaxInt : a + b; }

@@ -15,8 +15,7 @@ from cupy_mla.decode import prepared as decode_call_module
 from cupy_mla.decode.plan import DecodePlan
 from cupy_mla.gpu import device
 from cupy_mla.kernels import halves
-from cupy_mla.kernels.decode_params import SM_WORDS
-from cupy_mla.kernels.plan_layout import PLAN_HEADER
+from cupy_mla.kernels.structs import PLAN_HEADER, SM_WORDS
 
 from . import gpu_arrays as gpu
 

@@ -1,0 +1,48 @@
+"""All kernels by name: the standard decode configurations and the kernels around them.
+
+What ``cupy-mla compile`` prepares ahead of time, and what the tests compile.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from ..gpu.jit.source import KernelSource
+from .append import APPEND_SOURCE
+from .combine import MERGE_STATES_THREADS, combine_source, merge_states_source
+from .configs import standard_configs
+from .halves import PROBE_SOURCE
+from .planner import PLAN_SOURCE, PLAN_THREADS
+from .structs import ELEMENT_TAGS
+
+
+@dataclass(frozen=True, slots=True)
+class NamedKernel:
+    """A kernel and what its name is on the command line; ``threads`` is None where the problem decides."""
+
+    name: str
+    source: KernelSource
+    threads: int | None = None
+    shared_memory: int = 0
+
+
+def all_kernels() -> list[NamedKernel]:
+    """The standard decode configurations and the kernels around them."""
+    decode = [
+        NamedKernel(config.name, config.source(), config.threads, config.shared_memory) for config in standard_configs()
+    ]
+    sources = {
+        f"combine_{config.dtype}" + ("_float" if config.float_partials else ""): combine_source(config)
+        for config in standard_configs()
+    }
+    combine = [NamedKernel(name, source) for name, source in sources.items()]
+    merge = [
+        NamedKernel(f"merge_states_{dtype}", merge_states_source(dtype), MERGE_STATES_THREADS)
+        for dtype in ELEMENT_TAGS
+    ]
+    others = [
+        NamedKernel("plan", PLAN_SOURCE, PLAN_THREADS),
+        NamedKernel("append", APPEND_SOURCE),
+        NamedKernel("probe_latency", PROBE_SOURCE),
+    ]
+    return [*decode, *combine, *merge, *others]

@@ -1,0 +1,42 @@
+"""The kernels that merge partial results: those of a plan (mla_combine), and states in ordinary arrays."""
+
+from __future__ import annotations
+
+from ..gpu.jit.source import KernelSource
+from ..gpu.launch import Geometry
+from ..schedule.pieces import ceil_div
+from .configs import KernelConfig
+from .structs import ELEMENT_TAGS
+
+MERGE_STATES_THREADS = 256
+OCTET = 8  # columns that a lane merges: d_v is a multiple of this
+STORE_ALIGNMENT = 16  # bytes; rows of the output that begin at multiples of it are stored faster
+
+
+def combine_source(config: KernelConfig) -> KernelSource:
+    """The kernel that merges partial results of a plan whose decode kernel is this one."""
+    defines = (
+        ("MLA_DTYPE", ELEMENT_TAGS[config.dtype]),
+        ("MLA_PARTIAL", ELEMENT_TAGS[config.partial_dtype]),
+        ("MLA_REGISTERS", str(config.combine_registers)),
+    )
+    return KernelSource("combine/combine.cu", "mla_combine", defines)
+
+
+def merge_states_source(dtype: str) -> KernelSource:
+    """The kernel that merges states in ordinary arrays, for "bfloat16", "float16" or "float32"."""
+    return KernelSource("combine/merge_states.cu", "mla_merge_states", (("MLA_DTYPE", ELEMENT_TAGS[dtype]),))
+
+
+def combine_geometry(num_sms: int, threads: int) -> Geometry:
+    """How mla_combine is launched: one CTA per SM, of ``KernelConfig.combine_threads``.
+
+    Not at all when ``shape.max_merges`` is 0.
+    """
+    return Geometry((num_sms, 1, 1), (threads, 1, 1))
+
+
+def merge_states_geometry(num_sms: int, num_rows: int, d_v: int) -> Geometry:
+    """How mla_merge_states is launched: one CTA per SM, fewer when there is less than a warp's work for each."""
+    narrowest_chunks = num_rows * ceil_div(d_v // OCTET, 2)
+    return Geometry((max(min(num_sms, narrowest_chunks), 1), 1, 1), (MERGE_STATES_THREADS, 1, 1))

@@ -1,0 +1,174 @@
+"""The kernels' by-value parameters and the records of a plan, field by field as the C++ headers have them.
+
+DecodeParams is in kernels_cu/decode/params.h, PlanParams in plan/params.h, CombineParams and MergeStatesParams in
+combine/params.h, the records of a plan in core/plan_format.h, AppendParams in cache/append.cu; tests compare the two
+sides. Strides are in elements, those of AppendParams' segments in bytes.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from ..gpu import hopper
+
+ELEMENT_TAGS = {"bfloat16": "Bf16", "float16": "Fp16", "float32": "Fp32"}  # types of core/types.h
+
+SM_WORDS = hopper.MAX_SMS // 32  # of 32 bits
+HALF_SHARE_UNIT = 1 << 16  # second_half_share is a fraction of it
+
+_POINTER = np.uint64
+
+DECODE_PARAMS = np.dtype(
+    [
+        ("q_latent", _POINTER),
+        ("q_latent_strides", np.int64, 3),  # batch, seq, head
+        ("q_rope", _POINTER),
+        ("q_rope_strides", np.int64, 3),
+        ("block_table", _POINTER),
+        ("block_table_stride", np.int64),
+        ("out", _POINTER),
+        ("out_strides", np.int64, 3),
+        ("lse", _POINTER),
+        ("lse_strides", np.int64, 3),  # batch, seq, head
+        ("partial_out", _POINTER),
+        ("partial_lse", _POINTER),
+        ("plan", _POINTER),
+        ("num_parts", np.int32),
+        ("blocks_per_job", np.int32),
+        ("group_heads", np.int32),
+        ("latent_page_step", np.int32),
+        ("latent_head_step", np.int32),
+        ("rope_page_step", np.int32),
+        ("rope_head_step", np.int32),
+        ("scale_log2", np.float32),
+        ("empty_lse", np.float32),
+        ("plan_is_settled", np.int32),
+        ("second_half_share", np.int32),
+        ("second_half", np.uint32, SM_WORDS),
+    ],
+    align=True,
+)
+PLAN_HEADER = np.dtype(
+    [
+        ("num_items", np.int32),
+        ("num_merges", np.int32),
+        ("num_slots", np.int32),
+        ("budget", np.int32),
+        ("num_jobs", np.int32),
+        ("claimed_parts", np.int32),
+        ("claims", np.uint32),
+        ("reserved", np.int32),
+    ]
+)
+WORK_ITEM = np.dtype(
+    [
+        ("request", np.int32),
+        ("head_block", np.int32),
+        ("tile_begin", np.int32),
+        ("tile_end", np.int32),
+        ("seqlen_k", np.int32),
+        ("seqlen_q", np.int32),
+        ("q_begin", np.int32),
+        ("slot", np.int32),
+    ]
+)
+MERGE_ITEM = np.dtype(
+    [
+        ("request", np.int32),
+        ("head_block", np.int32),
+        ("seqlen_q", np.int32),
+        ("q_begin", np.int32),
+        ("slot_begin", np.int32),
+        ("slot_count", np.int32),
+        ("reserved", np.int32, 2),
+    ]
+)
+PLAN_PARAMS = np.dtype(
+    [
+        ("batch", np.int32),
+        ("num_parts", np.int32),
+        ("blocks_per_job", np.int32),
+        ("rows", np.int32),
+        ("group_heads", np.int32),
+        ("num_heads_kv", np.int32),
+        ("seqlen_q", np.int32),
+        ("total_q", np.int32),
+        ("max_seqlen_k", np.int32),
+        ("causal", np.int32),
+        ("fixed_split_tiles", np.int32),
+        ("piece_overhead", np.int32),
+        ("split_overhead", np.int32),
+        ("merge_overhead", np.int32),
+        ("packs", np.int32),
+        ("max_jobs", np.int32),
+        ("merges_offset", np.int32),
+        ("workspace_offset", np.int32),
+        ("table_in_shared", np.int32),
+    ]
+)
+COMBINE_PARAMS = np.dtype(
+    [
+        ("partial_out", _POINTER),
+        ("partial_lse", _POINTER),
+        ("plan", _POINTER),
+        ("out", _POINTER),
+        ("out_strides", np.int64, 3),  # batch (0 when ragged), seq, head
+        ("lse", _POINTER),
+        ("lse_strides", np.int64, 3),  # batch (0 when ragged), seq, head
+        ("merges_offset", np.int32),
+        ("slot_rows", np.int32),
+        ("rows", np.int32),
+        ("group_heads", np.int32),
+        ("d_v", np.int32),
+        ("aligned", np.int32),
+        ("empty_lse", np.float32),
+        ("reserved", np.int32),
+    ]
+)
+MERGE_STATES_PARAMS = np.dtype(
+    [
+        ("outs", _POINTER),
+        ("outs_strides", np.int64, 4),  # state, then the three row indices
+        ("lses", _POINTER),
+        ("lses_strides", np.int64, 4),
+        ("out", _POINTER),
+        ("out_strides", np.int64, 3),
+        ("lse", _POINTER),
+        ("lse_strides", np.int64, 3),
+        ("num_states", np.int32),
+        ("sizes", np.int32, 3),
+        ("d_v", np.int32),
+        ("aligned", np.int32),
+    ]
+)
+APPEND_SEGMENT = np.dtype(
+    [
+        ("cache", _POINTER),
+        ("rows", _POINTER),
+        ("cache_page_stride", np.int64),
+        ("cache_token_stride", np.int64),
+        ("cache_head_stride", np.int64),
+        ("rows_token_stride", np.int64),
+        ("rows_head_stride", np.int64),
+        ("chunks", np.int32),
+        ("reserved", np.int32),
+    ]
+)
+APPEND_PARAMS = np.dtype(
+    [
+        ("segments", APPEND_SEGMENT, 2),
+        ("slot_mapping", _POINTER),
+        ("block_table", _POINTER),
+        ("positions", _POINTER),
+        ("requests", _POINTER),
+        ("block_table_stride", np.int64),
+        ("num_tokens", np.int32),
+        ("num_heads_kv", np.int32),
+        ("page_size", np.int32),
+        ("num_pages", np.int32),
+        ("num_requests", np.int32),
+        ("max_pages_per_seq", np.int32),
+        ("tokens_per_request", np.int32),
+        ("reserved", np.int32),
+    ]
+)
