@@ -479,7 +479,7 @@ def test_torch_arguments():
 # --- layouts
 
 
-def test_bytes_per_token():
+def test_token_bytes():
     assert set(DENSE_LAYOUTS) == {"bfloat16", "float16"}
-    assert BF16.bytes_per_token(512, 64) == 1152
-    assert BF16.bytes_per_token(256, 64, num_heads_kv=8) == 5120
+    assert BF16.token_bytes(512, 64) == 1152
+    assert BF16.token_bytes(256, 64, num_heads_kv=8) == 5120

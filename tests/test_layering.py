@@ -27,7 +27,8 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("settings", "shown"),
     ("arrays",),
     ("gpu",),
-    ("layouts", "fp8_layouts"),
+    ("layouts",),
+    ("fp8_layouts",),  # the former address of some of them
     ("call",),
     ("schedule",),
     ("kernels",),

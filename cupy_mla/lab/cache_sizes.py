@@ -15,8 +15,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from ..errors import InvalidArgumentError
-from ..fp8_layouts import FP8_E4M3, FP8_LAYOUTS
-from ..layouts import BF16
+from ..layouts import BF16, DENSE_LAYOUTS, FP8_E4M3, LAYOUTS
 from .presets import GROUPED_PRESETS, PRESETS, GroupedPreset, ModelPreset
 
 GQA_HEADS = 8  # KV heads of the usual grouped-query model, for models "as if" they had it
@@ -38,7 +37,7 @@ class CacheSize:
     own
         Whether the model has this attention; otherwise it is what it would take with the same heads and widths.
     layout
-        ``bf16``, ``fp8_e4m3``, or a layout of `fp8_layouts` that only MLA has.
+        Name of a cache layout: ``bf16``, ``fp8_e4m3``, or one that only MLA has.
     bytes_per_token
         Of all layers, on one rank.
     share_of_mha
@@ -75,7 +74,7 @@ def cache_sizes(model: ModelPreset | GroupedPreset, tensor_parallel: int = 1) ->
     """
     if tensor_parallel < 1:
         raise InvalidArgumentError("tp", "at least 1", str(tensor_parallel))
-    mha = model.num_layers * BF16.bytes_per_token(*_head_widths(model), model.num_heads_q)
+    mha = model.num_layers * BF16.token_bytes(*_head_widths(model), model.num_heads_q)
 
     def size(attention: str, own: bool, layout: str, bytes_per_layer: int) -> CacheSize:
         total = model.num_layers * bytes_per_layer
@@ -84,14 +83,14 @@ def cache_sizes(model: ModelPreset | GroupedPreset, tensor_parallel: int = 1) ->
     sizes = []
     if isinstance(model, ModelPreset):
         widths = model.latent_dim, model.rope_dim
-        sizes.append(size("MLA", True, BF16.name, BF16.bytes_per_token(*widths)))
-        for layout in FP8_LAYOUTS.values():
+        quantised = (layout for layout in LAYOUTS.values() if layout not in DENSE_LAYOUTS.values())
+        for layout in (BF16, *quantised):
             if layout.supports(*widths):
-                sizes.append(size("MLA", True, layout.name, layout.bytes_per_token(*widths)))
+                sizes.append(size("MLA", True, layout.name, layout.token_bytes(*widths)))
     for name, heads, own in _by_head(model):
         on_rank = -(-heads // tensor_parallel)
-        sizes.append(size(name, own, BF16.name, BF16.bytes_per_token(*_head_widths(model), on_rank)))
-        sizes.append(size(name, own, FP8_E4M3.name, on_rank * FP8_E4M3.bytes_per_token(*_head_widths(model))))
+        for layout in (BF16, FP8_E4M3):
+            sizes.append(size(name, own, layout.name, layout.token_bytes(*_head_widths(model), on_rank)))
     return sizes
 
 
