@@ -6,8 +6,8 @@
 
 namespace mla {
 
-using Element = MLA_DTYPE;  // Bf16 or Fp16
-using Partial = MLA_PARTIAL;  // Fp32, or Element
+using Output = MLA_DTYPE;     // Bf16 or Fp16
+using Partial = MLA_PARTIAL;  // Fp32, or Output
 
 // As many as leave room for two warps in the quarter of an SM that holds two of the decode kernel's; cupy_mla/kernels/configs.py
 constexpr i32 kRegisters = MLA_REGISTERS;
@@ -36,7 +36,7 @@ struct Task {
         if (row >= item.seqlen_q * params.group_heads) return;
         const i64 slot_bytes = static_cast<i64>(params.slot_rows) * params.d_v * Partial::kBytes;
         const RowStates states{outs, slot_bytes, lses, params.slot_rows, item.slot_count, true};
-        merge_chunk<Partial, Element>(states, chunks, chunk, params.d_v, lane, [&] {
+        merge_chunk<Partial, Output>(states, chunks, chunk, params.d_v, lane, [&] {
             const i32 token = row / params.group_heads;
             const i32 head = kv_head_of(item.head_block) * params.group_heads + row - token * params.group_heads;
             const i64 position = item.q_begin + token;

@@ -1,10 +1,8 @@
 // A quad is four neighbouring lanes: the ones that share a row of a wgmma fragment.
 #pragma once
-#include "core/types.h"
+#include "core/hopper.h"
 
 namespace mla {
-
-constexpr u32 kFullWarp = 0xffffffffu;
 
 // Lane t of the quad holds words x[0..3]; afterwards its word j is what lane j's word t was. Turns "my two columns of
 // four 8-column groups" into "all eight columns of one group", so that global accesses are 16 bytes wide. Its own inverse.

@@ -8,7 +8,7 @@ namespace mla {
 constexpr u32 kSwizzle128B = 1;
 constexpr u32 kSwizzle32B = 3;
 
-// A *box* is 64 rows of 64 16-bit values with the 128-byte swizzle: what one copy-engine box of a KV tile looks like.
+// A *box* is 64 rows of 64 16-bit values with the 128-byte swizzle: what one TMA box of a KV tile looks like.
 constexpr u32 kBoxColumns = 64;
 constexpr u32 kBoxRowBytes = kBoxColumns * 2;
 constexpr u32 kBoxBytes = 64 * kBoxRowBytes;

@@ -32,6 +32,11 @@ struct Fp32 {
     static constexpr i32 kBytes = 4;
 };
 
+template <class A, class B>
+constexpr bool kSameType = false;
+template <class A>
+constexpr bool kSameType<A, A> = true;
+
 constexpr MLA_DEVICE i32 ceil_div(i32 a, i32 b) { return (a + b - 1) / b; }
 constexpr MLA_DEVICE i32 min_i32(i32 a, i32 b) { return a < b ? a : b; }
 constexpr MLA_DEVICE i32 max_i32(i32 a, i32 b) { return a > b ? a : b; }

@@ -7,11 +7,12 @@
 // The last ones of a half go without.
 #pragma once
 #include "core/claimed_part.h"
-#include "decode/work_item.h"
-#include "ptx/launch.h"
+#include "decode/params.h"
 #include "ptx/sm.h"
 
 namespace mla {
+
+constexpr u32 kClaimBytes = 8;  // of shared memory, for the part that is claimed: one word, and one unused
 
 // Counts this CTA and returns its part. One thread of every CTA calls this once, before it lets the next kernel start:
 // when that one claims, all of this launch have, and the count is back at 0.
@@ -33,9 +34,8 @@ MLA_DEVICE i32 claim_part(const DecodeParams& params, i32 parts) {
                         second ? second_before : first_before, second ? first_before : second_before);
 }
 
-// Where the number of this CTA's first item lies; that of the first item past its own follows. Also lets the next kernel
-// start, as soon as may be. All threads call this; kClaimBytes of shared memory at `slot` are its own.
-MLA_DEVICE const i32* start_part(const DecodeParams& params, u8* slot) {
+// The part of this CTA. All threads call this; kClaimBytes of shared memory at `slot` are its own.
+MLA_DEVICE i32 take_part(const DecodeParams& params, u8* slot) {
     i32 part = blockIdx.y;
     if (params.second_half_share > 0) {
         const i32 parts = plan_header(params.plan)->claimed_parts;
@@ -46,8 +46,7 @@ MLA_DEVICE const i32* start_part(const DecodeParams& params, u8* slot) {
             part = *claimed;
         }
     }
-    pdl_launch_dependents();
-    return plan_part_begin(params.plan) + part;
+    return part;
 }
 
 }  // namespace mla

@@ -1,4 +1,4 @@
-// mbarrier: arrival counters in shared memory that also count bytes written by the copy engine.
+// mbarrier: arrival counters in shared memory that also count bytes written by TMA.
 // PTX ISA, "Parallel Synchronization and Communication Instructions: mbarrier".
 #pragma once
 #include "core/types.h"
@@ -11,7 +11,7 @@ MLA_DEVICE void mbarrier_init(u32 barrier, u32 arrivals) {
     asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(barrier), "r"(arrivals) : "memory");
 }
 
-// Makes initialised barriers visible to the copy engine; a __syncthreads() must follow for the other threads.
+// Makes initialised barriers visible to TMA; a __syncthreads() must follow for the other threads.
 MLA_DEVICE void mbarrier_init_fence() { asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory"); }
 
 MLA_DEVICE void mbarrier_arrive(u32 barrier) {

@@ -1,4 +1,4 @@
-// The tensor memory accelerator: tiled loads from global to shared memory through a tensor map.
+// TMA, the tensor memory accelerator: tiled loads from global to shared memory through a tensor map.
 // PTX ISA, "cp.async.bulk.tensor".
 #pragma once
 #include "core/types.h"

@@ -25,7 +25,7 @@ MLA_DEVICE bool named_barrier_or(u32 id, u32 threads, bool predicate) {
     return any != 0;
 }
 
-// Orders this thread's ordinary shared-memory writes before later reads by wgmma and the copy engine.
+// Orders this thread's ordinary shared-memory writes before later reads by wgmma and TMA.
 MLA_DEVICE void fence_async_proxy() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
 
 // Fixes a value's place in program order: it is computed before, and used only after, this point.

@@ -70,15 +70,10 @@ MLA_DEVICE void wgmma_pin(float (&accumulator)[Count]) {
         : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "l"(b), "r"(accumulate), "n"(TransposeB)                                \
         : "memory")
 
-template <class T>
-constexpr bool kIsBf16 = false;
-template <>
-constexpr bool kIsBf16<Bf16> = true;
-
 // Both operands in shared memory. accumulate = 0 overwrites D. TransposeA/B = 1: that operand lies M- or N-major.
 template <class T, int TransposeA, int TransposeB>
 MLA_DEVICE void wgmma_ss(float (&d)[8], u64 a, u64 b, u32 accumulate) {
-    if constexpr (kIsBf16<T>)
+    if constexpr (kSameType<T, Bf16>)
         MLA_WGMMA_SS(16, "bf16.bf16", "%8", "%9", "%10", "%11", "%12");
     else
         MLA_WGMMA_SS(16, "f16.f16", "%8", "%9", "%10", "%11", "%12");
@@ -86,7 +81,7 @@ MLA_DEVICE void wgmma_ss(float (&d)[8], u64 a, u64 b, u32 accumulate) {
 
 template <class T, int TransposeA, int TransposeB>
 MLA_DEVICE void wgmma_ss(float (&d)[16], u64 a, u64 b, u32 accumulate) {
-    if constexpr (kIsBf16<T>)
+    if constexpr (kSameType<T, Bf16>)
         MLA_WGMMA_SS(32, "bf16.bf16", "%16", "%17", "%18", "%19", "%20");
     else
         MLA_WGMMA_SS(32, "f16.f16", "%16", "%17", "%18", "%19", "%20");
@@ -94,7 +89,7 @@ MLA_DEVICE void wgmma_ss(float (&d)[16], u64 a, u64 b, u32 accumulate) {
 
 template <class T, int TransposeA, int TransposeB>
 MLA_DEVICE void wgmma_ss(float (&d)[32], u64 a, u64 b, u32 accumulate) {
-    if constexpr (kIsBf16<T>)
+    if constexpr (kSameType<T, Bf16>)
         MLA_WGMMA_SS(64, "bf16.bf16", "%32", "%33", "%34", "%35", "%36");
     else
         MLA_WGMMA_SS(64, "f16.f16", "%32", "%33", "%34", "%35", "%36");
@@ -102,7 +97,7 @@ MLA_DEVICE void wgmma_ss(float (&d)[32], u64 a, u64 b, u32 accumulate) {
 
 template <class T, int TransposeA, int TransposeB>
 MLA_DEVICE void wgmma_ss(float (&d)[64], u64 a, u64 b, u32 accumulate) {
-    if constexpr (kIsBf16<T>)
+    if constexpr (kSameType<T, Bf16>)
         MLA_WGMMA_SS(128, "bf16.bf16", "%64", "%65", "%66", "%67", "%68");
     else
         MLA_WGMMA_SS(128, "f16.f16", "%64", "%65", "%66", "%67", "%68");
@@ -110,7 +105,7 @@ MLA_DEVICE void wgmma_ss(float (&d)[64], u64 a, u64 b, u32 accumulate) {
 
 template <class T, int TransposeA, int TransposeB>
 MLA_DEVICE void wgmma_ss(float (&d)[128], u64 a, u64 b, u32 accumulate) {
-    if constexpr (kIsBf16<T>)
+    if constexpr (kSameType<T, Bf16>)
         MLA_WGMMA_SS(256, "bf16.bf16", "%128", "%129", "%130", "%131", "%132");
     else
         MLA_WGMMA_SS(256, "f16.f16", "%128", "%129", "%130", "%131", "%132");
@@ -119,7 +114,7 @@ MLA_DEVICE void wgmma_ss(float (&d)[128], u64 a, u64 b, u32 accumulate) {
 // A in registers: the fragment of m64k16 (rows lane / 4 and lane / 4 + 8, columns 2 * (lane % 4) and + 8).
 template <class T, int TransposeB>
 MLA_DEVICE void wgmma_rs(float (&d)[32], u32 a0, u32 a1, u32 a2, u32 a3, u64 b, u32 accumulate) {
-    if constexpr (kIsBf16<T>)
+    if constexpr (kSameType<T, Bf16>)
         MLA_WGMMA_RS(64, "bf16.bf16", "%32", "%33", "%34", "%35", "%36", "%37", "%38");
     else
         MLA_WGMMA_RS(64, "f16.f16", "%32", "%33", "%34", "%35", "%36", "%37", "%38");

@@ -5,10 +5,8 @@
 #define MLA_REGISTERS 96
 #include "combine/combine.cu"
 #undef MLA_DTYPE
-#define Element MergeStatesElement  // both files name their element type so
 #define MLA_DTYPE MERGE_STATES_DTYPE
 #include "combine/merge_states.cu"
-#undef Element
 #include "core/claimed_part.h"
 #include "decode/params.h"
 #include "plan/plan.cu"

@@ -1,10 +1,10 @@
 // The producer warp of the narrow kernel: walks a part's items tile by tile, ahead of the arithmetic and across items, and
-// asks the copy engine for the boxes of each tile.
+// asks TMA for the boxes of each tile.
 #pragma once
 #include "decode/work_item.h"
-#include "source/paged.h"
 #include "decode/narrow/smem.h"
 #include "ptx/mbarrier.h"
+#include "source/paged.h"
 
 namespace mla {
 
@@ -18,7 +18,7 @@ public:
     // boxes out. Longer items gain nothing, as HBM is what bounds them, and hold up the merge ahead.
     MLA_DEVICE void prefetch_short_item(const BlockWork& work) const {
         if (work.tile_end - work.tile_begin > kPrefetchedTiles) return;
-        const volatile i32* table = params_.block_table + work.request * params_.block_table_stride;
+        const volatile i32* table = pages_of(params_, work.request);
         for (u32 chunk = lane_; chunk < kPrefetchedTiles * kChunks; chunk += kWarpThreads) {
             const i32 token = work.tile_begin * kTileTokens + static_cast<i32>(chunk * kChunkTokens);
             if (token >= min_i32(work.tile_end * kTileTokens, work.seqlen_k)) break;
@@ -33,7 +33,7 @@ public:
 
     // Page numbers are read one tile ahead, before the wait for free slots: their latency hides behind it.
     MLA_DEVICE void load_item(const BlockWork& work) {
-        const i32* table = params_.block_table + work.request * params_.block_table_stride;
+        const i32* table = pages_of(params_, work.request);
         Pages pages = read_pages(table, work, work.tile_begin);
         for (i32 tile = work.tile_begin; tile < work.tile_end; ++tile) {
             const Pages next = read_pages(table, work, min_i32(tile + 1, work.tile_end - 1));
@@ -56,10 +56,7 @@ private:
 #pragma unroll
         for (u32 i = 0; i < kChunksPerLane; ++i) {
             const u32 chunk = lane_ + i * kWarpThreads;
-            const u32 token = tile * kTileTokens + chunk * kChunkTokens;
-            // Entries past the last page may hold anything and are never read as pages.
-            const bool is_read = chunk < kChunks && token < static_cast<u32>(work.seqlen_k);
-            pages.number[i] = is_read ? __ldg(table + token / kPageSize) : 0;
+            pages.number[i] = page_of_chunk(table, tile, chunk, work.seqlen_k);
         }
         return pages;
     }

@@ -7,7 +7,7 @@
 #pragma once
 #include "core/quad.h"
 #include "core/softmax.h"
-#include "decode/work_item.h"
+#include "decode/masks.h"
 #include "decode/narrow/smem.h"
 #include "decode/narrow/store.h"
 #include "ptx/mbarrier.h"
@@ -98,7 +98,7 @@ private:
             const u64 k = descriptor_at(kBoxKMajor, box_address(smem_, slot.index));
 #pragma unroll
             for (u32 step = 0; step < kBoxSteps; ++step)
-                wgmma_ss<Element, 0, 0>(scores, k + descriptor_offset(step * kStepBytes),
+                wgmma_ss<Operand, 0, 0>(scores, k + descriptor_offset(step * kStepBytes),
                                         q + descriptor_offset(box * kRowBoxBytes + step * kStepBytes), box + step > 0);
         }
         wgmma_commit();
@@ -109,13 +109,11 @@ private:
 #pragma unroll
         for (u32 i = 0; i < kFragment; ++i) scores[i] *= params_.scale_log2;
         const i32 first_key = tile * kTileTokens;
-        const i32 first_token = kCausal ? work.first_row / params_.group_heads : 0;
-        if (first_key + kTileTokens <= work.visible_end(first_token)) return;
+        if (first_key + kTileTokens <= block_visible_end(params_, work)) return;
         const i32 key = first_key + static_cast<i32>(warp_ * kWarpTokens + lane_ / 4);
 #pragma unroll
         for (u32 i = 0; i < kThreadRows; ++i) {
-            const i32 token = kCausal ? locate_row(params_, work, row_of_lane(lane_, i)).token : 0;
-            const i32 end = min_i32(work.visible_end(token), work.seqlen_k);  // padding rows have tokens past the last
+            const i32 end = row_visible_end(params_, work, row_of_lane(lane_, i));
             float& upper = scores[row_element(i)];
             float& lower = scores[row_element(i) + 2];
             upper = key < end ? upper : minus_infinity();
@@ -183,7 +181,7 @@ private:
                 probabilities[element] = fast_exp2(scores[element] - shift);
             }
         }
-        store_fragment_transposed(probability_buffer(), warp_, lane_, probabilities);
+        store_fragment_transposed<Operand>(probability_buffer(), warp_, lane_, probabilities);
         fence_async_proxy();
     }
 
@@ -248,7 +246,7 @@ private:
             const u64 v = descriptor_at(kValueBox, box_address(smem_, ring_.slot(box).index));
 #pragma unroll
             for (u32 step = 0; step < kTileTokens / kStepTokens; ++step)
-                wgmma_ss<Element, 1, 0>(output[box], v + descriptor_offset(step * kStepTokens * kBoxRowBytes),
+                wgmma_ss<Operand, 1, 0>(output[box], v + descriptor_offset(step * kStepTokens * kBoxRowBytes),
                                         p + descriptor_offset(step * kStepBytes), accumulate || step > 0);
         }
         wgmma_commit();
@@ -283,15 +281,14 @@ private:
             const u32 staged = smem_ + NarrowSmem::query;
 #pragma unroll
             for (u32 box = 0; box < kLatentBoxes; ++box)
-                store_fragment_transposed(staged + box * kRowBoxBytes, warp_, lane_, output[box]);
+                store_fragment_transposed<Output>(staged + box * kRowBoxBytes, warp_, lane_, output[box]);
             barrier();  // all of the output is staged; and all have read the sums of across_warps
             store_staged_output(params_, work, staged, thread_);
         }
 #pragma unroll
         for (u32 i = 0; i < kThreadRows; ++i) {
             if (i % kConsumerWarps != warp_ || lane_ >= 4) continue;  // all warps know all rows: each writes some
-            store_lse(params_, work, row_of_lane(lane_, i),
-                      sum[i] == 0.0f ? empty_lse(params_, work) : (rows.maximum[i] + fast_log2(sum[i])) * kLn2);
+            store_lse(params_, work, row_of_lane(lane_, i), lse_of(params_, work, rows.maximum[i], sum[i]));
         }
     }
 
@@ -301,7 +298,7 @@ private:
 #pragma unroll
         for (u32 i = 0; i < kThreadRows; ++i) {
             const i32 row = row_of_lane(lane_, i);
-            if (work.first_row + row >= work.num_rows) continue;
+            if (!row_exists(work, row)) continue;
             f32* const destination = column + row * static_cast<i32>(kLatent);
 #pragma unroll
             for (u32 box = 0; box < kLatentBoxes; ++box) {

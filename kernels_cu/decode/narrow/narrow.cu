@@ -1,10 +1,9 @@
 // Dense MLA decode for 16 or 32 query rows a CTA, operands swapped; kernels_cu/DESIGN.md tells the schedule. 160 threads:
 //   warps 0-3  consumers: S^T = K Q^T, softmax, O^T += V^T P^T
-//   warp 4     producer: asks the copy engine for KV boxes, as far ahead as the ring reaches
-#include "decode/claim.h"
+//   warp 4     producer: asks TMA for KV boxes, as far ahead as the ring reaches
+#include "decode/entry.h"
 #include "decode/narrow/load.h"
 #include "decode/narrow/math.h"
-#include "ptx/launch.h"
 
 namespace mla {
 
@@ -27,15 +26,10 @@ mla_decode_narrow(const __grid_constant__ mla::TensorMap kv_latent, const __grid
     using namespace mla;
     extern __shared__ __align__(1024) u8 shared[];
     const u32 smem = shared_address(shared);
-    if (threadIdx.x == 0) {
+    const i32* part_begin = enter(params, shared + NarrowSmem::claim, [&] {
         initialise_barriers(smem);
-        tma_prefetch_map(&kv_latent);
-        if (kRopeBoxes > 0) tma_prefetch_map(&kv_rope);
-    }
-    __syncthreads();
-    // Work may be read while the kernel ahead still runs, unless that is the planner.
-    if (!params.plan_is_settled) pdl_wait();
-    const i32* part_begin = start_part(params, shared + NarrowSmem::claim);
+        prefetch_maps(&kv_latent, &kv_rope);
+    });
     i32 item = part_begin[0];
     const i32 item_end = part_begin[1];
     BlockWork work{};

@@ -1,5 +1,6 @@
 // Shared memory of the narrow kernel. cupy_mla/kernels/configs.py adds up the same sizes and passes the total.
 #pragma once
+#include "decode/claim.h"
 #include "decode/config.h"
 
 namespace mla {
@@ -14,17 +15,16 @@ static_assert(kTileBoxes <= kWarpThreads, "one lane per box of a tile waits for 
 // Q, P and the output lie as boxes of [kRows][64] values: kRows rows of 128 bytes, 128-byte swizzle.
 constexpr u32 kRowBoxBytes = kRows * kBoxRowBytes;
 
-// The opt-in limit of a Hopper block less what every CTA takes besides its own: so a CTA of the merge fits beside this one,
-// and each of the two kernels can start while the other still runs.
-constexpr u32 kCtaSharedBytes = 1024;
-constexpr u32 kMaxSharedBytes = 232448 - kCtaSharedBytes;
+// Less what another CTA takes besides its own: so a CTA of the merge fits beside this one, and each of the two kernels can
+// start while the other still runs.
+constexpr u32 kSharedBytes = kMaxSharedBytes - kCtaSharedBytes;
 
 struct NarrowSmem {
     static constexpr u32 query_bytes = kTileBoxes * kRowBoxBytes;
     static constexpr u32 probability_bytes = 2 * kRowBoxBytes;  // P^T [kRows][64 tokens], tiles alternate
     static constexpr u32 exchange_bytes = kConsumerWarps * kRows * sizeof(f32);
     static constexpr u32 slot_bytes = kBoxBytes + 2 * sizeof(u64);  // a KV box and its two barriers
-    static constexpr u32 slots = (kMaxSharedBytes - query_bytes - probability_bytes - exchange_bytes - kClaimBytes) / slot_bytes;
+    static constexpr u32 slots = (kSharedBytes - query_bytes - probability_bytes - exchange_bytes - kClaimBytes) / slot_bytes;
 
     static constexpr u32 ring = 0;
     static constexpr u32 query = ring + slots * kBoxBytes;  // between items: the output on its way to global memory
@@ -35,13 +35,11 @@ struct NarrowSmem {
     static constexpr u32 claim = empty + slots * sizeof(u64);  // the part that this CTA has claimed
     static constexpr u32 total = claim + kClaimBytes;
 };
-static_assert(NarrowSmem::total <= kMaxSharedBytes, "the narrow kernel's shared memory does not fit");
+static_assert(NarrowSmem::total <= kSharedBytes, "the narrow kernel's shared memory does not fit");
 static_assert(NarrowSmem::slots >= kTileBoxes, "a tile must fit in the ring");
 static_assert(NarrowSmem::query % kSwizzleAtomBytes == 0 && NarrowSmem::probabilities % kSwizzleAtomBytes == 0,
               "the swizzle is a function of the address: boxes start at its period");
-#ifdef MLA_SHARED_BYTES
 static_assert(NarrowSmem::total == MLA_SHARED_BYTES, "cupy_mla/kernels/configs.py adds up other sizes");
-#endif
 
 // Position in the ring of KV boxes. The producer and the consumers walk the same sequence of tiles; a tile's boxes take
 // consecutive slots and may wrap round.
@@ -64,7 +62,7 @@ struct BoxRing {
 };
 
 MLA_DEVICE u32 box_address(u32 smem, u32 slot) { return smem + NarrowSmem::ring + slot * kBoxBytes; }
-// Of slot s. Arrives: the producer's lane that serves the slot, with the bytes to come, then the copy engine's bytes.
+// Of slot s. Arrives: the producer's lane that serves the slot, with the bytes to come, then TMA's bytes.
 // Waits: every consumer thread, before its first wgmma on the box.
 MLA_DEVICE u32 full_barrier(u32 smem, u32 slot) { return smem + NarrowSmem::full + slot * sizeof(u64); }
 // Of slot s. Arrives: one lane of each consumer warp, once that warp's wgmmas have read the box for the last time.

@@ -1,7 +1,7 @@
 // How the consumer warpgroup of the narrow kernel moves whole query rows between global memory and boxes of [kRows][64].
 // Eight threads share a row: 16 bytes each, 128 contiguous bytes per box, free of bank conflicts in the swizzled box.
 #pragma once
-#include "decode/work_item.h"
+#include "decode/rows.h"
 #include "decode/narrow/smem.h"
 #include "ptx/convert.h"
 #include "ptx/mbarrier.h"
@@ -25,17 +25,11 @@ public:
         const u32 column = thread % kChunksPerBoxRow * kChunkColumns;
 #pragma unroll
         for (u32 pass = 0; pass < kRowPasses; ++pass) {
-            const RowPlace place = locate_row(params, work, thread / kChunksPerBoxRow + pass * kRowsPerPass);
-            const i64 token = work.q_begin + place.token;
-            const u16* latent = params.q_latent + work.request * params.q_latent_stride_batch +
-                                token * params.q_latent_stride_seq + place.head * params.q_latent_stride_head + column;
-            const u16* rope = params.q_rope + work.request * params.q_rope_stride_batch + token * params.q_rope_stride_seq +
-                              place.head * params.q_rope_stride_head + column;
+            const QueryRow row = query_row(params, work, thread / kChunksPerBoxRow + pass * kRowsPerPass, column);
 #pragma unroll
-            for (u32 box = 0; box < kTileBoxes; ++box) {
-                const u16* source = box < kLatentBoxes ? latent + box * kBoxColumns : rope + (box - kLatentBoxes) * kBoxColumns;
-                chunks_[pass][box] = place.exists ? __ldg(reinterpret_cast<const uint4*>(source)) : uint4{0, 0, 0, 0};
-            }
+            for (u32 box = 0; box < kTileBoxes; ++box)
+                chunks_[pass][box] = box < kLatentBoxes ? row.load_latent(box * kBoxColumns)
+                                                        : row.load_rope((box - kLatentBoxes) * kBoxColumns);
         }
     }
 
@@ -55,7 +49,8 @@ private:
 };
 
 // A fragment of the transposed accumulators (m64nN: lane / 4 and lane / 4 + 8 along M of the warp's 16, query rows along N)
-// as 16-bit values into a box of [kRows][64 along M]. The warp writes chunks 2 * warp and 2 * warp + 1 of every row.
+// as values of a 16-bit type T into a box of [kRows][64 along M]. The warp writes chunks 2 * warp and 2 * warp + 1 of every row.
+template <class T>
 MLA_DEVICE void store_fragment_transposed(u32 box, u32 warp, u32 lane, const float (&fragment)[kRows / 2]) {
     constexpr u32 kRowsPerStore = 16;  // four 8x8 matrices: two of 8 rows, for each two of 8 along M
     const u32 row = lane / 16 * 8 + lane % 8;
@@ -63,8 +58,8 @@ MLA_DEVICE void store_fragment_transposed(u32 box, u32 warp, u32 lane, const flo
 #pragma unroll
     for (u32 store = 0; store < kRows / kRowsPerStore; ++store) {
         const float* f = fragment + store * 8;
-        store_matrix_x4_transposed(address + store * kRowsPerStore * kBoxRowBytes, pack2<Element>(f[0], f[1]),
-                                   pack2<Element>(f[2], f[3]), pack2<Element>(f[4], f[5]), pack2<Element>(f[6], f[7]));
+        store_matrix_x4_transposed(address + store * kRowsPerStore * kBoxRowBytes, pack2<T>(f[0], f[1]),
+                                   pack2<T>(f[2], f[3]), pack2<T>(f[4], f[5]), pack2<T>(f[6], f[7]));
     }
 }
 
@@ -75,7 +70,7 @@ MLA_DEVICE void store_output_rows(const DecodeParams& params, const BlockWork& w
 #pragma unroll
     for (u32 pass = 0; pass < kRowPasses; ++pass) {
         const i32 row = thread / kChunksPerBoxRow + pass * kRowsPerPass;
-        if (work.first_row + row >= work.num_rows) continue;
+        if (!row_exists(work, row)) continue;
         u16* destination = output_row(params, work, row) + index * kChunkColumns;
 #pragma unroll
         for (u32 box = 0; box < kLatentBoxes; ++box)
@@ -90,7 +85,7 @@ MLA_DEVICE void store_staged_output(const DecodeParams& params, const BlockWork&
 }
 
 MLA_DEVICE void store_lse(const DecodeParams& params, const BlockWork& work, i32 row, float lse) {
-    if (work.first_row + row < work.num_rows) *lse_row(params, work, row) = lse;
+    if (row_exists(work, row)) *lse_row(params, work, row) = lse;
 }
 
 // No key is visible to any row: out = 0, lse = -inf or what the user asked for. Only a whole job is without tiles.

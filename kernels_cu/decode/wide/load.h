@@ -1,11 +1,11 @@
-// Walks a part's items tile by tile, ahead of the arithmetic, and asks the copy engine for each KV tile, or for this
+// Walks a part's items tile by tile, ahead of the arithmetic, and asks TMA for each KV tile, or for this
 // warp's share of it: the loader warps walk alike. Run by whole warps. Page numbers are read one tile ahead: their
 // latency hides behind a tile's arithmetic.
 #pragma once
 #include "decode/work_item.h"
-#include "source/paged.h"
 #include "decode/wide/smem.h"
 #include "ptx/mbarrier.h"
+#include "source/paged.h"
 
 namespace mla {
 
@@ -87,14 +87,10 @@ private:
     }
 
     MLA_DEVICE void read_pages() {
-        const i32* table = params_.block_table + state()->request * params_.block_table_stride;
+        const i32* pages = pages_of(params_, state()->request);
 #pragma unroll
-        for (u32 i = 0; i < kChunksPerLane; ++i) {
-            const u32 chunk = chunk_of(i);
-            const u32 token = state()->tile * kTileTokens + chunk * kChunkTokens;
-            // Entries past the last page may hold anything and are never read as pages.
-            pages_[i] = chunk < kChunks && token < static_cast<u32>(state()->seqlen_k) ? __ldg(table + token / kPageSize) : 0;
-        }
+        for (u32 i = 0; i < kChunksPerLane; ++i)
+            pages_[i] = page_of_chunk(pages, state()->tile, chunk_of(i), state()->seqlen_k);
     }
 
     MLA_DEVICE void load_chunk(u32 stage, u32 full, i32 tile, u32 chunk, i32 page) {

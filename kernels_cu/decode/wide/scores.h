@@ -2,7 +2,7 @@
 #pragma once
 #include "core/quad.h"
 #include "core/softmax.h"
-#include "decode/work_item.h"
+#include "decode/masks.h"
 #include "decode/wide/smem.h"
 #include "ptx/convert.h"
 #include "ptx/mbarrier.h"
@@ -72,9 +72,7 @@ private:
         VisibleEnds ends;
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
-            const i32 token = kCausal ? locate_row(params_, work, row + half * 8).token : 0;
-            // Padding rows have tokens past the last one; they see no more than there is.
-            ends.row[half] = min_i32(work.visible_end(token), work.seqlen_k) - first_key;
+            ends.row[half] = row_visible_end(params_, work, row + half * 8) - first_key;
         }
         return ends;
     }
@@ -82,27 +80,17 @@ private:
     // Q fragments: 16-byte loads of 8 columns a lane, transposed within the quad to the fragment's column pairs.
     MLA_DEVICE void load_query(const BlockWork& work, u32 (&q)[kRegisterSteps][4]) {
         const u32 lane_in_quad = lane() % 4;
-        const u16* latent[2];
-        const u16* rope[2];
-        bool exists[2];
+        QueryRow rows[2];
 #pragma unroll
-        for (int half = 0; half < 2; ++half) {
-            const RowPlace place = locate_row(params_, work, warp() * 16 + lane() / 4 + half * 8);
-            const i64 token = work.q_begin + place.token;
-            exists[half] = place.exists;
-            latent[half] = params_.q_latent + work.request * params_.q_latent_stride_batch +
-                           token * params_.q_latent_stride_seq + place.head * params_.q_latent_stride_head + lane_in_quad * 8;
-            rope[half] = params_.q_rope + work.request * params_.q_rope_stride_batch +
-                         token * params_.q_rope_stride_seq + place.head * params_.q_rope_stride_head + lane_in_quad * 8;
-        }
+        for (int half = 0; half < 2; ++half)
+            rows[half] = query_row(params_, work, warp() * 16 + lane() / 4 + half * 8, lane_in_quad * 8);
 #pragma unroll
         for (int block = static_cast<int>(kSteps / 2) - 1; block >= 0; --block) {  // two k16 steps, 32 columns
             u32 words[2][4];
 #pragma unroll
             for (int half = 0; half < 2; ++half) {
-                const int column = block * 32;
-                const u16* source = column < static_cast<int>(kLatent) ? latent[half] + column : rope[half] + (column - static_cast<int>(kLatent));
-                const uint4 loaded = exists[half] ? __ldg(reinterpret_cast<const uint4*>(source)) : uint4{0, 0, 0, 0};
+                const u32 column = block * 32;
+                const uint4 loaded = column < kLatent ? rows[half].load_latent(column) : rows[half].load_rope(column - kLatent);
                 const u32 step = block * 2 + lane_in_quad / 2;
                 if (block * 2 + 1 >= static_cast<int>(kRegisterSteps) && step >= kRegisterSteps)
                     store_shared_16b(smem_ + WideSmem::q_steps + (step - kRegisterSteps) * kQStepBytes +
@@ -142,9 +130,9 @@ private:
                     ? kLatentKMajor + k + descriptor_offset(step / kBoxSteps * kSwizzleAtomBytes + in_box)
                     : kBoxKMajor + k + descriptor_offset(kStageRope + in_box);
             if (step < kRegisterSteps)
-                wgmma_rs<Element, 0>(scores, q[step][0], q[step][1], q[step][2], q[step][3], k_step, step > 0);
+                wgmma_rs<Operand, 0>(scores, q[step][0], q[step][1], q[step][2], q[step][3], k_step, step > 0);
             else
-                wgmma_ss<Element, 0, 0>(scores, q_shared + descriptor_offset((step - kRegisterSteps) * kQStepBytes), k_step, 1);
+                wgmma_ss<Operand, 0, 0>(scores, q_shared + descriptor_offset((step - kRegisterSteps) * kQStepBytes), k_step, 1);
         }
     }
 
@@ -154,7 +142,7 @@ private:
         const u64 q_shared = descriptor_at(kQStepKMajor, smem_ + WideSmem::q_steps);
         const u32 tile_full = smem_ + WideSmem::tile_full + ring_.stage * sizeof(u64);
         if (!mbarrier_test_wait(tile_full, ring_.parity)) {
-            // The tile is late: no QK to keep the tensor pipe free for, and PV frees a stage for the copy engine.
+            // The tile is late: no QK to keep the tensor pipe free for, and PV frees a stage for TMA.
             if (release_previous) release_probabilities();
             release_previous = false;
             mbarrier_wait(tile_full, ring_.parity);
@@ -244,8 +232,8 @@ private:
 #pragma unroll
             for (int j = 0; j < 2; ++j) {
                 const float* s = scores + (pair * 2 + j) * 4;
-                words[j * 2] = pack2<Element>(s[0] * normalise[0], s[1] * normalise[0]);
-                words[j * 2 + 1] = pack2<Element>(s[2] * normalise[1], s[3] * normalise[1]);
+                words[j * 2] = pack2<Operand>(s[0] * normalise[0], s[1] * normalise[0]);
+                words[j * 2 + 1] = pack2<Operand>(s[2] * normalise[1], s[3] * normalise[1]);
             }
             store_matrix_x4(probabilities + box_chunk_offset(matrix_row, pair * 2 + matrix_chunk), words[0], words[1],
                             words[2], words[3]);
@@ -269,12 +257,9 @@ private:
     MLA_DEVICE void write_lse(const BlockWork& work, u32 row, const float (&maximum)[2], const float (&sum)[2]) {
         if (lane() % 4 != 0) return;
 #pragma unroll
-        for (int half = 0; half < 2; ++half) {
-            const i32 block_row = row + half * 8;
-            if (work.first_row + block_row < work.num_rows)
-                *lse_row(params_, work, block_row) =
-                    sum[half] == 0.0f ? empty_lse(params_, work) : (maximum[half] + fast_log2(sum[half])) * kLn2;
-        }
+        for (int half = 0; half < 2; ++half)
+            if (row_exists(work, row + half * 8))
+                *lse_row(params_, work, row + half * 8) = lse_of(params_, work, maximum[half], sum[half]);
     }
 
     const DecodeParams& params_;

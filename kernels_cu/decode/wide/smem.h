@@ -1,6 +1,8 @@
 // Shared memory of the wide kernel. cupy_mla/kernels/configs.py adds up the same sizes and passes the total.
 #pragma once
+#include "decode/claim.h"
 #include "decode/config.h"
+#include "source/paged.h"
 
 namespace mla {
 
@@ -41,7 +43,7 @@ MLA_DEVICE u32 q_step_chunk_offset(u32 row, u32 chunk) {
 // Where a page holds a group of tokens, a copy of a chunk brings all its columns. Else a chunk makes many small copies: a
 // warp asks for one in about 40 clocks, so four warps share them. One is enough otherwise, and disturbs the others less.
 constexpr bool kCopiesWholeTokens = kGroupTokens == kAtomRows;
-constexpr u32 kLoaderWarps = kCopiesWholeTokens ? 1 : kWarpgroupThreads / kWarpThreads;
+constexpr u32 kLoaderWarps = kCopiesWholeTokens ? 1 : kWarpgroupWarps;
 constexpr u32 kLoaderStateBytes = 32;
 
 struct WideSmem {
@@ -50,13 +52,12 @@ struct WideSmem {
     // Rescale factor of each row, written with P; one set a stage, so that a stage's release also releases it.
     static constexpr u32 factors = q_steps + kSharedSteps * kQStepBytes;
     static constexpr u32 loader = factors + kStages * kRows * sizeof(f32);        // LoaderState of each loader warp
-    static constexpr u32 tile_full = loader + kLoaderWarps * kLoaderStateBytes;   // copy engine -> scores
+    static constexpr u32 tile_full = loader + kLoaderWarps * kLoaderStateBytes;   // TMA -> scores
     static constexpr u32 tile_empty = tile_full + kStages * sizeof(u64);          // values -> loader
     static constexpr u32 probabilities_full = tile_empty + kStages * sizeof(u64); // scores -> values
     static constexpr u32 claim = probabilities_full + kStages * sizeof(u64);  // the part that this CTA has claimed
     static constexpr u32 total = claim + kClaimBytes;
 };
-constexpr u32 kMaxSharedBytes = 232448;  // opt-in limit of a Hopper block
 static_assert(WideSmem::total <= kMaxSharedBytes, "the wide kernel's shared memory does not fit");
 static_assert(WideSmem::total == MLA_SHARED_BYTES, "cupy_mla/kernels/configs.py adds up other sizes");
 

@@ -1,7 +1,7 @@
 // A values warpgroup: O += P V for half of the latent columns; rescales O when the running maximum moved; stores O.
 #pragma once
 #include "core/quad.h"
-#include "decode/work_item.h"
+#include "decode/rows.h"
 #include "decode/wide/smem.h"
 #include "ptx/convert.h"
 #include "ptx/mbarrier.h"
@@ -74,7 +74,7 @@ private:
         wgmma_fence();
 #pragma unroll
         for (u32 step = 0; step < kTileTokens / kStepTokens; ++step)
-            wgmma_ss<Element, 0, 1>(output, p + descriptor_offset(step * kStepBytes),
+            wgmma_ss<Operand, 0, 1>(output, p + descriptor_offset(step * kStepBytes),
                                     v + descriptor_offset(step * kStepTokens / kAtomRows * kLatentGroupBytes), 1);
         wgmma_commit();
         wgmma_wait<0>();
@@ -86,7 +86,7 @@ private:
         u32 packed[kAccumulators / 2];
 #pragma unroll
         for (u32 i = 0; i < kAccumulators / 2; ++i) {
-            packed[i] = pack2<Element>(output[2 * i], output[2 * i + 1]);
+            packed[i] = pack2<Output>(output[2 * i], output[2 * i + 1]);
             pin_register(packed[i]);
         }
         const BlockWork work = load_block_work(params_, item);
@@ -94,7 +94,7 @@ private:
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
             const i32 row = warp() * 16 + lane() / 4 + half * 8;
-            const bool exists = work.first_row + row < work.num_rows;
+            const bool exists = row_exists(work, row);
             u16* destination = output_row(params_, work, row) + first_column() + lane_in_quad * 8;
 #pragma unroll
             for (u32 block = 0; block < kValueColumns / 32; ++block) {

@@ -1,11 +1,10 @@
 // Dense MLA decode for up to 64 query rows a CTA; kernels_cu/DESIGN.md tells the schedule. Three warpgroups:
 //   0    scores: S = Q K^T, softmax, P
-//   1, 2 values: O += P V, half of the columns each; warps of the first also ask the copy engine for the KV tiles
-#include "decode/claim.h"
+//   1, 2 values: O += P V, half of the columns each; warps of the first also ask TMA for the KV tiles
+#include "decode/entry.h"
 #include "decode/wide/load.h"
 #include "decode/wide/scores.h"
 #include "decode/wide/values.h"
-#include "ptx/launch.h"
 
 namespace mla {
 
@@ -16,14 +15,13 @@ constexpr int kValuesRegisters = 160;
 
 // The first warps of the first values warpgroup. From the special register each time: no register is left to keep it in.
 MLA_DEVICE bool is_loader_warp() {
-    return threadIdx.x / kWarpThreads - kWarpgroupThreads / kWarpThreads < kLoaderWarps;
+    return threadIdx.x / kWarpThreads - kWarpgroupWarps < kLoaderWarps;
 }
 
 MLA_DEVICE void initialise_barriers(u32 smem) {
-    constexpr u32 kWarps = kWarpgroupThreads / kWarpThreads;
     for (u32 stage = 0; stage < kStages; ++stage) {
         mbarrier_init(smem + WideSmem::tile_full + stage * sizeof(u64), kLoaderWarps);  // with the bytes to come
-        mbarrier_init(smem + WideSmem::tile_empty + stage * sizeof(u64), kValueWarpgroups * kWarps);
+        mbarrier_init(smem + WideSmem::tile_empty + stage * sizeof(u64), kValueWarpgroups * kWarpgroupWarps);
         mbarrier_init(smem + WideSmem::probabilities_full + stage * sizeof(u64), kWarpgroupThreads);
     }
     mbarrier_init_fence();
@@ -37,15 +35,10 @@ mla_decode_wide(const __grid_constant__ mla::TensorMap kv_latent, const __grid_c
     using namespace mla;
     extern __shared__ __align__(1024) u8 shared[];
     const u32 smem = shared_address(shared);
-    if (threadIdx.x == 0) {
+    const i32* part_begin = enter(params, shared + WideSmem::claim, [&] {
         initialise_barriers(smem);
-        tma_prefetch_map(&kv_latent);
-        if (kRopeBoxes > 0) tma_prefetch_map(&kv_rope);
-    }
-    __syncthreads();
-    // Work may be read while the kernel ahead still runs, unless that is the planner.
-    if (!params.plan_is_settled) pdl_wait();
-    const i32* part_begin = start_part(params, shared + WideSmem::claim);
+        prefetch_maps(&kv_latent, &kv_rope);
+    });
     pdl_wait();
     const u32 warpgroup = __shfl_sync(kFullWarp, threadIdx.x / kWarpgroupThreads, 0);
 
