@@ -56,13 +56,13 @@ struct Task {
 extern "C" __global__ void __maxnreg__(mla::kRegisters)
 mla_combine(const __grid_constant__ mla::CombineParams params) {
     using namespace mla;
-    const i32 lane = threadIdx.x % kWarpLanes;
-    const i32 warp = threadIdx.x / kWarpLanes;
+    const i32 lane = threadIdx.x % kWarpThreads;
+    const i32 warp = threadIdx.x / kWarpThreads;
     // The plan is read before the wait: it was complete when the decode kernel let this one start. So the first task is
     // known when the partial results are there.
     const i32 num_merges = plan_header(params.plan)->num_merges;
     const MergeItem* const merges = plan_merges(params.plan, params.merges_offset);
-    const u32 num_warps = gridDim.x * (blockDim.x / kWarpLanes);
+    const u32 num_warps = gridDim.x * (blockDim.x / kWarpThreads);
     const RowChunks chunks(static_cast<i64>(num_merges) * params.slot_rows, params.d_v, num_warps, kSectorOctets<Partial>);
     const u32 num_tasks = num_merges * params.slot_rows * chunks.chunks_of_row;
     u32 next = warp * gridDim.x + blockIdx.x;  // few tasks spread over all SMs

@@ -4,6 +4,7 @@
 // Groups meet in a butterfly at the end.
 // The order of every sum follows from the number of states alone: results depend neither on the grid nor on the batch.
 #pragma once
+#include "core/hopper.h"
 #include "core/quad.h"
 #include "core/softmax.h"
 #include "ptx/convert.h"
@@ -12,8 +13,8 @@
 namespace mla {
 
 constexpr i32 kOctet = 8;
-constexpr i32 kWarpLanesLog2 = 5;
-constexpr i32 kWarpLanes = 1 << kWarpLanesLog2;
+constexpr i32 kWarpThreadsLog2 = 5;
+static_assert(1 << kWarpThreadsLog2 == kWarpThreads, "divisions by it are shifts");
 constexpr i32 kSectorBytes = 32;  // the least that a read of memory moves
 template <typename T>
 constexpr i32 kSectorOctets = kSectorBytes / (kOctet * T::kBytes);
@@ -28,7 +29,7 @@ struct LaneGroups {
 
     template <typename T>
     static MLA_DEVICE LaneGroups of(i32 num_states) {
-        constexpr i32 kMaxGroups = kWarpLanes / kSectorOctets<T>;
+        constexpr i32 kMaxGroups = kWarpThreads / kSectorOctets<T>;
         LaneGroups groups{0};
         // More groups only when a lane would have more states than it loads at once.
         while (groups.count() < kMaxGroups && groups.count() * kLaneOctets<T> < num_states) ++groups.log2;
@@ -36,8 +37,8 @@ struct LaneGroups {
     }
 
     MLA_DEVICE i32 count() const { return 1 << log2; }
-    MLA_DEVICE i32 lanes() const { return kWarpLanes >> log2; }  // of a group
-    MLA_DEVICE i32 group_of(i32 lane) const { return lane >> (kWarpLanesLog2 - log2); }
+    MLA_DEVICE i32 lanes() const { return kWarpThreads >> log2; }  // of a group
+    MLA_DEVICE i32 group_of(i32 lane) const { return lane >> (kWarpThreadsLog2 - log2); }
     MLA_DEVICE i32 lane_in_group(i32 lane) const { return lane & (lanes() - 1); }
 };
 
@@ -202,11 +203,11 @@ struct PartialMerge {
     // same two numbers, so they get the same bits.
     MLA_DEVICE void join_lanes(i32 nearest) {
         f32 larger = largest;
-        for (i32 distance = nearest; distance < kWarpLanes; distance *= 2) {
+        for (i32 distance = nearest; distance < kWarpThreads; distance *= 2) {
             larger = fmaxf(larger, __shfl_xor_sync(kFullWarp, larger, distance));
         }
         rebase(larger);
-        for (i32 distance = nearest; distance < kWarpLanes; distance *= 2) {
+        for (i32 distance = nearest; distance < kWarpThreads; distance *= 2) {
             weights += __shfl_xor_sync(kFullWarp, weights, distance);
 #pragma unroll
             for (i32 j = 0; j < kOctets; ++j) {
@@ -253,7 +254,7 @@ struct RowChunks {
 
     MLA_DEVICE RowChunks(i64 num_rows, i32 d_v, i64 num_warps, i32 min_octets) {
         const i32 octets = d_v / kOctet;
-        octets_of_chunk = 2 * kWarpLanes;
+        octets_of_chunk = 2 * kWarpThreads;
         while (octets_of_chunk > min_octets && num_rows * ceil_div(octets, octets_of_chunk / 2) <= num_warps) {
             octets_of_chunk /= 2;
         }

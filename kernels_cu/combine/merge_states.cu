@@ -14,12 +14,12 @@ constexpr i32 kMergeStatesThreads = 256;
 extern "C" __global__ void __launch_bounds__(mla::kMergeStatesThreads, 2)
 mla_merge_states(const __grid_constant__ mla::MergeStatesParams params) {
     using namespace mla;
-    const i32 lane = threadIdx.x % kWarpLanes;
+    const i32 lane = threadIdx.x % kWarpThreads;
     const i64 num_rows = static_cast<i64>(params.size0) * params.size1 * params.size2;
-    const i64 num_warps = static_cast<i64>(gridDim.x) * (blockDim.x / kWarpLanes);
+    const i64 num_warps = static_cast<i64>(gridDim.x) * (blockDim.x / kWarpThreads);
     const RowChunks chunks(num_rows, params.d_v, num_warps, kSectorOctets<Element>);
     const i64 num_tasks = num_rows * chunks.chunks_of_row;
-    for (i64 task = (threadIdx.x / kWarpLanes) * gridDim.x + blockIdx.x; task < num_tasks; task += num_warps) {
+    for (i64 task = (threadIdx.x / kWarpThreads) * gridDim.x + blockIdx.x; task < num_tasks; task += num_warps) {
         const i64 row = task / chunks.chunks_of_row;
         const i64 row01 = row / params.size2;
         const i64 index2 = row - row01 * params.size2;

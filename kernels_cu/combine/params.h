@@ -1,4 +1,4 @@
-// What the two merging kernels are told by value. cupy_mla/kernels/structs.py mirrors the structs; a test compares them.
+// The merging kernels' by-value parameters. cupy_mla/kernels/structs.py mirrors them; a test compares the two.
 #pragma once
 #include "core/types.h"
 

@@ -1,4 +1,4 @@
-// The configuration this kernel is compiled for; cupy_mla/kernels/configs.py passes the macros.
+// The configuration this kernel is compiled for; cupy_mla/kernels passes the macros.
 #pragma once
 #include "core/hopper.h"
 #include "core/plan_format.h"

@@ -1,11 +1,11 @@
-// What a decode kernel is told by value. cupy_mla/kernels/structs.py mirrors DecodeParams; a test compares the two.
+// The decode kernels' by-value parameters. cupy_mla/kernels/structs.py mirrors DecodeParams; a test compares the two.
 #pragma once
-#include "core/types.h"
+#include "core/hopper.h"
 #include "core/plan_format.h"
+#include "core/types.h"
 
 namespace mla {
 
-constexpr i32 kMaxSms = 160;  // a full GH100 has 144
 constexpr i32 kSmWords = kMaxSms / 32;
 constexpr i32 kHalfShareShift = 16;
 

@@ -1,4 +1,4 @@
-// What the planner is told by value. cupy_mla/kernels/structs.py mirrors it; a test compares the two.
+// The planner's by-value parameters. cupy_mla/kernels/structs.py mirrors them; a test compares the two.
 #pragma once
 #include "core/types.h"
 

@@ -1,5 +1,6 @@
 // The smallest budget with which the parts suffice, and how jobs are cut with it. All threads of the CTA call it alike.
 #pragma once
+#include "core/hopper.h"
 #include "plan/jobs.h"
 #include "plan/scratch.h"
 
@@ -68,7 +69,6 @@ private:
     // Rounds of a few budgets, from the lowest up, dealt out to the warps in turn: threads of a warp that pack wait for
     // each other, and the smallest feasible budget is rarely far.
     MLA_DEVICE void try_packing(i32 num_jobs, i32 lowest, i32 span) const {
-        constexpr i32 kWarpThreads = 32;
         constexpr i32 kWarps = kPlanThreads / kWarpThreads;
         constexpr i32 kRoundLanes = 4;
         const i32 lane = thread % kWarpThreads;

@@ -1,8 +1,8 @@
 // The producer warp of the narrow kernel: walks a part's items tile by tile, ahead of the arithmetic and across items, and
 // asks TMA for the boxes of each tile.
 #pragma once
-#include "decode/work_item.h"
 #include "decode/narrow/smem.h"
+#include "decode/work_item.h"
 #include "ptx/mbarrier.h"
 #include "source/paged.h"
 

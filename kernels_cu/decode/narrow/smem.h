@@ -1,4 +1,4 @@
-// Shared memory of the narrow kernel. cupy_mla/kernels/configs.py adds up the same sizes and passes the total.
+// Shared memory of the narrow kernel. cupy_mla/kernels adds up the same sizes and passes the total.
 #pragma once
 #include "decode/claim.h"
 #include "decode/config.h"
@@ -39,7 +39,7 @@ static_assert(NarrowSmem::total <= kSharedBytes, "the narrow kernel's shared mem
 static_assert(NarrowSmem::slots >= kTileBoxes, "a tile must fit in the ring");
 static_assert(NarrowSmem::query % kSwizzleAtomBytes == 0 && NarrowSmem::probabilities % kSwizzleAtomBytes == 0,
               "the swizzle is a function of the address: boxes start at its period");
-static_assert(NarrowSmem::total == MLA_SHARED_BYTES, "cupy_mla/kernels/configs.py adds up other sizes");
+static_assert(NarrowSmem::total == MLA_SHARED_BYTES, "cupy_mla/kernels adds up other sizes");
 
 // Position in the ring of KV boxes. The producer and the consumers walk the same sequence of tiles; a tile's boxes take
 // consecutive slots and may wrap round.

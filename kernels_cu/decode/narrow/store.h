@@ -1,8 +1,8 @@
 // How the consumer warpgroup of the narrow kernel moves whole query rows between global memory and boxes of [kRows][64].
 // Eight threads share a row: 16 bytes each, 128 contiguous bytes per box, free of bank conflicts in the swizzled box.
 #pragma once
-#include "decode/rows.h"
 #include "decode/narrow/smem.h"
+#include "decode/rows.h"
 #include "ptx/convert.h"
 #include "ptx/mbarrier.h"
 #include "ptx/warp.h"

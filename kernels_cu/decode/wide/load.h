@@ -2,8 +2,8 @@
 // warp's share of it: the loader warps walk alike. Run by whole warps. Page numbers are read one tile ahead: their
 // latency hides behind a tile's arithmetic.
 #pragma once
-#include "decode/work_item.h"
 #include "decode/wide/smem.h"
+#include "decode/work_item.h"
 #include "ptx/mbarrier.h"
 #include "source/paged.h"
 

@@ -1,4 +1,4 @@
-// Shared memory of the wide kernel. cupy_mla/kernels/configs.py adds up the same sizes and passes the total.
+// Shared memory of the wide kernel. cupy_mla/kernels adds up the same sizes and passes the total.
 #pragma once
 #include "decode/claim.h"
 #include "decode/config.h"
@@ -17,7 +17,7 @@ constexpr u32 kStages = 3;  // the third stage is what matters most (DESIGN.md);
 // A tile lies in its stage in the order in which one copy of whole tokens writes it: for each group of eight tokens the
 // swizzle atoms of all latent boxes. The box of rope columns follows. P takes its place, dead after QK; without rope it has
 // a box of its own.
-static_assert(kRopeBoxes <= 1, "a stage has one box behind the latent ones; cupy_mla/kernels/configs.py knows");
+static_assert(kRopeBoxes <= 1, "a stage has one box behind the latent ones");
 constexpr u32 kStageBytes = (kLatentBoxes + 1) * kBoxBytes;
 constexpr u32 kStageRope = kLatentBoxes * kBoxBytes;
 constexpr u32 kProbabilities = kStageRope;
@@ -59,7 +59,7 @@ struct WideSmem {
     static constexpr u32 total = claim + kClaimBytes;
 };
 static_assert(WideSmem::total <= kMaxSharedBytes, "the wide kernel's shared memory does not fit");
-static_assert(WideSmem::total == MLA_SHARED_BYTES, "cupy_mla/kernels/configs.py adds up other sizes");
+static_assert(WideSmem::total == MLA_SHARED_BYTES, "cupy_mla/kernels adds up other sizes");
 
 MLA_DEVICE u32 stage_address(u32 smem, u32 stage) { return smem + WideSmem::stages + stage * kStageBytes; }
 
