@@ -59,8 +59,9 @@ detect_gpu() {
     GPU_NOTE="Hopper GPU, driver for CUDA $cuda: extra $CUDA_EXTRA"
 }
 
-# ensure_environment EXTRAS: makes VENV and installs the checkout into it, editable, with these extras ("" for none).
-# Done again only when pyproject.toml, the extras, the Python or the place changes: a stamp in VENV tells.
+# ensure_environment EXTRAS: makes VENV and installs the checkout into it, editable, with these extras ("" for none,
+# torch never the first).
+# Done again only when pyproject.toml, the extras, the Python or the place changes: a stamp in VENV shows it.
 ensure_environment() {
     local extras=$1 cuda stamp key
     if [ -e "$VENV" ] && [ ! -e "$VENV/pyvenv.cfg" ]; then
@@ -78,12 +79,44 @@ ensure_environment() {
     if [ "$(cat "$stamp" 2>/dev/null)" = "$key" ]; then
         return
     fi
-    say "installing cupy-mla${extras:+[$extras]} into $VENV"
+    say "installing cupy-mla${extras:+[$extras]} into $VENV; downloads $(download_size "$extras"), less what pip has cached"
+    # torch first and by itself: beside cuda12, pip refuses the NVRTC of one or of the other (README, Install).
+    if [[ ,$extras, == *,torch,* ]]; then
+        install_torch
+        extras=${extras/,torch/}
+    fi
     pip_install -e "$ROOT${extras:+[$extras]}"
     for cuda in cuda12 cuda13; do
         case ",$extras," in *,$cuda,*) touch "$VENV/.has-$cuda" ;; esac
     done
     echo "$key" >"$stamp"
+}
+
+# Roughly what an environment with these extras takes off the network, in words.
+download_size() {
+    local extra megabytes=25 more=
+    for extra in ${1//,/ }; do
+        case $extra in
+        cuda12) megabytes=$((megabytes + 225)) ;;
+        cuda13) megabytes=$((megabytes + 140)) ;;
+        test) megabytes=$((megabytes + 35)) ;;
+        jax) megabytes=$((megabytes + 120)) ;;
+        torch) more=" and torch (0.2 GB built for the CPU, some 3 GB with CUDA)" ;;
+        esac
+    done
+    echo "about $megabytes MB$more"
+}
+
+# A torch that is there stays. Without a GPU the CPU build will do, if pip finds one (PyPI has none).
+install_torch() {
+    local version=""
+    if "$VENV/bin/python" -m pip show --quiet torch 2>/dev/null; then
+        return
+    fi
+    if [ -z "${CUDA_EXTRA:-}" ]; then
+        version=$("$VENV/bin/python" -m pip index versions torch 2>/dev/null | grep -oE '[0-9.]+\+cpu' | head -n 1) || true
+    fi
+    pip_install "torch${version:+==$version}"
 }
 
 # pip's progress for people, and nothing but errors for logs; the output of the scripts stays their own.

@@ -1,4 +1,6 @@
-"""The README keeps its word: its Python examples run, its commands are taken as they stand and run in small form."""
+"""The README and the pages beside it keep their word: their Python examples run, their commands are taken as they stand
+and run in small form, their links lead somewhere.
+"""
 
 from __future__ import annotations
 
@@ -23,7 +25,9 @@ from cupy_mla.lab.array_files import write_arrays
 from cupy_mla.lab.cases import TENSORS, build_case
 
 ROOT = Path(__file__).resolve().parent.parent
-TEXT = (ROOT / "README.md").read_text(encoding="utf-8")
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md"]
+TEXTS = {page: page.read_text(encoding="utf-8") for page in PAGES}
+TEXT = "\n".join(TEXTS.values())
 PROJECT = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
 CI = ROOT / ".ci" / "run"  # not in a source distribution
 
@@ -31,7 +35,8 @@ CI = ROOT / ".ci" / "run"  # not in a source distribution
 EXAMPLES = dict(re.findall(r"```python\n# ([^\n]+)\n(.*?)```", TEXT, re.DOTALL))
 TITLES = ["torch", "torch.compile", "JAX", "CuPy", "NumPy", "FlashMLA", "benchmark", "paged cache"]
 
-PROGRAMS = ("cupy-mla", "./scripts/", "python ", "pip ", "jupyter ")
+PROGRAMS = ("cupy-mla", "./scripts/", ".ci/run", "python ", ".venv/bin/python ", "pip ", "jupyter ")
+NEED_A_GPU = ("./scripts/gpu_round.sh",)
 VARIABLE = re.compile(r"[A-Z_]+=\S*$")
 CASE_FILE, EARLIER_RUN = "case.npz", "before.json"  # what the commands find in their folder
 
@@ -55,7 +60,7 @@ def commands() -> list[str]:
 def is_command(code: str) -> bool:
     words = [word for word in code.split() if not VARIABLE.match(word)]
     if not words or (len(words) == 1 and not words[0].startswith("./")):
-        return False  # the name of a program, or of the package
+        return False  # the name of a program, of a file, or of the package
     return f"{words[0]} ".startswith(PROGRAMS)
 
 
@@ -126,6 +131,10 @@ def test_command(line: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, set
     elif program == "jupyter":
         assert arguments[0] == "lab"
         assert (ROOT / arguments[1]).is_file()  # test_notebook.py runs it
+    elif program == ".ci/run":
+        assert os.access(CI, os.X_OK) or not CI.exists()
+    elif program == ".venv/bin/python":
+        check_module(arguments)
     elif arguments and arguments[0].startswith("scripts/"):
         check_python_script(ROOT / arguments[0], arguments[1:], monkeypatch)
     else:
@@ -138,12 +147,26 @@ def test_command(line: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, set
 
 
 def check_shell_script(program: str, arguments: list[str]) -> None:
-    """CI runs them whole: here they would run these tests."""
+    """CI runs them whole, but for those that need a GPU: here they would run these tests."""
     assert os.access(ROOT / program, os.X_OK)
-    if CI.exists():
+    if CI.exists() and program not in NEED_A_GPU:
         assert f'"$root/{program.removeprefix("./")}"' in CI.read_text()
     if program.endswith("demo.sh"):
         parse(["decode", *arguments])
+    for argument in arguments:
+        assert not argument.startswith("tests/") or (ROOT / argument).exists()
+
+
+def check_module(arguments: list[str]) -> None:
+    """A tool that CI calls too, or pytest with files that are there."""
+    option, module, *rest = arguments
+    assert option == "-m"
+    if module == "pip":
+        check_pip([word for word in rest if word != "-e"])
+    elif module == "pytest":
+        assert all((ROOT / word).exists() for word in rest)
+    elif CI.exists():
+        assert f'"$python" -m {" ".join(arguments[1:])}' in CI.read_text()
 
 
 def check_pip(arguments: list[str]) -> None:
@@ -232,12 +255,17 @@ def test_every_environment_variable_is_listed() -> None:
     assert set(listed) == set(re.findall(r"CUPY_MLA_\w+", source))
 
 
-def test_links_lead_somewhere() -> None:
-    anchors = {
-        re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-")
-        for heading in re.findall(r"^#+ (.+)$", TEXT, re.MULTILINE)
-    }
-    links = re.findall(r"\]\((\S+)\)", TEXT)
-    assert links
+def anchors(page: Path) -> set[str]:
+    headings = re.findall(r"^#+ (.+)$", page.read_text(encoding="utf-8"), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_links_lead_somewhere(page: Path) -> None:
+    links = [link for link in re.findall(r"\]\((\S+)\)", TEXTS[page]) if not link.startswith("https://")]
+    assert links or page.name == "CHANGELOG.md"
     for link in links:
-        assert link.removeprefix("#") in anchors if link.startswith("#") else (ROOT / link).is_file(), link
+        path, _, anchor = link.partition("#")
+        target = page.parent / path if path else page
+        assert target.is_file(), link
+        assert not anchor or anchor in anchors(target), link
