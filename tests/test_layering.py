@@ -1,4 +1,4 @@
-"""The house keeps its order: imports run downward only, nothing heavy is imported early, each thing has one place."""
+"""The package keeps its order: imports run downward only, nothing heavy is imported early, each thing has one place."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ KERNELS = kernels_root()
 ROOT = "cupy_mla"
 
 # From the ground up: folders, and modules of the package's top level. A module imports only from rows above its own and
-# from its own folder; no cycle is allowed anywhere. A new folder needs a place here and in the README's diagram.
+# from its own folder; no cycle is allowed anywhere. A new folder needs a place here and in CONTRIBUTING's diagram.
 LAYERS: tuple[tuple[str, ...], ...] = (
     ("errors",),
     ("settings", "shown"),
@@ -121,6 +121,14 @@ def test_there_is_no_import_cycle() -> None:
 
     for name in MODULES:
         visit(name, ())
+
+
+def test_the_diagram_shows_the_layers() -> None:
+    text = (Path(__file__).parent.parent / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    diagram = text.partition("## Architecture\n")[2].partition("kernels_cu/")[0]
+    rows = [re.findall(r"\w+", row) for row in re.findall(r"^    (\w.*?)  ", diagram, re.MULTILINE)]
+    assert {name for row in rows for name in row} == RANKS.keys() - {ROOT, "__main__"}
+    assert [RANKS[row[0]] for row in rows] == sorted((RANKS[row[0]] for row in rows), reverse=True)
 
 
 def module_level_imports(tree: ast.Module) -> Iterator[str]:
