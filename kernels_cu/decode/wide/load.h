@@ -32,7 +32,7 @@ public:
         const i32 tile = state()->tile;
         if (tile >= state()->tile_end) return;
         const u32 stage = stage_address(smem_, stage_index);
-        const u32 full = smem_ + WideSmem::tile_full + stage_index * sizeof(u64);
+        const u32 full = tile_full(smem_, stage_index);
         // Chunks past the sequence's end have no page to come from.
         const u32 valid_chunks =
             kChunks == 1 ? 1 : ceil_div(min_i32(state()->seqlen_k - tile * kTileTokens, kTileTokens), kChunkTokens);

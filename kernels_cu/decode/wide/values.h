@@ -10,7 +10,6 @@
 
 namespace mla {
 
-constexpr u32 kValueWarpgroups = 2;
 constexpr u32 kValueColumns = kLatent / kValueWarpgroups;
 static_assert(kLatent % (kValueWarpgroups * kBoxColumns) == 0, "each values warpgroup takes whole boxes");
 constexpr u32 kAccumulators = kRows * kValueColumns / kWarpgroupThreads;
@@ -33,11 +32,11 @@ public:
 #pragma unroll
         for (u32 i = 0; i < kAccumulators; ++i) output[i] = 0.0f;
         for (; tiles > 0; --tiles) {
-            mbarrier_wait(smem_ + WideSmem::probabilities_full + ring_.stage * sizeof(u64), ring_.parity);
+            mbarrier_wait(probabilities_full(smem_, ring_.stage), ring_.parity);
             rescale(output);
             multiply(output);
             __syncwarp();
-            if (lane() == 0) mbarrier_arrive(smem_ + WideSmem::tile_empty + ring_.stage * sizeof(u64));
+            if (lane() == 0) mbarrier_arrive(tile_empty(smem_, ring_.stage));
             after_tile(ring_);
             ring_.advance();
         }

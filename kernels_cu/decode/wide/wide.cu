@@ -8,11 +8,6 @@
 
 namespace mla {
 
-constexpr u32 kThreads = (1 + kValueWarpgroups) * kWarpgroupThreads;
-// At entry every thread has 168 registers (65536 / 384, in eights); the roles then share the 3 * 168 = 504 out.
-constexpr int kScoresRegisters = 184;
-constexpr int kValuesRegisters = 160;
-
 // The first warps of the first values warpgroup. From the special register each time: no register is left to keep it in.
 MLA_DEVICE bool is_loader_warp() {
     return threadIdx.x / kWarpThreads - kWarpgroupWarps < kLoaderWarps;
@@ -20,9 +15,9 @@ MLA_DEVICE bool is_loader_warp() {
 
 MLA_DEVICE void initialise_barriers(u32 smem) {
     for (u32 stage = 0; stage < kStages; ++stage) {
-        mbarrier_init(smem + WideSmem::tile_full + stage * sizeof(u64), kLoaderWarps);  // with the bytes to come
-        mbarrier_init(smem + WideSmem::tile_empty + stage * sizeof(u64), kValueWarpgroups * kWarpgroupWarps);
-        mbarrier_init(smem + WideSmem::probabilities_full + stage * sizeof(u64), kWarpgroupThreads);
+        mbarrier_init(tile_full(smem, stage), kLoaderWarps);  // with the bytes to come
+        mbarrier_init(tile_empty(smem, stage), kValueWarpgroups * kWarpgroupWarps);
+        mbarrier_init(probabilities_full(smem, stage), kWarpgroupThreads);
     }
     mbarrier_init_fence();
 }
@@ -57,7 +52,7 @@ mla_decode_wide(const __grid_constant__ mla::TensorMap kv_latent, const __grid_c
         for (i32 item = part_begin[0]; item < part_begin[1]; ++item) {
             values.run_item(item, [&](const RingPosition& done) {
                 if (!is_loader_warp()) return;
-                mbarrier_wait(smem + WideSmem::tile_empty + done.stage * sizeof(u64), done.parity);
+                mbarrier_wait(tile_empty(smem, done.stage), done.parity);
                 loader.load_next(done.stage);
             });
         }

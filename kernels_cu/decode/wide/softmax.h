@@ -1,0 +1,56 @@
+// The online softmax of the wide kernel, on the accumulators of S = Q K^T: a thread holds 16 columns of two rows, 8 apart.
+#pragma once
+#include "core/quad.h"
+#include "core/softmax.h"
+#include "decode/config.h"
+#include "ptx/warp.h"
+
+namespace mla {
+
+constexpr int kThreadScores = 32;  // of a tile of 64 rows and 64 tokens
+
+// Column i (of the thread's 16) of row `half` among the thread's scores.
+constexpr MLA_DEVICE int score_index(int half, int i) { return i / 2 * 4 + half * 2 + i % 2; }
+
+// What O must be multiplied by before this tile's P V is added, and P before it is stored.
+struct RowFactors {
+    float rescale[2];
+    float normalise[2] = {1.0f, 1.0f};
+};
+
+// Scores to probabilities, in place, with the running maxima (log2 units, the same in the quad) and sums (of the thread's
+// columns) of the thread's two rows: arrays, as a struct of the two gets other registers. The last tile carries the division
+// by the sum in P and in the rescale factor, so O comes out normalised; the quad then has the whole sum.
+MLA_DEVICE RowFactors softmax(bool is_last, float scale_log2, float (&scores)[kThreadScores], float (&maximum)[2],
+                              float (&sum)[2]) {
+    RowFactors factors;
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+        float tile_maximum = scores[score_index(half, 0)];
+#pragma unroll
+        for (int i = 1; i < 16; ++i) tile_maximum = fmaxf(tile_maximum, scores[score_index(half, i)]);
+        tile_maximum = quad_max(tile_maximum) * scale_log2;
+        factors.rescale[half] = 1.0f;
+        if (tile_maximum > maximum[half] + kRescaleThreshold) {
+            factors.rescale[half] = fast_exp2(maximum[half] - tile_maximum);
+            maximum[half] = tile_maximum;
+        }
+        const float shift = maximum[half] == minus_infinity() ? 0.0f : maximum[half];
+        float tile_sum = 0.0f;
+#pragma unroll
+        for (int i = 0; i < 16; ++i) {
+            float& score = scores[score_index(half, i)];
+            score = fast_exp2(fmaf(score, scale_log2, -shift));
+            tile_sum += score;
+        }
+        sum[half] = sum[half] * factors.rescale[half] + tile_sum;
+        if (is_last) {
+            sum[half] = quad_sum(sum[half]);
+            factors.normalise[half] = sum[half] == 0.0f ? 0.0f : 1.0f / sum[half];  // NaN stays NaN
+            factors.rescale[half] *= factors.normalise[half];
+        }
+    }
+    return factors;
+}
+
+}  // namespace mla
