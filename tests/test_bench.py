@@ -6,7 +6,6 @@ import csv
 import json
 import math
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -23,25 +22,25 @@ from cupy_mla.bench import (
     Row,
     compare,
     expand_grid,
-    grid,
     load_results,
     measure,
     run,
     run_bench,
-    timers,
 )
 from cupy_mla.bench import inputs as inputs_module
 from cupy_mla.bench.ceilings import published_ceilings
-from cupy_mla.bench.inputs import Inputs, NumpyLibrary, TorchLibrary
+from cupy_mla.bench.inputs import Inputs
 from cupy_mla.bench.ours import OurSide
 from cupy_mla.errors import InvalidArgumentError, UnsupportedDeviceError
 from cupy_mla.gpu import device
-from cupy_mla.lab import accuracy
-from cupy_mla.lab.cases import Work, build_case
+from cupy_mla.lab import accuracy, timing
+from cupy_mla.lab.build import build_case
 from cupy_mla.lab.lengths import mid_decode_lengths, read_lengths, shipped_lengths
+from cupy_mla.lab.libraries import NUMPY, NumpyLibrary, TorchLibrary
+from cupy_mla.lab.spec import STORAGES, CaseSpec
+from cupy_mla.lab.work import Work
 
 SMALL = BenchCase(2, 70, 4)
-LIBRARY = NumpyLibrary()
 
 
 # --- cases and grids
@@ -78,12 +77,13 @@ def test_equal_work_is_equal_whatever_its_name() -> None:
 def test_work_is_that_of_the_case_that_is_decoded(options: dict[str, Any]) -> None:
     case = BenchCase(**{"batch": 3, "lengths": 70, "num_heads_q": 4, **options})
     seqlens_q = case.seqlen_q if case.ragged is None else case.ragged
-    decoded = build_case(
-        case.kv_lengths, num_heads_q=4, seqlens_q=seqlens_q, page_size=case.page_size, causal=case.causal
-    )
+    lengths = tuple(case.kv_lengths.tolist())
+    spec = CaseSpec(lengths, 4, seqlens_q=seqlens_q, page_size=case.page_size, causal=case.causal)
+    assert case.spec == spec
+    decoded = build_case(spec)
     assert case.work == decoded.work
-    assert case.q_shape == decoded.q.shape
-    assert case.cache_shape == decoded.kv_cache.shape
+    assert spec.q_shape == decoded.q.shape
+    assert spec.cache_shape == decoded.kv_cache.shape
     assert case.cache_bytes == decoded.kv_cache.nbytes
 
 
@@ -200,21 +200,21 @@ def test_traces_are_draws_of_the_shipped_lengths() -> None:
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
-@pytest.mark.parametrize("storage", grid.STORAGES)
+@pytest.mark.parametrize("storage", STORAGES)
 def test_every_storage_holds_the_same_values(storage: str, dtype: str) -> None:
     case = BenchCase(2, (70, 5), 4, storage=storage, dtype=dtype)
-    inputs = Inputs(case, LIBRARY)
+    inputs = Inputs(case, NUMPY)
     cache = inputs.caches[0]
     packed = np.concatenate(cache, axis=-1) if storage == "split" else cache
-    plain = Inputs(BenchCase(2, (70, 5), 4, dtype=dtype), LIBRARY)
+    plain = Inputs(BenchCase(2, (70, 5), 4, dtype=dtype), NUMPY)
     np.testing.assert_array_equal(packed.view(np.uint16), plain.caches[0].view(np.uint16))
     np.testing.assert_array_equal(inputs.block_table, plain.block_table)
     if storage == "strided":
-        page = case.page_size * case.head_dim * cache.itemsize
+        page = case.page_size * case.spec.head_dim * cache.itemsize
         assert cache.strides[0] == 2 * page
     if storage == "split":
         assert [part.shape[-1] for part in cache] == [512, 64]
-        assert all(part.flags.c_contiguous for part in (*cache, *inputs.q_parts))
+        assert all(part.flags.c_contiguous for part in (*cache, *inputs.stored_q))
 
 
 @pytest.mark.parametrize(
@@ -229,7 +229,7 @@ def test_every_storage_holds_the_same_values(storage: str, dtype: str) -> None:
 )
 def test_our_side_is_right_on_every_kind_of_case(options: dict[str, Any]) -> None:
     case = BenchCase(**{"batch": 3, "lengths": 70, "num_heads_q": 4, **options})
-    inputs = Inputs(case, LIBRARY)
+    inputs = Inputs(case, NUMPY)
     out, lse = OurSide().prepare(inputs)(inputs.caches[0])
     error, lse_error = inputs.errors(out, lse)
     assert error < accuracy.OUT_BOUNDS[case.dtype]
@@ -238,7 +238,7 @@ def test_our_side_is_right_on_every_kind_of_case(options: dict[str, Any]) -> Non
     assert inputs.errors(out + out)[0] > 0.9  # the float64 result is not simply taken from the call
 
 
-@pytest.mark.parametrize("storage", grid.STORAGES)
+@pytest.mark.parametrize("storage", STORAGES)
 @pytest.mark.parametrize("ragged", [None, (2, 0, 3)])
 def test_torch_inputs_are_rotated_and_checked(
     monkeypatch: pytest.MonkeyPatch, ragged: tuple[int, ...] | None, storage: str
@@ -320,7 +320,7 @@ class FakeTimers:
         monkeypatch.setattr(measure, "make_timer", self.make)
         self._made: list[str] = []
 
-    def make(self, inputs: Inputs, call: Callable[[Any], Any]) -> Any:
+    def make(self, *_: Any) -> Any:
         name = list(self.seconds)[len(self._made)]
         self._made.append(name)
         values = iter(self.seconds[name])
@@ -337,7 +337,7 @@ class FakeTimers:
 
 def test_sides_are_replayed_in_turn_and_the_median_counts(monkeypatch: pytest.MonkeyPatch) -> None:
     timers = FakeTimers(monkeypatch, ours=[3e-6, 1e-6, 2e-6], peer=[8e-6, 4e-6, 5e-6])
-    (row,) = measure.measure([SMALL], [OurSide(), FakeSide("peer")], LIBRARY)
+    (row,) = measure.measure([SMALL], [OurSide(), FakeSide("peer")], NUMPY)
     assert timers.log == [("ours", 1), ("peer", 1)] * 3
     assert row.ours.us == pytest.approx(2.0)
     assert (row.ours.fastest_us, row.ours.slowest_us) == (pytest.approx(1.0), pytest.approx(3.0))
@@ -350,7 +350,7 @@ def test_sides_are_replayed_in_turn_and_the_median_counts(monkeypatch: pytest.Mo
 
 def test_sustained_runs_follow_for_as_long_as_they_should(monkeypatch: pytest.MonkeyPatch) -> None:
     timers = FakeTimers(monkeypatch, ours=[1e-3] * 3 + [2e-3] * 3, peer=[1e-1] * 3 + [3e-1] * 3)
-    (row,) = measure.measure([SMALL], [OurSide(), FakeSide("peer")], LIBRARY, sustained=True)
+    (row,) = measure.measure([SMALL], [OurSide(), FakeSide("peer")], NUMPY, sustained=True)
     assert timers.log[6:] == [("ours", 300), ("peer", 3)] * measure.SUSTAINED_ROUNDS
     assert row.ours.sustained_us == pytest.approx(2000)
     assert row.sustained_ratio("peer") == pytest.approx(150)
@@ -359,14 +359,14 @@ def test_sustained_runs_follow_for_as_long_as_they_should(monkeypatch: pytest.Mo
 
 def test_cases_of_a_group_are_replayed_in_turn(monkeypatch: pytest.MonkeyPatch) -> None:
     timers = FakeTimers(monkeypatch, first=[1e-6] * 3, second=[2e-6] * 3)
-    rows = measure.measure([SMALL, BenchCase(2, 80, 4)], [OurSide()], LIBRARY)
+    rows = measure.measure([SMALL, BenchCase(2, 80, 4)], [OurSide()], NUMPY)
     assert timers.log == [("first", 1), ("second", 1)] * 3
     assert [row.ours.us for row in rows] == [pytest.approx(1.0), pytest.approx(2.0)]
 
 
 @pytest.mark.parametrize("step", ["prepare", "call"])
 def test_a_peer_that_fails_takes_nothing_with_it(step: str) -> None:
-    (row,) = measure.measure([SMALL], [OurSide(), FakeSide("bad", breaks=step), FakeSide("good")], LIBRARY)
+    (row,) = measure.measure([SMALL], [OurSide(), FakeSide("bad", breaks=step), FakeSide("good")], NUMPY)
     assert row.peers["bad"].us is None
     assert row.peers["bad"].failure is not None
     assert row.peers["bad"].failure.startswith("RuntimeError: ")
@@ -377,7 +377,7 @@ def test_a_peer_that_fails_takes_nothing_with_it(step: str) -> None:
 
 def test_a_replay_that_fails_ends_only_its_lane(monkeypatch: pytest.MonkeyPatch) -> None:
     timers = FakeTimers(monkeypatch, ours=[1e-6] * 3, bad=[2e-6, RuntimeError("gone")], good=[3e-6] * 3)
-    (row,) = measure.measure([SMALL], [OurSide(), FakeSide("bad"), FakeSide("good")], LIBRARY)
+    (row,) = measure.measure([SMALL], [OurSide(), FakeSide("bad"), FakeSide("good")], NUMPY)
     assert row.peers["bad"].us is None
     assert row.peers["bad"].failure == "RuntimeError: gone"
     assert row.best_ratio == pytest.approx(3.0)
@@ -385,7 +385,7 @@ def test_a_replay_that_fails_ends_only_its_lane(monkeypatch: pytest.MonkeyPatch)
 
 
 def test_what_a_peer_does_not_support_is_no_failure() -> None:
-    (row,) = measure.measure([SMALL], [OurSide(), FakeSide("peer", refuses="only 64 heads")], LIBRARY)
+    (row,) = measure.measure([SMALL], [OurSide(), FakeSide("peer", refuses="only 64 heads")], NUMPY)
     assert row.peers["peer"] == Measurement(skipped="only 64 heads")
 
 
@@ -394,10 +394,10 @@ def test_our_failure_is_the_rows_failure_and_the_peers_are_timed_all_the_same(mo
         raise MemoryError("too large")
 
     peer = FakeSide("peer")
-    exact = peer.prepare(Inputs(SMALL, LIBRARY))
+    exact = peer.prepare(Inputs(SMALL, NUMPY))
     monkeypatch.setattr(OurSide, "prepare", broken)
     monkeypatch.setattr(FakeSide, "prepare", lambda self, inputs: exact)
-    (row,) = measure.measure([SMALL], [OurSide(), peer], LIBRARY)
+    (row,) = measure.measure([SMALL], [OurSide(), peer], NUMPY)
     assert row.failure == "MemoryError: too large"
     assert row.peers["peer"].us is not None
     assert row.ratio("peer") is None
@@ -417,11 +417,11 @@ def test_arrays_that_cannot_be_made_fail_their_row_only(monkeypatch: pytest.Monk
 
 
 def test_a_wrong_result_of_ours_is_a_failure_and_of_a_peer_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
-    (row,) = measure.measure([SMALL], [OurSide(), FakeSide("peer", wrong=True)], LIBRARY)
+    (row,) = measure.measure([SMALL], [OurSide(), FakeSide("peer", wrong=True)], NUMPY)
     assert row.failure is None
     assert row.peers["peer"].error == pytest.approx(1.0, abs=0.01)
     monkeypatch.setitem(accuracy.OUT_BOUNDS, "bfloat16", 1e-9)
-    (row,) = measure.measure([SMALL], [OurSide()], LIBRARY)
+    (row,) = measure.measure([SMALL], [OurSide()], NUMPY)
     assert row.failure is not None
     assert "bound 1e-09" in row.failure
 
@@ -436,7 +436,7 @@ def test_the_limit_holds_between_steps_and_ahead_of_long_ones() -> None:
     now = 10.5
     with pytest.raises(measure.TimeLimitError, match=r"limit of 10 s for a case has passed"):
         deadline.check()
-    (row,) = measure.measure([SMALL], [OurSide()], LIBRARY, limit=1e-9)
+    (row,) = measure.measure([SMALL], [OurSide()], NUMPY, limit=1e-9)
     assert row.failure is not None
     assert "TimeLimitError" in row.failure
 
@@ -489,7 +489,7 @@ def test_a_capture_that_fails_is_ended(monkeypatch: pytest.MonkeyPatch) -> None:
         return None, None
 
     with pytest.raises(RuntimeError, match="allocates"):
-        timers.CupyGraph(SimpleNamespace(calls=4, caches=[0, 1]), call)  # type: ignore[arg-type]
+        timing.CupyGraph(call, caches=[0, 1], calls=4)
     assert log == ["begin", "end"]
 
 
@@ -552,10 +552,10 @@ def test_a_run_says_where_and_how_it_was_made() -> None:
 
 
 def test_a_device_that_gives_no_memory_back_costs_no_row(monkeypatch: pytest.MonkeyPatch) -> None:
-    def fails(library: Any) -> None:
+    def fails(library: NumpyLibrary) -> None:
         raise RuntimeError("CUDA error: an illegal memory access was encountered")
 
-    monkeypatch.setattr(run, "release_memory", fails)
+    monkeypatch.setattr(NumpyLibrary, "release", fails)
     seen: list[int] = []
     results = run_bench(
         [SMALL, BenchCase(1, 64, 4)], backend="numpy", on_rows=lambda results, rows: seen.append(len(results.rows))

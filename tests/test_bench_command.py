@@ -20,6 +20,7 @@ from cupy_mla.bench import (
 from cupy_mla.cli import main
 from cupy_mla.commands import bench as command
 from cupy_mla.lab import accuracy
+from cupy_mla.lab.spec import STORAGES
 
 
 def bench(*arguments: str) -> Result:
@@ -49,7 +50,7 @@ def test_bench_takes_lists_and_writes_files(tmp_path: Path) -> None:
     result = bench(*arguments, "--json", str(second), "--csv", str(table), "--compare", str(first), "--sustained")
     assert result.exit_code == 0
     results = load_results(second)
-    assert {row.case.storage for row in results.rows} == set(grid.STORAGES)
+    assert {row.case.storage for row in results.rows} == set(STORAGES)
     assert results.metadata["command"].startswith("cupy-mla bench --batch 1 --length 64,100 --heads 2 --dtype float16")
     assert all(row.ours.sustained_us for row in results.rows)
     assert "our time, before (20" in result.output

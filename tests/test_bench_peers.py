@@ -27,6 +27,7 @@ from cupy_mla.bench.peers.flash_mla import FlashMlaPeer
 from cupy_mla.bench.peers.flashinfer import FlashInferPeer
 from cupy_mla.bench.peers.torch_sdpa import TorchPeer
 from cupy_mla.bench.torch_reference import attention64
+from cupy_mla.lab.libraries import TorchLibrary
 
 MAX_ERROR = 3e-3  # of a bfloat16 result, as the contract has it
 MAX_LSE_ERROR = 1e-6  # the stand-ins compute in float64 and round to float32
@@ -48,7 +49,7 @@ CASES = {
     "page_16": DenseCase(lengths=(100, 16, 15), page_size=16),
     "page_1": DenseCase(lengths=(20, 3), page_size=1),
     "scale": DenseCase(lengths=(50, 60), softmax_scale=0.1),
-    "pool": DenseCase(lengths=(140, 64), strided=True),
+    "pool": DenseCase(lengths=(140, 64), padded=True),
 }
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 
@@ -58,22 +59,13 @@ class PeerArrays:
     """What `cupy_mla.bench.inputs.Inputs` has, with a poisoned cache."""
 
     case: BenchCase
+    spec: DenseCase
     q: Any
     block_table: Any
     cache_seqlens: Any
     cu_seqlens_q: Any
-    softmax_scale: float
-    lengths: np.ndarray
     caches: list[Any]
     exact: tuple[np.ndarray, np.ndarray]
-
-
-def tensor(array: np.ndarray, device: str) -> Any:
-    import torch
-
-    if array.dtype.name == "bfloat16":
-        return torch.from_numpy(np.ascontiguousarray(array).view(np.int16)).view(torch.bfloat16).to(device)
-    return torch.from_numpy(np.ascontiguousarray(array)).to(device)
 
 
 def build(dense: DenseCase, device: str = "cpu", storage: str = "packed") -> PeerArrays:
@@ -85,21 +77,21 @@ def build(dense: DenseCase, device: str = "cpu", storage: str = "packed") -> Pee
         seqlen_q=1 if dense.ragged else dense.seqlens_q,
         dtype=dense.dtype,
         page_size=dense.page_size,
-        storage="strided" if dense.strided else storage,
+        storage="strided" if dense.padded else storage,
         causal=dense.causal,
         ragged=dense.seqlens_q if dense.ragged else None,
     )
-    cache = tensor(arrays.kv_pool, device)[arrays.kv_slices]
+    library = TorchLibrary(device)
+    cache = library.upload(arrays.kv_cache)
     if storage == "split":
         cache = cache[..., : dense.latent_dim].contiguous(), cache[..., dense.latent_dim :].contiguous()
     return PeerArrays(
         case=case,
-        q=tensor(arrays.q, device),
-        block_table=tensor(arrays.block_table, device),
-        cache_seqlens=tensor(arrays.cache_seqlens, device),
-        cu_seqlens_q=None if arrays.cu_seqlens_q is None else tensor(arrays.cu_seqlens_q, device),
-        softmax_scale=dense.scale,
-        lengths=np.asarray(dense.lengths, np.int64),
+        spec=dense,
+        q=library.upload(np.ascontiguousarray(arrays.q)),
+        block_table=library.upload(arrays.block_table),
+        cache_seqlens=library.upload(arrays.cache_seqlens),
+        cu_seqlens_q=None if arrays.cu_seqlens_q is None else library.upload(arrays.cu_seqlens_q),
         caches=[cache],
         exact=exact_decode(dense, arrays),
     )
@@ -137,12 +129,11 @@ def test_real_peer_in_a_graph(name: str) -> None:
     peer = available_peers([name])[name]
     if isinstance(peer, str):
         pytest.skip(f"{name}: {peer}")
-    inputs = build(DenseCase(lengths=(1000, 64, 300), seqlens_q=2, causal=True, spare_columns=0), "cuda")
+    inputs = build(DenseCase(lengths=(1000, 64, 300), seqlens_q=2, causal=True, poison=False), "cuda")
     # Peers may read pages that a table's padding names.
     columns = torch.arange(inputs.block_table.shape[1], device="cuda")
-    used = torch.tensor(inputs.case.page_counts.copy(), device="cuda")[:, None]
+    used = torch.tensor(inputs.spec.page_counts, device="cuda")[:, None]
     inputs.block_table.masked_fill_(columns >= used, 0)
-    inputs.caches[0].nan_to_num_(0.0, 0.0, 0.0)  # and multiply the values past a request's end by zero
     call = peer.prepare(inputs)
     call(inputs.caches[0])
     torch.cuda.synchronize()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import zipfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 
+from cupy_mla.arrays.dtypes import numpy_dtype
 from cupy_mla.call.describe import describe_decode
 from cupy_mla.call.problem import MAX_TOKENS
 from cupy_mla.decode.reference import mla_decode_reference
@@ -19,11 +21,15 @@ from cupy_mla.errors import InvalidArgumentError
 from cupy_mla.lab import case_files, cases
 from cupy_mla.lab.accuracy import OUT_BOUNDS, choose_requests, decode_float64, measure_accuracy
 from cupy_mla.lab.array_files import read_arrays, write_arrays
-from cupy_mla.lab.cases import Case, build_case, visible_pairs
+from cupy_mla.lab.build import LAYERS_IN_POOL, PADDING_COLUMNS, PADDING_TOKENS, build_case
+from cupy_mla.lab.cases import Case, parts_of
 from cupy_mla.lab.lengths import mid_decode_lengths, read_lengths, shipped_lengths
+from cupy_mla.lab.libraries import NUMPY, ArrayLibrary, TorchLibrary
 from cupy_mla.lab.presets import PRESETS, find_preset
-from cupy_mla.lab.selftest import CHECK_CASES, CheckCase, build_check
+from cupy_mla.lab.selftest import CHECK_CASES
+from cupy_mla.lab.spec import DTYPES, SPARE_PAGES, STORAGES, CaseSpec
 from cupy_mla.lab.timing import COLD_BYTES, graph_shape
+from cupy_mla.lab.work import visible_pairs
 
 BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
 SUFFIXES = (".npz", ".safetensors")
@@ -31,7 +37,7 @@ SUFFIXES = (".npz", ".safetensors")
 
 def small_case(**changes: Any) -> Case:
     arguments: dict[str, Any] = {"num_heads_q": 4, "latent_dim": 64, "rope_dim": 64, "page_size": 16, "seed": 3}
-    return build_case([40, 0, 17, 1], **{**arguments, **changes})
+    return build_case(CaseSpec((40, 0, 17, 1), **{**arguments, **changes}))
 
 
 def stored(case: Case, **more: Any) -> dict[str, Any]:
@@ -131,7 +137,7 @@ def test_presets() -> None:
 
 
 def test_built_case_has_the_shapes_of_the_contract() -> None:
-    case = build_case([130, 0, 64], num_heads_q=8, seqlens_q=2, page_size=64)
+    case = build_case(CaseSpec((130, 0, 64), 8, seqlens_q=2, page_size=64))
     assert case.q.shape == (3, 2, 8, 576)
     assert case.q.dtype == BFLOAT16
     assert case.kv_cache.shape == (4, 64, 1, 576)
@@ -144,7 +150,7 @@ def test_built_case_has_the_shapes_of_the_contract() -> None:
     assert sorted(used) == [0, 1, 2, 3]
     assert (case.block_table == cases.NO_PAGE).sum(axis=1).tolist() == [0, 3, 2]
     assert case.head_dim_v == 512
-    assert case.backend == "numpy"
+    assert case.library is NUMPY
 
 
 def test_ragged_case() -> None:
@@ -157,7 +163,7 @@ def test_ragged_case() -> None:
 
 
 def test_case_of_empty_requests() -> None:
-    case = build_case([0, 0], num_heads_q=1)
+    case = build_case(CaseSpec((0, 0), 1))
     assert case.kv_cache.shape[0] == 1
     assert case.block_table.shape == (2, 1)
 
@@ -171,7 +177,7 @@ def test_seed_decides_the_case() -> None:
 
 
 def test_values_are_normal() -> None:
-    values = build_case([4096], num_heads_q=1).kv_cache.astype(np.float64)
+    values = build_case(CaseSpec((4096,), 1)).kv_cache.astype(np.float64)
     assert abs(values.mean()) < 0.01
     assert abs(values.std() - 1) < 0.01
 
@@ -188,7 +194,7 @@ def test_visible_pairs_counts_the_mask(causal: bool) -> None:
 
 def test_work_of_the_anchor_shape() -> None:
     """128 requests of 8,192 tokens, 128 heads: 2,176 FLOP per head and token, 1,152 bytes per token."""
-    case = build_case([64], num_heads_q=128)
+    case = build_case(CaseSpec((64,), 128))
     tokens = 64
     assert case.work.flops == 128 * tokens * 2176
     assert case.work.bytes == tokens * 1152 + 128 * (576 + 512) * 2
@@ -231,7 +237,7 @@ def test_case_comes_back_from_a_file(tmp_path: Path, suffix: str, seqlens_q: Any
 
 
 def test_settings_have_the_defaults_of_the_call(tmp_path: Path) -> None:
-    case = build_case([5], num_heads_q=2)
+    case = build_case(CaseSpec((5,), 2))
     path = tmp_path / "case.npz"
     write_arrays(path, {name: getattr(case, name) for name in cases.TENSORS})
     loaded = case_files.load_case(path)
@@ -433,7 +439,7 @@ def test_an_empty_request_must_be_exactly_nothing() -> None:
 
 
 def test_chosen_requests_include_the_longest_and_the_shortest() -> None:
-    case = build_case([5, 9, 2, 7, 3, 8], num_heads_q=1, latent_dim=64, rope_dim=0)
+    case = build_case(CaseSpec((5, 9, 2, 7, 3, 8), 1, latent_dim=64, rope_dim=0))
     for seed in range(5):
         chosen = choose_requests(case, 3, seed)
         assert len(set(chosen)) == 3
@@ -446,23 +452,125 @@ def test_chosen_requests_include_the_longest_and_the_shortest() -> None:
 # --- the self-test and timing ---
 
 
-@pytest.mark.parametrize("strided", [False, True])
-def test_checks_run_on_poisoned_caches(strided: bool) -> None:
-    case = build_check(CheckCase((0, 1, 65), 2, page_size=64, strided=strided), "numpy")
+LIBRARIES = ("numpy", "torch")
+
+
+def library_named(name: str) -> ArrayLibrary:
+    if name == "numpy":
+        return NUMPY
+    pytest.importorskip("torch")
+    return TorchLibrary("cpu")
+
+
+@pytest.mark.parametrize("name", LIBRARIES)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("padded", [False, True])
+def test_poison_is_wherever_no_token_is(padded: bool, dtype: str, name: str) -> None:
+    spec = CaseSpec((0, 1, 65, 130), 2, page_size=64, dtype=dtype, padded=padded, poison=True)
+    case = build_case(spec, library_named(name)).on(NUMPY)
     values = case.kv_cache.astype(np.float32)
-    assert np.isnan(values).any()
-    for index in range(case.batch):
-        length = int(case.kv_lengths[index])
-        pages = case.block_table[index, : -(-length // 64)]
+    taken = set()
+    for index, length in enumerate(spec.lengths):
+        pages = case.block_table[index, : spec.page_counts[index]]
+        taken |= set(pages.tolist())
         own = values[pages].reshape(-1, 576)
         assert np.isfinite(own[:length]).all()
-        assert np.isnan(own[length:]).all()
-    used = np.arange(case.block_table.shape[1]) < -(-case.kv_lengths // 64)[:, None]
+        assert not np.isfinite(own[length:]).any()
+    spare = [page for page in range(len(values)) if page not in taken]
+    assert len(spare) == SPARE_PAGES
+    assert np.isnan(values[spare]).any()
+    assert np.isinf(values[spare]).any()
+    assert not np.isfinite(values[spare]).any()
+    used = np.arange(case.block_table.shape[1]) < spec.page_counts[:, None]
     garbage = case.block_table[~used]
     assert (garbage < 0).any()
     assert (garbage >= len(values)).any()
-    assert case.kv_cache.flags.c_contiguous != strided
-    assert case.kv_cache.strides[-1] == 2
+    assert np.isfinite(case.q.astype(np.float32)).all()
+
+
+def test_checks_are_poisoned() -> None:
+    assert all(case.poison for case in CHECK_CASES)
+    assert any(case.padded for case in CHECK_CASES)
+
+
+@pytest.mark.parametrize("name", LIBRARIES)
+@pytest.mark.parametrize("padded", [False, True])
+@pytest.mark.parametrize("storage", STORAGES)
+def test_every_storage_holds_the_same_values(storage: str, padded: bool, name: str) -> None:
+    library = library_named(name)
+    plain = build_case(CaseSpec((20, 3), 2, page_size=16), library).on(NUMPY)
+    stored = build_case(CaseSpec((20, 3), 2, page_size=16, storage=storage, padded=padded), library)
+    for array, expected, widths in ((stored.q, plain.q, [512, 64]), (stored.kv_cache, plain.kv_cache, [512, 64])):
+        parts = [library.download(part) for part in parts_of(array)]
+        assert [part.shape[-1] for part in parts] == (widths if storage == "split" else [sum(widths)])
+        np.testing.assert_array_equal(np.concatenate(parts, -1).view(np.uint16), expected.view(np.uint16))
+    if name == "numpy":
+        first = parts_of(stored.kv_cache)[0]
+        rows = first.shape[-1] + (PADDING_COLUMNS if padded else 0)
+        tokens = 16 + (PADDING_TOKENS if padded else 0)
+        layers = LAYERS_IN_POOL if storage == "strided" else 1
+        assert first.strides == tuple(2 * step for step in (layers * tokens * rows, rows, rows, 1))
+        gaps = np.lib.stride_tricks.as_strided(first, (16, rows), first.strides[1::2])[:, first.shape[-1] :]
+        assert not np.isfinite(gaps.astype(np.float32)).any()
+
+
+@pytest.mark.parametrize(
+    "view",
+    [
+        lambda array: array,
+        lambda array: array[1:, :, 2:6],
+        lambda array: array[:, 1],
+        lambda array: array.swapaxes(0, 2),
+        lambda array: array[:0],
+        lambda array: array[2, 3, 4:5],
+    ],
+)
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16", "int32", "float32"])
+def test_arrays_are_moved_with_their_strides(dtype: str, view: Callable[[Any], Any]) -> None:
+    library = library_named("torch")
+    host = view(np.arange(4 * 5 * 8).reshape(4, 5, 8).astype(numpy_dtype(dtype)))
+    moved = library.upload(host)
+    assert tuple(moved.shape) == host.shape
+    assert [step * host.itemsize for step in moved.stride()] == list(host.strides)
+    np.testing.assert_array_equal(library.download(moved), host)
+
+
+def test_a_case_moves_as_it_lies() -> None:
+    host = build_case(CaseSpec((20, 3), 2, seqlens_q=(1, 2), page_size=16, padded=True, poison=True))
+    moved = host.on(library_named("torch"))
+    assert moved.kv_cache.stride() == tuple(step // 2 for step in host.kv_cache.strides)
+    assert moved.on(moved.library) is moved
+    for name in (*cases.TENSORS, "cu_seqlens_q"):
+        assert moved.library.download(getattr(moved, name)).tobytes() == getattr(host, name).tobytes()
+    for index in range(2):
+        for ours, theirs in zip(moved.request(index).tensors, host.request(index).tensors, strict=True):
+            assert ours.tobytes() == theirs.tobytes()
+
+
+@pytest.mark.parametrize(
+    ("fields", "argument"),
+    [
+        ({"dtype": "float32"}, "dtype"),
+        ({"storage": "scattered"}, "storage"),
+        ({"layout": "fp8_e4m3"}, "layout"),
+        ({"layout": "bf16", "dtype": "float16"}, "layout"),
+    ],
+)
+def test_a_spec_of_something_else_is_refused(fields: dict[str, Any], argument: str) -> None:
+    with pytest.raises(InvalidArgumentError) as caught:
+        CaseSpec((1,), 1, **fields)
+    assert caught.value.argument == argument
+    assert CaseSpec((1,), 1, layout="fp16", dtype="float16").layout == "fp16"
+
+
+def test_a_pair_is_the_same_work_and_the_same_requests() -> None:
+    packed, split = (small_case(storage=storage, seqlens_q=2) for storage in ("packed", "split"))
+    assert split.work == packed.work
+    assert split.dtype == packed.dtype
+    for index in range(split.batch):
+        results = (decode_float64(case.request(index)) for case in (split, packed))
+        for ours, theirs in zip(*results, strict=True):
+            np.testing.assert_array_equal(ours, theirs)
 
 
 def test_checks_cover_the_contract() -> None:

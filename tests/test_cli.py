@@ -23,8 +23,10 @@ from cupy_mla.kernels.catalogue import NamedKernel
 from cupy_mla.lab import accuracy, compile_job
 from cupy_mla.lab import selftest as check
 from cupy_mla.lab.array_files import read_arrays, write_arrays
-from cupy_mla.lab.cases import TENSORS, build_case
+from cupy_mla.lab.build import build_case
+from cupy_mla.lab.cases import TENSORS
 from cupy_mla.lab.compile_job import compile_all, select_kernels
+from cupy_mla.lab.spec import CaseSpec
 
 needs_compiler = pytest.mark.skipif(
     compiler.why_unavailable() is not None, reason=f"no compiler: {compiler.why_unavailable()}"
@@ -108,7 +110,7 @@ def test_decode_prints_json_and_nothing_else(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("suffix", [".npz", ".safetensors"])
 def test_decode_takes_a_case_and_saves_the_result(tmp_path: Path, suffix: str) -> None:
-    case = build_case([40, 0, 7], num_heads_q=4, seqlens_q=(2, 1, 1), causal=True, seed=5)
+    case = build_case(CaseSpec((40, 0, 7), 4, seqlens_q=(2, 1, 1), causal=True, seed=5))
     source, target = tmp_path / f"case{suffix}", tmp_path / f"result{suffix}"
     arrays = {name: getattr(case, name) for name in (*TENSORS, "cu_seqlens_q")}
     write_arrays(source, {**arrays, "causal": np.array(True), "softmax_scale": np.array(0.1)})
@@ -173,7 +175,7 @@ def test_decode_names_the_wrong_argument(arguments: list[str], words: list[str])
     ],
 )
 def test_decode_checks_the_case(tmp_path: Path, changes: dict[str, Any], words: list[str]) -> None:
-    case = build_case([30], num_heads_q=4)
+    case = build_case(CaseSpec((30,), 4))
     path = tmp_path / "case.npz"
     write_arrays(path, {**{name: getattr(case, name) for name in TENSORS}, **changes})
     assert_mistake(run("decode", "--input", str(path), "--backend", "numpy"), *words)

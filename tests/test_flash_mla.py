@@ -15,12 +15,13 @@ from typing import Any
 
 import numpy as np
 import pytest
-from cases_dense import DTYPES, DenseArrays, DenseCase, exact_decode, frobenius_error
+from cases_dense import DTYPES, DenseCase, exact_decode, frobenius_error
 
 import cupy_mla
 import cupy_mla.flash_mla as flash_mla
 from cupy_mla import InvalidArgumentError, MlaError, PlanMismatchError, mla_decode
 from cupy_mla.decode.plan import DecodePlan
+from cupy_mla.lab.cases import Case
 
 MAX_ERROR = {"bfloat16": 3e-3, "float16": 1e-3}
 LSE_TOLERANCE = 1e-5
@@ -74,7 +75,7 @@ CONFIG_FIELDS = [
 SOME_EMPTY = DenseCase(lengths=(0, 1, 140, 64), seqlens_q=2, num_heads_q=4, causal=True)
 
 
-def tensors_of(arrays: DenseArrays) -> tuple[Any, Any, Any, Any]:
+def tensors_of(arrays: Case) -> tuple[Any, Any, Any, Any]:
     return arrays.q, arrays.kv_cache, arrays.block_table, arrays.cache_seqlens
 
 
@@ -84,7 +85,7 @@ def call(case: DenseCase, tensors: tuple[Any, ...], meta: Any, **options: Any) -
     )
 
 
-def check(case: DenseCase, arrays: DenseArrays, out: Any, lse: Any) -> None:
+def check(case: DenseCase, arrays: Case, out: Any, lse: Any) -> None:
     """Against the float64 formula, whose -inf are +inf in FlashMLA."""
     exact_out, exact_lse = exact_decode(case, arrays)
     exact_lse[np.isneginf(exact_lse)] = np.inf
@@ -138,7 +139,7 @@ def test_all_names_are_there():
         DenseCase(dtype="float16", softmax_scale=0.05),
         DenseCase(num_heads_q=6, num_heads_kv=2, page_size=16),
         DenseCase(lengths=(140, 65), seqlens_q=3, num_heads_q=4),
-        DenseCase(latent_dim=256, rope_dim=0, strided=True),
+        DenseCase(latent_dim=256, rope_dim=0, padded=True),
         SOME_EMPTY,
         DenseCase(lengths=(0, 0)),
     ],

@@ -22,7 +22,9 @@ from cupy_mla.cli import main
 from cupy_mla.gpu import device
 from cupy_mla.gpu.jit import compiler
 from cupy_mla.lab.array_files import write_arrays
-from cupy_mla.lab.cases import TENSORS, build_case
+from cupy_mla.lab.build import build_case
+from cupy_mla.lab.cases import TENSORS
+from cupy_mla.lab.spec import CaseSpec
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md"]
@@ -217,7 +219,7 @@ def run(arguments: list[str]) -> None:
     if "--plot" in rest:
         pytest.importorskip("matplotlib")
     if "--input" in rest:
-        case = build_case([70, 0, 5], num_heads_q=2)
+        case = build_case(CaseSpec((70, 0, 5), 2))
         write_arrays(Path(CASE_FILE), {tensor: getattr(case, tensor) for tensor in TENSORS})
     else:
         rest += SMALL_ARGUMENTS.get(name, [])

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from cases_dense import DTYPES, DenseArrays, DenseCase, exact_decode, frobenius_error
+from cases_dense import DTYPES, DenseCase, exact_decode, frobenius_error
 from hypothesis import given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
@@ -15,13 +15,14 @@ from hypothesis import strategies as st
 from cupy_mla.call.describe import describe_decode
 from cupy_mla.decode import reference
 from cupy_mla.decode.reference import merge_states_reference, mla_decode_reference
+from cupy_mla.lab.cases import Case
 
 # Half a unit in the last place of the output type, and what float32 arithmetic loses.
 OUT_ERROR = {"bfloat16": 2.0e-3, "float16": 3e-4, "float32": 2e-6, "float64": 1e-13}
 LSE_ERROR = {"float32": 1e-5, "float64": 1e-13}
 
 
-def run(case: DenseCase, arrays: DenseArrays, **options: Any) -> tuple[np.ndarray, np.ndarray]:
+def run(case: DenseCase, arrays: Case, **options: Any) -> tuple[np.ndarray, np.ndarray]:
     described, inputs = describe_decode(
         arrays.q,
         arrays.kv_cache,
@@ -70,8 +71,8 @@ CASES = {
     "no rope": replace(SMALL, rope_dim=0),
     "pages of one": replace(SMALL, page_size=1),
     "pages of 128": replace(SMALL, page_size=128),
-    "strided": replace(SMALL, strided=True, seqlens_q=2),
-    "strided ragged": replace(SMALL, strided=True, seqlens_q=(2, 1, 1)),
+    "padded": replace(SMALL, padded=True, seqlens_q=2),
+    "padded ragged": replace(SMALL, padded=True, seqlens_q=(2, 1, 1)),
     "scale": replace(SMALL, softmax_scale=0.7),
     "float16": replace(SMALL, dtype="float16", num_heads_kv=2, seqlens_q=2),
 }
@@ -100,7 +101,8 @@ def test_long_sequences_in_steps(tokens_per_step: int, monkeypatch: pytest.Monke
     page_size=st.sampled_from([1, 5, 16, 64]),
     causal=st.booleans(),
     ragged=st.booleans(),
-    strided=st.booleans(),
+    padded=st.booleans(),
+    storage=st.sampled_from(["packed", "strided"]),
     dtype=st.sampled_from(sorted(DTYPES)),
     seed=st.integers(0, 2**16),
 )
@@ -154,10 +156,10 @@ def test_pairs_give_the_same_as_packed_arrays():
 
 def test_inputs_are_not_changed():
     arrays = SMALL.build()
-    q, cache = arrays.q_pool.copy(), arrays.kv_pool.copy()
+    q, cache = arrays.q.copy(), arrays.kv_cache.copy()
     run(SMALL, arrays)
-    assert arrays.q_pool.tobytes() == q.tobytes()
-    assert arrays.kv_pool.tobytes() == cache.tobytes()
+    assert arrays.q.tobytes() == q.tobytes()
+    assert arrays.kv_cache.tobytes() == cache.tobytes()
 
 
 def test_large_scores_do_not_overflow():
@@ -168,7 +170,7 @@ def test_large_scores_do_not_overflow():
 
 
 def test_lengths_are_clamped_and_foreign_pages_are_zeros():
-    case = replace(SMALL, lengths=(32, 32), spare_columns=0)
+    case = replace(SMALL, lengths=(32, 32), poison=False)
     arrays = case.build()
     arrays.cache_seqlens[0] = 10**6  # as long as the table: 32
     arrays.cache_seqlens[1] = -5

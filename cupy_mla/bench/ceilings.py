@@ -13,7 +13,7 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from ..lab.cases import Work
+from ..lab.work import Work
 
 READ_BYTES = 4 << 30
 READ_REPEATS = 7
@@ -151,10 +151,10 @@ def _product() -> Callable[[], object]:
     except ImportError:
         import cupy
 
-        from ..lab.case_arrays import random_normal
+        from ..lab.libraries import CUPY
 
         # float16 runs at the same rate, and CuPy's products of it are mature.
-        left, right = (random_normal(shape, "float16", seed, "cuda") for seed in range(2))
+        left, right = (CUPY.normal(shape, "float16", seed) for seed in range(2))
         result = cupy.empty(shape, dtype=cupy.float16)
         return lambda: cupy.matmul(left, right, out=result)
     torch_left, torch_right = (torch.randn(shape, dtype=torch.bfloat16, device="cuda") for _ in range(2))

@@ -7,15 +7,22 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
-import numpy as np
-
 from ..call.arguments import as_boolean, as_integer
 from ..call.problem import MAX_TOKENS
 from ..errors import InvalidArgumentError
-from ..lab.case_arrays import DTYPES, STORAGES
-from ..lab.cases import DEFAULT_HEAD_DIM_V, Case, IntArray, Work
 from ..lab.lengths import mid_decode_lengths, read_lengths, shipped_lengths
 from ..lab.presets import find_preset
+from ..lab.spec import (
+    DEFAULT_DTYPE,
+    DEFAULT_HEAD_DIM_V,
+    DEFAULT_PAGE_SIZE,
+    DEFAULT_ROPE_DIM,
+    DTYPES,
+    PACKED,
+    STORAGES,
+    CaseSpec,
+)
+from ..lab.work import IntArray, Work
 from ..schedule.pieces import TILE_TOKENS
 
 # Small, middle and full batches; memory-bound and compute-bound head counts: under a minute on an H200, with peers.
@@ -23,8 +30,7 @@ DEFAULT_BATCHES, DEFAULT_LENGTHS, DEFAULT_HEADS = (1, 16, 128), (1024, 8192), (1
 # A CPU is a thousand times slower.
 CPU_BATCHES, CPU_LENGTHS, CPU_HEADS = (1, 2), (64, 256), (8,)
 
-DEFAULT_DTYPE, DEFAULT_PAGE_SIZE = "bfloat16", 64
-DEFAULT_WIDTHS = (DEFAULT_HEAD_DIM_V, 64)  # latent and rope part
+_DEFAULT_WIDTHS = (DEFAULT_HEAD_DIM_V, DEFAULT_ROPE_DIM)
 _SHORT_DTYPES = {"bfloat16": "bf16", "float16": "fp16"}
 _EARLIER_NAMES = {"layout": "storage"}  # of fields, in files of earlier versions
 _INTEGERS = ("batch", "num_heads_q", "seqlen_q", "page_size", "latent_dim", "rope_dim")
@@ -70,12 +76,12 @@ class BenchCase:
     seqlen_q: int = 1
     dtype: str = DEFAULT_DTYPE
     page_size: int = DEFAULT_PAGE_SIZE
-    storage: str = STORAGES[0]
+    storage: str = PACKED
     causal: bool = False
     ragged: tuple[int, ...] | None = None
     fixed_split_tokens: int | None = None
-    latent_dim: int = DEFAULT_WIDTHS[0]
-    rope_dim: int = DEFAULT_WIDTHS[1]
+    latent_dim: int = DEFAULT_HEAD_DIM_V
+    rope_dim: int = DEFAULT_ROPE_DIM
     name: str = field(default="", compare=False)
 
     def __post_init__(self) -> None:
@@ -115,62 +121,33 @@ class BenchCase:
             object.__setattr__(self, "name", _name(self, length))
 
     @property
-    def head_dim(self) -> int:
-        """Width of q and of a cached token."""
-        return self.latent_dim + self.rope_dim
-
-    @property
-    def softmax_scale(self) -> float:
-        return float(self.head_dim**-0.5)
+    def spec(self) -> CaseSpec:
+        """What its arrays are made from."""
+        return CaseSpec(
+            lengths=self.lengths if isinstance(self.lengths, tuple) else (self.lengths,) * self.batch,
+            num_heads_q=self.num_heads_q,
+            seqlens_q=self.seqlen_q if self.ragged is None else self.ragged,
+            latent_dim=self.latent_dim,
+            rope_dim=self.rope_dim,
+            dtype=self.dtype,
+            page_size=self.page_size,
+            causal=self.causal,
+            storage=self.storage,
+        )
 
     @property
     def kv_lengths(self) -> IntArray:
         """[batch] int64: cached tokens."""
-        return np.broadcast_to(np.asarray(self.lengths, dtype=np.int64), (self.batch,))
-
-    @property
-    def q_lengths(self) -> IntArray:
-        """[batch] int64: query tokens."""
-        counts = self.seqlen_q if self.ragged is None else self.ragged
-        return np.broadcast_to(np.asarray(counts, dtype=np.int64), (self.batch,))
-
-    @property
-    def page_counts(self) -> IntArray:
-        """[batch] int64: pages that a request's tokens fill."""
-        return -(-self.kv_lengths // self.page_size)
-
-    @property
-    def q_shape(self) -> tuple[int, ...]:
-        """[batch, seqlen_q, h, d], or [total_q, h, d] when ragged."""
-        rows = (self.batch, self.seqlen_q) if self.ragged is None else (int(self.q_lengths.sum()),)
-        return (*rows, self.num_heads_q, self.head_dim)
-
-    @property
-    def cache_shape(self) -> tuple[int, int, int, int]:
-        """[num_pages, page_size, 1, d]: the pages that are used, at least one."""
-        return max(int(self.page_counts.sum()), 1), self.page_size, 1, self.head_dim
+        return self.spec.kv_lengths
 
     @property
     def cache_bytes(self) -> int:
-        return int(np.prod(self.cache_shape, dtype=np.int64)) * DTYPES[self.dtype].itemsize
+        return self.spec.cache_bytes
 
     @property
     def work(self) -> Work:
-        """FLOP and bytes by the model of ``cases.Work``."""
-
-        def of_shape(shape: tuple[int, ...]) -> Any:  # an array that occupies one element
-            return np.broadcast_to(np.zeros((), dtype=DTYPES[self.dtype]), shape)
-
-        return Case(
-            q=of_shape(self.q_shape),
-            kv_cache=of_shape(self.cache_shape),
-            block_table=None,
-            cache_seqlens=None,
-            kv_lengths=self.kv_lengths,
-            q_lengths=self.q_lengths,
-            head_dim_v=self.latent_dim,
-            causal=self.causal,
-        ).work
+        """FLOP and bytes by the model of ``work.Work``."""
+        return self.spec.work
 
     def as_dict(self) -> dict[str, Any]:
         """For JSON; `from_dict` reads it."""
@@ -196,13 +173,13 @@ def _integers(values: Any, argument: str) -> int | tuple[int, ...]:
 def _name(case: BenchCase, tokens: str) -> str:
     """For example ``b128_k8192_h16_q1``, with what differs from the defaults behind it."""
     parts = [f"b{case.batch}", tokens, f"h{case.num_heads_q}", f"q{case.seqlen_q}"]
-    if (case.latent_dim, case.rope_dim) != DEFAULT_WIDTHS:
+    if (case.latent_dim, case.rope_dim) != _DEFAULT_WIDTHS:
         parts.append(f"d{case.latent_dim}+{case.rope_dim}")
     if case.dtype != DEFAULT_DTYPE:
         parts.append(_SHORT_DTYPES[case.dtype])
     if case.page_size != DEFAULT_PAGE_SIZE:
         parts.append(f"p{case.page_size}")
-    if case.storage != STORAGES[0]:
+    if case.storage != PACKED:
         parts.append(case.storage)
     parts += ["causal"] * case.causal + ["ragged"] * (case.ragged is not None)
     if case.fixed_split_tokens is not None:
@@ -218,7 +195,7 @@ def expand_grid(
     seqlens_q: Sequence[int] = (1,),
     dtypes: Sequence[str] = (DEFAULT_DTYPE,),
     page_sizes: Sequence[int] = (DEFAULT_PAGE_SIZE,),
-    storages: Sequence[str] = STORAGES[:1],
+    storages: Sequence[str] = (PACKED,),
     splits: Sequence[int | None] = (None,),
     causal: bool = False,
     preset: str | None = None,

@@ -18,11 +18,11 @@ from typing import Protocol
 
 from ..errors import MlaError
 from ..lab.accuracy import LSE_BOUND, OUT_BOUNDS
-from ..lab.timing import CPU_REPEATS, REPLAYS, WARM_UP_REPLAYS
+from ..lab.libraries import NUMPY, ArrayLibrary
+from ..lab.timing import CPU_REPEATS, REPLAYS, WARM_UP_REPLAYS, Timer, make_timer
 from .grid import BenchCase
-from .inputs import ArrayLibrary, Inputs
+from .inputs import Call, Inputs
 from .rows import OURS, Measurement, Row
-from .timers import Call, Timer, make_timer, synchronize
 
 SUSTAINED_SECONDS = 0.3
 SUSTAINED_ROUNDS = 3
@@ -120,7 +120,7 @@ def measure(
             lane = _prepare(row.measurements[side.name], side, inputs, deadline)
             if lane is not None:
                 lanes.append(lane)
-    rounds = CPU_REPEATS if library.name == "numpy" else REPLAYS
+    rounds = CPU_REPEATS if library is NUMPY else REPLAYS
     for lane, seconds in in_turn(lanes, rounds, [1] * len(lanes), deadline):
         times = [value * 1e6 for value in seconds]
         lane.measurement.us = statistics.median(times)
@@ -145,7 +145,7 @@ def _prepare(measurement: Measurement, side: Side, inputs: Inputs, deadline: Dea
         seconds, (out, lse) = _first_calls(call, inputs)
         _check(measurement, side, inputs, out, lse)
         deadline.check(seconds * inputs.calls * (WARM_UP_REPLAYS + REPLAYS))
-        return Lane(measurement, make_timer(inputs, call), inputs.calls)
+        return Lane(measurement, make_timer(inputs.library, call, inputs.caches, inputs.calls), inputs.calls)
     except Exception as error:
         _note_failure(measurement, where, error)
         return None
@@ -153,12 +153,12 @@ def _prepare(measurement: Measurement, side: Side, inputs: Inputs, deadline: Dea
 
 def _first_calls(call: Call, inputs: Inputs) -> tuple[float, tuple[object, object]]:
     """About how many seconds a call takes once everything is loaded, with the host's part; and its result."""
-    if inputs.library.name != "numpy":
+    if inputs.library is not NUMPY:
         call(inputs.caches[0])  # compiles and loads
-        synchronize(inputs)
+        inputs.library.synchronize()
     start = time.perf_counter()
     result = call(inputs.caches[0])
-    synchronize(inputs)
+    inputs.library.synchronize()
     return time.perf_counter() - start, result
 
 

@@ -6,9 +6,8 @@ from typing import Any
 
 from ..decode.dense import mla_decode, plan_decode
 from .grid import BenchCase
-from .inputs import Inputs
+from .inputs import Call, Inputs
 from .rows import OURS
-from .timers import Call
 
 
 class OurSide:
@@ -22,10 +21,10 @@ class OurSide:
     def prepare(self, inputs: Inputs) -> Call:
         """Plan, and return the call on one of the caches."""
         case = inputs.case
-        q = inputs.q if inputs.q_parts is None else inputs.q_parts
+        q = inputs.stored_q
         tensors = (inputs.block_table, inputs.cache_seqlens)
         options: dict[str, Any] = {
-            "head_dim_v": inputs.head_dim_v,
+            "head_dim_v": case.latent_dim,
             "causal": case.causal,
             "cu_seqlens_q": inputs.cu_seqlens_q,
         }
@@ -37,7 +36,7 @@ class OurSide:
             max_seqlen_q=None if case.ragged is None else case.seqlen_q,
             fixed_split_tokens=case.fixed_split_tokens,
         )
-        options |= {"softmax_scale": inputs.softmax_scale, "plan": plan}
+        options |= {"softmax_scale": inputs.spec.scale, "plan": plan}
         out, lse = mla_decode(q, inputs.caches[0], *tensors, **options)
 
         def call(cache: Any) -> tuple[Any, Any]:

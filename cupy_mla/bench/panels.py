@@ -31,7 +31,7 @@ _USUAL_NAME = 4  # parts of the name of a case with nothing special: batch, leng
 def draw_roofline(axes: Axes, results: Results) -> None:
     """Speed against arithmetic intensity, one point for each case and side, below what the GPU can do at most.
 
-    FLOP and bytes are those of the model in ``cases.Work``, in which each cached token is read once.
+    FLOP and bytes are those of the model in ``work.Work``, in which each cached token is read once.
     """
     from matplotlib.lines import Line2D
 

@@ -96,11 +96,11 @@ class Row:
         return None if self.best_peer is None else self.ratio(self.best_peer)
 
     def tflops(self, name: str = OURS) -> float | None:
-        """10^12 floating-point operations per second, by the model of ``cases.Work``."""
+        """10^12 floating-point operations per second, by the model of ``work.Work``."""
         return _quotient(self.case.work.flops / 1e6, self.measurements[name].us)
 
     def gigabytes_per_second(self, name: str = OURS) -> float | None:
-        """10^9 bytes per second, by the model of ``cases.Work``."""
+        """10^9 bytes per second, by the model of ``work.Work``."""
         return _quotient(self.case.work.bytes / 1e3, self.measurements[name].us)
 
     def share(self, ceilings: Ceilings, name: str = OURS) -> float | None:

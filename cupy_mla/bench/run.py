@@ -14,12 +14,13 @@ from typing import Any
 
 from ..errors import InvalidArgumentError
 from ..gpu import device
+from ..lab.libraries import ArrayLibrary
 from ..lab.timing import DEFAULT_LIMIT_SECONDS
 from ..settings import BACKENDS, get_settings
 from . import measure as protocol
 from .ceilings import Ceilings, measure_ceilings, published_ceilings
 from .grid import BenchCase
-from .inputs import ArrayLibrary, choose_library
+from .inputs import choose_library
 from .measure import Side, measure
 from .ours import OurSide
 from .results import Results
@@ -100,7 +101,7 @@ def run_bench(
         rows = measure(group, [OurSide(), *sides], library, sustained=sustained, limit=limit)
         results.rows += rows
         try:
-            release_memory(library)
+            library.release()
         except Exception as error:  # after an illegal access CUDA refuses everything: the rows say so, and must be kept
             _log.info("memory is not given back", exc_info=error)
         if on_rows is not None:
@@ -126,18 +127,6 @@ def describe_run(backend: str, library: ArrayLibrary) -> dict[str, Any]:
         info = device.describe_device()
         facts |= {"num_sms": info.num_sms, "memory_bytes": info.memory_bytes, "l2_bytes": info.l2_bytes}
     return facts
-
-
-def release_memory(library: ArrayLibrary) -> None:
-    """Give what the last case used back to the device, so that the next finds room in one piece."""
-    if library.name == "torch":
-        import torch
-
-        torch.cuda.empty_cache()
-    elif library.name == "cupy":
-        import cupy
-
-        cupy.get_default_memory_pool().free_all_blocks()
 
 
 def _choose_backend(asked: str) -> str:

@@ -10,8 +10,8 @@ import click
 from click.core import ParameterSource
 
 from ..errors import InvalidArgumentError
-from ..lab.case_arrays import DTYPES, STORAGES
 from ..lab.presets import DEFAULT_PRESET, PRESETS
+from ..lab.spec import DEFAULT_DTYPE, DEFAULT_PAGE_SIZE, DTYPES, PACKED, STORAGES
 from ..lab.timing import DEFAULT_LIMIT_SECONDS
 from .common import COUNT, Command, backend_option, choose_backend
 
@@ -36,7 +36,7 @@ _FILE = click.Path(path_type=Path, dir_okay=False, writable=True)  # refused bef
 @list_option("--length", COUNT, "Cached tokens of every request.")
 @list_option("--heads", COUNT, "Query heads.")
 @list_option("--seqlen-q", COUNT, "Query tokens of a request.")
-@list_option("--dtype", click.Choice(list(DTYPES)), "Type of q and cache.")
+@list_option("--dtype", click.Choice(DTYPES), "Type of q and cache.")
 @list_option("--page-size", COUNT, "Tokens of a page.")
 @list_option("--storage", click.Choice(STORAGES), "One array; latent and rope apart; a view into a larger pool.")
 @list_option("--layout", click.Choice(STORAGES), "An earlier name of --storage.", hidden=True)
@@ -145,9 +145,9 @@ def _cases(backend: str, options: dict[str, Any]) -> list[Any]:
         lengths=lengths,
         heads=options["heads"] or (grid.DEFAULT_HEADS if on_gpu else grid.CPU_HEADS),
         seqlens_q=options["seqlen_q"] or (1,),
-        dtypes=options["dtype"] or (grid.DEFAULT_DTYPE,),
-        page_sizes=options["page_size"] or (grid.DEFAULT_PAGE_SIZE,),
-        storages=tuple(dict.fromkeys(options["storage"] + options["layout"])) or STORAGES[:1],
+        dtypes=options["dtype"] or (DEFAULT_DTYPE,),
+        page_sizes=options["page_size"] or (DEFAULT_PAGE_SIZE,),
+        storages=tuple(dict.fromkeys(options["storage"] + options["layout"])) or (PACKED,),
         splits=options["split"] or (None,),
         causal=options["causal"],
         preset=preset,

@@ -19,6 +19,7 @@ def check(ctx: click.Context, backend: str) -> None:
     bits. Takes under a minute, with the compilation of the kernels. Exits with 1 if a case fails.
     """
     from ..lab.accuracy import LSE_BOUND
+    from ..lab.libraries import LIBRARY_OF_BACKEND
     from ..lab.selftest import CHECK_CASES, run_checks
 
     chosen = choose_backend(backend)
@@ -27,7 +28,7 @@ def check(ctx: click.Context, backend: str) -> None:
     click.echo(f"{len(CHECK_CASES)} cases on {chosen.device}; errors as shares of their bounds")
     failed = 0
     start = time.perf_counter()
-    for result in run_checks(chosen.name):
+    for result in run_checks(LIBRARY_OF_BACKEND[chosen.name]):
         failed += not result.passed
         verdict = "ok    " if result.passed else "FAILED"
         line = f"{verdict}  {result.case.name}"

@@ -12,9 +12,9 @@ import numpy as np
 import numpy.typing as npt
 
 from ..gpu import device
-from ..lab.case_arrays import DTYPES
 from ..lab.lengths import mid_decode_lengths, read_lengths, shipped_lengths
 from ..lab.presets import DEFAULT_PRESET, PRESETS
+from ..lab.spec import DEFAULT_DTYPE, DEFAULT_PAGE_SIZE, DTYPES
 from ..settings import BACKENDS, get_settings
 
 Command = TypeVar("Command", bound=Callable[..., Any])
@@ -67,8 +67,8 @@ def batch_options(command: Command) -> Command:
         click.option("--batch", type=COUNT, help="Requests, drawn from the lengths."),
         click.option("--preset", type=click.Choice(list(PRESETS)), default=DEFAULT_PRESET, show_default=True),
         click.option("--tp", type=COUNT, default=1, show_default=True, help="Tensor-parallel ranks."),
-        click.option("--dtype", type=click.Choice(list(DTYPES)), default="bfloat16", show_default=True),
-        click.option("--page-size", type=COUNT, default=64, show_default=True, help="Tokens."),
+        click.option("--dtype", type=click.Choice(DTYPES), default=DEFAULT_DTYPE, show_default=True),
+        click.option("--page-size", type=COUNT, default=DEFAULT_PAGE_SIZE, show_default=True, help="Tokens."),
         click.option("--seqlen-q", type=COUNT, default=1, show_default=True, help="Tokens a request."),
         click.option("--causal", is_flag=True, help="Mask aligned to the bottom right (for --seqlen-q above 1)."),
         click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True),

@@ -11,9 +11,12 @@ from click.core import ParameterSource
 
 from ..errors import InvalidArgumentError
 from ..lab.array_files import check_suffix
+from ..lab.build import build_case
 from ..lab.case_files import load_case, save_result
-from ..lab.cases import Case, build_case
+from ..lab.cases import Case, parts_of
+from ..lab.libraries import LIBRARY_OF_BACKEND
 from ..lab.presets import find_preset
+from ..lab.spec import CaseSpec
 from ..lab.timing import Timing
 from ..shown.tables import print_facts
 from .common import (
@@ -73,13 +76,13 @@ def decode(
         case, title = _build(chosen, build, notes)
     else:
         _refuse_build_options(ctx)
-        case, title = load_case(input_file).on(chosen.name), str(input_file)
+        case, title = load_case(input_file).on(LIBRARY_OF_BACKEND[chosen.name]), str(input_file)
 
     from ..lab.decode_job import run_case
 
     report = run_case(case, requests_checked=sample, seed=build["seed"])
     if save is not None:
-        save_result(save, report.out, report.lse)
+        save_result(save, *map(case.library.download, (report.out, report.lse)))
     facts = {
         "backend": chosen.name,
         "device": chosen.device,
@@ -104,9 +107,9 @@ def _build(backend: Backend, build: dict[str, Any], notes: list[str]) -> tuple[C
             notes.append(f"{batch} requests on a CPU instead of {DEFAULT_BATCH}; --batch asks for more")
     model = find_preset(build["preset"])
     num_heads_q = model.heads_per_rank(build["tp"])
-    case = build_case(
-        draw_lengths(build["lengths"], batch, build["seed"]),
-        num_heads_q=num_heads_q,
+    spec = CaseSpec(
+        tuple(draw_lengths(build["lengths"], batch, build["seed"]).tolist()),
+        num_heads_q,
         latent_dim=model.latent_dim,
         rope_dim=model.rope_dim,
         seqlens_q=build["seqlen_q"],
@@ -114,9 +117,9 @@ def _build(backend: Backend, build: dict[str, Any], notes: list[str]) -> tuple[C
         page_size=build["page_size"],
         causal=build["causal"],
         seed=build["seed"],
-        backend=backend.name,
     )
     lengths = "real lengths that ship with cupy-mla" if build["lengths"] is None else str(build["lengths"])
+    case = build_case(spec, LIBRARY_OF_BACKEND[backend.name])
     return case, f"{model.name}, {num_heads_q} heads (TP {build['tp']}), {lengths}, seed {build['seed']}"
 
 
@@ -130,7 +133,8 @@ def _refuse_build_options(ctx: click.Context) -> None:
 def _print(facts: dict[str, Any], case: Case, timing: Timing) -> None:
     for note in facts["notes"]:
         click.echo(note)
-    shape = f"q {list(case.q.shape)}, cache {list(case.kv_cache.shape)}, {case.q.dtype}{', causal' * case.causal}"
+    shapes = (" + ".join(str(list(part.shape)) for part in parts_of(array)) for array in (case.q, case.kv_cache))
+    shape = "q {}, cache {}, ".format(*shapes) + case.dtype + ", causal" * case.causal
     print_facts(
         "cupy-mla decode",
         {

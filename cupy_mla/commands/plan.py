@@ -16,6 +16,7 @@ from ..errors import InvalidArgumentError
 from ..kernels.configs import choose_config
 from ..lab.presets import find_preset
 from ..schedule.make import make_schedule
+from ..schedule.pieces import ceil_div
 from ..schedule.text import draw_schedule
 from .common import DEFAULT_BATCH, batch_options, describe_lengths, draw_lengths
 
@@ -59,7 +60,7 @@ def _describe(
     kv_lengths: npt.NDArray[np.int64], preset: str, tp: int, dtype: str, page_size: int, seqlen_q: int, causal: bool
 ) -> DecodeProblem:
     model = find_preset(preset)
-    page_counts = -(-kv_lengths // page_size)
+    page_counts = [ceil_div(length, page_size) for length in kv_lengths.tolist()]
     return DecodeProblem(
         batch=len(kv_lengths),
         seqlen_q=seqlen_q,
@@ -69,8 +70,8 @@ def _describe(
         rope_dim=model.rope_dim,
         dtype=dtype,
         page_size=page_size,
-        num_pages=int(page_counts.sum()),
-        max_pages_per_seq=int(page_counts.max()),
+        num_pages=sum(page_counts),
+        max_pages_per_seq=max(page_counts),
         causal=causal,
         ragged=False,
         total_q=len(kv_lengths) * seqlen_q,

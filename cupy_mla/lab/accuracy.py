@@ -10,8 +10,8 @@ import numpy as np
 
 from ..call.describe import describe_decode
 from ..decode.reference import mla_decode_reference
-from .case_arrays import Array
 from .cases import Case
+from .random_values import Array
 
 # The contract's bounds: relative Frobenius error of out, and |lse - lse64| <= LSE_BOUND (1 + |lse64|).
 OUT_BOUNDS = {"bfloat16": 3e-3, "float16": 1e-3}
@@ -57,7 +57,7 @@ def measure_accuracy(case: Case, out: Any, lse: Any, requests: Sequence[int]) ->
     Parameters
     ----------
     case, out, lse
-        On either backend.
+        Of one library.
     requests
         Indices in [0, batch).
     """
@@ -69,7 +69,7 @@ def measure_accuracy(case: Case, out: Any, lse: Any, requests: Sequence[int]) ->
         # numpy.maximum, unlike max, keeps a not-a-number.
         out_error = float(np.maximum(out_error, _relative_error(request_out, expected_out[0])))
         lse_error = float(np.maximum(lse_error, _lse_error(request_lse, expected_lse[0])))
-    return Accuracy(out_error, OUT_BOUNDS[str(case.q.dtype)], lse_error, tuple(compared))
+    return Accuracy(out_error, OUT_BOUNDS[case.dtype], lse_error, tuple(compared))
 
 
 def choose_requests(case: Case, count: int, seed: int = 0) -> list[int]:

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 
 from ..errors import InvalidArgumentError
 from ..layouts import BF16, DENSE_LAYOUTS, FP8_E4M3, LAYOUTS
+from ..schedule.pieces import ceil_div
 from .presets import GROUPED_PRESETS, PRESETS, GroupedPreset, ModelPreset
 
 GQA_HEADS = 8  # KV heads of the usual grouped-query model, for models "as if" they had it
@@ -88,7 +89,7 @@ def cache_sizes(model: ModelPreset | GroupedPreset, tensor_parallel: int = 1) ->
             if layout.supports(*widths):
                 sizes.append(size("MLA", True, layout.name, layout.token_bytes(*widths)))
     for name, heads, own in _by_head(model):
-        on_rank = -(-heads // tensor_parallel)
+        on_rank = ceil_div(heads, tensor_parallel)
         for layout in (BF16, FP8_E4M3):
             sizes.append(size(name, own, layout.name, layout.token_bytes(*_head_widths(model), on_rank)))
     return sizes

@@ -6,12 +6,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import ml_dtypes
 import numpy as np
 
 from ..errors import InvalidArgumentError
 from .array_files import read_arrays, write_arrays
-from .case_arrays import DTYPES, Array, to_host
 from .cases import OPTIONS, TENSORS, Case
+from .random_values import Array
 
 _INDEX_RANKS = {"block_table": 2, "cache_seqlens": 1, "cu_seqlens_q": 1}
 
@@ -58,7 +59,7 @@ def load_case(path: Path) -> Case:
 
 
 def _float_array(array: Array) -> Array:
-    return array.view(DTYPES["bfloat16"]) if array.dtype == np.uint16 else array
+    return array.view(ml_dtypes.bfloat16) if array.dtype == np.uint16 else array
 
 
 def _index_array(name: str, array: Array) -> Array:
@@ -106,8 +107,8 @@ _SETTINGS: dict[str, tuple[str, Callable[[Any], Any]]] = {
 }
 
 
-def save_result(path: Path, out: Any, lse: Any) -> None:
-    """Write ``out`` and ``lse`` of mla_decode, from either backend, into an .npz or .safetensors file.
+def save_result(path: Path, out: Array, lse: Array) -> None:
+    """Write ``out`` and ``lse`` of mla_decode, on the host, into an .npz or .safetensors file.
 
     NumPy stores bfloat16 in an .npz as two-byte raw values: read it with ``array.view(ml_dtypes.bfloat16)``.
 
@@ -116,4 +117,4 @@ def save_result(path: Path, out: Any, lse: Any) -> None:
     InvalidArgumentError
         Wrong suffix, or the file cannot be written.
     """
-    write_arrays(path, {"out": to_host(out), "lse": to_host(lse)})
+    write_arrays(path, {"out": out, "lse": lse})

@@ -18,13 +18,13 @@ class DecodeReport:
     Attributes
     ----------
     out, lse
-        The result of ``mla_decode``, on the case's backend.
+        The result of ``mla_decode``, in the case's library.
     first_call_seconds
         The first call, with the compilation or loading of kernels and the validation of the case.
     accuracy, timing
         The sample against float64, and the time of a call.
     tflops, gigabytes_per_second
-        The case's work (see ``cases.Work``) over that time.
+        The case's work (see ``work.Work``) over that time.
     """
 
     out: Any
@@ -60,7 +60,7 @@ def run_case(case: Case, *, requests_checked: int, seed: int = 0) -> DecodeRepor
     Parameters
     ----------
     case
-        On either backend.
+        Of NumPy or CuPy.
     requests_checked, seed
         How many requests are compared; the seed chooses which (the longest and the shortest always).
 
@@ -73,10 +73,7 @@ def run_case(case: Case, *, requests_checked: int, seed: int = 0) -> DecodeRepor
 
     start = time.perf_counter()
     out, lse = mla_decode(*case.tensors, **case.options, validate=True)
-    if case.backend == "cuda":
-        import cupy
-
-        cupy.cuda.Device().synchronize()
+    case.library.synchronize()
     first_call_seconds = time.perf_counter() - start
     accuracy = measure_accuracy(case, out, lse, choose_requests(case, requests_checked, seed))
     timing = time_decode(case)

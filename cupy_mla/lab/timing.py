@@ -7,16 +7,15 @@ finds it in HBM, not in L2, as a decode step does after the other layers of a mo
 
 from __future__ import annotations
 
-import itertools
 import statistics
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
-import numpy as np
-
-from .cases import Case
+from ..schedule.pieces import ceil_div
+from .cases import Case, each_part, parts_of
+from .libraries import NUMPY, ArrayLibrary
 
 COLD_BYTES = 256_000_000  # copies of the cache hold at least this much in all: several times any Hopper GPU's L2
 LARGE_CACHE_BYTES = 200_000_000  # from here on a call is long: a few per graph will do
@@ -28,6 +27,8 @@ REPLAYS = 5
 DEFAULT_LIMIT_SECONDS = 60.0  # for a case of a benchmark
 CPU_REPEATS = 3
 CPU_SECONDS = 2.0  # after so long no further repeat is begun
+
+Call = Callable[[Any], object]  # of one decode, on one of the caches
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,85 +52,158 @@ class Timing:
     protocol: str
 
 
-def time_decode(case: Case) -> Timing:
-    """Time ``mla_decode`` on a case; see the module's text for what is counted."""
-    return _time_on_gpu(case) if case.backend == "cuda" else _time_on_cpu(case)
+class Timer(Protocol):
+    """Ready to run calls again and again."""
+
+    def seconds(self, replays: int = 1) -> float:
+        """Seconds of a call, over so many replays back to back."""
 
 
 def graph_shape(cache_bytes: int) -> tuple[int, int]:
     """(calls per graph, copies of the cache) for a cache of so many bytes."""
-    copies = -(-COLD_BYTES // max(cache_bytes, 1))
+    copies = ceil_div(COLD_BYTES, max(cache_bytes, 1))
     if cache_bytes > LARGE_CACHE_BYTES:
         return CALLS_PER_GRAPH_LARGE, min(copies, CALLS_PER_GRAPH_LARGE)
     calls = min(max(copies, CALLS_PER_GRAPH), MAX_CALLS_PER_GRAPH)
     return calls, min(copies, calls)
 
 
-def replay_graph(calls: Sequence[Callable[[], object]]) -> list[float]:
-    """GPU seconds of each of several replays of a CUDA graph that holds the calls in order.
+def make_timer(library: ArrayLibrary, call: Call, caches: Sequence[Any], calls: int) -> Timer:
+    """A timer of calls on arrays of a library.
 
-    The calls launch on CuPy's current stream, do not synchronise and do not allocate.
+    Parameters
+    ----------
+    call
+        Launches on the library's current stream, does not synchronise, and on CuPy arrays does not allocate.
+    caches, calls
+        On a GPU, call i of so many in a graph reads ``caches[i % len(caches)]``; on the CPU each reads the first.
     """
-    import cupy
+    timers: dict[str, type[TorchGraph] | type[CupyGraph] | type[WallClock]] = {
+        "torch": TorchGraph,
+        "cupy": CupyGraph,
+        "numpy": WallClock,
+    }
+    return timers[library.name](call, caches, calls)
 
-    cupy.cuda.Device().synchronize()  # what the calls read may come from another stream
-    stream = cupy.cuda.Stream(non_blocking=True)
-    with stream:
-        for call in calls[:2]:  # compiles and loads, which a capture may not
-            call()
-        stream.synchronize()
-        stream.begin_capture()
-        for call in calls:
-            call()
-        graph = stream.end_capture()
+
+class TorchGraph:
+    """A CUDA graph of torch calls."""
+
+    def __init__(self, call: Call, caches: Sequence[Any], calls: int) -> None:
+        import torch
+
+        self._torch = torch
+        self._calls = calls
+        self._kept = call, caches  # a graph holds addresses only
+        for cache in caches[:2]:  # compiles and loads, which a capture may not
+            call(cache)
+        torch.cuda.synchronize()
+        self._graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(self._graph):
+            for index in range(calls):
+                call(caches[index % len(caches)])
         for _ in range(WARM_UP_REPLAYS):
-            graph.launch(stream)
-        events = [cupy.cuda.Event() for _ in range(REPLAYS + 1)]
-        events[0].record(stream)
-        for event in events[1:]:
-            graph.launch(stream)
-            event.record(stream)
-        stream.synchronize()
-    milliseconds = [cupy.cuda.get_elapsed_time(*pair) for pair in itertools.pairwise(events)]
-    return [value / 1e3 for value in milliseconds]
+            self._graph.replay()
+        torch.cuda.synchronize()
+
+    def seconds(self, replays: int = 1) -> float:
+        start, end = (self._torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        for _ in range(replays):
+            self._graph.replay()
+        end.record()
+        end.synchronize()
+        return float(start.elapsed_time(end)) / 1e3 / replays / self._calls
+
+
+class CupyGraph:
+    """A CUDA graph of calls on CuPy arrays."""
+
+    def __init__(self, call: Call, caches: Sequence[Any], calls: int) -> None:
+        import cupy
+
+        self._calls = calls
+        self._kept = call, caches  # as in `TorchGraph`
+        cupy.cuda.Device().synchronize()  # what the calls read comes from another stream
+        self._stream = cupy.cuda.Stream(non_blocking=True)
+        self._event = cupy.cuda.Event
+        self._elapsed = cupy.cuda.get_elapsed_time
+        with self._stream:
+            for cache in caches[:2]:
+                call(cache)
+            self._stream.synchronize()
+            self._stream.begin_capture()
+            try:
+                for index in range(calls):
+                    call(caches[index % len(caches)])
+            finally:  # a capture left open would break whatever comes next
+                self._graph = self._stream.end_capture()
+        for _ in range(WARM_UP_REPLAYS):
+            self._graph.launch(self._stream)
+        self._stream.synchronize()
+
+    def seconds(self, replays: int = 1) -> float:
+        start, end = self._event(), self._event()
+        start.record(self._stream)
+        for _ in range(replays):
+            self._graph.launch(self._stream)
+        end.record(self._stream)
+        end.synchronize()
+        return float(self._elapsed(start, end)) / 1e3 / replays / self._calls
+
+
+class WallClock:
+    """Calls in host memory, one after the other."""
+
+    def __init__(self, call: Call, caches: Sequence[Any], calls: int) -> None:
+        self._call, self._cache = call, caches[0]
+
+    def seconds(self, replays: int = 1) -> float:
+        start = time.perf_counter()
+        for _ in range(replays):
+            self._call(self._cache)
+        return (time.perf_counter() - start) / replays
+
+
+def time_decode(case: Case) -> Timing:
+    """Time ``mla_decode`` on a case; see the module's text for what is counted."""
+    return _time_on_cpu(case) if case.library is NUMPY else _time_on_gpu(case)
 
 
 def _time_on_gpu(case: Case) -> Timing:
     from ..decode.dense import mla_decode, plan_decode
 
-    num_calls, num_copies = graph_shape(case.kv_cache.nbytes)
-    caches = [case.kv_cache, *(_copy(case.kv_cache) for _ in range(num_copies - 1))]
+    calls, copies = graph_shape(sum(part.nbytes for part in parts_of(case.kv_cache)))
+
+    def copy(part: Any) -> Any:
+        result = case.library.empty(part.shape, case.dtype)
+        case.library.assign(result, part)
+        return result
+
+    caches = [case.kv_cache, *(each_part(copy, case.kv_cache) for _ in range(copies - 1))]
     plan = plan_decode(*case.tensors, **case.plan_options)
     out, lse = mla_decode(*case.tensors, **case.options, plan=plan)
-
     # Validation would synchronise, which a capture cannot.
     fixed = {**case.options, "plan": plan, "out": out, "lse": lse, "validate": False}
 
-    def call_on(cache: Any) -> Callable[[], object]:
-        return lambda: mla_decode(case.q, cache, case.block_table, case.cache_seqlens, **fixed)
+    def call(cache: Any) -> object:
+        return mla_decode(case.q, cache, case.block_table, case.cache_seqlens, **fixed)
 
-    calls = [call_on(caches[i % num_copies]) for i in range(num_calls)]
-    seconds = [replay / num_calls for replay in replay_graph(calls)]
-    protocol = f"CUDA graph of {num_calls} calls, {num_copies} caches in turn, median of {REPLAYS} replays"
-    return _timing(seconds, num_calls, protocol)
-
-
-def _copy(array: Any) -> Any:
-    import cupy
-
-    copy = cupy.empty_like(array.view(np.uint16))
-    copy[...] = array.view(np.uint16)
-    return copy.view(array.dtype)
+    timer = make_timer(case.library, call, caches, calls)
+    protocol = f"CUDA graph of {calls} calls, {copies} caches in turn, median of {REPLAYS} replays"
+    return _timing([timer.seconds() for _ in range(REPLAYS)], calls, protocol)
 
 
 def _time_on_cpu(case: Case) -> Timing:
     from ..decode.dense import mla_decode
 
+    def call(cache: Any) -> object:
+        return mla_decode(*case.tensors, **case.options)
+
+    timer = make_timer(case.library, call, [case.kv_cache], 1)
     seconds: list[float] = []
     while len(seconds) < CPU_REPEATS and sum(seconds) < CPU_SECONDS:
-        start = time.perf_counter()
-        mla_decode(*case.tensors, **case.options)
-        seconds.append(time.perf_counter() - start)
+        seconds.append(timer.seconds())
     return _timing(seconds, 1, f"wall time, median of {len(seconds)}")
 
 

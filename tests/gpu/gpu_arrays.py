@@ -7,7 +7,10 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
-from cases_dense import DTYPES, DenseArrays, DenseCase
+from cases_dense import DenseCase
+
+from cupy_mla.lab.cases import Case
+from cupy_mla.lab.libraries import CUPY, ArrayLibrary, TorchLibrary
 
 try:
     import torch
@@ -22,23 +25,19 @@ DELAY_CYCLES = 100_000_000  # about 50 ms
 NAN_BITS = 0x7FFF  # a NaN in bfloat16 and in float16
 
 
+LIBRARY: ArrayLibrary = CUPY if torch is None else TorchLibrary()
+
+
 def upload(array: np.ndarray) -> Any:
-    """A copy on the GPU."""
-    array = np.ascontiguousarray(array)
-    if torch is None:
-        if array.dtype == DTYPES["bfloat16"]:
-            return cupy.asarray(array.view(np.uint16)).view(array.dtype)
-        return cupy.asarray(array)
-    if array.dtype == DTYPES["bfloat16"]:
-        return torch.from_numpy(array.view(np.int16)).cuda().view(torch.bfloat16)
-    return torch.from_numpy(array).cuda()
+    """A contiguous copy on the GPU."""
+    return LIBRARY.upload(np.ascontiguousarray(array))
 
 
 def full(shape: tuple[int, ...], dtype: str, bits: int) -> Any:
     """An array on the GPU of 16-bit elements with the given bits."""
-    if torch is None:
-        return cupy.full(shape, bits, np.uint16).view(DTYPES[dtype])
-    return torch.full(shape, bits, dtype=torch.int16, device="cuda").view(getattr(torch, dtype))
+    array = LIBRARY.empty(shape, dtype)
+    LIBRARY.fill(array, bits)
+    return array
 
 
 def empty(shape: tuple[int, ...], dtype: str) -> Any:
@@ -60,34 +59,26 @@ def stack(arrays: list[Any]) -> Any:
 
 def assign(target: Any, source: Any) -> None:
     """target[...] = source, in place."""
-    if torch is None and source.dtype.itemsize == 2:
-        target.view(np.uint16)[...] = source.view(np.uint16)
+    if source.dtype.itemsize == 2:
+        LIBRARY.assign(target, source)
     else:
         target[...] = source
 
 
 def download(array: Any) -> np.ndarray:
     """float64 values on the host."""
-    if torch is None:
-        return cupy.asnumpy(array).astype(np.float64)
-    return array.double().cpu().numpy()
+    return LIBRARY.download(array).astype(np.float64)
 
 
 def bits_of(array: Any) -> np.ndarray:
     """The elements as integers, on the host: NaN equals NaN, and 0 differs from -0."""
-    if torch is None:
-        host = np.ascontiguousarray(cupy.asnumpy(array))
-        return host.view({2: np.uint16, 4: np.uint32}[host.dtype.itemsize])
-    integer = {2: torch.int16, 4: torch.int32}[array.element_size()]
-    return array.contiguous().view(integer).cpu().numpy()
+    host = np.ascontiguousarray(LIBRARY.download(array))
+    return host.view({2: np.uint16, 4: np.uint32}[host.dtype.itemsize])
 
 
 def synchronize() -> None:
     """Wait for the GPU; raises what a kernel did wrong."""
-    if torch is None:
-        cupy.cuda.Device().synchronize()
-    else:
-        torch.cuda.synchronize()
+    LIBRARY.synchronize()
 
 
 def capture(work: Callable[[], object]) -> Callable[[], None]:
@@ -163,7 +154,7 @@ def attention(keys: np.ndarray, q: np.ndarray, latent_dim: int, scale: float, ca
     return out, lse
 
 
-def keys_of(case: DenseCase, arrays: DenseArrays, request: int, length: int) -> np.ndarray:
+def keys_of(case: DenseCase, arrays: Case, request: int, length: int) -> np.ndarray:
     """The keys of a request, [length, num_heads_kv, width]."""
     tokens = np.arange(length)
     pages = arrays.block_table[request, tokens // case.page_size]
@@ -171,7 +162,7 @@ def keys_of(case: DenseCase, arrays: DenseArrays, request: int, length: int) -> 
 
 
 def expected(
-    case: DenseCase, arrays: DenseArrays, lengths: tuple[int, ...] | None = None
+    case: DenseCase, arrays: Case, lengths: tuple[int, ...] | None = None
 ) -> list[tuple[np.ndarray, np.ndarray]]:
     """What `attention` gives for each request of a case, for its own lengths or others."""
     results = []

@@ -9,10 +9,11 @@ import pytest
 
 from cupy_mla.bench import BenchCase, measure_ceilings, run_bench
 from cupy_mla.bench import measure as protocol
-from cupy_mla.bench.grid import STORAGES
-from cupy_mla.bench.inputs import ArrayLibrary, CupyLibrary, Inputs, choose_library
+from cupy_mla.bench.inputs import Inputs, choose_library
 from cupy_mla.bench.measure import measure
 from cupy_mla.bench.ours import OurSide
+from cupy_mla.lab.libraries import CUPY, ArrayLibrary
+from cupy_mla.lab.spec import STORAGES
 
 pytestmark = pytest.mark.timeout(60)
 
@@ -44,13 +45,13 @@ def test_a_run_times_every_kind_of_case() -> None:
 
 
 def test_cupy_arrays_are_timed_without_torch() -> None:
-    for row in measure(CASES[:4], [OurSide()], CupyLibrary(), sustained=True):
+    for row in measure(CASES[:4], [OurSide()], CUPY, sustained=True):
         assert row.failure is None, f"{row.name}: {row.failure}"
         assert row.ours.us is not None
         assert row.ours.sustained_us is not None
 
 
-@pytest.mark.parametrize("make", [lambda: choose_library("cuda"), CupyLibrary], ids=["chosen", "cupy"])
+@pytest.mark.parametrize("make", [lambda: choose_library("cuda"), lambda: CUPY], ids=["chosen", "cupy"])
 def test_a_wrong_result_is_seen(make: Callable[[], ArrayLibrary]) -> None:
     library = make()
     inputs = Inputs(CASES[0], library)

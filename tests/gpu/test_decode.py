@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from cases_dense import DTYPES, DenseArrays, DenseCase, frobenius_error
+from cases_dense import DTYPES, DenseCase, frobenius_error
 
 from cupy_mla import InvalidArgumentError, PlanMismatchError, merge_states, mla_decode, plan_decode
 from cupy_mla.arrays.exchange import empty_like
@@ -55,13 +55,10 @@ class OnGpu:
 
     def __init__(self, case: DenseCase) -> None:
         self.case = case
-        self.host: DenseArrays = case.build()
-        self.q = gpu.upload(self.host.q_pool)[self.host.q_slices]
-        self.kv_cache = gpu.upload(self.host.kv_pool)[self.host.kv_slices]
-        self.block_table = gpu.upload(self.host.block_table)
-        self.cache_seqlens = gpu.upload(self.host.cache_seqlens)
-        starts = self.host.cu_seqlens_q
-        self.cu_seqlens_q = None if starts is None else gpu.upload(starts)
+        self.host = case.build()
+        on_gpu = self.host.on(gpu.LIBRARY)
+        self.q, self.kv_cache, self.block_table, self.cache_seqlens = on_gpu.tensors
+        self.cu_seqlens_q = on_gpu.cu_seqlens_q
 
     @property
     def tensors(self) -> tuple[Any, Any, Any, Any]:
@@ -243,12 +240,12 @@ def test_empty_lse(heads: int, name: str) -> None:
 
 @pytest.mark.parametrize("page_size", [16, 64])
 @pytest.mark.parametrize(("heads", "kv_heads"), [(16, 1), (64, 1), (16, 2)])
-def test_strided(heads: int, kv_heads: int, page_size: int) -> None:
-    run(DenseCase(lengths=LENGTHS, num_heads_q=heads, num_heads_kv=kv_heads, page_size=page_size, strided=True))
+def test_padded(heads: int, kv_heads: int, page_size: int) -> None:
+    run(DenseCase(lengths=LENGTHS, num_heads_q=heads, num_heads_kv=kv_heads, page_size=page_size, padded=True))
 
 
-def test_ragged_strided() -> None:
-    run(DenseCase(lengths=(140, 1000), seqlens_q=(3, 2), strided=True, causal=True))
+def test_ragged_padded() -> None:
+    run(DenseCase(lengths=(140, 1000), seqlens_q=(3, 2), padded=True, causal=True))
 
 
 @pytest.mark.parametrize("heads", [16, 64])

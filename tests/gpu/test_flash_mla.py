@@ -7,11 +7,12 @@ from typing import Any
 
 import numpy as np
 import pytest
-from cases_dense import DTYPES, DenseArrays, DenseCase, frobenius_error
+from cases_dense import DTYPES, DenseCase, frobenius_error
 
 import cupy_mla.flash_mla as flash_mla
 from cupy_mla import PlanMismatchError, mla_decode
 from cupy_mla.decode.plan import DecodePlan
+from cupy_mla.lab.cases import Case
 
 from . import gpu_arrays as gpu
 
@@ -22,14 +23,9 @@ LSE_TOLERANCE = 1e-5  # relative, and absolute
 LENGTHS = (0, 1, 2, 63, 64, 65, 140, 4096)
 
 
-def upload(arrays: DenseArrays) -> tuple[Any, Any, Any, Any]:
-    """q, k_cache, block_table, cache_seqlens on the GPU, as the case cuts them."""
-    return (
-        gpu.upload(arrays.q_pool)[arrays.q_slices],
-        gpu.upload(arrays.kv_pool)[arrays.kv_slices],
-        gpu.upload(arrays.block_table),
-        gpu.upload(arrays.cache_seqlens),
-    )
+def upload(arrays: Case) -> tuple[Any, Any, Any, Any]:
+    """q, k_cache, block_table, cache_seqlens on the GPU."""
+    return arrays.on(gpu.LIBRARY).tensors
 
 
 def call(case: DenseCase, tensors: tuple[Any, ...], meta: Any, **options: Any) -> tuple[Any, Any]:
@@ -39,7 +35,7 @@ def call(case: DenseCase, tensors: tuple[Any, ...], meta: Any, **options: Any) -
 
 
 def check(
-    case: DenseCase, arrays: DenseArrays, result: tuple[Any, Any], lengths: tuple[int, ...] | None = None
+    case: DenseCase, arrays: Case, result: tuple[Any, Any], lengths: tuple[int, ...] | None = None
 ) -> None:
     """Out and lse of every request against float64; rows that see nothing have out = 0 and lse = +inf."""
     gpu.synchronize()
@@ -88,11 +84,11 @@ def test_values(heads: int, seqlen_q: int, causal: bool) -> None:
         DenseCase(lengths=LENGTHS, num_heads_q=16, num_heads_kv=2, seqlens_q=2, causal=True),
         DenseCase(lengths=LENGTHS, page_size=16),
         DenseCase(lengths=LENGTHS, latent_dim=512, rope_dim=0, num_heads_q=128),
-        DenseCase(lengths=LENGTHS, strided=True),
+        DenseCase(lengths=LENGTHS, padded=True),
         DenseCase(lengths=(0, 0, 0), seqlens_q=2),
         DenseCase(lengths=(0,), num_heads_q=128),
     ],
-    ids=["fp16", "kv heads", "page size 16", "no rope", "strided", "all empty", "one empty"],
+    ids=["fp16", "kv heads", "page size 16", "no rope", "padded", "all empty", "one empty"],
 )
 def test_other_calls(case: DenseCase) -> None:
     arrays = case.build()

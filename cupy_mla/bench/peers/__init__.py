@@ -12,9 +12,9 @@ from pathlib import Path
 
 from ...errors import InvalidArgumentError
 from . import fa3, flash_mla, flashinfer, torch_sdpa
-from .base import Peer, PeerCall, explain
+from .base import Peer, explain
 
-__all__ = ["PEER_NAMES", "Peer", "PeerCall", "add_peers_path", "available_peers"]
+__all__ = ["PEER_NAMES", "Peer", "add_peers_path", "available_peers"]
 
 _LOADERS: dict[str, Callable[[], Peer]] = {
     flash_mla.FlashMlaPeer.name: flash_mla.load,

@@ -5,19 +5,13 @@ from __future__ import annotations
 import importlib
 import importlib.metadata
 from abc import ABC, abstractmethod
-from collections.abc import Callable
 from types import ModuleType
 from typing import Any
 
-import numpy as np
-
 from ..grid import BenchCase
-from ..inputs import Inputs
+from ..inputs import Call, Inputs
 
 UNKNOWN_VERSION = "unknown"
-
-# From one of Inputs.caches to (out, lse or None).
-PeerCall = Callable[[Any], tuple[Any, Any]]
 
 
 class Peer(ABC):
@@ -41,7 +35,7 @@ class Peer(ABC):
         """Why this peer cannot run a case; None when it can, as far as is known before it is tried."""
 
     @abstractmethod
-    def prepare(self, inputs: Inputs) -> PeerCall:
+    def prepare(self, inputs: Inputs) -> Call:
         """Plan a case, and bring q into the form that the peer takes.
 
         Parameters
@@ -116,8 +110,7 @@ def query_starts(inputs: Inputs) -> Any:
     """[batch + 1] int32 on q's device: where the query tokens of each request begin among all."""
     import torch
 
-    starts = np.concatenate([[0], np.cumsum(inputs.case.q_lengths)])
-    return torch.tensor(starts, dtype=torch.int32, device=inputs.q.device)
+    return torch.tensor(inputs.spec.q_starts, dtype=torch.int32, device=inputs.q.device)
 
 
 def as_promised(case: BenchCase, out: Any, lse: Any) -> tuple[Any, Any]:

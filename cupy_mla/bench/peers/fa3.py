@@ -12,10 +12,9 @@ from pathlib import Path
 from typing import Any
 
 from ..grid import BenchCase
-from ..inputs import Inputs
+from ..inputs import Call, Inputs
 from .base import (
     Peer,
-    PeerCall,
     as_promised,
     cache_parts,
     explain,
@@ -47,7 +46,7 @@ class Fa3Peer(Peer):
             return f"widths {case.latent_dim} + {case.rope_dim}: only {latent_dims} + {_ROPE_DIM}"
         return None
 
-    def prepare(self, inputs: Inputs) -> PeerCall:
+    def prepare(self, inputs: Inputs) -> Call:
         case = inputs.case
         q_latent, q_rope = query_parts(inputs)
         starts = query_starts(inputs)
@@ -108,7 +107,7 @@ class PackagePeer(Fa3Peer):
             page_table=inputs.block_table,
             cu_seqlens_q=starts,
             max_seqlen_q=inputs.case.seqlen_q,
-            softmax_scale=inputs.softmax_scale,
+            softmax_scale=inputs.spec.scale,
             causal=inputs.case.causal,
             scheduler_metadata=metadata,
             num_splits=_CHOOSE_SPLITS,
@@ -130,7 +129,7 @@ class VllmPeer(Fa3Peer):
             self._operators.get_scheduler_metadata,
             batch_size=case.batch,
             max_seqlen_q=case.seqlen_q,
-            max_seqlen_k=int(inputs.lengths.max()),
+            max_seqlen_k=int(inputs.spec.kv_lengths.max()),
             num_heads=case.num_heads_q,
             num_heads_k=1,
             headdim=case.rope_dim,
@@ -160,9 +159,9 @@ class VllmPeer(Fa3Peer):
             cu_seqlens_q=starts,
             seqused_k=inputs.cache_seqlens,
             max_seqlen_q=inputs.case.seqlen_q,
-            max_seqlen_k=int(inputs.lengths.max()),
+            max_seqlen_k=int(inputs.spec.kv_lengths.max()),
             page_table=inputs.block_table,
-            softmax_scale=inputs.softmax_scale,
+            softmax_scale=inputs.spec.scale,
             is_causal=inputs.case.causal,
             window_size_left=_NO_WINDOW,
             window_size_right=_NO_WINDOW,

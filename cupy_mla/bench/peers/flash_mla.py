@@ -5,8 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 from ..grid import BenchCase
-from ..inputs import Inputs
-from .base import Peer, PeerCall, import_first, installed_version
+from ..inputs import Call, Inputs
+from .base import Peer, import_first, installed_version
 
 _OWN_MODULE = "flash_mla"
 _VLLM_MODULE = "vllm.third_party.flashmla.flash_mla_interface"
@@ -35,7 +35,7 @@ class FlashMlaPeer(Peer):
             return "ragged queries: only equally many tokens for all requests"
         return None
 
-    def prepare(self, inputs: Inputs) -> PeerCall:
+    def prepare(self, inputs: Inputs) -> Call:
         case = inputs.case
         # The arguments are for versions before 2026; later ones ignore them and plan in the first decode instead.
         schedule = self._interface.get_mla_metadata(inputs.cache_seqlens, case.seqlen_q * case.num_heads_q, 1)
@@ -48,7 +48,7 @@ class FlashMlaPeer(Peer):
                 inputs.cache_seqlens,
                 case.latent_dim,
                 *schedule,
-                softmax_scale=inputs.softmax_scale,
+                softmax_scale=inputs.spec.scale,
                 causal=case.causal,
             )
             return out, lse

@@ -5,11 +5,10 @@ from __future__ import annotations
 import importlib
 from typing import Any
 
-import numpy as np
-
+from ...lab.spec import starts_of
 from ..grid import BenchCase
-from ..inputs import Inputs
-from .base import Peer, PeerCall, as_promised, cache_parts, query_parts, query_starts
+from ..inputs import Call, Inputs
+from .base import Peer, as_promised, cache_parts, query_parts, query_starts
 
 _MODULE = "flashinfer"
 _BACKEND = "fa3"  # its name for the Hopper kernel
@@ -34,7 +33,7 @@ class FlashInferPeer(Peer):
             return f"widths {case.latent_dim} + {case.rope_dim}: only {latent_dims} + a multiple of {_ROPE_MULTIPLE}"
         return None
 
-    def prepare(self, inputs: Inputs) -> PeerCall:
+    def prepare(self, inputs: Inputs) -> Call:
         import torch
 
         case = inputs.case
@@ -59,7 +58,7 @@ class FlashInferPeer(Peer):
             head_dim_kpe=case.rope_dim,
             page_size=case.page_size,
             causal=case.causal,
-            sm_scale=inputs.softmax_scale,
+            sm_scale=inputs.spec.scale,
             q_data_type=inputs.q.dtype,
             kv_data_type=inputs.q.dtype,
         )
@@ -87,15 +86,14 @@ def _page_starts(inputs: Inputs) -> Any:
     """[batch + 1] int32: where the pages of each request begin in `_pages`."""
     import torch
 
-    starts = np.concatenate([[0], np.cumsum(inputs.case.page_counts)])
-    return torch.tensor(starts, dtype=torch.int32, device=inputs.q.device)
+    return torch.tensor(starts_of(inputs.spec.page_counts), dtype=torch.int32, device=inputs.q.device)
 
 
 def _pages(inputs: Inputs) -> Any:
     """int32: the pages of all requests, without what lies behind the last of each."""
     import torch
 
-    counts = torch.tensor(inputs.case.page_counts.copy(), device=inputs.q.device)
+    counts = torch.tensor(inputs.spec.page_counts, device=inputs.q.device)
     columns = torch.arange(inputs.block_table.shape[1], device=inputs.q.device)
     return inputs.block_table[columns < counts[:, None]]
 

@@ -7,8 +7,8 @@ from typing import Any
 import numpy as np
 
 from ..grid import BenchCase
-from ..inputs import Inputs
-from .base import Peer, PeerCall
+from ..inputs import Call, Inputs
+from .base import Peer
 
 _NO_TOKEN_YET = 1  # a softmax over nothing is NaN: a query that sees no token sees one, and its result is cleared
 
@@ -24,11 +24,11 @@ class TorchPeer(Peer):
     def unsupported(self, case: BenchCase) -> str | None:
         return None if case.kv_lengths.any() else "no cached token at all"
 
-    def prepare(self, inputs: Inputs) -> PeerCall:
+    def prepare(self, inputs: Inputs) -> Call:
         from torch.nn.functional import scaled_dot_product_attention
 
         case = inputs.case
-        tokens = int(inputs.lengths.max())
+        tokens = int(inputs.spec.kv_lengths.max())
         q_rows, unpad = _padded_query(inputs)
         mask, blind = _mask(inputs, tokens)
         first = inputs.caches[0]
@@ -36,9 +36,9 @@ class TorchPeer(Peer):
 
         def call(cache: Any) -> tuple[Any, Any]:
             keys = _gather(cache if isinstance(cache, tuple) else (cache,), slots)
-            keys = keys.view(case.batch, 1, tokens, case.head_dim)
+            keys = keys.view(case.batch, 1, tokens, inputs.spec.head_dim)
             values = keys[..., : case.latent_dim]
-            out = scaled_dot_product_attention(q_rows, keys, values, attn_mask=mask, scale=inputs.softmax_scale)
+            out = scaled_dot_product_attention(q_rows, keys, values, attn_mask=mask, scale=inputs.spec.scale)
             if blind is not None:
                 out = out.masked_fill(blind, 0)
             out = out.reshape(-1, case.num_heads_q, case.latent_dim)
@@ -52,11 +52,11 @@ def _padded_query(inputs: Inputs) -> tuple[Any, Any]:
     import torch
 
     case = inputs.case
-    rows = (case.batch, 1, case.seqlen_q * case.num_heads_q, case.head_dim)
+    rows = (case.batch, 1, case.seqlen_q * case.num_heads_q, inputs.spec.head_dim)
     if case.ragged is None:
         return inputs.q.reshape(rows), None
     token = np.arange(case.seqlen_q)
-    unpad = torch.tensor(np.flatnonzero(token < case.q_lengths[:, None]), device=inputs.q.device)
+    unpad = torch.tensor(np.flatnonzero(token < inputs.spec.q_lengths[:, None]), device=inputs.q.device)
     padded = inputs.q.new_zeros(case.batch * case.seqlen_q, *inputs.q.shape[1:])
     padded[unpad] = inputs.q
     return padded.view(rows), unpad
@@ -70,10 +70,10 @@ def _mask(inputs: Inputs, tokens: int) -> tuple[Any, Any]:
     import torch
 
     case = inputs.case
-    lengths = inputs.lengths.astype(np.int64)[:, None]
+    lengths = inputs.spec.kv_lengths[:, None]
     visible = lengths
     if case.causal:
-        behind = case.q_lengths[:, None] - np.arange(1, case.seqlen_q + 1)  # query tokens after this one
+        behind = inputs.spec.q_lengths[:, None] - np.arange(1, case.seqlen_q + 1)  # query tokens after this one
         visible = np.clip(lengths - behind, 0, lengths)
         if case.seqlen_q > 1:
             visible = np.repeat(visible, case.num_heads_q, axis=1)
@@ -102,7 +102,7 @@ def _slots(inputs: Inputs, part: Any, tokens: int) -> Any:
 
     case = inputs.case
     position = torch.arange(tokens, device=inputs.q.device)
-    length = torch.tensor(inputs.lengths.astype(np.int64), device=inputs.q.device)[:, None]
+    length = torch.tensor(inputs.spec.kv_lengths, device=inputs.q.device)[:, None]
     position = torch.where(position < length, position, 0)
     page = inputs.block_table.long().gather(1, position // case.page_size)
     page = torch.where(length > 0, page, 0)

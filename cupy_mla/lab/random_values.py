@@ -1,7 +1,6 @@
-"""Arrays of cases on either backend: random values made where they are used, moves, and gathered pages.
+"""Random normal values, mean 0 and variance 1, made where they are used: caches of several GB are never copied.
 
-Values are normal with mean 0 and variance 1. Caches of several GB are made on the device, never copied there. CuPy's
-own generators need the cuRAND library, which the package does not install, so a small counter-based one is here:
+CuPy's own generators need the cuRAND library, which the package does not install, so a small counter-based one is here:
 every value depends on the seed and its index only.
 """
 
@@ -11,15 +10,12 @@ import functools
 import math
 from typing import Any
 
-import ml_dtypes
 import numpy as np
 import numpy.typing as npt
 
-Array = npt.NDArray[Any]
+from ..arrays.dtypes import numpy_dtype
 
-DTYPES: dict[str, np.dtype[Any]] = {"bfloat16": np.dtype(ml_dtypes.bfloat16), "float16": np.dtype(np.float16)}
-# One array for latent and rope columns; one for each; a view into a larger pool.
-STORAGES = ("packed", "split", "strided")
+Array = npt.NDArray[Any]
 
 _CHUNK_VALUES = 1 << 24  # values made at a time on the host: 64 MB of float32
 _THREADS = 256
@@ -52,21 +48,9 @@ extern "C" __global__ void fill_normal(unsigned short* out, long long count, uns
 """
 
 
-def random_normal(shape: tuple[int, ...], dtype: str, seed: int, backend: str) -> Any:
-    """A C-contiguous array of normal values (mean 0, variance 1).
-
-    Parameters
-    ----------
-    shape, dtype
-        ``dtype`` is ``bfloat16`` or ``float16``.
-    seed
-        The same seed gives the same values on the same backend.
-    backend
-        ``numpy``, or ``cuda`` for a CuPy array on the current device.
-    """
-    if backend == "cuda":
-        return _device_normal(shape, dtype, seed)
-    values = np.empty(math.prod(shape), dtype=DTYPES[dtype])
+def host_normal(shape: tuple[int, ...], dtype: str, seed: int) -> Array:
+    """A C-contiguous NumPy array of ``bfloat16`` or ``float16``; the same seed gives the same values."""
+    values = np.empty(math.prod(shape), dtype=numpy_dtype(dtype))
     rng = np.random.default_rng(seed)
     for start in range(0, values.size, _CHUNK_VALUES):
         chunk = values[start : start + _CHUNK_VALUES]
@@ -74,13 +58,14 @@ def random_normal(shape: tuple[int, ...], dtype: str, seed: int, backend: str) -
     return values.reshape(shape)
 
 
-def _device_normal(shape: tuple[int, ...], dtype: str, seed: int) -> Any:
+def device_normal(shape: tuple[int, ...], dtype: str, seed: int) -> Any:
+    """The same as a CuPy array on the current device; its values are others than those of `host_normal`."""
     import cupy
 
     bits = cupy.empty(shape, dtype=np.uint16)
     arguments = (bits, np.int64(bits.size), np.uint64(seed), np.int32(dtype == "bfloat16"))
     _fill_normal_kernel()((_BLOCKS,), (_THREADS,), arguments)
-    return bits.view(DTYPES[dtype])
+    return bits.view(numpy_dtype(dtype))
 
 
 @functools.cache
@@ -88,33 +73,3 @@ def _fill_normal_kernel() -> Any:
     import cupy
 
     return cupy.RawKernel(_FILL_NORMAL, "fill_normal")
-
-
-def to_device(array: Array) -> Any:
-    """A copy on the current CUDA device, as a CuPy array of the same type."""
-    import cupy
-
-    if array.dtype in DTYPES.values():  # moved as bits: CuPy's own bfloat16 conversions are young
-        return cupy.asarray(np.ascontiguousarray(array).view(np.uint16)).view(array.dtype)
-    return cupy.asarray(array)
-
-
-def to_host(array: Any) -> Array:
-    """A NumPy array with the values of a NumPy or CuPy array."""
-    if isinstance(array, np.ndarray):
-        return array
-    import cupy
-
-    if array.dtype in DTYPES.values():
-        host: Array = cupy.asnumpy(array.view(np.uint16)).view(array.dtype)
-        return host
-    return np.asarray(cupy.asnumpy(array))
-
-
-def take_pages(kv_cache: Any, pages: npt.NDArray[np.int64]) -> Array:
-    """Pages of a cache [num_pages, page_size, h_kv, d], in the order given, on the host."""
-    if isinstance(kv_cache, np.ndarray):
-        return kv_cache[pages]
-    import cupy
-
-    return to_host(kv_cache.view(np.uint16)[cupy.asarray(pages)].view(kv_cache.dtype))

@@ -1,0 +1,123 @@
+"""A case's arrays, made where they are used from its `CaseSpec`; all of it, or the parts that a benchmark repeats."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from .cases import NO_PAGE, Case
+from .libraries import NUMPY, ArrayLibrary
+from .random_values import Array
+from .spec import SPLIT, STRIDED, CaseSpec
+
+# A view's gaps. Rows keep the alignment of 16 bytes that TMA needs.
+PADDING_COLUMNS = 64
+PADDING_TOKENS = 3
+LAYERS_IN_POOL = 2
+_TOKEN_AXIS_OF_Q, _TOKEN_AXIS_OF_CACHE = 0, 1
+
+_SPARE_COLUMNS = 2  # of a poisoned block table, past the last page of the longest request
+_NOT_A_NUMBER = 0x7FFF  # bits, in bfloat16 and float16
+_INFINITY = {"bfloat16": 0x7F80, "float16": 0x7C00}
+_INFINITY_EVERY = 3  # values
+_INT32 = np.iinfo(np.int32)
+
+
+def build_case(spec: CaseSpec, library: ArrayLibrary = NUMPY) -> Case:
+    """The case that a spec describes: normal random values, pages in random order, poison if the spec asks for it."""
+    table, unused = deal_pages(spec)
+    q, cache = make_values(spec, library)
+    if spec.poison:
+        _poison_cache(cache, spec, table, unused, library)
+    return Case(
+        q=store_q(q, spec, library),
+        kv_cache=store_cache(cache, spec, library)[0],
+        block_table=library.upload(table),
+        cache_seqlens=library.upload(spec.kv_lengths.astype(np.int32)),
+        kv_lengths=spec.kv_lengths,
+        q_lengths=spec.q_lengths,
+        cu_seqlens_q=library.upload(spec.q_starts.astype(np.int32)) if spec.ragged else None,
+        head_dim_v=spec.latent_dim,
+        softmax_scale=spec.softmax_scale,
+        causal=spec.causal,
+        library=library,
+    )
+
+
+def deal_pages(spec: CaseSpec) -> tuple[Array, Array]:
+    """The block table [batch, columns] int32 on the host, and the pages of no request.
+
+    Past a request's last page the table has NO_PAGE, or poison.
+    """
+    rng = np.random.default_rng(spec.seed)
+    counts = spec.page_counts
+    used, total = int(counts.sum()), spec.num_pages
+    order = rng.permutation(total)
+    columns = max(int(counts.max(initial=0)) + _SPARE_COLUMNS * spec.poison, 1)
+    table = np.full((spec.batch, columns), NO_PAGE, dtype=np.int32)
+    if spec.poison:
+        table = rng.choice(np.array([NO_PAGE, total, _INT32.max, _INT32.min, *range(total)], np.int32), table.shape)
+    table[np.arange(columns) < counts[:, None]] = order[:used]
+    return table, order[used:]
+
+
+def make_values(spec: CaseSpec, library: ArrayLibrary) -> tuple[Any, Any]:
+    """q and cache, packed and contiguous."""
+    # Two streams of values from one seed: the query must not repeat the cache.
+    q = library.normal(spec.q_shape, spec.dtype, 2 * spec.seed)
+    return q, library.normal(spec.cache_shape, spec.dtype, 2 * spec.seed + 1)
+
+
+def store_q(packed: Any, spec: CaseSpec, library: ArrayLibrary) -> Any:
+    """A packed q as the spec stores it: itself, a view or a pair (latent, rope)."""
+    return _store(packed, spec, _TOKEN_AXIS_OF_Q, library, 1)[0]
+
+
+def store_cache(packed: Any, spec: CaseSpec, library: ArrayLibrary, copies: int = 1) -> list[Any]:
+    """Copies of a packed cache as the spec stores it; one that it stores as it is, is itself the first of them."""
+    return _store(packed, spec, _TOKEN_AXIS_OF_CACHE, library, copies)
+
+
+def _store(packed: Any, spec: CaseSpec, token_axis: int, library: ArrayLibrary, copies: int) -> list[Any]:
+    if spec.storage == SPLIT:
+        columns = slice(0, spec.latent_dim), slice(spec.latent_dim, None)
+        parts = [_copies(packed[..., part], spec, token_axis, library, copies) for part in columns]
+        return list(zip(*parts, strict=True))
+    if spec.padded or (spec.storage == STRIDED and token_axis == _TOKEN_AXIS_OF_CACHE):
+        return _copies(packed, spec, token_axis, library, copies)
+    return [packed, *_copies(packed, spec, token_axis, library, copies - 1)]
+
+
+def _copies(source: Any, spec: CaseSpec, token_axis: int, library: ArrayLibrary, copies: int) -> list[Any]:
+    """Views of one array that holds all copies, and poison between them."""
+    shape = list(source.shape)
+    cut: list[Any] = [slice(extent) for extent in shape]
+    if spec.padded:
+        shape[token_axis] += PADDING_TOKENS
+        shape[-1] += PADDING_COLUMNS
+    if spec.storage == STRIDED and token_axis == _TOKEN_AXIS_OF_CACHE:
+        shape.insert(1, LAYERS_IN_POOL)
+        cut.insert(1, 0)
+    memory = library.empty((copies, *shape), spec.dtype)
+    if shape != list(source.shape):
+        _poison(memory, spec, library)
+    views = [memory[(copy, *cut)] for copy in range(copies)]
+    for view in views:
+        library.assign(view, source)
+    return views
+
+
+def _poison_cache(packed: Any, spec: CaseSpec, table: Array, unused: Array, library: ArrayLibrary) -> None:
+    for row, length in zip(table, spec.lengths, strict=True):
+        pages, tokens = divmod(length, spec.page_size)
+        if tokens:
+            _poison(packed[int(row[pages]), tokens:], spec, library)
+    for page in unused:
+        _poison(packed[int(page)], spec, library)
+
+
+def _poison(target: Any, spec: CaseSpec, library: ArrayLibrary) -> None:
+    """Not-a-number, and infinities between."""
+    library.fill(target, _NOT_A_NUMBER)
+    library.fill(target[..., ::_INFINITY_EVERY], _INFINITY[spec.dtype])
