@@ -1,7 +1,8 @@
 """Multi-head latent attention (MLA) decoding on NVIDIA Hopper GPUs, compiled at run time."""
 
+from .cache.allocator import OutOfPagesError, OutOfRequestsError
 from .cache.append import append_tokens
-from .cache.paged import OutOfPagesError, OutOfRequestsError, PagedKVCache
+from .cache.paged import PagedKVCache
 from .decode.dense import mla_decode, plan_decode
 from .decode.merge import merge_states
 from .decode.plan import DecodePlan

@@ -13,8 +13,10 @@ from hypothesis import settings
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 from test_cache_ops import GPU_WIDTHS, LATENT, ROPE, WIDTH, to_device, to_host
 
-from cupy_mla.cache.paged import OutOfPagesError, OutOfRequestsError, PagedKVCache
+from cupy_mla.cache.allocator import OutOfPagesError, OutOfRequestsError
+from cupy_mla.cache.paged import PagedKVCache
 from cupy_mla.errors import InvalidArgumentError, MlaError
+from cupy_mla.layouts import BF16
 
 
 def random_rows(rng: np.random.Generator, num_tokens: int, width: int = WIDTH, dtype: Any = np.float16) -> Any:
@@ -91,7 +93,7 @@ class CacheMachine(RuleBasedStateMachine):
     def pages_needed(self, requests: list[int], counts: list[int]) -> int:
         """New pages, and a copy for every writer but the last holder of a shared, partly filled page."""
         needed = 0
-        references = self.cache._references.tolist()
+        references = self.cache._allocator.references.tolist()
         for request, count in zip(requests, counts, strict=True):
             length = len(self.model[request])
             needed += -(-(length + count) // self.cache.page_size) - -(-length // self.cache.page_size)
@@ -141,7 +143,7 @@ class CacheMachine(RuleBasedStateMachine):
             table[: -(-int(length) // cache.page_size)].tolist()
             for table, length in zip(cache.block_table(), lengths, strict=True)
         ]
-        return lengths.tolist(), tables, sorted(cache._free_pages), cache._references.tolist()
+        return lengths.tolist(), tables, sorted(cache._allocator.free_pages), cache._allocator.references.tolist()
 
     @invariant()
     def tokens_are_right(self) -> None:
@@ -274,12 +276,28 @@ def test_counts_of_a_narrow_type_do_not_wrap() -> None:
         ("latent_dim", "12"),
         ("max_pages_per_seq", 2.5),
         ("dtype", "float64"),
+        ("layout", "fp8"),
+        ("layout", "fp8_ds_mla"),  # no kernel reads it yet
+        ("layout", "fp16"),  # beside the type that is given
         ("device", "tpu"),
     ],
 )
 def test_a_bad_setting_is_named(argument: str, value: Any) -> None:
     with pytest.raises(InvalidArgumentError, match=f"^{argument}: "):
         small_cache(**{argument: value})
+
+
+@pytest.mark.parametrize(("layout", "dtype"), [("fp16", "float16"), (BF16, "bfloat16"), (None, "bfloat16")])
+def test_a_layout_says_the_type(layout: Any, dtype: str) -> None:
+    cache = PagedKVCache(num_pages=2, page_size=4, layout=layout)
+    assert (cache.dtype, cache.kv_cache.dtype.name, cache.layout.dtype) == (dtype, dtype, dtype)
+    assert cache.kv_cache.shape == (2, 4, 1, 576)
+
+
+def test_a_quantised_layout_is_not_served_yet() -> None:
+    for name in ("fp8_e4m3", "fp4_v41"):
+        with pytest.raises(InvalidArgumentError, match=f"layout: .* bf16 or fp16, got {name}, which no kernel"):
+            PagedKVCache(num_pages=2, layout=name)
 
 
 def test_bad_calls_change_nothing() -> None:

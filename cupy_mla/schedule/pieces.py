@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import bisect
 from dataclasses import dataclass
+from typing import overload
 
 import numpy as np
 import numpy.typing as npt
@@ -37,8 +38,12 @@ _PACKED_STEP = TILE_COST // 4
 Int64Array = npt.NDArray[np.int64]
 
 
-def ceil_div(a: int, b: int) -> int:
-    """The quotient of two non-negative integers, rounded up."""
+@overload
+def ceil_div(a: int, b: int) -> int: ...
+@overload
+def ceil_div(a: Int64Array, b: int) -> Int64Array: ...
+def ceil_div(a: int | Int64Array, b: int) -> int | Int64Array:
+    """The quotient of two non-negative integers, or of each of an array and one, rounded up."""
     return -(-a // b)
 
 
