@@ -43,8 +43,6 @@ public:
     }
 
 private:
-    static constexpr i32 kPrefetchedTiles = 2;
-
     // Lane l holds the pages of chunks l, l + 32, ... of a tile.
     static constexpr u32 kChunksPerLane = (kChunks + kWarpThreads - 1) / kWarpThreads;
     struct Pages {

@@ -3,11 +3,9 @@
 //   warp 4     producer: asks TMA for KV boxes, as far ahead as the ring reaches
 #include "decode/entry.h"
 #include "decode/narrow/load.h"
-#include "decode/narrow/math.h"
+#include "decode/narrow/consumer.h"
 
 namespace mla {
-
-constexpr u32 kThreads = kConsumerThreads + kWarpThreads;
 
 // By one thread: a lane for each slot, each with its fence, takes 0.5 us longer.
 MLA_DEVICE void initialise_barriers(u32 smem) {

@@ -1,27 +1,16 @@
 // Shared memory of the narrow kernel. cupy_mla/kernels adds up the same sizes and passes the total.
 #pragma once
 #include "decode/claim.h"
-#include "decode/config.h"
+#include "decode/narrow/schedule.h"
+#include "decode/narrow/swapped.h"
 
 namespace mla {
 
-static_assert(kRows == 16 || kRows == 32, "the narrow kernel serves 16 or 32 query rows");
-
-constexpr u32 kConsumerThreads = kWarpgroupThreads;
-constexpr u32 kConsumerWarps = kConsumerThreads / kWarpThreads;
-constexpr u32 kTileBoxes = kLatentBoxes + kRopeBoxes;  // a KV tile: its latent boxes, then its rope boxes
 static_assert(kTileBoxes <= kWarpThreads, "one lane per box of a tile waits for and releases slots");
-
-// Q, P and the output lie as boxes of [kRows][64] values: kRows rows of 128 bytes, 128-byte swizzle.
-constexpr u32 kRowBoxBytes = kRows * kBoxRowBytes;
-
-// Less what another CTA takes besides its own: so a CTA of the merge fits beside this one, and each of the two kernels can
-// start while the other still runs.
-constexpr u32 kSharedBytes = kMaxSharedBytes - kCtaSharedBytes;
 
 struct NarrowSmem {
     static constexpr u32 query_bytes = kTileBoxes * kRowBoxBytes;
-    static constexpr u32 probability_bytes = 2 * kRowBoxBytes;  // P^T [kRows][64 tokens], tiles alternate
+    static constexpr u32 probability_bytes = kProbabilityBuffers * kRowBoxBytes;  // P^T [kRows][64 tokens]
     static constexpr u32 exchange_bytes = kConsumerWarps * kRows * sizeof(f32);
     static constexpr u32 slot_bytes = kBoxBytes + 2 * sizeof(u64);  // a KV box and its two barriers
     static constexpr u32 slots = (kSharedBytes - query_bytes - probability_bytes - exchange_bytes - kClaimBytes) / slot_bytes;
@@ -70,8 +59,5 @@ MLA_DEVICE u32 full_barrier(u32 smem, u32 slot) { return smem + NarrowSmem::full
 MLA_DEVICE u32 empty_barrier(u32 smem, u32 slot) { return smem + NarrowSmem::empty + slot * sizeof(u64); }
 constexpr u32 kFullArrivals = 1;
 constexpr u32 kEmptyArrivals = kConsumerWarps;
-
-// Named barrier of the consumer warpgroup (all 128 threads arrive and wait); where it is used says what it orders.
-constexpr u32 kConsumerBarrier = 1;
 
 }  // namespace mla

@@ -1,7 +1,7 @@
-// How the consumer warpgroup of the narrow kernel moves whole query rows between global memory and boxes of [kRows][64].
+// How the warpgroup that multiplies with swapped operands moves whole query rows between global memory and boxes of [kRows][64].
 // Eight threads share a row: 16 bytes each, 128 contiguous bytes per box, free of bank conflicts in the swizzled box.
 #pragma once
-#include "decode/narrow/smem.h"
+#include "decode/narrow/swapped.h"
 #include "decode/rows.h"
 #include "ptx/convert.h"
 #include "ptx/mbarrier.h"
@@ -11,7 +11,7 @@ namespace mla {
 
 constexpr u32 kChunkColumns = 8;  // 16-bit values in 16 bytes
 constexpr u32 kChunksPerBoxRow = kBoxColumns / kChunkColumns;
-constexpr u32 kRowsPerPass = kConsumerThreads / kChunksPerBoxRow;
+constexpr u32 kRowsPerPass = kWarpgroupThreads / kChunksPerBoxRow;
 constexpr u32 kRowPasses = kRows / kRowsPerPass;
 
 MLA_DEVICE uint4 load_shared_16b(u32 address) {
@@ -86,6 +86,23 @@ MLA_DEVICE void store_staged_output(const DecodeParams& params, const BlockWork&
 
 MLA_DEVICE void store_lse(const DecodeParams& params, const BlockWork& work, i32 row, float lse) {
     if (row_exists(work, row)) *lse_row(params, work, row) = lse;
+}
+
+// Straight from the fragments into a float32 partial result: eight lanes write 32 bytes of a row.
+MLA_DEVICE void store_float_partial(const DecodeParams& params, const BlockWork& work, u32 warp, u32 lane,
+                                    const float (&output)[kLatentBoxes][kFragment]) {
+    f32* const column = partial_row<f32>(params, work, 0) + warp * kWarpTokens + lane / 4;
+#pragma unroll
+    for (u32 i = 0; i < kThreadRows; ++i) {
+        const i32 row = row_of_lane(lane, i);
+        if (!row_exists(work, row)) continue;
+        f32* const destination = column + row * static_cast<i32>(kLatent);
+#pragma unroll
+        for (u32 box = 0; box < kLatentBoxes; ++box) {
+            destination[box * kBoxColumns] = output[box][row_element(i)];
+            destination[box * kBoxColumns + 8] = output[box][row_element(i) + 2];
+        }
+    }
 }
 
 // No key is visible to any row: out = 0, lse = -inf or what the user asked for. Only a whole job is without tiles.

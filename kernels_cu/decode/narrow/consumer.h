@@ -1,33 +1,15 @@
-// The consumer warpgroup of the narrow kernel: S^T = K Q^T for one tile, softmax, O^T += V^T P^T, then the next tile.
-//
-// Operands are swapped: tokens (or latent columns) along M, query rows along N, so 16 rows cost 16 rows of arithmetic.
-// In a fragment a thread holds, for each 8 query rows along N, two neighbouring ones at two places along M. The rows it
-// holds are the same for S^T and every O^T: maximum, sum and rescale factors of a row stay in its registers. What must
-// cross lanes and warps (a row's 64 tokens are spread over all of them) does so only when a maximum moves and at the end.
+// The consumer warpgroup of the narrow kernel: S^T = K Q^T for one tile, softmax, O^T += V^T P^T, then the next tile;
+// swapped.h has the arithmetic.
 #pragma once
-#include "core/quad.h"
-#include "core/softmax.h"
 #include "decode/masks.h"
 #include "decode/narrow/smem.h"
 #include "decode/narrow/store.h"
+#include "decode/narrow/swapped.h"
 #include "ptx/mbarrier.h"
 #include "ptx/warp.h"
 #include "ptx/wgmma.h"
 
 namespace mla {
-
-constexpr u32 kFragment = kRows / 2;    // accumulators a thread holds of a 64 x kRows tile
-constexpr u32 kThreadRows = kRows / 4;  // query rows among them
-constexpr u32 kStepTokens = 16;         // k16 steps of PV run over tokens
-constexpr u32 kWarpTokens = 16;         // rows along M of a warp's share
-constexpr u32 kBoxSteps = kBoxRowBytes / kStepBytes;
-
-// V^T as M-major A operand: one box is 64 latent columns, all of M, so the leading offset is not used.
-constexpr u64 kValueBox = encode_descriptor(16, kSwizzleAtomBytes, kSwizzle128B);
-
-// Where a thread's row `i` lies: its first accumulator (the one 8 further along M is 2 further), and its row in the block.
-MLA_DEVICE constexpr u32 row_element(u32 i) { return i / 2 * 4 + i % 2; }
-MLA_DEVICE u32 row_of_lane(u32 lane, u32 i) { return i / 2 * 8 + lane % 4 * 2 + i % 2; }
 
 class ConsumerRole {
 public:
@@ -61,19 +43,6 @@ public:
     }
 
 private:
-    // Of the thread's rows. The maximum is the same in all threads that hold the row; the sum covers the thread's tokens.
-    struct RowStatistics {
-        float maximum[kThreadRows];
-        float sum[kThreadRows];
-        MLA_DEVICE RowStatistics() {
-#pragma unroll
-            for (u32 i = 0; i < kThreadRows; ++i) {
-                maximum[i] = minus_infinity();
-                sum[i] = 0.0f;
-            }
-        }
-    };
-
     MLA_DEVICE void barrier() const { named_barrier_sync(kConsumerBarrier, kConsumerThreads); }
 
     MLA_DEVICE void load_query(const BlockWork& work) {
@@ -95,11 +64,7 @@ private:
             const BoxRing::Slot slot = ring_.slot(box);
             mbarrier_wait(full_barrier(smem_, slot.index), slot.parity);
             wgmma_fence();
-            const u64 k = descriptor_at(kBoxKMajor, box_address(smem_, slot.index));
-#pragma unroll
-            for (u32 step = 0; step < kBoxSteps; ++step)
-                wgmma_ss<Operand, 0, 0>(scores, k + descriptor_offset(step * kStepBytes),
-                                        q + descriptor_offset(box * kRowBoxBytes + step * kStepBytes), box + step > 0);
+            multiply_box(box, box_address(smem_, slot.index), q, scores);
         }
         wgmma_commit();
     }
@@ -171,16 +136,7 @@ private:
 
     MLA_DEVICE void store_probabilities(const float (&scores)[kFragment], const RowStatistics& rows,
                                         float (&probabilities)[kFragment]) const {
-#pragma unroll
-        for (u32 i = 0; i < kThreadRows; ++i) {
-            // A row that has seen no key: its scores are -inf, and -inf - -inf would be NaN.
-            const float shift = rows.maximum[i] == minus_infinity() ? 0.0f : rows.maximum[i];
-#pragma unroll
-            for (u32 half = 0; half < 2; ++half) {
-                const u32 element = row_element(i) + half * 2;
-                probabilities[element] = fast_exp2(scores[element] - shift);
-            }
-        }
+        exponentiate(scores, rows, probabilities);
         store_fragment_transposed<Operand>(probability_buffer(), warp_, lane_, probabilities);
         fence_async_proxy();
     }
@@ -188,51 +144,14 @@ private:
     // Moves the maxima of the rows whose tile maximum is above the threshold; factor = 2^(old - new), 1 if it stays.
     MLA_DEVICE void raise_maxima(const float (&scores)[kFragment], RowStatistics& rows, float (&factor)[kThreadRows]) const {
         float tile_maximum[kThreadRows];
-#pragma unroll
-        for (u32 i = 0; i < kThreadRows; ++i) tile_maximum[i] = fmaxf(scores[row_element(i)], scores[row_element(i) + 2]);
+        column_maxima(scores, tile_maximum);
         across_warps(tile_maximum, [](float a, float b) { return fmaxf(a, b); });
-#pragma unroll
-        for (u32 i = 0; i < kThreadRows; ++i) {
-            factor[i] = 1.0f;
-            if (tile_maximum[i] > rows.maximum[i] + kRescaleThreshold) {
-                factor[i] = fast_exp2(rows.maximum[i] - tile_maximum[i]);
-                rows.maximum[i] = tile_maximum[i];
-            }
-        }
+        rows.raise(tile_maximum, factor);
     }
 
-    // Reduces each row's value over all threads that hold the row, in a fixed order. One barrier inside; another one must
-    // follow before the next call, so that all have read.
     template <class Reduce>
     MLA_DEVICE void across_warps(float (&values)[kThreadRows], Reduce reduce) const {
-        const u32 exchange = smem_ + NarrowSmem::exchange;
-#pragma unroll
-        for (u32 i = 0; i < kThreadRows; ++i) {
-#pragma unroll
-            for (u32 distance = 4; distance < kWarpThreads; distance *= 2)
-                values[i] = reduce(values[i], __shfl_xor_sync(kFullWarp, values[i], distance));
-            if (lane_ < 4) store_shared_f32(exchange + (warp_ * kRows + row_of_lane(lane_, i)) * sizeof(f32), values[i]);
-        }
-        barrier();  // every warp's value of every row is there
-#pragma unroll
-        for (u32 i = 0; i < kThreadRows; ++i) {
-            const u32 address = exchange + row_of_lane(lane_, i) * sizeof(f32);
-            values[i] = load_shared_f32(address);
-#pragma unroll
-            for (u32 warp = 1; warp < kConsumerWarps; ++warp)
-                values[i] = reduce(values[i], load_shared_f32(address + warp * kRows * sizeof(f32)));
-        }
-    }
-
-    MLA_DEVICE static void rescale(const float (&factor)[kThreadRows], float (&output)[kLatentBoxes][kFragment]) {
-#pragma unroll
-        for (u32 box = 0; box < kLatentBoxes; ++box) {
-#pragma unroll
-            for (u32 i = 0; i < kThreadRows; ++i) {
-                output[box][row_element(i)] *= factor[i];
-                output[box][row_element(i) + 2] *= factor[i];
-            }
-        }
+        reduce_across_warps(smem_ + NarrowSmem::exchange, warp_, lane_, kConsumerBarrier, values, reduce);
     }
 
     // O^T += V^T P^T of the tile at ring_: one box of V is one M block of O^T.
@@ -243,11 +162,7 @@ private:
         wgmma_fence();
 #pragma unroll
         for (u32 box = 0; box < kLatentBoxes; ++box) {
-            const u64 v = descriptor_at(kValueBox, box_address(smem_, ring_.slot(box).index));
-#pragma unroll
-            for (u32 step = 0; step < kTileTokens / kStepTokens; ++step)
-                wgmma_ss<Operand, 1, 0>(output[box], v + descriptor_offset(step * kStepTokens * kBoxRowBytes),
-                                        p + descriptor_offset(step * kStepBytes), accumulate || step > 0);
+            accumulate_box(box_address(smem_, ring_.slot(box).index), p, accumulate, output[box]);
         }
         wgmma_commit();
     }
@@ -275,7 +190,7 @@ private:
         for (u32 i = 0; i < kThreadRows; ++i) inverse[i] = sum[i] == 0.0f ? 0.0f : 1.0f / sum[i];
         rescale(inverse, output);
         if (kPartialIsFloat && work.is_partial()) {
-            store_float_partial(work, output);
+            store_float_partial(params_, work, warp_, lane_, output);
             barrier();  // all have read the sums of across_warps
         } else {
             const u32 staged = smem_ + NarrowSmem::query;
@@ -289,22 +204,6 @@ private:
         for (u32 i = 0; i < kThreadRows; ++i) {
             if (i % kConsumerWarps != warp_ || lane_ >= 4) continue;  // all warps know all rows: each writes some
             store_lse(params_, work, row_of_lane(lane_, i), lse_of(params_, work, rows.maximum[i], sum[i]));
-        }
-    }
-
-    // Straight from the fragments: eight lanes write 32 bytes of a row.
-    MLA_DEVICE void store_float_partial(const BlockWork& work, const float (&output)[kLatentBoxes][kFragment]) const {
-        f32* const column = partial_row<f32>(params_, work, 0) + warp_ * kWarpTokens + lane_ / 4;
-#pragma unroll
-        for (u32 i = 0; i < kThreadRows; ++i) {
-            const i32 row = row_of_lane(lane_, i);
-            if (!row_exists(work, row)) continue;
-            f32* const destination = column + row * static_cast<i32>(kLatent);
-#pragma unroll
-            for (u32 box = 0; box < kLatentBoxes; ++box) {
-                destination[box * kBoxColumns] = output[box][row_element(i)];
-                destination[box * kBoxColumns + 8] = output[box][row_element(i) + 2];
-            }
         }
     }
 
