@@ -8,6 +8,7 @@ import importlib.util
 import os
 import re
 import shlex
+import statistics
 import subprocess
 import sys
 from pathlib import Path
@@ -27,7 +28,8 @@ from cupy_mla.lab.cases import TENSORS
 from cupy_mla.lab.spec import CaseSpec
 
 ROOT = Path(__file__).resolve().parent.parent
-PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md"]
+DOCS = ROOT / "cupy_mla" / "docs"
+PAGES = [*(ROOT / f"{name}.md" for name in ("README", "CONTRIBUTING", "CHANGELOG")), *sorted(DOCS.glob("*.md"))]
 TEXTS = {page: page.read_text(encoding="utf-8") for page in PAGES}
 TEXT = "\n".join(TEXTS.values())
 PROJECT = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
@@ -35,11 +37,12 @@ CI = ROOT / ".ci" / "run"  # not in a source distribution
 
 # Each starts with a comment that says what it is.
 EXAMPLES = dict(re.findall(r"```python\n# ([^\n]+)\n(.*?)```", TEXT, re.DOTALL))
-TITLES = ["torch", "torch.compile", "JAX", "CuPy", "NumPy", "FlashMLA", "benchmark", "paged cache"]
+TITLES = {"torch", "torch.compile", "JAX", "CuPy", "NumPy", "FlashMLA", "benchmark", "paged cache"}
 
 PROGRAMS = ("cupy-mla", "./scripts/", ".ci/run", "python ", ".venv/bin/python ", "pip ", "jupyter ")
 NEED_A_GPU = ("./scripts/gpu_round.sh",)
 VARIABLE = re.compile(r"[A-Z_]+=\S*$")
+FIGURES = ROOT / "scripts" / "figures"
 CASE_FILE, EARLIER_RUN = "case.npz", "before.json"  # what the commands find in their folder
 
 # What makes a command small: values in place of those given, and more arguments.
@@ -73,7 +76,7 @@ COMMANDS = commands()
 
 
 def test_there_are_examples() -> None:
-    assert list(EXAMPLES) == TITLES
+    assert EXAMPLES.keys() == TITLES
     assert TEXT.count("```python") == len(TITLES)
 
 
@@ -93,7 +96,7 @@ def test_example_runs(title: str, monkeypatch: pytest.MonkeyPatch) -> None:
     if reason is not None:
         code = code.replace('device="cuda"', 'device="cpu"')
     namespace: dict[str, Any] = {}
-    exec(compile(code, f"README.md, {title}", "exec"), namespace)
+    exec(compile(code, f"the example {title}", "exec"), namespace)
     if title == "benchmark":
         assert len(namespace["results"].rows) == 4
         assert not namespace["results"].failed
@@ -182,7 +185,12 @@ def check_pip(arguments: list[str]) -> None:
 
 
 def check_python_script(path: Path, arguments: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    """Its arguments are taken; test_bench.py runs tune.py in small form, the test below host_cost.py."""
+    """Its arguments are taken; test_tune.py runs tune.py in small form, the tests below the others."""
+    monkeypatch.chdir(ROOT)
+    load_script(path, monkeypatch).main.make_context(path.name, list(arguments))
+
+
+def load_script(path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
     monkeypatch.syspath_prepend(path.parent)
     spec = importlib.util.spec_from_file_location(path.stem, path)
     assert spec is not None
@@ -190,7 +198,7 @@ def check_python_script(path: Path, arguments: list[str], monkeypatch: pytest.Mo
     script = importlib.util.module_from_spec(spec)
     monkeypatch.setitem(sys.modules, path.stem, script)  # its dataclasses look for it there
     spec.loader.exec_module(script)
-    script.main.make_context(path.name, list(arguments))
+    return script
 
 
 def test_host_cost_runs() -> None:
@@ -200,6 +208,31 @@ def test_host_cost_runs() -> None:
     command = [sys.executable, str(ROOT / "scripts" / "host_cost.py")]
     output = subprocess.run(command, check=True, capture_output=True, text=True).stdout
     assert "mla_decode, plan and outputs given" in output.splitlines()[-1]
+
+
+def test_the_first_number_is_that_of_the_figures(monkeypatch: pytest.MonkeyPatch) -> None:
+    by_heads = load_script(ROOT / "scripts" / "draw_speedup.py", monkeypatch).read_speedups(FIGURES / "scaling.csv")
+    lines = [by_tokens for by_batch in by_heads.values() for by_tokens in by_batch.values()]
+    speedups = [speedup for line in lines for speedup in line.values()]
+    words = " ".join(TEXTS[PAGES[0]].split())
+    assert f"**{statistics.median(speedups):.2f} times as fast as" in words
+    assert f"at the median of {len(speedups)} cases" in words
+    assert f"({min(speedups):.2f} to {max(speedups):.2f} times;" in words
+
+
+def test_the_first_picture_is_drawn(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("matplotlib")
+    picture = tmp_path / "speedup.png"
+    main = load_script(ROOT / "scripts" / "draw_speedup.py", monkeypatch).main
+    result = CliRunner().invoke(main, [str(FIGURES / "scaling.csv"), str(picture)])
+    assert result.exit_code == 0, result.output
+    assert picture.stat().st_size > 10_000
+    alone = tmp_path / "alone.csv"  # a run without peers has nothing to be compared with
+    lines = (FIGURES / "scaling.csv").read_text(encoding="utf-8").splitlines(keepends=True)
+    alone.write_text("".join(line for line in lines if "cupy-mla" in line or line == lines[0]), encoding="utf-8")
+    result = CliRunner().invoke(main, [str(alone), str(picture)])
+    assert result.exit_code == 1
+    assert "no case that another implementation has run" in result.output
 
 
 def parse(arguments: list[str]) -> None:
@@ -247,7 +280,7 @@ def section(title: str) -> str:
 
 
 def test_every_extra_is_listed() -> None:
-    rows = re.findall(r"^\| (`[^|]+) \|", section("Install"), re.MULTILINE)
+    rows = re.findall(r"^\| (`[^|]+) \|", section("Extras"), re.MULTILINE)
     assert sorted(name for row in rows for name in re.findall(r"`(\w+)`", row)) == sorted(extras())
 
 
@@ -264,7 +297,7 @@ def anchors(page: Path) -> set[str]:
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_links_lead_somewhere(page: Path) -> None:
-    links = [link for link in re.findall(r"\]\((\S+)\)", TEXTS[page]) if not link.startswith("https://")]
+    links = [link for link in re.findall(r"\]\(([^\s)]+)\)", TEXTS[page]) if not link.startswith("https://")]
     assert links or page.name == "CHANGELOG.md"
     for link in links:
         path, _, anchor = link.partition("#")
