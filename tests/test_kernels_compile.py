@@ -13,12 +13,16 @@ from concurrent.futures import Future, ProcessPoolExecutor
 
 import pytest
 
+from cupy_mla.gpu import hopper
 from cupy_mla.gpu.jit import compiler
 from cupy_mla.gpu.jit.compiler import CompiledKernel
 from cupy_mla.gpu.jit.module import get_cubin
 from cupy_mla.gpu.jit.source import kernels_root
-from cupy_mla.kernels.catalogue import all_kernels
-from cupy_mla.kernels.configs import KernelConfig, standard_configs
+from cupy_mla.kernels.catalogue import all_kernels, standard_configs
+from cupy_mla.kernels.family import KernelConfig
+from cupy_mla.kernels.narrow import NARROW16, NARROW32
+from cupy_mla.kernels.wide import WIDE64
+from cupy_mla.schedule.pieces import ceil_div
 
 needs_nvrtc = pytest.mark.skipif(
     compiler.why_unavailable() is not None, reason=f"no compiler: {compiler.why_unavailable()}"
@@ -26,17 +30,18 @@ needs_nvrtc = pytest.mark.skipif(
 
 # What a GPU compiles when it meets them: the ends of what `describe_decode` lets pass.
 OTHER_CONFIGS = [
-    KernelConfig(kernel, rows, latent, rope, "bfloat16", 64, True)
-    for kernel, rows, latent, rope in (
-        ("wide", 64, 128, 64),
-        ("wide", 64, 256, 0),
-        ("narrow", 16, 64, 0),
-        ("narrow", 16, 512, 512),
-        ("narrow", 32, 64, 960),
-        ("narrow", 32, 384, 64),
-        ("narrow", 32, 512, 512),
+    KernelConfig(family, latent, rope, "bfloat16", 64, True)
+    for family, latent, rope in (
+        (WIDE64, 128, 64),
+        (WIDE64, 256, 0),
+        (NARROW16, 64, 0),
+        (NARROW16, 512, 512),
+        (NARROW32, 64, 960),
+        (NARROW32, 384, 64),
+        (NARROW32, 512, 512),
     )
 ]
+CONFIGS = {config.name: config for config in [*standard_configs(), *OTHER_CONFIGS]}
 SOURCES = {kernel.name: kernel.source for kernel in all_kernels()} | {c.name: c.source() for c in OTHER_CONFIGS}
 
 
@@ -54,6 +59,9 @@ def test_kernel_compiles_cleanly(name: str, compilations: Mapping[str, Future[Co
     kernel = compilations[name].result()
     assert kernel.problems == ()
     assert kernel.warnings == ()
+    if config := CONFIGS.get(name):
+        of_thread = ceil_div(kernel.usage.registers, hopper.REGISTER_UNIT) * hopper.REGISTER_UNIT
+        assert of_thread * config.threads <= config.registers
 
 
 def test_every_standard_configuration_is_compiled() -> None:

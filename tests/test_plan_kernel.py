@@ -17,7 +17,7 @@ from cupy_mla.kernels import combine, planner, structs
 from cupy_mla.schedule import make as schedule
 from cupy_mla.schedule import pieces
 from cupy_mla.schedule.make import Schedule, make_schedule
-from cupy_mla.schedule.pieces import CostModel
+from cupy_mla.schedule.pieces import PieceCosts
 
 pytestmark = needs_compiler
 
@@ -44,14 +44,14 @@ def test_lists_are_equal(case: Case, reverse: bool) -> None:
 @pytest.mark.parametrize("packs", [False, True])
 @pytest.mark.parametrize("batch", [1, 20, 66, 128, 256, 257, 1024, MANY_JOBS])
 def test_lists_are_equal_at_full_size(batch: int, packs: bool, fixed_split_tokens: int | None, reverse: bool) -> None:
-    shape = dense(batch, fixed_split_tokens=fixed_split_tokens, cost=CostModel(packs=packs))
+    shape = dense(batch, fixed_split_tokens=fixed_split_tokens, cost=PieceCosts(packs=packs))
     lengths = np.random.default_rng(batch).integers(0, 32768, batch)
     assert_same(run_plan(shape, lengths, reverse=reverse), make_schedule(shape, lengths))
 
 
 def test_long_requests_and_large_overheads() -> None:
     """More candidates than threads, and fixed pieces so long that the search takes several rounds."""
-    cost = CostModel(piece_overhead=300, split_overhead=900, merge_overhead=1000)
+    cost = PieceCosts(piece_overhead=300, split_overhead=900, merge_overhead=1000)
     lengths = [2**20, 77, 300_000, 0, 2**19]
     packing = dense(5, num_parts=3, cost=dataclasses.replace(cost, packs=True))
     assert_same(run_plan(packing, lengths), make_schedule(packing, lengths))

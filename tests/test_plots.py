@@ -18,7 +18,7 @@ from cupy_mla.bench.plots import write_plots
 from cupy_mla.errors import InvalidArgumentError, MissingDependencyError
 from cupy_mla.schedule.make import WHOLE_JOB, ScheduleShape, make_schedule
 from cupy_mla.schedule.picture import draw_schedule
-from cupy_mla.schedule.pieces import TILE_COST, CostModel
+from cupy_mla.schedule.pieces import TILE_COST, PieceCosts
 from cupy_mla.shown.drawing import format_tokens, make_figure
 
 pytest.importorskip("matplotlib", reason="matplotlib (extra: plot) is not installed")
@@ -182,9 +182,9 @@ SHAPE = ScheduleShape(
 LENGTHS = np.array([4000, 64, 0, 700, 1500])
 
 
-@pytest.mark.parametrize("cost", [CostModel(), CostModel(64, 80, 16)])
+@pytest.mark.parametrize("cost", [PieceCosts(), PieceCosts(64, 80, 16)])
 @pytest.mark.parametrize("fixed_split_tokens", [None, 512])
-def test_a_schedule_s_bars_are_its_pieces(axes: Any, fixed_split_tokens: int | None, cost: CostModel) -> None:
+def test_a_schedule_s_bars_are_its_pieces(axes: Any, fixed_split_tokens: int | None, cost: PieceCosts) -> None:
     shape = replace(SHAPE, fixed_split_tokens=fixed_split_tokens, cost=cost)
     schedule = make_schedule(shape, LENGTHS)
     draw_schedule(axes, schedule, shape)

@@ -12,12 +12,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cupy_mla.errors import InvalidArgumentError
-from cupy_mla.kernels import configs
+from cupy_mla.kernels import family
+from cupy_mla.kernels.narrow import NARROW16
 from cupy_mla.lab.lengths import mid_decode_lengths, read_lengths, shipped_lengths
 from cupy_mla.schedule import make as schedule
 from cupy_mla.schedule import pieces
 from cupy_mla.schedule.make import Schedule, ScheduleShape, choose_parts, make_schedule
-from cupy_mla.schedule.pieces import TILE_COST, TILE_TOKENS, CostModel
+from cupy_mla.schedule.pieces import TILE_COST, TILE_TOKENS, PieceCosts
 from cupy_mla.schedule.text import draw_schedule
 
 WHOLE = schedule.WHOLE_JOB
@@ -32,7 +33,7 @@ class Case:
     offsets: list[int] | None
 
     @property
-    def cost(self) -> CostModel:
+    def cost(self) -> PieceCosts:
         return self.shape.cost
 
     def make(self) -> Schedule:
@@ -64,7 +65,7 @@ def cases(draw: st.DrawFn, fixed: bool | None = None) -> Case:
         ragged=ragged,
         fixed_split_tokens=draw(st.sampled_from([64, 192, 2048])) if use_fixed else None,
         total_q=None if offsets is None else offsets[-1],
-        cost=CostModel(piece, piece + draw(st.integers(0, 60)), draw(st.integers(0, 40)), draw(st.booleans())),
+        cost=PieceCosts(piece, piece + draw(st.integers(0, 60)), draw(st.integers(0, 40)), draw(st.booleans())),
     )
     lengths = draw(st.lists(st.integers(-2, max_seqlen_k + 70), min_size=batch, max_size=batch))
     return Case(shape, lengths, offsets)
@@ -87,7 +88,7 @@ def visible_tiles(case: Case, request: int, first_row: int) -> int:
     return (max(keys) // TILE_TOKENS + 1) if keys else 0
 
 
-def part_costs(plan: Schedule, cost: CostModel) -> list[int]:
+def part_costs(plan: Schedule, cost: PieceCosts) -> list[int]:
     costs = []
     for begin, end in zip(plan.part_begin[:-1], plan.part_begin[1:], strict=True):
         items = plan.items[begin:end]
@@ -253,8 +254,7 @@ def test_equal_lengths(batch: int, tiles: int, items: int, tiles_of_piece: int) 
 @pytest.mark.parametrize(("batch", "tiles", "items"), [(1, 2, 1), (1, 3, 3), (32, 3, 96), (64, 2, 64), (64, 3, 64)])
 def test_short_requests_are_cut_for_16_rows_where_that_is_faster(batch: int, tiles: int, items: int) -> None:
     """Measured; kernels_cu/DESIGN.md has the times."""
-    cost = configs.KernelConfig("narrow", 16, 512, 64, "bfloat16", 64, False).cost
-    assert len(make_schedule(dense(batch, cost=cost), [tiles * TILE_TOKENS] * batch).items) == items
+    assert len(make_schedule(dense(batch, cost=NARROW16.cost.pieces), [tiles * TILE_TOKENS] * batch).items) == items
 
 
 def test_real_lengths_are_balanced() -> None:
@@ -271,7 +271,7 @@ def test_packing_cuts_fewer_jobs_and_balances_better(batch: int) -> None:
     """Of real lengths, on 66 parts as with 128 heads."""
     lengths = mid_decode_lengths(read_lengths(shipped_lengths()), batch, 0)
     in_order, packed = (
-        make_schedule(dense(batch, num_parts=66, cost=CostModel(4 * TILE_COST, 5 * TILE_COST, packs=packs)), lengths)
+        make_schedule(dense(batch, num_parts=66, cost=PieceCosts(4 * TILE_COST, 5 * TILE_COST, packs=packs)), lengths)
         for packs in (False, True)
     )
     assert len(packed.merges) < len(in_order.merges) / 2
@@ -347,13 +347,13 @@ def test_bad_arrays_and_costs_are_refused() -> None:
     with pytest.raises(InvalidArgumentError, match="cu_seqlens_q"):
         make_schedule(dense(2, ragged=True, total_q=2), [1, 1], [0, 1])
     with pytest.raises(InvalidArgumentError, match="cost"):
-        CostModel(piece_overhead=5, split_overhead=4)
+        PieceCosts(piece_overhead=5, split_overhead=4)
     with pytest.raises(InvalidArgumentError, match="num_sms"):
         choose_parts(0, 1)
 
 
 def test_tiles_are_the_kernels_tiles() -> None:
-    assert schedule.TILE_TOKENS == configs.TILE_TOKENS
+    assert schedule.TILE_TOKENS == family.TILE_TOKENS
 
 
 def test_picture_of_a_schedule() -> None:
@@ -370,7 +370,7 @@ def test_picture_of_a_schedule() -> None:
 
 def test_a_picture_counts_what_pieces_cost_in_its_shape() -> None:
     """Parts that are all as full as the fullest are drawn over the whole width, whatever the overheads."""
-    for cost in (CostModel(), CostModel(64, 80, 16)):
+    for cost in (PieceCosts(), PieceCosts(64, 80, 16)):
         shape = dense(4, num_parts=4, cost=cost)
         text = draw_schedule(make_schedule(shape, [640] * 4), shape, width=80)
         bars = [line for line in text.splitlines() if line.endswith("|")]

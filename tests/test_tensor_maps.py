@@ -16,8 +16,10 @@ from cupy_mla import InvalidArgumentError
 from cupy_mla.arrays.view import ArrayView, contiguous_strides
 from cupy_mla.gpu import driver
 from cupy_mla.kernels import tensor_maps
-from cupy_mla.kernels.configs import KernelConfig
+from cupy_mla.kernels.family import KernelConfig
+from cupy_mla.kernels.narrow import NARROW16
 from cupy_mla.kernels.tensor_maps import PageSteps, kv_tensor_map
+from cupy_mla.kernels.wide import WIDE64
 
 COLUMNS, TILE_TOKENS, ATOM_ROWS, CHUNK_COLUMNS = 64, 64, 8, 8
 LATENT = 128
@@ -97,7 +99,7 @@ def strides_of(shape: tuple[int, ...], padding: int) -> tuple[int, ...]:
 def test_a_chunk_comes_to_where_the_kernel_looks_for_it(
     described: list[Description], kernel: str, page_size: int, num_heads: int, padding: int
 ) -> None:
-    config = KernelConfig(kernel, 64 if kernel == "wide" else 16, LATENT, 64, "bfloat16", page_size, False)
+    config = KernelConfig(WIDE64 if kernel == "wide" else NARROW16, LATENT, 64, "bfloat16", page_size, False)
     shape = (5, page_size, num_heads, LATENT)
     strides = strides_of(shape, padding)
     kv_tensor_map(ArrayView(0, shape, strides, "bfloat16", "cuda", 0, None), config)
@@ -135,7 +137,7 @@ def test_a_chunk_comes_to_where_the_kernel_looks_for_it(
 def test_one_copy_brings_whole_tokens_where_pages_hold_swizzle_atoms(
     described: list[Description], page_size: int, copies: int
 ) -> None:
-    config = KernelConfig("wide", 64, 512, 64, "float16", page_size, False)
+    config = KernelConfig(WIDE64, 512, 64, "float16", page_size, False)
     shape = (2, page_size, 1, 512)
     kv_tensor_map(ArrayView(0, shape, contiguous_strides(shape), "float16", "cuda", 0, None), config)
     columns, tokens, boxes, groups, _ = described[0].box

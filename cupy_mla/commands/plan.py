@@ -13,7 +13,7 @@ import numpy.typing as npt
 from ..call.problem import MAX_TOKENS, DecodeProblem
 from ..decode.plan import schedule_shape
 from ..errors import InvalidArgumentError
-from ..kernels.configs import choose_config
+from ..kernels.choose import AUTO, KERNELS, choose_config
 from ..lab.presets import find_preset
 from ..schedule.make import make_schedule
 from ..schedule.pieces import ceil_div
@@ -28,6 +28,7 @@ DEFAULT_SMS = 132  # of an H100 SXM or H200
 @batch_options
 @click.option("--sms", type=click.IntRange(min=1), default=DEFAULT_SMS, show_default=True, help="SMs of the GPU.")
 @click.option("--fixed-split-tokens", type=click.IntRange(min=1), help="Cut after so many tokens, in any batch.")
+@click.option("--kernel", type=click.Choice(KERNELS), default=AUTO, show_default=True, help="The decode kernel.")
 @click.option("--width", type=click.IntRange(min=40), help="Characters of a line; the terminal's unless given.")
 @click.option("--lines", type=click.IntRange(min=1), default=40, show_default=True, help="Lines for the parts.")
 def plan(
@@ -37,6 +38,7 @@ def plan(
     seed: int,
     sms: int,
     fixed_split_tokens: int | None,
+    kernel: str,
     width: int | None,
     lines: int,
     **options: Any,
@@ -49,7 +51,7 @@ def plan(
     else:
         drawn = draw_lengths(lengths, DEFAULT_BATCH if batch is None else batch, seed)
     problem = _describe(drawn, **options)
-    config = choose_config(problem, sms, fixed_split_tokens=fixed_split_tokens)
+    config = choose_config(problem, sms, fixed_split_tokens=fixed_split_tokens, kernel=kernel)
     shape = schedule_shape(problem, config, sms, fixed_split_tokens=fixed_split_tokens)
     click.echo(f"{describe_lengths(drawn)}; {problem.num_heads_q} heads, {sms} SMs, kernel {config.name}")
     columns = width or shutil.get_terminal_size().columns

@@ -19,8 +19,9 @@ from ..errors import InvalidArgumentError, PlanMismatchError
 from ..gpu.device import describe_device
 from ..gpu.jit.module import LoadedKernel, load
 from ..gpu.launch import Launch, is_capturing
+from ..kernels.choose import choose_config
 from ..kernels.combine import combine_source
-from ..kernels.configs import KernelConfig, choose_config
+from ..kernels.family import KernelConfig
 from ..kernels.planner import PLAN_SOURCE, plan_geometry, plan_layout, plan_params
 from ..schedule.make import ScheduleShape, check_fixed_split, choose_parts
 from ..schedule.pieces import ceil_div
@@ -72,7 +73,7 @@ def schedule_shape(
         ragged=problem.ragged,
         fixed_split_tokens=fixed_split_tokens,
         total_q=problem.total_q if problem.ragged else None,
-        cost=config.cost,
+        cost=config.family.cost.pieces,
     )
 
 

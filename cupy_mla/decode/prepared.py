@@ -161,7 +161,7 @@ class DecodeCall:
         params["d_v"] = kind.problem.head_dim_v
         # The address of out is a multiple of it; `check_output` sees to that.
         params["aligned"] = all(step * _ELEMENT_BYTES % STORE_ALIGNMENT == 0 for step in layout.out)
-        geometry = combine_geometry(kind.num_sms, kind.config.combine_threads)
+        geometry = combine_geometry(kind.num_sms, kind.config.family.combine_threads)
         return Launch(
             kind.combine_kernel, geometry.grid, geometry.block, geometry.shared_memory, (params,), programmatic=True
         )

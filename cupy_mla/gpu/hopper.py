@@ -8,6 +8,7 @@ ARCH = "sm_90a"  # plain sm_90 refuses wgmma and setmaxnreg
 MAX_SMS = 160  # of a GPU, in the structs that have a bit for each SM; a full GH100 has 144
 SM_REGISTERS = 65_536  # of 32 bits
 REGISTER_UNIT = 8  # a thread's registers come in multiples of it
+WARP_THREADS = 32
 WARPGROUP_THREADS = 128
 
 MAX_SHARED_BYTES = 232_448  # dynamic shared memory that a CTA can opt in to

@@ -9,8 +9,9 @@ from dataclasses import dataclass
 
 from ..gpu.jit.source import KernelSource
 from .append import APPEND_SOURCE
+from .choose import FAMILIES
 from .combine import MERGE_STATES_THREADS, combine_source, merge_states_source
-from .configs import standard_configs
+from .family import KernelConfig
 from .halves import PROBE_SOURCE
 from .planner import PLAN_SOURCE, PLAN_THREADS
 from .structs import ELEMENT_TAGS
@@ -24,6 +25,11 @@ class NamedKernel:
     source: KernelSource
     threads: int | None = None
     shared_memory: int = 0
+
+
+def standard_configs() -> list[KernelConfig]:
+    """The standard configurations of all families."""
+    return [config for family in FAMILIES for config in family.standard_configs()]
 
 
 def all_kernels() -> list[NamedKernel]:

@@ -5,20 +5,25 @@ from __future__ import annotations
 from ..gpu.jit.source import KernelSource
 from ..gpu.launch import Geometry
 from ..schedule.pieces import ceil_div
-from .configs import KernelConfig
+from .family import KernelConfig
 from .structs import ELEMENT_TAGS
 
 MERGE_STATES_THREADS = 256
 OCTET = 8  # columns that a lane merges: d_v is a multiple of this
 STORE_ALIGNMENT = 16  # bytes; rows of the output that begin at multiples of it are stored faster
 
+# Most of a thread, as a CTA of the 16-row kernel leaves room for; with float32 partial results that takes 176 registers
+# a thread, without 144. Fewer would be spilled.
+_REGISTERS, _FLOAT_REGISTERS = 96, 80
+
 
 def combine_source(config: KernelConfig) -> KernelSource:
     """The kernel that merges partial results of a plan whose decode kernel is this one."""
+    registers = _FLOAT_REGISTERS if config.float_partials else _REGISTERS
     defines = (
         ("MLA_DTYPE", ELEMENT_TAGS[config.dtype]),
         ("MLA_PARTIAL", ELEMENT_TAGS[config.partial_dtype]),
-        ("MLA_REGISTERS", str(config.combine_registers)),
+        ("MLA_REGISTERS", str(registers)),
     )
     return KernelSource("combine/combine.cu", "mla_combine", defines)
 
@@ -29,7 +34,7 @@ def merge_states_source(dtype: str) -> KernelSource:
 
 
 def combine_geometry(num_sms: int, threads: int) -> Geometry:
-    """How mla_combine is launched: one CTA per SM, of ``KernelConfig.combine_threads``.
+    """How mla_combine is launched: one CTA per SM, of ``DecodeFamily.combine_threads``.
 
     Not at all when ``shape.max_merges`` is 0.
     """

@@ -12,7 +12,7 @@ import numpy as np
 from ..arrays.view import ArrayView
 from ..errors import InvalidArgumentError
 from ..gpu.driver import check, driver
-from .configs import BOX_COLUMNS, KernelConfig
+from .family import BOX_COLUMNS, KernelConfig
 
 TENSOR_MAP = np.dtype("V128")  # CUtensorMap, opaque
 _MAX_STEPS = 2**31  # coordinates are int32

@@ -20,12 +20,12 @@ import numpy as np
 import numpy.typing as npt
 
 from ..errors import InvalidArgumentError
-from .pieces import MAX_OVERHEAD, TILE_COST, TILE_TOKENS, CostModel, Int64Array, Piece, ceil_div, divide
+from .pieces import MAX_OVERHEAD, TILE_COST, TILE_TOKENS, Int64Array, Piece, PieceCosts, ceil_div, divide
 
 WHOLE_JOB = -1  # slot of a piece that is a whole job
 MAX_BLOCKS_PER_JOB = 8
 
-_DEFAULT_COST = CostModel()
+_DEFAULT_COST = PieceCosts()
 _HEAD_BLOCK_SHIFT = 16
 _MAX_ROW_BLOCKS = 1 << _HEAD_BLOCK_SHIFT
 _MAX_KV_HEADS = 1 << (31 - _HEAD_BLOCK_SHIFT)
@@ -89,7 +89,7 @@ class ScheduleShape:
     ragged: bool = False
     fixed_split_tokens: int | None = None
     total_q: int | None = None
-    cost: CostModel = _DEFAULT_COST
+    cost: PieceCosts = _DEFAULT_COST
 
     def __post_init__(self) -> None:
         for name in ("num_parts", "blocks_per_job", "rows", "group_heads", "num_heads_kv"):
@@ -282,7 +282,7 @@ class _Job:
         return self.kv_head << _HEAD_BLOCK_SHIFT | self.first_row_block
 
 
-def piece_costs(items: Int32Array, cost: CostModel) -> Int64Array:
+def piece_costs(items: Int32Array, cost: PieceCosts) -> Int64Array:
     """What each item of `Schedule.items` costs, [n], in 1/16 tile: its tiles and its overhead."""
     overheads = np.where(items[:, 7] == WHOLE_JOB, cost.piece_overhead, cost.split_overhead)
     return (items[:, 3] - items[:, 2]).astype(np.int64) * TILE_COST + overheads
@@ -296,11 +296,11 @@ def make_schedule(
     """Divide the work of a batch among the parts.
 
     Jobs are walked in order of request, kv head and rows. Each part takes from them until its budget is used up; a job
-    that does not fit is cut there if a few tiles fit. Where ``CostModel.packs`` says so, and parts have about one or
+    that does not fit is cut there if a few tiles fit. Where ``PieceCosts.packs`` says so, and parts have about one or
     two jobs each, they take the longest that fit instead, and what then remains of a part is filled from a longer job,
     which is cut, if that is a few tiles. The budget is the smallest with which the parts suffice (for packing, among
     those a quarter of a tile apart).
-    If leaving all jobs whole needs hardly more (``CostModel.merge_overhead`` and 1/16), nothing is cut. Each job is
+    If leaving all jobs whole needs hardly more (``PieceCosts.merge_overhead`` and 1/16), nothing is cut. Each job is
     covered once; a job without a visible key has one piece of no tiles.
 
     Parameters

@@ -48,7 +48,7 @@ def ceil_div(a: int | Int64Array, b: int) -> int | Int64Array:
 
 
 @dataclass(frozen=True, slots=True)
-class CostModel:
+class PieceCosts:
     """What a piece costs besides its tiles, in 1/16 of a tile's time.
 
     Attributes
@@ -89,7 +89,7 @@ class Piece:
     part: int
 
 
-def divide(tiles: list[int], fixed_tiles: int, num_parts: int, cost: CostModel) -> tuple[list[Piece], int]:
+def divide(tiles: list[int], fixed_tiles: int, num_parts: int, cost: PieceCosts) -> tuple[list[Piece], int]:
     """The pieces of jobs of so many tiles, parts in order, and the budget that no part exceeds.
 
     `make_schedule` says how. ``fixed_tiles``: cut every job after each so many tiles and nowhere else; 0: where the
@@ -105,7 +105,7 @@ def divide(tiles: list[int], fixed_tiles: int, num_parts: int, cost: CostModel) 
     return _place_fixed([[count] for count in tiles], budget, cost), budget
 
 
-def _place(tiles: list[int], budget: int, cost: CostModel) -> list[Piece]:
+def _place(tiles: list[int], budget: int, cost: PieceCosts) -> list[Piece]:
     """Fill part after part with jobs in their order; they may be cut where a budget ends."""
     part, left = 0, budget
     min_head = _min_head((budget - cost.split_overhead) // TILE_COST)
@@ -129,7 +129,7 @@ def _place(tiles: list[int], budget: int, cost: CostModel) -> list[Piece]:
     return placed
 
 
-def _pack(tiles: list[int], budget: int, cost: CostModel, max_parts: int) -> list[Piece] | None:
+def _pack(tiles: list[int], budget: int, cost: PieceCosts, max_parts: int) -> list[Piece] | None:
     """Fill part after part; None if there are not enough.
 
     First what is left of the job that is being cut, or the longest job; then the longest that fit, one after another;
@@ -179,11 +179,11 @@ def _pack(tiles: list[int], budget: int, cost: CostModel, max_parts: int) -> lis
     return placed
 
 
-def _is_packed(num_jobs: int, num_parts: int, cost: CostModel) -> bool:
+def _is_packed(num_jobs: int, num_parts: int, cost: PieceCosts) -> bool:
     return cost.packs and num_jobs <= _MAX_PACKED_JOBS and num_jobs * _PACKED_PARTS_PER_JOB >= num_parts
 
 
-def _cut(tiles: list[int], budget: int, num_parts: int, cost: CostModel) -> list[Piece]:
+def _cut(tiles: list[int], budget: int, num_parts: int, cost: PieceCosts) -> list[Piece]:
     if not _is_packed(len(tiles), num_parts, cost):
         return _place(tiles, budget, cost)
     pieces = _pack(tiles, budget, cost, num_parts)
@@ -200,11 +200,11 @@ def _fixed_cuts(tiles: int, length: int) -> list[int]:
     return [min(length, tiles - begin) for begin in range(0, tiles, length)] or [0]
 
 
-def _piece_cost(cuts: list[int], index: int, cost: CostModel) -> int:
+def _piece_cost(cuts: list[int], index: int, cost: PieceCosts) -> int:
     return cuts[index] * TILE_COST + (cost.piece_overhead if len(cuts) == 1 else cost.split_overhead)
 
 
-def _place_fixed(cuts: list[list[int]], budget: int, cost: CostModel) -> list[Piece]:
+def _place_fixed(cuts: list[list[int]], budget: int, cost: PieceCosts) -> list[Piece]:
     """Fill part after part with pieces that are not cut further."""
     part, left = 0, budget
     placed: list[Piece] = []
@@ -220,7 +220,7 @@ def _place_fixed(cuts: list[list[int]], budget: int, cost: CostModel) -> list[Pi
     return placed
 
 
-def _budget(tiles: Int64Array, num_parts: int, cost: CostModel) -> tuple[int, bool]:
+def _budget(tiles: Int64Array, num_parts: int, cost: PieceCosts) -> tuple[int, bool]:
     """The smallest budget that num_parts parts suffice for, and whether jobs may be cut with it.
 
     Filling in order leaves less than ``_MIN_HEAD`` tiles and an overhead of each part unused, and a cut adds at most
@@ -256,7 +256,7 @@ def _parts_whole(costs: Int64Array, budgets: Int64Array) -> Int64Array:
     return part + 1
 
 
-def _parts_with_cuts(tiles: Int64Array, budgets: Int64Array, cost: CostModel) -> Int64Array:
+def _parts_with_cuts(tiles: Int64Array, budgets: Int64Array, cost: PieceCosts) -> Int64Array:
     """Parts that each budget needs, when jobs are cut where a budget ends: `_place`, a job at a time."""
     per_part = (budgets - cost.split_overhead) // TILE_COST
     min_head = np.minimum(_MIN_HEAD, per_part // _MIN_HEAD_SHARE)
@@ -277,7 +277,7 @@ def _parts_with_cuts(tiles: Int64Array, budgets: Int64Array, cost: CostModel) ->
     return part + 1
 
 
-def _fixed_budget(cuts: list[list[int]], num_parts: int, cost: CostModel) -> int:
+def _fixed_budget(cuts: list[list[int]], num_parts: int, cost: PieceCosts) -> int:
     """The smallest budget that num_parts parts suffice for, with pieces that are not cut further."""
     costs = np.array([_piece_cost(of_job, i, cost) for of_job in cuts for i in range(len(of_job))], np.int64)
     mean = ceil_div(int(costs.sum()), num_parts)

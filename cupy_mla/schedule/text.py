@@ -12,7 +12,7 @@ from .make import (
     kv_head_of,
     piece_costs,
 )
-from .pieces import TILE_COST, CostModel
+from .pieces import TILE_COST, PieceCosts
 
 DEFAULT_WIDTH = 100
 DEFAULT_MAX_LINES = 40
@@ -75,7 +75,7 @@ def _shorten(lines: list[str], max_lines: int) -> list[str]:
     return [*lines[:head], f"  ... {len(lines) - max_lines} more lines", *lines[len(lines) - tail :]]
 
 
-def _bar(items: np.ndarray, budget: int, cells: int, cost: CostModel) -> str:
+def _bar(items: np.ndarray, budget: int, cells: int, cost: PieceCosts) -> str:
     ends = np.rint(np.cumsum(piece_costs(items, cost)) * (cells / max(budget, 1))).astype(int).tolist()
     text = ""
     for item, end in zip(items.tolist(), ends, strict=True):

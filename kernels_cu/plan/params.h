@@ -16,7 +16,7 @@ struct PlanParams {
     i32 max_seqlen_k;
     i32 causal;              // 0 or 1
     i32 fixed_split_tiles;   // 0: split where the load asks for it
-    i32 piece_overhead;      // these three in 1/16 tile, see CostModel in cupy_mla/schedule/pieces.py
+    i32 piece_overhead;      // these three in 1/16 tile, see PieceCosts in cupy_mla/schedule/pieces.py
     i32 split_overhead;
     i32 merge_overhead;
     i32 packs;               // 0 or 1, also from there

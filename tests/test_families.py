@@ -1,14 +1,25 @@
-"""Which kernel serves which problem. The times behind it are measured; here, what must follow from them."""
+"""Families of decode kernels: what they take of an SM, and which of them serves which problem.
+
+The times behind the choice are measured; here, what must follow from them.
+"""
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import pytest
 
+from cupy_mla.call.describe import CUDA_MAX_LATENT, CUDA_MAX_WIDTH, CUDA_WIDTH_MULTIPLE
 from cupy_mla.call.problem import DecodeProblem
+from cupy_mla.errors import InvalidArgumentError
 from cupy_mla.gpu import hopper
-from cupy_mla.kernels.configs import KernelConfig, choose_config
+from cupy_mla.gpu.jit.source import kernels_root
+from cupy_mla.kernels.catalogue import standard_configs
+from cupy_mla.kernels.choose import FAMILIES, KERNELS, choose_config
+from cupy_mla.kernels.family import DecodeFamily, KernelConfig
+from cupy_mla.kernels.narrow import NARROW16, NARROW32
+from cupy_mla.kernels.wide import WIDE64
 
 NUM_SMS = 132
 
@@ -33,7 +44,7 @@ def problem(batch: int, tokens_k: int, heads: int, **changes: Any) -> DecodeProb
 
 
 def name(config: KernelConfig) -> str:
-    return f"{config.kernel}{config.rows}"
+    return config.family.name
 
 
 @pytest.mark.parametrize("batch", [132, 1024])
@@ -148,3 +159,66 @@ def test_with_a_fixed_split_the_other_requests_of_a_ragged_batch_do_not_decide(h
         for batch, total, longest in ((1, 1, 1), (4, 7, 4), (4, 64, 61), (200, 400, 2))
     }
     assert chosen == {expected}
+
+
+@pytest.mark.parametrize("split", [None, 256])
+@pytest.mark.parametrize("heads", [4, 16, 128])
+@pytest.mark.parametrize("family", FAMILIES, ids=lambda family: family.name)
+def test_the_kernel_that_is_asked_for_is_chosen(family: DecodeFamily, heads: int, split: int | None) -> None:
+    call = problem(4, 8192, heads)
+    config = choose_config(call, NUM_SMS, None, split, kernel=family.name)
+    assert config == family.configure(call, heads)
+    assert config.float_partials == (family is NARROW16 and heads == 4)
+    assert choose_config(call, NUM_SMS, None, split) in [
+        choose_config(call, NUM_SMS, None, split, kernel=name) for name in KERNELS[1:]
+    ]
+
+
+@pytest.mark.parametrize(
+    ("widths", "reason"),
+    [((384, 64), "latent widths of (128, 256, 512), not 384"), ((512, 128), "rope widths of (0, 64), not 128")],
+)
+def test_a_kernel_that_cannot_serve_the_call_is_refused_with_the_reason(widths: tuple[int, int], reason: str) -> None:
+    call = problem(4, 640, 128, latent_dim=widths[0], rope_dim=widths[1])
+    with pytest.raises(InvalidArgumentError, match=re.escape(reason)) as error:
+        choose_config(call, NUM_SMS, kernel="wide64")
+    assert error.value.argument == "kernel"
+    assert "auto, narrow16, narrow32" in error.value.expected
+
+
+@pytest.mark.parametrize("kernel", ["wide", "", "narrow64"])
+def test_an_unknown_kernel_is_refused_with_the_names_that_there_are(kernel: str) -> None:
+    with pytest.raises(InvalidArgumentError, match="auto, narrow16, narrow32, wide64") as error:
+        choose_config(problem(4, 640, 128), NUM_SMS, kernel=kernel)
+    assert error.value.argument == "kernel"
+
+
+@pytest.mark.parametrize("changes", [{"dtype": "float32"}, {"rope_dim": 96}, {"latent_dim": 576}, {"rope_dim": 1088}])
+def test_a_call_that_no_kernel_serves_is_refused_with_every_reason(changes: dict[str, Any]) -> None:
+    with pytest.raises(InvalidArgumentError) as error:
+        choose_config(problem(4, 640, 128, **changes), NUM_SMS)
+    assert all(f"{family.name} takes" in error.value.got for family in FAMILIES)
+
+
+@pytest.mark.parametrize("family", [NARROW16, NARROW32], ids=lambda family: family.name)
+def test_the_narrow_kernel_serves_every_width_that_calls_may_have(family: DecodeFamily) -> None:
+    for latent_dim in range(CUDA_WIDTH_MULTIPLE, CUDA_MAX_LATENT + 1, CUDA_WIDTH_MULTIPLE):
+        for rope_dim in range(0, CUDA_MAX_WIDTH - latent_dim + 1, CUDA_WIDTH_MULTIPLE):
+            call = problem(4, 640, 16, latent_dim=latent_dim, rope_dim=rope_dim)
+            assert family.why_unsupported(call) is None
+            assert family.configure(call, 16).shared_memory <= hopper.MAX_SHARED_BYTES
+
+
+@pytest.mark.parametrize("config", standard_configs(), ids=lambda config: config.name)
+def test_a_cta_fits_an_sm(config: KernelConfig) -> None:
+    assert config.shared_memory <= hopper.MAX_SHARED_BYTES
+    assert config.registers <= hopper.SM_REGISTERS
+    assert config.threads % hopper.WARP_THREADS == 0
+    assert all(role.registers % hopper.REGISTER_UNIT == 0 for role in config.family.roles(config))
+
+
+def test_the_wide_kernel_s_roles_have_the_registers_that_the_kernel_gives_them() -> None:
+    text = "".join(path.read_text() for path in (kernels_root() / WIDE64.entry).parent.iterdir())
+    for role in WIDE64.roles(standard_configs()[-1]):
+        [registers] = re.findall(rf"\bk{role.name.capitalize()}Registers = (\d+);", text)
+        assert int(registers) == role.registers

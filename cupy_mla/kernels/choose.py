@@ -1,0 +1,96 @@
+"""Which kernel serves a problem: of those that can, the one that should take the least time, or the one asked for."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from ..errors import InvalidArgumentError
+from ..schedule.pieces import ceil_div
+from .cost import Load
+from .family import DecodeFamily, KernelConfig
+from .narrow import NARROW16, NARROW32
+from .wide import WIDE64
+
+if TYPE_CHECKING:
+    from ..call.problem import DecodeProblem
+
+AUTO = "auto"  # the kernel that should take the least time
+FAMILIES: tuple[DecodeFamily, ...] = (NARROW16, NARROW32, WIDE64)  # by rows, as a fixed split goes through them
+KERNELS = (AUTO, *(family.name for family in FAMILIES))
+
+
+def check_kernel(kernel: str) -> str:
+    """A kernel's name, if there is one of that name; the same are refused on every backend.
+
+    Raises
+    ------
+    InvalidArgumentError
+        There is none.
+    """
+    if kernel not in KERNELS:
+        raise InvalidArgumentError("kernel", f"one of {', '.join(KERNELS)}", repr(kernel))
+    return kernel
+
+
+def choose_config(
+    problem: DecodeProblem,
+    num_sms: int,
+    max_seqlen_k: int | None = None,
+    fixed_split_tokens: int | None = None,
+    kernel: str = AUTO,
+) -> KernelConfig:
+    """The configuration that serves a problem.
+
+    Rows are the query heads and tokens that share a kv head. With a fixed split, which promises the same bits in any
+    batch, they alone decide; of ragged queries those of one token, as how many tokens a request has, on average or at
+    most, depends on the batch.
+
+    Parameters
+    ----------
+    problem
+        Shapes and settings.
+    num_sms
+        Multiprocessors of the GPU.
+    max_seqlen_k
+        Largest length there will be, in tokens; None: what the block table can hold.
+    fixed_split_tokens
+        The fixed split, if there is one.
+    kernel
+        One of ``KERNELS``.
+
+    Raises
+    ------
+    InvalidArgumentError
+        ``kernel`` is none of them or cannot serve the problem, or none of them can.
+    """
+    families = _supporting(problem, check_kernel(kernel))
+    if fixed_split_tokens is not None:
+        rows = problem.group_heads * (1 if problem.ragged else problem.seqlen_q)
+        family = next((family for family in families if rows <= family.rows), families[-1])
+        return family.configure(problem, rows)
+    load = _load(problem, max_seqlen_k)
+    family = min(families, key=lambda family: family.cost.call_time(load, family.rows, num_sms))
+    return family.configure(problem, load.rows)
+
+
+def _supporting(problem: DecodeProblem, kernel: str) -> list[DecodeFamily]:
+    """The families that can serve a problem, all or the one of this name; at least one."""
+    reasons = {family.name: family.why_unsupported(problem) for family in FAMILIES}
+    chosen = [family for family in FAMILIES if reasons[family.name] is None and kernel in (AUTO, family.name)]
+    if chosen:
+        return chosen
+    able = [name for name, reason in reasons.items() if reason is None]
+    expected = f"one that serves this call ({', '.join((AUTO, *able))})" if able else "a call that a kernel serves"
+    why = "; ".join(f"{name} {reason}" for name, reason in reasons.items() if kernel in (AUTO, name))
+    raise InvalidArgumentError("kernel", expected, why)
+
+
+def _load(problem: DecodeProblem, max_seqlen_k: int | None) -> Load:
+    tokens = ceil_div(problem.total_q, max(problem.batch, 1))  # of a request, on average when ragged
+    if problem.seqlen_q <= 2 * tokens:  # else the longest request is an exception, or its length is not known
+        tokens = problem.seqlen_q
+    return Load(
+        rows=problem.group_heads * tokens,
+        requests=problem.batch * problem.num_heads_kv,
+        tokens_k=problem.max_seqlen_k if max_seqlen_k is None else min(max_seqlen_k, problem.max_seqlen_k),
+    )

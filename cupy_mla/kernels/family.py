@@ -1,0 +1,208 @@
+"""What a family of decode kernels is, and one compiled form of it.
+
+A family is one kernel file, made for so many query rows a CTA; a configuration is what it is compiled for. Shared
+memory is added up in Python and again in the kernels' headers; the compiler refuses a configuration whose two sums
+differ (``MLA_SHARED_BYTES``).
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from ..gpu.jit.source import KernelSource
+from ..schedule.pieces import TILE_TOKENS
+from .cost import CostModel
+from .structs import ELEMENT_TAGS
+
+if TYPE_CHECKING:
+    from ..call.problem import DecodeProblem
+
+# Of core/smem_descriptor.h and decode/config.h.
+BOX_COLUMNS = 64  # columns of one swizzled box that TMA writes
+ATOM_TOKENS = 8  # rows after which the 128-byte swizzle repeats
+ELEMENT_BYTES = 2
+FLOAT_BYTES = 4
+BOX_BYTES = TILE_TOKENS * BOX_COLUMNS * ELEMENT_BYTES
+BARRIER_BYTES = 8
+CLAIM_BYTES = 8
+
+# What the models in use need: (latent, rope) of DeepSeek V2/V3/R1 and Kimi K2, without rope, and a small MLA.
+STANDARD_DIMS = ((512, 64), (512, 0), (256, 64))
+STANDARD_DTYPES = ("bfloat16", "float16")
+STANDARD_PAGE_SIZES = (16, 32, 64, 128)
+
+
+@dataclass(frozen=True, slots=True)
+class Role:
+    """Threads of a CTA that do the same work, and the most registers that each of them has for it."""
+
+    name: str
+    threads: int
+    registers: int
+
+
+@dataclass(frozen=True, slots=True)
+class DecodeFamily(ABC):
+    """A decode kernel: what it serves, what it takes of an SM, and what its work costs.
+
+    Attributes
+    ----------
+    name : str
+        What users call it, e.g. ``"wide64"``.
+    entry, function : str
+        Its file in the kernel folder and its ``extern "C"`` function.
+    rows : int
+        Query rows of a CTA.
+    cost : CostModel
+        By which it is chosen and its work is cut.
+    combine_threads : int
+        Threads of a CTA of the merge that runs after it: as many as its CTAs leave room for.
+    """
+
+    name: str
+    entry: str
+    function: str
+    rows: int
+    cost: CostModel
+    combine_threads: int
+
+    @abstractmethod
+    def why_unsupported(self, problem: DecodeProblem) -> str | None:
+        """Why the kernel cannot serve a problem, in words for the user; None when it can."""
+
+    @abstractmethod
+    def roles(self, config: KernelConfig) -> tuple[Role, ...]:
+        """The threads of a CTA, by what they do."""
+
+    @abstractmethod
+    def shared_memory(self, config: KernelConfig) -> int:
+        """Bytes of dynamic shared memory of a CTA."""
+
+    def copies_whole_tokens(self, config: KernelConfig) -> bool:
+        """Whether one copy of a chunk brings all latent columns; else it brings one box."""
+        return False
+
+    def has_float_partials(self, rows: int) -> bool:
+        """Whether partial results are float32 when so many query rows share a kv head: decode/config.h says why."""
+        return False
+
+    def configure(self, problem: DecodeProblem, rows: int) -> KernelConfig:
+        """The configuration for a problem whose kv heads have so many query rows each.
+
+        A mask is compiled in only where it can hide anything: one query token sees every key.
+        """
+        return KernelConfig(
+            self,
+            latent_dim=problem.latent_dim,
+            rope_dim=problem.rope_dim,
+            dtype=problem.dtype,
+            page_size=problem.page_size,
+            causal=problem.causal and problem.seqlen_q > 1,
+            float_partials=self.has_float_partials(rows),
+        )
+
+    def defines(self, config: KernelConfig) -> tuple[tuple[str, str], ...]:
+        """The macros of decode/config.h."""
+        return (
+            ("MLA_DTYPE", ELEMENT_TAGS[config.dtype]),
+            ("MLA_LATENT", str(config.latent_dim)),
+            ("MLA_ROPE", str(config.rope_dim)),
+            ("MLA_PAGE_SIZE", str(config.page_size)),
+            ("MLA_CAUSAL", str(int(config.causal))),
+            ("MLA_ROWS", str(self.rows)),
+            ("MLA_FLOAT_PARTIALS", str(int(config.float_partials))),
+            ("MLA_SHARED_BYTES", str(config.shared_memory)),
+        )
+
+    def standard_configs(self) -> list[KernelConfig]:
+        """What `cupy-mla compile` prepares ahead of time and the tests compile."""
+        partials = (False, True) if self.has_float_partials(1) else (False,)
+        return [
+            KernelConfig(self, latent, rope, dtype, page_size, causal, float_partials)
+            for float_partials, (latent, rope), dtype, page_size, causal in itertools.product(
+                partials, STANDARD_DIMS, STANDARD_DTYPES, STANDARD_PAGE_SIZES, (False, True)
+            )
+        ]
+
+
+@dataclass(frozen=True, slots=True)
+class KernelConfig:
+    """One compiled form of a decode kernel.
+
+    Attributes
+    ----------
+    family : DecodeFamily
+        The kernel.
+    latent_dim, rope_dim : int
+        Widths in elements.
+    dtype : str
+        ``"bfloat16"`` or ``"float16"``.
+    page_size : int
+        Tokens per page.
+    causal : bool
+        Whether the mask of speculative decoding is compiled in.
+    float_partials : bool
+        Whether partial results are float32, not of ``dtype``.
+    """
+
+    family: DecodeFamily
+    latent_dim: int
+    rope_dim: int
+    dtype: str
+    page_size: int
+    causal: bool
+    float_partials: bool = False
+
+    @property
+    def name(self) -> str:
+        """A short unique name, e.g. ``wide64_bfloat16_512+64_page64``."""
+        suffix = ("_causal" if self.causal else "") + ("_float" if self.float_partials else "")
+        return f"{self.family.name}_{self.dtype}_{self.latent_dim}+{self.rope_dim}_page{self.page_size}{suffix}"
+
+    @property
+    def rows(self) -> int:
+        """Query rows of a CTA."""
+        return self.family.rows
+
+    @property
+    def threads(self) -> int:
+        """Threads of a CTA."""
+        return sum(role.threads for role in self.family.roles(self))
+
+    @property
+    def registers(self) -> int:
+        """Most registers of a CTA, of all its threads together."""
+        return sum(role.threads * role.registers for role in self.family.roles(self))
+
+    @property
+    def shared_memory(self) -> int:
+        """Bytes of dynamic shared memory of a CTA."""
+        return self.family.shared_memory(self)
+
+    @property
+    def partial_dtype(self) -> str:
+        """Type of partial results."""
+        return "float32" if self.float_partials else self.dtype
+
+    @property
+    def chunk_tokens(self) -> int:
+        """Tokens of a tile that surely lie in one page: what TMA writes at once."""
+        return math.gcd(self.page_size, TILE_TOKENS)
+
+    @property
+    def group_tokens(self) -> int:
+        """Tokens of a chunk in one swizzle atom."""
+        return min(self.chunk_tokens, ATOM_TOKENS)
+
+    @property
+    def copies_whole_tokens(self) -> bool:
+        """Whether one copy of a chunk brings all latent columns; else it brings one box."""
+        return self.family.copies_whole_tokens(self)
+
+    def source(self) -> KernelSource:
+        """What the run-time compiler is given."""
+        return KernelSource(self.family.entry, self.family.function, self.family.defines(self))

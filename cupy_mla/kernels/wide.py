@@ -1,0 +1,89 @@
+"""The wide kernel: 64 query rows a CTA, the rows of wgmma's M (kernels_cu/decode/wide)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from ..gpu.hopper import WARPGROUP_THREADS
+from ..schedule.pieces import TILE_COST, PieceCosts
+from .cost import CostModel
+from .family import (
+    ATOM_TOKENS,
+    BARRIER_BYTES,
+    BOX_BYTES,
+    BOX_COLUMNS,
+    CLAIM_BYTES,
+    ELEMENT_BYTES,
+    FLOAT_BYTES,
+    STANDARD_DTYPES,
+    DecodeFamily,
+    KernelConfig,
+    Role,
+)
+
+if TYPE_CHECKING:
+    from ..call.problem import DecodeProblem
+
+_ROLES = (Role("scores", WARPGROUP_THREADS, 184), Role("values", 2 * WARPGROUP_THREADS, 160))
+# Two warpgroups share the values' columns, in a width that wgmma has; a stage has one rope box, which P replaces.
+_LATENT_DIMS = (128, 256, 512)
+_ROPE_DIMS = (0, BOX_COLUMNS)
+_STAGES = 3
+_MAX_REGISTER_STEPS = 31
+_STEP_COLUMNS = 16
+_LOADER_STATE_BYTES = 32
+_LOADER_WARPS = 4  # where a page does not hold a swizzle atom's tokens
+
+
+@dataclass(frozen=True, slots=True)
+class WideFamily(DecodeFamily):
+    """The family of the wide kernel."""
+
+    def why_unsupported(self, problem: DecodeProblem) -> str | None:
+        """Widths other than those that two warpgroups can share."""
+        if problem.dtype not in STANDARD_DTYPES:
+            return f"takes elements of {' or '.join(STANDARD_DTYPES)}, not {problem.dtype}"
+        if problem.latent_dim not in _LATENT_DIMS:
+            return f"takes latent widths of {_LATENT_DIMS}, not {problem.latent_dim}"
+        if problem.rope_dim not in _ROPE_DIMS:
+            return f"takes rope widths of {_ROPE_DIMS}, not {problem.rope_dim}"
+        return None
+
+    def roles(self, config: KernelConfig) -> tuple[Role, ...]:
+        """One warpgroup for the scores, two for the values; warps of these load the tiles."""
+        return _ROLES
+
+    def copies_whole_tokens(self, config: KernelConfig) -> bool:
+        """As a stage holds whole tiles: where no swizzle atom is shared by pages."""
+        return config.group_tokens == ATOM_TOKENS
+
+    def shared_memory(self, config: KernelConfig) -> int:
+        """The total of decode/wide/smem.h."""
+        boxes = config.latent_dim // BOX_COLUMNS + max(config.rope_dim // BOX_COLUMNS, 1)
+        steps = (config.latent_dim + config.rope_dim) // _STEP_COLUMNS
+        shared_steps = max(steps - _MAX_REGISTER_STEPS, 0)
+        ring = _STAGES * boxes * BOX_BYTES
+        query = shared_steps * self.rows * _STEP_COLUMNS * ELEMENT_BYTES
+        factors = _STAGES * self.rows * FLOAT_BYTES
+        barriers = 3 * _STAGES * BARRIER_BYTES
+        loader_warps = 1 if config.copies_whole_tokens else _LOADER_WARPS
+        return ring + query + factors + loader_warps * _LOADER_STATE_BYTES + barriers + CLAIM_BYTES
+
+
+WIDE64 = WideFamily(
+    name="wide64",
+    entry="decode/wide/wide.cu",
+    function="mla_decode_wide",
+    rows=64,
+    cost=CostModel(
+        start=8.5,
+        tile=1.7,
+        item=8.3,
+        merge=5.5,
+        # 64 rows of queries and of output are most of a tile's bytes again. 128 real requests, 128 heads: 103 us with
+        # 2 and 3 tiles, 92 us with 4 and 5.
+        pieces=PieceCosts(piece_overhead=4 * TILE_COST, split_overhead=5 * TILE_COST, packs=True),
+    ),
+    combine_threads=640,  # none fits beside it; its merges are the largest, and 640 threads fill the SM
+)
