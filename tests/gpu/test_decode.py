@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -16,7 +17,7 @@ from cupy_mla.arrays.exchange import empty_like
 from cupy_mla.arrays.view import view
 from cupy_mla.decode import known as known_calls
 from cupy_mla.decode import plan as plan_module
-from cupy_mla.kernels.configs import KernelConfig, choose_config
+from cupy_mla.kernels.choose import AUTO, KERNELS, choose_config
 
 from . import gpu_arrays as gpu
 
@@ -28,20 +29,12 @@ RUNS = 10
 LENGTHS = (0, 1, 63, 64, 65, 140, 4096)
 
 
-@pytest.fixture(params=["chosen", "narrow16", "narrow32", "wide64"])
+@pytest.fixture(params=KERNELS)
 def kernel(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     """Every test runs on the kernel that is chosen for its case, and on each of the kernels."""
-    name = request.param
-    if name != "chosen":
-
-        def choose(*args: Any, **options: Any) -> KernelConfig:
-            config = choose_config(*args, **options)
-            float_partials = config.float_partials and name == "narrow16"
-            return replace(config, kernel=name[:-2], rows=int(name[-2:]), float_partials=float_partials)
-
-        monkeypatch.setattr(plan_module, "choose_config", choose)
+    monkeypatch.setattr(plan_module, "choose_config", partial(choose_config, kernel=request.param))
     _forget_calls()
-    yield name
+    yield request.param
     _forget_calls()
 
 
@@ -191,7 +184,7 @@ def test_widths(heads: int, latent_dim: int, rope_dim: int) -> None:
     run(DenseCase(lengths=(0, 64, 140, 1000), num_heads_q=heads, latent_dim=latent_dim, rope_dim=rope_dim))
 
 
-@pytest.mark.parametrize("kernel", ["chosen", "narrow16", "narrow32"], indirect=True)
+@pytest.mark.parametrize("kernel", [AUTO, "narrow16", "narrow32"], indirect=True)
 @pytest.mark.parametrize(("latent_dim", "rope_dim"), [(64, 0), (320, 64), (384, 0), (512, 128), (512, 512)])
 @pytest.mark.parametrize("heads", [16, 64])
 def test_widths_that_the_wide_kernel_is_not_made_for(heads: int, latent_dim: int, rope_dim: int) -> None:
