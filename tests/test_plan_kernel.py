@@ -105,7 +105,7 @@ def test_constants_are_the_same_on_both_sides() -> None:
         assert getattr(pieces, name) == kernel_constant(name), name
     for name in ("WHOLE_JOB", "CLAIM_TILES"):
         assert getattr(schedule, name) == kernel_constant(name), name
-    for name in ("MAX_SMS", "WARPGROUP_THREADS", "MAX_SHARED_BYTES", "CTA_SHARED_BYTES"):
+    for name in ("MAX_SMS", "WARP_THREADS", "WARPGROUP_THREADS", "MAX_SHARED_BYTES", "CTA_SHARED_BYTES"):
         assert getattr(hopper, name) == kernel_constant(name), name
     for name in ("SM_WORDS", "HALF_SHARE_UNIT"):
         assert getattr(structs, name) == kernel_constant(name), name

@@ -45,7 +45,7 @@ class NarrowFamily(DecodeFamily):
     Attributes
     ----------
     registers : int
-        Most of a thread, at the largest widths.
+        Most of a thread, at the standard widths; of a rope part of 512, 24 more.
     float_registers : int or None
         The same where partial results are float32, for which there are two ways to store; None: they never are.
     """

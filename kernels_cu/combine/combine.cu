@@ -9,7 +9,7 @@ namespace mla {
 using Output = MLA_DTYPE;     // Bf16 or Fp16
 using Partial = MLA_PARTIAL;  // Fp32, or Output
 
-// As many as leave room for two warps in the quarter of an SM that holds two of the decode kernel's; cupy_mla/kernels/configs.py
+// As many as leave room for two warps in the quarter of an SM that holds two of the decode kernel's; cupy_mla/kernels/combine.py
 constexpr i32 kRegisters = MLA_REGISTERS;
 
 // A chunk of a row of a merge item: a warp's task.
@@ -51,7 +51,7 @@ struct Task {
 
 }  // namespace mla
 
-// grid: one CTA per SM; block: as many threads as the decode kernel leaves registers for (cupy_mla/kernels/configs.py), so that
+// grid: one CTA per SM; block: as many threads as the decode kernel leaves registers for (DecodeFamily.combine_threads), so that
 // this kernel is in place when that one ends; no dynamic shared memory.
 extern "C" __global__ void __maxnreg__(mla::kRegisters)
 mla_combine(const __grid_constant__ mla::CombineParams params) {

@@ -106,6 +106,7 @@ int kernel_constant(const char* name) {
         {"_WHOLE_SHARE", kWholeShare},
         {"CLAIM_TILES", kClaimTiles},
         {"MAX_SMS", kMaxSms},
+        {"WARP_THREADS", kWarpThreads},
         {"WARPGROUP_THREADS", kWarpgroupThreads},
         {"MAX_SHARED_BYTES", kMaxSharedBytes},
         {"CTA_SHARED_BYTES", kCtaSharedBytes},
