@@ -59,7 +59,7 @@ def reload_settings() -> Settings:
     Raises
     ------
     InvalidArgumentError
-        As in `get_settings`.
+        A variable has a value that is not one of its own; ``argument`` is the variable's name.
     """
     get_settings.cache_clear()
     return get_settings()
@@ -101,7 +101,7 @@ def _cache_dir(environment: Mapping[str, str]) -> Path:
             expected = "a folder (~ and ~user only for users who have a home)"
             raise InvalidArgumentError(CACHE_DIR_VARIABLE, expected, repr(chosen)) from error
     base = environment.get("XDG_CACHE_HOME", "")
-    if os.path.isabs(base):  # the XDG specification tells to ignore a relative path
+    if os.path.isabs(base):  # by the XDG specification a relative path is ignored
         return Path(base) / "cupy_mla"
     try:
         return Path.home() / ".cache" / "cupy_mla"

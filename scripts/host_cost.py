@@ -1,11 +1,11 @@
 """Where the host's time of one eager decode call goes, in microseconds; the GPU's time is not in it.
 
-Calls are queued back to back, 200 at a time, and waited for in between; the middle of 25 rounds is told, and the
+Calls are queued back to back, 200 at a time, and waited for in between; reported are the median of 25 rounds and the
 fastest. The shape is small, so that the GPU keeps up. Beside ours, for scale: a bare launch of an empty kernel through
 CuPy, and FlashMLA where it can be imported (or is packed in the vLLM wheel's folder given by --peers).
 
 Without a Hopper GPU the same code runs with CPU tensors that are taken for CUDA tensors and a driver that returns at
-once: what is told then is our own share, without the driver's.
+once: the figures are then our own share, without the driver's.
 """
 
 from __future__ import annotations

@@ -146,7 +146,7 @@ def as_numpy(array: Any, stream: int | None = None) -> np.ndarray:
     Raises
     ------
     InvalidArgumentError
-        As in `view`.
+        The object cannot be read as an array, for the reasons that `view` names.
     MissingDependencyError
         A CUDA array came and CuPy is not installed.
     """

@@ -1,7 +1,7 @@
-"""Arrays told apart from those seen before, in a few hundred nanoseconds each.
+"""Whether arrays are like those of an earlier call, in a few hundred nanoseconds each.
 
-A sketch says what `arrays.view` would, in a form that is only good for comparing: equal layouts of arrays whose views
-were found good are good.
+A sketch is an array's address and its *form*: shape, strides, element type and device, as its framework says them. A
+form is only good for comparing. An array whose form equals that of one that `arrays.view` has found good is good.
 """
 
 from __future__ import annotations
@@ -11,31 +11,31 @@ from typing import Any
 
 from .view import view
 
-Layout = tuple[Any, ...]
+Form = tuple[Any, ...]
 
 
-def _sketch_torch(tensor: Any) -> tuple[int, Layout]:
+def _sketch_torch(tensor: Any) -> tuple[int, Form]:
     # Of contiguous tensors the strides follow from the shape, but for axes of one element, where they mean nothing.
     return tensor.data_ptr(), (tensor.shape, tensor.is_contiguous() or tensor.stride(), tensor.dtype, tensor.device)
 
 
-def _sketch_cupy(array: Any) -> tuple[int, Layout]:
+def _sketch_cupy(array: Any) -> tuple[int, Form]:
     memory = array.data
     return memory.ptr, (array.shape, array.strides, array.dtype, memory.device_id)
 
 
 # By module and name, as no framework is imported here. Subclasses may mean anything by their attributes: not these.
-_SKETCHER_OF_TYPE: dict[tuple[str, str], Callable[[Any], tuple[int, Layout]]] = {
+_SKETCHER_OF_TYPE: dict[tuple[str, str], Callable[[Any], tuple[int, Form]]] = {
     ("torch", "Tensor"): _sketch_torch,
     ("torch.nn.parameter", "Parameter"): _sketch_torch,
     ("cupy", "ndarray"): _sketch_cupy,
 }
 
 
-class _Sketchers(dict[type, Callable[[Any], tuple[int, Layout]]]):
+class _Sketchers(dict[type, Callable[[Any], tuple[int, Form]]]):
     """Sketchers by type, found the first time that a type comes. KeyError: only `arrays.view` can read it."""
 
-    def __missing__(self, array_type: type) -> Callable[[Any], tuple[int, Layout]]:
+    def __missing__(self, array_type: type) -> Callable[[Any], tuple[int, Form]]:
         sketcher = self[array_type] = _SKETCHER_OF_TYPE[array_type.__module__, array_type.__name__]
         return sketcher
 
@@ -46,7 +46,7 @@ _SKETCHERS = _Sketchers()
 def sketch(arrays: Iterable[Any]) -> tuple[list[int], list[Any]] | None:
     """Addresses, and everything else that `view` would say, in a form that is only good for comparing.
 
-    Takes half the time of `view`, and checks nothing: equal layouts of arrays whose views were found good are good.
+    Takes half the time of `view`, and checks nothing: an array of the form of one found good is good.
 
     Parameters
     ----------
@@ -56,25 +56,25 @@ def sketch(arrays: Iterable[Any]) -> tuple[list[int], list[Any]] | None:
     Returns
     -------
     (list of int, list) or None
-        For each array its address (0 if not there), and the layouts of all, one behind the other. None when there is
+        For each array its address (0 if not there), and the forms of all, one behind the other. None when there is
         an array that only `view` can read, or that has no memory.
     """
     pointers: list[int] = []
-    layouts: list[Any] = []
+    forms: list[Any] = []
     try:
         for array in arrays:
             if array is None:
                 pointers.append(0)
-                layouts.append(None)
+                forms.append(None)
                 continue
-            pointer, layout = _SKETCHERS[type(array)](array)
+            pointer, form = _SKETCHERS[type(array)](array)
             if not pointer:
                 return None
             pointers.append(pointer)
-            layouts += layout
+            forms += form
     except Exception:  # no sketcher, or a tensor without memory; `view` finds the words
         return None
-    return pointers, layouts
+    return pointers, forms
 
 
 def sketch_tensors(a: Any, b: Any, c: Any, d: Any, e: Any, f: Any) -> tuple[tuple[int, ...], tuple[Any, ...]] | None:
@@ -83,7 +83,7 @@ def sketch_tensors(a: Any, b: Any, c: Any, d: Any, e: Any, f: Any) -> tuple[tupl
     Returns
     -------
     (tuple of int, tuple) or None
-        Addresses and layouts as `sketch` gives them. None unless all are torch tensors with memory.
+        Addresses and forms as `sketch` gives them. None unless all are torch tensors with memory.
     """
     kind = type(a)
     if not (kind is type(b) is type(c) is type(d) is type(e) is type(f)):
@@ -112,7 +112,7 @@ def pointer_of(array: Any) -> int:
     Raises
     ------
     InvalidArgumentError
-        As in `view`.
+        The object cannot be read as an array, for the reasons that `view` names.
     """
     sketcher = _SKETCHERS.get(type(array))
     return view(array, "array").pointer if sketcher is None else sketcher(array)[0]

@@ -48,7 +48,13 @@ class Deadline:
         return self._end - self._clock()
 
     def check(self, needed: float = 0.0) -> None:
-        """Raise `TimeLimitError` unless so many more seconds are left."""
+        """Refuse to go on when the time is up, or would be.
+
+        Raises
+        ------
+        TimeLimitError
+            Fewer than ``needed`` seconds are left, or none.
+        """
         if self.remaining <= 0:
             raise TimeLimitError(f"the limit of {self.limit:g} s for a case has passed")
         if needed > self.remaining:

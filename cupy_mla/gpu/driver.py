@@ -33,7 +33,7 @@ def check(action: str, result: tuple[Any, ...]) -> Any:
     Raises
     ------
     DriverError
-        The call failed.
+        The driver returned another status than success; the exception carries its number and name.
     """
     status = result[0]
     if int(status) != 0:
