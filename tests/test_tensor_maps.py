@@ -76,7 +76,7 @@ def described(monkeypatch: pytest.MonkeyPatch) -> list[Description]:
 
 
 def swizzled(memory: np.ndarray) -> np.ndarray:
-    """Shared memory as the copy engine writes it: 16-byte chunks of a row of 128 bytes trade places by row modulo 8."""
+    """Shared memory as TMA writes it: 16-byte chunks of a row of 128 bytes trade places by row modulo 8."""
     rows = memory.reshape(-1, ATOM_ROWS, COLUMNS // CHUNK_COLUMNS, CHUNK_COLUMNS)
     result = np.empty_like(rows)
     for row, chunk in itertools.product(range(ATOM_ROWS), range(COLUMNS // CHUNK_COLUMNS)):

@@ -113,7 +113,13 @@ class PageAllocator:
         return int(self._lengths[self._row(request, "request")])
 
     def allocate(self) -> int:
-        """As `PagedKVCache.allocate`."""
+        """As `PagedKVCache.allocate`.
+
+        Raises
+        ------
+        OutOfRequestsError
+            There are ``max_requests`` already.
+        """
         if not self._free_rows:
             raise OutOfRequestsError(self.max_requests)
         request = self._next_request

@@ -237,7 +237,7 @@ def check_chunks(segments: list[Segment]) -> None:
     Raises
     ------
     InvalidArgumentError
-        They do not.
+        An address, a stride or a width is not a multiple of 16 bytes.
     """
     for segment in segments:
         itemsize = segment.cache.itemsize

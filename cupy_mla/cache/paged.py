@@ -150,7 +150,7 @@ class PagedKVCache:
         Raises
         ------
         OutOfRequestsError
-            ``max_requests`` exist already.
+            There are ``max_requests`` already.
         """
         return self._allocator.allocate()
 
@@ -164,7 +164,7 @@ class PagedKVCache:
         InvalidArgumentError
             There is no such request, or it has fewer tokens.
         OutOfRequestsError
-            ``max_requests`` exist already.
+            There are ``max_requests`` already.
         """
         return self._allocator.fork(request, num_tokens)
 

@@ -14,7 +14,7 @@ from ..arrays.view import ArrayView, source_of
 from ..errors import InvalidArgumentError
 from .problem import DecodeInputs, DecodeProblem
 
-# What the copy engine of the GPU (TMA) asks of global addresses and strides, in bytes.
+# What TMA asks of global addresses and strides, in bytes.
 COPY_ALIGNMENT = 16
 COPY_MAX_STRIDE = 2**40
 # Times log2(e), a softmax scale is a float32.
@@ -27,7 +27,7 @@ def check_softmax_scale(softmax_scale: float) -> None:
     Raises
     ------
     InvalidArgumentError
-        It is not.
+        It is not a number, or is below the least or above the largest scale that is served.
     """
     if type(softmax_scale) is float and _MIN_SCALE <= softmax_scale <= _MAX_SCALE:
         return
@@ -106,7 +106,7 @@ def check_no_overlap(array: ArrayView, name: str) -> None:
 
 
 def check_rows(shape: tuple[int, ...], strides: tuple[int, ...], itemsize: int, device: str, name: str) -> None:
-    """Refuse rows that are not contiguous, or on CUDA not where the copy engine can take them.
+    """Refuse rows that are not contiguous, or on CUDA not where TMA can take them.
 
     Raises
     ------

@@ -2,9 +2,9 @@
 
 Such a compiler sees arrays, not objects; it may copy them, move them, and run later or in another process. A plan in an
 array therefore holds nothing but what the planner wrote, and all else is worked out again from the arguments of each
-call. (A decode may count its CTAs in it, kernels_cu/decode/claim.h; the count is back at 0 at its end.) What it was
-made for is told by its size: to the bytes of the plan are added as many as a fingerprint of the problem says, so that a
-plan of other shapes or settings is refused although nothing is read back from the GPU.
+call. (A decode may count its CTAs in it, kernels_cu/decode/claim.h; the count is back at 0 at its end.) Its size shows
+what it was made for: to the bytes of the plan are added as many as a fingerprint of the problem says, so that a plan of
+other shapes or settings is refused although nothing is read back from the GPU.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ def check_plan_array(size: int, expected: int) -> None:
     Raises
     ------
     PlanMismatchError
-        It has.
+        The sizes differ: the plan is for other shapes or options.
     """
     if size != expected:
         raise PlanMismatchError(

@@ -25,7 +25,7 @@ def check_kernel(kernel: str) -> str:
     Raises
     ------
     InvalidArgumentError
-        There is none.
+        No kernel has this name.
     """
     if kernel not in KERNELS:
         raise InvalidArgumentError("kernel", f"one of {', '.join(KERNELS)}", repr(kernel))

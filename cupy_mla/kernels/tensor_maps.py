@@ -1,4 +1,4 @@
-"""Tensor maps: what the copy engine must know of a paged KV cache to load tiles from it."""
+"""Tensor maps: what TMA must know of a paged KV cache to load tiles from it."""
 
 from __future__ import annotations
 
@@ -101,7 +101,7 @@ def kv_tensor_map(pages: ArrayView, config: KernelConfig) -> TensorMap:
     Raises
     ------
     InvalidArgumentError
-        As `PageSteps.of`.
+        The strides have so small a divisor in common that steps cannot be counted in 32 bits.
     DriverError
         The driver refused the description.
     """

@@ -41,7 +41,13 @@ SUFFIXES = (".npz", ".safetensors")
 
 
 def check_suffix(path: Path, argument: str) -> None:
-    """Raise InvalidArgumentError, naming ``argument``, unless ``path`` ends in .npz or .safetensors."""
+    """Refuse a file that is neither an .npz nor a .safetensors file by its name.
+
+    Raises
+    ------
+    InvalidArgumentError
+        ``path`` ends in something else; the error names ``argument``.
+    """
     if path.suffix not in SUFFIXES:
         raise InvalidArgumentError(argument, "a file name ending in " + " or ".join(SUFFIXES), str(path))
 

@@ -185,7 +185,7 @@ def cache_values(values: Floats) -> Floats:
     Raises
     ------
     InvalidArgumentError
-        They have not.
+        There are more or fewer than the four axes of a cache.
     """
     if values.ndim != CACHE_RANK:
         raise InvalidArgumentError("values", _CACHE_AXES, str(list(values.shape)))

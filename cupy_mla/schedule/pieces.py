@@ -63,6 +63,12 @@ class PieceCosts:
         budget to it.
     packs
         Whether packing jobs by length is worth the planner's time.
+
+    Raises
+    ------
+    InvalidArgumentError
+        An overhead is out of its range: none may pass `MAX_OVERHEAD`, ``piece_overhead`` is at least 1,
+        ``split_overhead`` at least that, ``merge_overhead`` at least 0.
     """
 
     piece_overhead: int = 2 * TILE_COST
