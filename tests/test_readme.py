@@ -290,6 +290,12 @@ def test_every_environment_variable_is_listed() -> None:
     assert set(listed) == set(re.findall(r"CUPY_MLA_\w+", source))
 
 
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_files_that_are_named_are_there(page: Path) -> None:
+    for name in re.findall(r"`((?:cupy_mla|kernels_cu|scripts|tests)/[\w./-]*)`", TEXTS[page]):
+        assert (ROOT / name).exists(), name
+
+
 def anchors(page: Path) -> set[str]:
     headings = re.findall(r"^#+ (.+)$", page.read_text(encoding="utf-8"), re.MULTILINE)
     return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
