@@ -253,7 +253,7 @@ def test_equal_lengths(batch: int, tiles: int, items: int, tiles_of_piece: int) 
 
 @pytest.mark.parametrize(("batch", "tiles", "items"), [(1, 2, 1), (1, 3, 3), (32, 3, 96), (64, 2, 64), (64, 3, 64)])
 def test_short_requests_are_cut_for_16_rows_where_that_is_faster(batch: int, tiles: int, items: int) -> None:
-    """Measured; kernels_cu/DESIGN.md has the times."""
+    """Measured; kernels_cu/TRIED.md has the times."""
     assert len(make_schedule(dense(batch, cost=NARROW16.cost.pieces), [tiles * TILE_TOKENS] * batch).items) == items
 
 

@@ -27,7 +27,7 @@ _LOG2_E = math.log2(math.e)
 _WORD_BYTES = 8
 _FLAG_BYTES = 4
 _ELEMENT_BYTES = 2
-# CTAs of a job read the same tiles; two of them on neighbouring SMs take up to 3% less time (kernels_cu/DESIGN.md). SMs
+# CTAs of a job read the same tiles; two of them on neighbouring SMs take up to 3% less time (kernels_cu/TRIED.md). SMs
 # come in pairs; larger clusters do not fill a GPU.
 _PAIR = 2
 _CALLS_KEPT = 4096  # as many as describe.py remembers good combinations
