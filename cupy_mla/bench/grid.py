@@ -23,6 +23,7 @@ from ..lab.spec import (
     CaseSpec,
 )
 from ..lab.work import IntArray, Work
+from ..layouts import DENSE_LAYOUTS
 from ..schedule.pieces import TILE_TOKENS
 
 # Small, middle and full batches; memory-bound and compute-bound head counts: under a minute on an H200, with peers.
@@ -31,7 +32,6 @@ DEFAULT_BATCHES, DEFAULT_LENGTHS, DEFAULT_HEADS = (1, 16, 128), (1024, 8192), (1
 CPU_BATCHES, CPU_LENGTHS, CPU_HEADS = (1, 2), (64, 256), (8,)
 
 _DEFAULT_WIDTHS = (DEFAULT_HEAD_DIM_V, DEFAULT_ROPE_DIM)
-_SHORT_DTYPES = {"bfloat16": "bf16", "float16": "fp16"}
 _EARLIER_NAMES = {"layout": "storage"}  # of fields, in files of earlier versions
 _INTEGERS = ("batch", "num_heads_q", "seqlen_q", "page_size", "latent_dim", "rope_dim")
 
@@ -176,7 +176,7 @@ def _name(case: BenchCase, tokens: str) -> str:
     if (case.latent_dim, case.rope_dim) != _DEFAULT_WIDTHS:
         parts.append(f"d{case.latent_dim}+{case.rope_dim}")
     if case.dtype != DEFAULT_DTYPE:
-        parts.append(_SHORT_DTYPES[case.dtype])
+        parts.append(DENSE_LAYOUTS[case.dtype].name)
     if case.page_size != DEFAULT_PAGE_SIZE:
         parts.append(f"p{case.page_size}")
     if case.storage != PACKED:

@@ -9,9 +9,11 @@ from typing import Any
 
 import numpy as np
 
+from ..arrays.dtypes import ITEM_SIZES
 from ..arrays.view import ArrayView
 from ..errors import InvalidArgumentError
 from ..gpu.driver import check, driver
+from ..layouts import DENSE_LAYOUTS
 from .family import BOX_COLUMNS, KernelConfig
 
 TENSOR_MAP = np.dtype("V128")  # CUtensorMap, opaque
@@ -123,11 +125,8 @@ def _encode(
 ) -> TensorMap:
     cuda = driver()
     _, page_size, _, width = shape
-    item_bytes = 2
-    data_type = {
-        "bfloat16": cuda.CUtensorMapDataType.CU_TENSOR_MAP_DATA_TYPE_BFLOAT16,
-        "float16": cuda.CUtensorMapDataType.CU_TENSOR_MAP_DATA_TYPE_FLOAT16,
-    }[dtype]
+    item_bytes = ITEM_SIZES[dtype]
+    data_type = getattr(cuda.CUtensorMapDataType, f"CU_TENSOR_MAP_DATA_TYPE_{DENSE_LAYOUTS[dtype].tma_type}")
     steps = PageSteps.of(shape, strides)
     sizes = (BOX_COLUMNS, group_tokens, width // BOX_COLUMNS, page_size // group_tokens, steps.count)
     # A dimension of size one may come with any stride, 0 included; the driver wants multiples of 16 bytes that are

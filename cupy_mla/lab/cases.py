@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from ..arrays.dtypes import ITEM_SIZES
+from ..layouts import DENSE_LAYOUTS
 from ..schedule.pieces import ceil_div
 from .libraries import NUMPY, ArrayLibrary
 from .random_values import Array
@@ -85,6 +86,7 @@ class Case:
             head_dim=sum(part.shape[-1] for part in parts),
             head_dim_v=self.head_dim_v,
             causal=self.causal,
+            layout=DENSE_LAYOUTS[self.dtype],
             item_size=ITEM_SIZES[self.dtype],
         )
 

@@ -157,6 +157,7 @@ class CaseSpec:
             head_dim=self.head_dim,
             head_dim_v=self.latent_dim,
             causal=self.causal,
+            layout=DENSE_LAYOUTS[self.dtype],
             item_size=ITEM_SIZES[self.dtype],
         )
 

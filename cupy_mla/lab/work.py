@@ -7,6 +7,8 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
+from ..layouts import CacheLayout
+
 IntArray = npt.NDArray[np.int64]
 
 
@@ -27,6 +29,7 @@ def count_work(
     head_dim: int,
     head_dim_v: int,
     causal: bool,
+    layout: CacheLayout,
     item_size: int,
 ) -> Work:
     """2 (d_qk + d_v) FLOP per query row and visible key; the bytes of `Work`.
@@ -37,14 +40,17 @@ def count_work(
         [batch]: cached tokens and query tokens of each request.
     num_heads_q, num_heads_kv, head_dim, head_dim_v, causal
         As in ``mla_decode``; ``head_dim`` is d_qk.
+    layout
+        Of the cache.
     item_size
-        Bytes of a value, in q, cache and out.
+        Bytes of a value of q and out.
     """
     pairs = num_heads_q * visible_pairs(kv_lengths, q_lengths, causal)
-    kv_vectors = num_heads_kv * int(kv_lengths[q_lengths > 0].sum())
-    rows = num_heads_q * int(q_lengths.sum())
-    values = kv_vectors * head_dim + rows * (head_dim + head_dim_v)
-    return Work(flops=2 * (head_dim + head_dim_v) * pairs, bytes=values * item_size)
+    cache_bytes = int(kv_lengths[q_lengths > 0].sum()) * layout.token_bytes(
+        head_dim_v, head_dim - head_dim_v, num_heads_kv
+    )
+    row_values = num_heads_q * int(q_lengths.sum()) * (head_dim + head_dim_v)
+    return Work(flops=2 * (head_dim + head_dim_v) * pairs, bytes=cache_bytes + row_values * item_size)
 
 
 def visible_pairs(kv_lengths: IntArray, q_lengths: IntArray, causal: bool) -> int:
