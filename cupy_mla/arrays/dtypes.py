@@ -27,6 +27,8 @@ ITEM_SIZES = {
     "float8_e5m2": 1,
     "float8_e8m0fnu": 1,
 }
+# What kernels_cu/core/types.h calls those that kernels compute with.
+KERNEL_TYPES = {"bfloat16": "Bf16", "float16": "Fp16", "float32": "Fp32"}
 # Types that NumPy has only through ml_dtypes.
 _ML_DTYPES = frozenset({"bfloat16", "float8_e4m3fn", "float8_e5m2", "float8_e8m0fnu"})
 _NUMPY_DTYPES: dict[np.dtype[Any], str] = {}

@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 
+from ..arrays.dtypes import KERNEL_TYPES
 from ..arrays.exchange import as_numpy, empty_like, finish, keep_imported
 from ..arrays.frameworks import CUDA, check_stream, current_stream
 from ..arrays.view import ArrayView, view
@@ -15,7 +16,7 @@ from ..gpu.device import require_backend, require_supported
 from ..gpu.jit.module import load
 from ..gpu.launch import launch_kernel
 from ..kernels.combine import OCTET, STORE_ALIGNMENT, merge_states_geometry, merge_states_source
-from ..kernels.structs import ELEMENT_TAGS, MERGE_STATES_PARAMS
+from ..kernels.structs import MERGE_STATES_PARAMS
 from .reference import merge_states_reference
 
 _RANKS = (4, 5)  # ragged [n, total_q, heads, d_v], or [n, batch, seqlen_q, heads, d_v]
@@ -100,7 +101,7 @@ def _check(outs: ArrayView, lses: ArrayView) -> tuple[tuple[int, ...], tuple[int
         raise InvalidArgumentError("outs", "4 or 5 dimensions", f"{outs.ndim}")
     if outs.shape[0] == 0:
         raise InvalidArgumentError("outs", "at least one partial result", "none")
-    if outs.dtype not in ELEMENT_TAGS:
+    if outs.dtype not in KERNEL_TYPES:
         raise InvalidArgumentError("outs", "bfloat16, float16 or float32", outs.dtype)
     out_shape = outs.shape[1:]
     lse_shape = (*out_shape[:-3], out_shape[-2], out_shape[-3])

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from ..arrays.dtypes import KERNEL_TYPES
 from ..gpu.jit.source import KernelSource
 from .append import APPEND_SOURCE
 from .choose import FAMILIES
@@ -14,7 +15,6 @@ from .combine import MERGE_STATES_THREADS, combine_source, merge_states_source
 from .family import KernelConfig
 from .halves import PROBE_SOURCE
 from .planner import PLAN_SOURCE, PLAN_THREADS
-from .structs import ELEMENT_TAGS
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,7 +44,7 @@ def all_kernels() -> list[NamedKernel]:
     combine = [NamedKernel(name, source) for name, source in sources.items()]
     merge = [
         NamedKernel(f"merge_states_{dtype}", merge_states_source(dtype), MERGE_STATES_THREADS)
-        for dtype in ELEMENT_TAGS
+        for dtype in KERNEL_TYPES
     ]
     others = [
         NamedKernel("plan", PLAN_SOURCE, PLAN_THREADS),

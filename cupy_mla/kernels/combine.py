@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+from ..arrays.dtypes import KERNEL_TYPES
 from ..gpu.jit.source import KernelSource
 from ..gpu.launch import Geometry
 from ..schedule.pieces import ceil_div
 from .family import KernelConfig
-from .structs import ELEMENT_TAGS
 
 MERGE_STATES_THREADS = 256
 OCTET = 8  # columns that a lane merges: d_v is a multiple of this
@@ -21,8 +21,8 @@ def combine_source(config: KernelConfig) -> KernelSource:
     """The kernel that merges partial results of a plan whose decode kernel is this one."""
     registers = _FLOAT_REGISTERS if config.float_partials else _REGISTERS
     defines = (
-        ("MLA_DTYPE", ELEMENT_TAGS[config.dtype]),
-        ("MLA_PARTIAL", ELEMENT_TAGS[config.partial_dtype]),
+        ("MLA_DTYPE", KERNEL_TYPES[config.dtype]),
+        ("MLA_PARTIAL", KERNEL_TYPES[config.partial_dtype]),
         ("MLA_REGISTERS", str(registers)),
     )
     return KernelSource("combine/combine.cu", "mla_combine", defines)
@@ -30,7 +30,7 @@ def combine_source(config: KernelConfig) -> KernelSource:
 
 def merge_states_source(dtype: str) -> KernelSource:
     """The kernel that merges states in ordinary arrays, for "bfloat16", "float16" or "float32"."""
-    return KernelSource("combine/merge_states.cu", "mla_merge_states", (("MLA_DTYPE", ELEMENT_TAGS[dtype]),))
+    return KernelSource("combine/merge_states.cu", "mla_merge_states", (("MLA_DTYPE", KERNEL_TYPES[dtype]),))
 
 
 def combine_geometry(num_sms: int, threads: int) -> Geometry:

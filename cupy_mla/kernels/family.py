@@ -14,9 +14,9 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from ..gpu.jit.source import KernelSource
+from ..layouts import DENSE_LAYOUTS
 from ..schedule.pieces import TILE_TOKENS
 from .cost import CostModel
-from .structs import ELEMENT_TAGS
 
 if TYPE_CHECKING:
     from ..call.problem import DecodeProblem
@@ -32,7 +32,6 @@ CLAIM_BYTES = 8
 
 # What the models in use need: (latent, rope) of DeepSeek V2/V3/R1 and Kimi K2, without rope, and a small MLA.
 STANDARD_DIMS = ((512, 64), (512, 0), (256, 64))
-STANDARD_DTYPES = ("bfloat16", "float16")
 STANDARD_PAGE_SIZES = (16, 32, 64, 128)
 
 
@@ -108,7 +107,7 @@ class DecodeFamily(ABC):
     def defines(self, config: KernelConfig) -> tuple[tuple[str, str], ...]:
         """The macros of decode/config.h."""
         return (
-            ("MLA_DTYPE", ELEMENT_TAGS[config.dtype]),
+            *DENSE_LAYOUTS[config.dtype].defines,
             ("MLA_LATENT", str(config.latent_dim)),
             ("MLA_ROPE", str(config.rope_dim)),
             ("MLA_PAGE_SIZE", str(config.page_size)),
@@ -124,7 +123,7 @@ class DecodeFamily(ABC):
         return [
             KernelConfig(self, latent, rope, dtype, page_size, causal, float_partials)
             for float_partials, (latent, rope), dtype, page_size, causal in itertools.product(
-                partials, STANDARD_DIMS, STANDARD_DTYPES, STANDARD_PAGE_SIZES, (False, True)
+                partials, STANDARD_DIMS, DENSE_LAYOUTS, STANDARD_PAGE_SIZES, (False, True)
             )
         ]
 

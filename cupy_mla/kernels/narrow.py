@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from ..gpu import hopper
+from ..layouts import DENSE_LAYOUTS
 from ..schedule.pieces import TILE_COST, PieceCosts
 from .cost import CostModel
 from .family import (
@@ -15,7 +16,6 @@ from .family import (
     CLAIM_BYTES,
     ELEMENT_BYTES,
     FLOAT_BYTES,
-    STANDARD_DTYPES,
     DecodeFamily,
     KernelConfig,
     Role,
@@ -55,8 +55,8 @@ class NarrowFamily(DecodeFamily):
 
     def why_unsupported(self, problem: DecodeProblem) -> str | None:
         """Widths that are not whole boxes, or of more boxes than there is room for."""
-        if problem.dtype not in STANDARD_DTYPES:
-            return f"takes elements of {' or '.join(STANDARD_DTYPES)}, not {problem.dtype}"
+        if problem.dtype not in DENSE_LAYOUTS:
+            return f"takes elements of {' or '.join(DENSE_LAYOUTS)}, not {problem.dtype}"
         widths = problem.latent_dim, problem.rope_dim
         if any(width % BOX_COLUMNS for width in widths):
             return f"takes widths that are multiples of {BOX_COLUMNS}, not {widths[0]} and {widths[1]}"

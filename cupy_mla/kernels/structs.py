@@ -11,8 +11,6 @@ import numpy as np
 
 from ..gpu import hopper
 
-ELEMENT_TAGS = {"bfloat16": "Bf16", "float16": "Fp16", "float32": "Fp32"}  # types of core/types.h
-
 SM_WORDS = hopper.MAX_SMS // 32  # of 32 bits
 HALF_SHARE_UNIT = 1 << 16  # second_half_share is a fraction of it
 

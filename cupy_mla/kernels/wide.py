@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from ..gpu.hopper import WARPGROUP_THREADS
+from ..layouts import DENSE_LAYOUTS
 from ..schedule.pieces import TILE_COST, PieceCosts
 from .cost import CostModel
 from .family import (
@@ -16,7 +17,6 @@ from .family import (
     CLAIM_BYTES,
     ELEMENT_BYTES,
     FLOAT_BYTES,
-    STANDARD_DTYPES,
     DecodeFamily,
     KernelConfig,
     Role,
@@ -42,8 +42,8 @@ class WideFamily(DecodeFamily):
 
     def why_unsupported(self, problem: DecodeProblem) -> str | None:
         """Widths other than those that two warpgroups can share."""
-        if problem.dtype not in STANDARD_DTYPES:
-            return f"takes elements of {' or '.join(STANDARD_DTYPES)}, not {problem.dtype}"
+        if problem.dtype not in DENSE_LAYOUTS:
+            return f"takes elements of {' or '.join(DENSE_LAYOUTS)}, not {problem.dtype}"
         if problem.latent_dim not in _LATENT_DIMS:
             return f"takes latent widths of {_LATENT_DIMS}, not {problem.latent_dim}"
         if problem.rope_dim not in _ROPE_DIMS:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+from ..arrays.dtypes import KERNEL_TYPES
 from ..errors import InvalidArgumentError
 from .base import CacheLayout
 from .block_scaled import BlockScaled
@@ -12,9 +13,19 @@ from .dense import DenseLayout
 from .tensor_scaled import TensorScaled
 
 BF16 = DenseLayout(
-    name="bf16", dtypes=("bfloat16",), query_dtypes=("bfloat16",), tma_type="BFLOAT16", kernel_type="Bf16"
+    name="bf16",
+    dtypes=("bfloat16",),
+    query_dtypes=("bfloat16",),
+    tma_type="BFLOAT16",
+    kernel_type=KERNEL_TYPES["bfloat16"],
 )
-FP16 = DenseLayout(name="fp16", dtypes=("float16",), query_dtypes=("float16",), tma_type="FLOAT16", kernel_type="Fp16")
+FP16 = DenseLayout(
+    name="fp16",
+    dtypes=("float16",),
+    query_dtypes=("float16",),
+    tma_type="FLOAT16",
+    kernel_type=KERNEL_TYPES["float16"],
+)
 FP8_E4M3 = TensorScaled(name="fp8_e4m3", dtypes=("float8_e4m3fn",))
 # DeepSeek V3.2: 512 e4m3, 4 float32 scales, 64 bfloat16 with the position: 656 bytes.
 FP8_DS_MLA = BlockScaled(
