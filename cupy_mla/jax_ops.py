@@ -10,14 +10,18 @@ on a GPU a callback would carry the whole cache to the host, so there jax-tvm-ff
 from __future__ import annotations
 
 import functools
+import inspect
 from typing import Any
 
 from .arrays.frameworks import CPU, CUDA
 from .arrays.view import ArrayView, contiguous_strides
 from .call.arguments import COPY_ALIGNMENT
-from .call.problem import LSE_DTYPE, DecodeProblem
-from .decode.jax_calls import DECODE_TARGET, PLAN_TARGET, CallOptions, decode_in_callback, register_calls
-from .decode.plan_arrays import check_plan_array, plan_array_bytes, plan_kind
+from .call.describe import describe_decode
+from .call.options import DECODE, OPTIONS, PARTS, PLAN, DecodeArrays, DecodeOptions
+from .call.problem import LSE_DTYPE, PLAN_DTYPE, DecodeInputs, DecodeProblem
+from .decode.jax_calls import DECODE_TARGET, PLAN_TARGET, TracedCall, decode_in_callback, register_calls
+from .decode.plan import plan_kind
+from .decode.plan_arrays import check_plan_array, plan_array_bytes
 from .errors import InvalidArgumentError, MissingDependencyError, UnsupportedDeviceError
 from .gpu.device import require_backend
 
@@ -28,28 +32,24 @@ def mla_decode(
     block_table: Any,
     cache_seqlens: Any,
     *,
-    head_dim_v: int = 512,
-    softmax_scale: float | None = None,
-    causal: bool = False,
     cu_seqlens_q: Any = None,
-    max_seqlen_q: int | None = None,
     plan: Any = None,
-    max_seqlen_k: int | None = None,
-    fixed_split_tokens: int | None = None,
     platform: str | None = None,
+    **options: Any,
 ) -> tuple[Any, Any]:
     """`cupy_mla.mla_decode` for JAX arrays and tracers.
 
     Parameters
     ----------
-    q, kv_cache, block_table, cache_seqlens, head_dim_v, softmax_scale, causal, cu_seqlens_q, max_seqlen_q
-        As in `cupy_mla.mla_decode`. All but the arrays are static: Python numbers, no tracers.
+    q, kv_cache, block_table, cache_seqlens, cu_seqlens_q
+        As in `cupy_mla.mla_decode`.
     plan
         From `plan_decode`, made with the same options; None: the call plans by itself.
-    max_seqlen_k, fixed_split_tokens
-        As in `plan_decode`.
     platform
         ``"cpu"`` or ``"cuda"``: what a program that is being traced will run on. None: JAX's default backend.
+    **options
+        As in `cupy_mla.mla_decode`, and ``max_seqlen_k`` and ``fixed_split_tokens`` as in `cupy_mla.plan_decode`. They
+        are static: Python numbers, no tracers. What ``validate`` finds is raised when the program runs.
 
     Returns
     -------
@@ -65,32 +65,22 @@ def mla_decode(
     MissingDependencyError
         The platform is CUDA and jax-tvm-ffi is not installed.
     """
-    arrays, options, location, problem = _trace(
-        q, kv_cache, block_table, cache_seqlens, cu_seqlens_q, platform,
-        head_dim_v=head_dim_v, softmax_scale=softmax_scale, causal=causal, max_seqlen_q=max_seqlen_q,
-        max_seqlen_k=max_seqlen_k, fixed_split_tokens=fixed_split_tokens, planned=plan is not None,
-    )  # fmt: skip
-    arguments = options.plan_arguments(problem, location)
-    kind = plan_kind(*arguments)
-    if plan is not None:
-        given = _view_of_shape(plan, "plan", location)
-        if given.dtype != "uint8" or given.ndim != 1:
-            raise InvalidArgumentError(
-                "plan", "an array from cupy_mla.jax_ops.plan_decode", f"{given.dtype} {given.shape}"
-            )
-        check_plan_array(given.shape[0], plan_array_bytes(*arguments))
-        arrays.append(plan)
+    given = DecodeArrays(q, kv_cache, block_table, cache_seqlens, cu_seqlens_q, plan)
+    call, arrays, problem, inputs = _trace(given, _options(mla_decode, options), platform)
+    kind = plan_kind(problem, inputs.location, call.options)
+    if inputs.plan is not None:
+        check_plan_array(inputs.plan.shape[0], problem, inputs.location, call.options)
     jax = _jax()
     results = [
-        jax.ShapeDtypeStruct(problem.out_shape, arrays[0].dtype),
+        jax.ShapeDtypeStruct(problem.out_shape, problem.dtype),
         jax.ShapeDtypeStruct(problem.lse_shape, LSE_DTYPE),
     ]
     if kind is not None:
-        size = kind.workspace_bytes - (kind.plan_bytes if options.planned else 0)
-        results.append(jax.ShapeDtypeStruct((size,), "uint8"))
-    if not register_calls(location[0]):
-        return tuple(jax.pure_callback(functools.partial(decode_in_callback, options), tuple(results), *arrays))
-    out, lse, *_ = jax.ffi.ffi_call(DECODE_TARGET, results)(*arrays, **options.attributes())
+        size = kind.workspace_bytes - (0 if plan is None else kind.plan_bytes)
+        results.append(jax.ShapeDtypeStruct((size,), PLAN_DTYPE))
+    if not register_calls(inputs.location[0]):
+        return tuple(jax.pure_callback(functools.partial(decode_in_callback, call), tuple(results), *arrays))
+    out, lse, *_ = jax.ffi.ffi_call(DECODE_TARGET, results)(*arrays, **call.attributes())
     return out, lse
 
 
@@ -100,74 +90,76 @@ def plan_decode(
     block_table: Any,
     cache_seqlens: Any,
     *,
-    head_dim_v: int = 512,
-    causal: bool = False,
     cu_seqlens_q: Any = None,
-    max_seqlen_q: int | None = None,
-    max_seqlen_k: int | None = None,
-    fixed_split_tokens: int | None = None,
     platform: str | None = None,
+    **options: Any,
 ) -> Any:
     """The plan of a decode step as a uint8 array, for all layers of a compiled program.
 
     Arguments and errors are those of `cupy_mla.plan_decode` and of `mla_decode`. On the CPU it holds nothing.
     """
-    arrays, options, location, problem = _trace(
-        q, kv_cache, block_table, cache_seqlens, cu_seqlens_q, platform,
-        head_dim_v=head_dim_v, softmax_scale=None, causal=causal, max_seqlen_q=max_seqlen_q,
-        max_seqlen_k=max_seqlen_k, fixed_split_tokens=fixed_split_tokens, planned=False,
-    )  # fmt: skip
+    given = DecodeArrays(q, kv_cache, block_table, cache_seqlens, cu_seqlens_q)
+    call, arrays, problem, inputs = _trace(given, _options(plan_decode, options), platform)
     jax = _jax()
-    size = plan_array_bytes(*options.plan_arguments(problem, location))
-    if location[0] == CPU:
-        return jax.numpy.zeros((size,), "uint8")
-    register_calls(location[0])
-    return jax.ffi.ffi_call(PLAN_TARGET, jax.ShapeDtypeStruct((size,), "uint8"))(*arrays, **options.attributes())
+    size = plan_array_bytes(problem, inputs.location, call.options)
+    if inputs.location[0] == CPU:
+        return jax.numpy.zeros((size,), PLAN_DTYPE)
+    register_calls(inputs.location[0])
+    return jax.ffi.ffi_call(PLAN_TARGET, jax.ShapeDtypeStruct((size,), PLAN_DTYPE))(*arrays, **call.attributes())
+
+
+def _show_options(function: Any, *of: str) -> None:
+    """Options by name and default in ``help()``, where the code has ``**options``."""
+    signature = inspect.signature(function)
+    *written, _ = signature.parameters.values()
+    options = [
+        inspect.Parameter(option.name, inspect.Parameter.KEYWORD_ONLY, default=option.default)
+        for option in OPTIONS
+        if set(of) & set(option.functions)
+    ]
+    function.__signature__ = signature.replace(parameters=[*written, *options])
+
+
+def _options(function: Any, given: dict[str, Any]) -> DecodeOptions:
+    """Checked. A TypeError, as Python has it, for names that are none of the function's."""
+    for name in given:
+        if name not in function.__signature__.parameters:
+            raise TypeError(f"{function.__name__}() got an unexpected keyword argument {name!r}")
+    return DecodeOptions(**given)
+
+
+_show_options(mla_decode, DECODE, PLAN)
+_show_options(plan_decode, PLAN)
 
 
 # While a program is traced --------------------------------------------------------------------------------------------
 
 
 def _trace(
-    q: Any,
-    kv_cache: Any,
-    block_table: Any,
-    cache_seqlens: Any,
-    cu_seqlens_q: Any,
-    platform: str | None,
-    *,
-    softmax_scale: float | None,
-    **given: Any,
-) -> tuple[list[Any], CallOptions, tuple[str, int], DecodeProblem]:
-    """Check a call by the shapes of its arrays."""
-    q_parts, kv_parts = _parts(q, "q"), _parts(kv_cache, "kv_cache")
-    named = [*q_parts, *kv_parts, ("block_table", block_table), ("cache_seqlens", cache_seqlens)]
-    if cu_seqlens_q is not None:
-        named.append(("cu_seqlens_q", cu_seqlens_q))
-    location = _location([array for _, array in named], platform)
-    views = [_view_of_shape(array, name, location) for name, array in named]
-
-    def options(scale: Any) -> CallOptions:
-        return CallOptions(
-            softmax_scale=scale,
-            q_parts=len(q_parts),
-            kv_parts=len(kv_parts),
-            ragged=cu_seqlens_q is not None,
-            **given,
-        )
-
-    problem, inputs = options(softmax_scale).describe(views)
+    given: DecodeArrays, options: DecodeOptions, platform: str | None
+) -> tuple[TracedCall, list[Any], DecodeProblem, DecodeInputs]:
+    """Check a call by the shapes of its arrays: what the custom call is told, its inputs, and the description."""
+    q_latent, q_rope = _parts(given.q, "q")
+    kv_latent, kv_rope = _parts(given.kv_cache, "kv_cache")
+    parts = (q_latent, q_rope, kv_latent, kv_rope, *(getattr(given, name) for name in PARTS[4:]))
+    arrays = [part for part in parts if part is not None]
+    location = _location(arrays, platform)
+    names = ("q", "q[1]", "kv_cache", "kv_cache[1]", *PARTS[4:])
+    views = [
+        None if part is None else _view_of_shape(part, name, location)
+        for name, part in zip(names, parts, strict=True)
+    ]
+    problem, inputs = describe_decode(DecodeArrays.of_parts(views), options)
     require_backend(*inputs.location, "q")
-    scale = problem.default_softmax_scale if softmax_scale is None else float(softmax_scale)
-    return [array for _, array in named], options(scale), location, problem
+    return TracedCall.of(parts, options), arrays, problem, inputs
 
 
-def _parts(argument: Any, name: str) -> list[tuple[str, Any]]:
+def _parts(argument: Any, name: str) -> tuple[Any, Any]:
     if not isinstance(argument, (tuple, list)):
-        return [(name, argument)]
+        return argument, None
     if len(argument) != 2:
         raise InvalidArgumentError(name, "an array or a pair (latent, rope)", f"{len(argument)} items")
-    return [(f"{name}[{index}]", part) for index, part in enumerate(argument)]
+    return argument[0], argument[1]
 
 
 def _location(arrays: list[Any], platform: str | None) -> tuple[str, int]:

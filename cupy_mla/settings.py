@@ -53,6 +53,11 @@ def get_settings() -> Settings:
     return read_settings(os.environ)
 
 
+def wants_validation(asked: bool | None) -> bool:
+    """Whether a call that asked for validation, asked for none, or did not say (None) is validated."""
+    return get_settings().validate if asked is None else asked
+
+
 def reload_settings() -> Settings:
     """Read the environment again, e.g. after a program has changed it.
 

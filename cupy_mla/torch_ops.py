@@ -2,200 +2,248 @@
 
 They do what the functions of the package do, for CUDA and CPU tensors, and tell torch.compile what comes out. They are
 registered with ``torch.library.Library`` and not as ``custom_op``: a function is called as it is, without a layer of
-Python that handles its arguments first.
+Python that handles its arguments first. Schemas and functions are written from the descriptions of the calls, so that
+an option or an array is named in one place; pairs (latent, rope) come as two tensors, e.g. ``q`` and ``q_rope``.
 
 A plan is a tensor here: a compiled program can hold tensors across its parts, and a Python object cannot be in it. See
-`cupy_mla.plan_arrays`.
+`cupy_mla.decode.plan_arrays`. Its size says what it is for; on the CPU it holds nothing. Calls that share it are given
+the options it was made with and follow one another on one stream: a decode counts its CTAs in it. A decode without one
+plans by itself, by the same options.
 """
 
 from __future__ import annotations
 
+import inspect
+import math
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from .arrays.frameworks import CPU, CUDA, current_stream
 from .arrays.sketch import pointer_of
 from .arrays.view import ArrayView
-from .cache import append as cache_ops
+from .cache.append import append_tokens
 from .call.arguments import COPY_ALIGNMENT
 from .call.describe import describe_decode
-from .decode import dense as decode
-from .decode import merge
-from .decode.plan import Blueprint, DecodePlan
-from .decode.plan_arrays import check_plan_array, plan_array_bytes, plan_kind
+from .call.options import (
+    ARRAYS,
+    DECODE,
+    OPTIONAL_ARRAYS,
+    OPTIONS,
+    OUTPUTS,
+    PLAN,
+    ROPE_OF,
+    DecodeArrays,
+    DecodeOptions,
+    Option,
+)
+from .decode.dense import describe_plan, run_decode
+from .decode.merge import merge_states
+from .decode.plan_arrays import plan_array_bytes
 from .errors import InvalidArgumentError, MissingDependencyError
-from .gpu.device import require_backend
 
 NAMESPACE = "cupy_mla"
-_PLAN_ALIGNMENT = 32  # bytes; sections of a plan
-_KINDS_KEPT = 4096
 
-_PLAN_OPTIONS = "int? max_seqlen_k=None, int? fixed_split_tokens=None, Tensor? q_rope=None, Tensor? kv_rope=None"
-_INPUTS = "Tensor q, Tensor kv_cache, Tensor block_table, Tensor cache_seqlens, int head_dim_v=512"
-_DECODE = (
-    f"{_INPUTS}, float? softmax_scale=None, bool causal=False, Tensor? cu_seqlens_q=None, int? max_seqlen_q=None, *, "
-    f"Tensor? plan=None, {_PLAN_OPTIONS}"
+# What may be given without its name, in this order; everything else has to be named.
+_POSITIONAL = (
+    *("q", "kv_cache", "block_table", "cache_seqlens", "head_dim_v", "softmax_scale"),
+    *("causal", "cu_seqlens_q", "max_seqlen_q"),
 )
-_SCHEMAS = {
-    "plan_decode": (
-        f"({_INPUTS}, bool causal=False, Tensor? cu_seqlens_q=None, int? max_seqlen_q=None, *, {_PLAN_OPTIONS}) "
-        "-> Tensor"
-    ),
-    "mla_decode": f"({_DECODE}) -> (Tensor out, Tensor lse)",
-    "mla_decode_out": f"({_DECODE}, Tensor(a!) out, Tensor(b!) lse) -> ()",
-    "append_tokens": (
-        "(Tensor(a!) kv_cache, Tensor kv_new, Tensor? slot_mapping=None, *, Tensor? block_table=None, "
-        "Tensor? positions=None, Tensor? requests=None, Tensor(b!)? kv_rope=None, Tensor? kv_new_rope=None) -> ()"
-    ),
-    "merge_states": "(Tensor outs, Tensor lses) -> (Tensor out, Tensor lse)",
-}
-
-_kinds: dict[tuple[Any, ...], tuple[int, Blueprint | None]] = {}
+_APPEND_ROPES = {"kv_cache": "kv_rope", "kv_new": "kv_new_rope"}
+_NONE = "None"
 
 
-def plan_decode(
-    q: Any,
-    kv_cache: Any,
-    block_table: Any,
-    cache_seqlens: Any,
-    head_dim_v: int = 512,
-    causal: bool = False,
-    cu_seqlens_q: Any = None,
-    max_seqlen_q: int | None = None,
-    *,
-    max_seqlen_k: int | None = None,
-    fixed_split_tokens: int | None = None,
-    q_rope: Any = None,
-    kv_rope: Any = None,
-) -> Any:
-    """The plan of a decode step as a uint8 tensor; arguments as in `cupy_mla.plan_decode`.
+# ---------------------------------------------------------------------------------------------------------------------
+# What runs
 
-    The size of the tensor says what it is for. On the CPU it holds nothing. Calls that share it follow one another on
-    one stream: a decode counts its CTAs in it.
-    """
-    problem, inputs = describe_decode(
-        _pair(q, q_rope),
-        _pair(kv_cache, kv_rope),
-        block_table,
-        cache_seqlens,
-        head_dim_v=head_dim_v,
-        causal=causal,
-        cu_seqlens_q=cu_seqlens_q,
-        max_seqlen_q=max_seqlen_q,
-    )
-    on_gpu = require_backend(*inputs.location, "q")
-    size = plan_array_bytes(problem, inputs.location, max_seqlen_k, fixed_split_tokens)
-    if not on_gpu:
+
+def _run_plan(arrays: tuple[Any, ...], options: tuple[Any, ...]) -> Any:
+    given, checked = DecodeArrays(*arrays), DecodeOptions(*options)
+    problem, inputs, kind = describe_plan(given, checked)
+    size = plan_array_bytes(problem, inputs.location, checked)
+    q = _first(given.q)
+    if kind is None:
         return q.new_zeros((size,), dtype=_torch().uint8)
     plan = q.new_empty((size,), dtype=_torch().uint8)
-    kind = plan_kind(problem, inputs.location, max_seqlen_k, fixed_split_tokens)
-    assert kind is not None  # on a GPU there is one
-    starts = 0 if inputs.cu_seqlens_q is None else inputs.cu_seqlens_q.pointer
+    addresses = inputs.addresses()
     stream = current_stream(q, inputs.location[1])
-    kind.launch_planner(inputs.cache_seqlens.pointer, starts, pointer_of(plan), stream)
+    kind.launch_planner(addresses.cache_seqlens, addresses.cu_seqlens_q, pointer_of(plan), stream)
     return plan
 
 
-def mla_decode(
-    q: Any,
-    kv_cache: Any,
-    block_table: Any,
-    cache_seqlens: Any,
-    head_dim_v: int = 512,
-    softmax_scale: float | None = None,
-    causal: bool = False,
-    cu_seqlens_q: Any = None,
-    max_seqlen_q: int | None = None,
-    *,
-    plan: Any = None,
-    max_seqlen_k: int | None = None,
-    fixed_split_tokens: int | None = None,
-    q_rope: Any = None,
-    kv_rope: Any = None,
-    out: Any = None,
-    lse: Any = None,
-) -> tuple[Any, Any]:
-    """`cupy_mla.mla_decode` with a plan tensor.
-
-    ``max_seqlen_q``, ``max_seqlen_k`` and ``fixed_split_tokens`` are those that the plan was made with. Without a plan
-    the call plans by itself, by the same options.
-    """
-    q_pair, kv_pair = _pair(q, q_rope), _pair(kv_cache, kv_rope)
-    made: DecodePlan | None = None
-    if plan is not None or max_seqlen_k is not None or fixed_split_tokens is not None:
-        shapes = (q.shape, q.dtype, q.device, kv_cache.shape, block_table.shape, max_seqlen_q)
-        options = (head_dim_v, causal, cu_seqlens_q is None, max_seqlen_k, fixed_split_tokens)
-        rope_shapes = (None if q_rope is None else q_rope.shape, None if kv_rope is None else kv_rope.shape)
-        key = (shapes, options, rope_shapes)
-        found = _kinds.get(key)
-        if found is None:
-            problem, inputs = describe_decode(
-                q_pair,
-                kv_pair,
-                block_table,
-                cache_seqlens,
-                head_dim_v=head_dim_v,
-                causal=causal,
-                cu_seqlens_q=cu_seqlens_q,
-                max_seqlen_q=max_seqlen_q,
-            )
-            require_backend(*inputs.location, "q")
-            arguments = problem, inputs.location, max_seqlen_k, fixed_split_tokens
-            if len(_kinds) >= _KINDS_KEPT:
-                _kinds.clear()
-            found = _kinds[key] = plan_array_bytes(*arguments), plan_kind(*arguments)
-        size, kind = found
-        if plan is not None:
-            _check_plan(plan, size, q)
-        if kind is not None:
-            made = DecodePlan(kind.problem, kind.location, q, kind, made=plan)
-            if plan is None:
-                made.update(cache_seqlens, cu_seqlens_q)
-    return decode.mla_decode(
-        q_pair,
-        kv_pair,
-        block_table,
-        cache_seqlens,
-        head_dim_v=head_dim_v,
-        softmax_scale=softmax_scale,
-        causal=causal,
-        cu_seqlens_q=cu_seqlens_q,
-        max_seqlen_q=max_seqlen_q,
-        plan=made,
-        out=out,
-        lse=lse,
-    )
+def _run_decode_out(arrays: tuple[Any, ...], options: tuple[Any, ...]) -> None:
+    run_decode(arrays, options)
 
 
-def mla_decode_out(*arguments: Any, out: Any, lse: Any, **options: Any) -> None:
-    """`mla_decode` into given tensors."""
-    mla_decode(*arguments, out=out, lse=lse, **options)
+# ---------------------------------------------------------------------------------------------------------------------
+# What comes out, for a compiler: shapes and types only
 
 
-def append_tokens(
-    kv_cache: Any,
-    kv_new: Any,
-    slot_mapping: Any = None,
-    *,
-    block_table: Any = None,
-    positions: Any = None,
-    requests: Any = None,
-    kv_rope: Any = None,
-    kv_new_rope: Any = None,
-) -> None:
-    """`cupy_mla.append_tokens`; writes to kv_cache (and kv_rope, the rope part of a cache in two tensors)."""
-    cache_ops.append_tokens(
-        _pair(kv_cache, kv_rope),
-        _pair(kv_new, kv_new_rope),
-        slot_mapping,
-        block_table=block_table,
-        positions=positions,
-        requests=requests,
-    )
+def _fake_decode(arrays: tuple[Any, ...], options: tuple[Any, ...]) -> tuple[Any, Any]:
+    q, head_dim_v = _first(arrays[0]), options[0]
+    if q.dim() not in (3, 4):
+        raise InvalidArgumentError("q", "[batch, seqlen_q, heads, width] or [total_q, heads, width]", f"{q.dim()} dims")
+    *batch, tokens, heads, _width = q.shape
+    out = q.new_empty((*batch, tokens, heads, head_dim_v))
+    return out, q.new_empty((*batch, heads, tokens), dtype=_torch().float32)
 
 
-def merge_states(outs: Any, lses: Any) -> tuple[Any, Any]:
-    """`cupy_mla.merge_states`."""
-    return merge.merge_states(outs, lses)
+def _fake_plan(arrays: tuple[Any, ...], options: tuple[Any, ...]) -> Any:
+    tensors = [part for array in arrays for part in (array if isinstance(array, tuple) else (array,))]
+    sizes = [size for tensor in tensors if tensor is not None for size in (*tensor.shape, *tensor.stride())]
+    if all(type(size) is int for size in sizes):
+        checked = DecodeOptions(*options)
+        problem, inputs = describe_decode(DecodeArrays(*map(_view_of_fake, arrays)), checked)
+        size = plan_array_bytes(problem, inputs.location, checked)
+    else:  # dynamic shapes: known when it runs
+        size = _torch().library.get_ctx().new_dynamic_size()
+    return _first(arrays[0]).new_empty((size,), dtype=_torch().uint8)
+
+
+def _fake_nothing(*arguments: Any, **options: Any) -> None:
+    return None
+
+
+def _fake_merge(outs: Any, lses: Any) -> tuple[Any, Any]:
+    return outs.new_empty(outs.shape[1:]), lses.new_empty(lses.shape[1:])
+
+
+def _view_of_fake(array: Any) -> Any:
+    """A view of a tensor without memory, as aligned as any; of a pair, a pair."""
+    if array is None:
+        return None
+    if isinstance(array, tuple):
+        return tuple(map(_view_of_fake, array))
+    device = CUDA if array.is_cuda else CPU
+    dtype = str(array.dtype).removeprefix("torch.")
+    device_id = (array.device.index or 0) if device == CUDA else 0
+    return ArrayView(COPY_ALIGNMENT, tuple(array.shape), tuple(array.stride()), dtype, device, device_id, array)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Schemas, and functions of their arguments
+
+
+@dataclass(frozen=True, slots=True)
+class _Argument:
+    """An argument of an operator: its type in a schema, and its default as the schema has it."""
+
+    name: str
+    type: str
+    default: str | None = None  # None: it has to be given
+
+    def __str__(self) -> str:
+        return f"{self.type} {self.name}" + ("" if self.default is None else f"={self.default}")
+
+    @classmethod
+    def of_array(cls, name: str, *, optional: bool, alias: str = "") -> _Argument:
+        """A tensor; one with an alias is written to."""
+        return cls(name, f"Tensor{alias}?", _NONE) if optional else cls(name, f"Tensor{alias}")
+
+    @classmethod
+    def of_option(cls, option: Option) -> _Argument:
+        # A schema cannot say that a default is infinite.
+        infinite = option.type == "float" and option.default is not None and math.isinf(option.default)
+        optional = "?" if option.optional or infinite else ""
+        return cls(option.name, option.type + optional, _NONE if infinite else repr(option.default))
+
+
+@dataclass(frozen=True, slots=True)
+class _Operator:
+    """An operator: its arguments, how a function is called with them, and what comes out."""
+
+    positional: Sequence[_Argument]
+    named: Sequence[_Argument]
+    call: str  # of the names of the arguments, e.g. "run(q, kv_cache)"
+    results: str
+    run: Callable[..., Any]
+    fake: Callable[..., Any]
+
+    @property
+    def schema(self) -> str:
+        """What torch reads."""
+        named = ["*", *map(str, self.named)] if self.named else []
+        return f"({', '.join([*map(str, self.positional), *named])}) -> {self.results}"
+
+    def function(self, run: Callable[..., Any]) -> Any:
+        """Takes what torch hands over and calls ``run``. Written out, as Python then matches the arguments itself."""
+
+        def declare(arguments: Iterable[_Argument]) -> list[str]:
+            return [name.name + ("" if name.default is None else f"={name.default}") for name in arguments]
+
+        named = ["*", *declare(self.named)] if self.named else []
+        arguments = ", ".join([*declare(self.positional), *named])
+        return eval(f"lambda {arguments}: {self.call}", {"run": run, "inf": math.inf})
+
+
+def _pair(name: str, ropes: dict[str, str]) -> str:
+    """An array in the call of an operator: a rope part makes it a pair."""
+    return f"{name} if {ropes[name]} is None else ({name}, {ropes[name]})" if name in ropes else name
+
+
+def _decode_operator(
+    function: str, outputs: Sequence[str], results: str, run: Callable[..., Any], fake: Callable[..., Any]
+) -> _Operator:
+    """An operator on a decode call: its arrays as one tuple, its options as another."""
+    left_out = {*OUTPUTS, *(("plan",) if function == PLAN else ())}
+    arguments = [
+        *(_Argument.of_array(name, optional=name in OPTIONAL_ARRAYS) for name in ARRAYS if name not in left_out),
+        *(_Argument.of_option(option) for option in OPTIONS if function == DECODE or PLAN in option.functions),
+        *(_Argument.of_array(rope, optional=True) for rope in ROPE_OF.values()),
+        *(_Argument.of_array(name, optional=False, alias=f"({name}!)") for name in outputs),
+    ]
+    by_name = {argument.name: argument for argument in arguments}
+    arrays = [_pair(name, ROPE_OF) if name in by_name else _NONE for name in ARRAYS]
+    options = []
+    for option in OPTIONS:
+        argument = by_name.get(option.name)
+        if argument is None:
+            options.append(repr(option.default))
+        elif argument.default == _NONE and not option.optional:  # None stands for what a schema cannot say
+            options.append(f"{option.default!r} if {option.name} is None else {option.name}")
+        else:
+            options.append(option.name)
+    positional = [by_name.pop(name) for name in _POSITIONAL if name in by_name]
+    call = f"run(({', '.join(arrays)}), ({', '.join(options)}))"
+    return _Operator(positional, list(by_name.values()), call, results, run, fake)
+
+
+def _append_operator() -> _Operator:
+    """`cupy_mla.append_tokens` as it is, but for the stream."""
+    parameters = [
+        parameter for name, parameter in inspect.signature(append_tokens).parameters.items() if name != "stream"
+    ]
+    positional: list[_Argument] = []
+    named: list[_Argument] = []
+    call: list[str] = []
+    for parameter in parameters:
+        name = parameter.name
+        is_cache = name == "kv_cache"
+        by_name = parameter.kind is parameter.KEYWORD_ONLY
+        argument = _Argument.of_array(
+            name, optional=parameter.default is not parameter.empty, alias="(a!)" if is_cache else ""
+        )
+        (named if by_name else positional).append(argument)
+        call.append(f"{name}={name}" if by_name else _pair(name, _APPEND_ROPES))
+        if name in _APPEND_ROPES:
+            named.append(_Argument.of_array(_APPEND_ROPES[name], optional=True, alias="(b!)" if is_cache else ""))
+    return _Operator(positional, named, f"run({', '.join(call)})", "()", append_tokens, _fake_nothing)
+
+
+_OPERATORS = {
+    "plan_decode": _decode_operator(PLAN, (), "Tensor", _run_plan, _fake_plan),
+    "mla_decode": _decode_operator(DECODE, (), "(Tensor out, Tensor lse)", run_decode, _fake_decode),
+    "mla_decode_out": _decode_operator(DECODE, OUTPUTS, "()", _run_decode_out, _fake_nothing),
+    "append_tokens": _append_operator(),
+    "merge_states": _Operator(
+        [_Argument.of_array(name, optional=False) for name in ("outs", "lses")],
+        (),
+        "run(outs, lses)",
+        "(Tensor out, Tensor lse)",
+        merge_states,
+        _fake_merge,
+    ),
+}
 
 
 def register() -> None:
@@ -213,103 +261,17 @@ def register() -> None:
     library = torch.library.Library(NAMESPACE, "DEF")
     # Strides are part of a call: a compiler must hand tensors over as the program made them.
     strides = getattr(torch.Tag, "needs_exact_strides", torch.Tag.needs_fixed_stride_order)
-    for name, schema in _SCHEMAS.items():
-        library.define(name + schema, tags=(torch.Tag.pt2_compliant_tag, strides))
+    for name, operator in _OPERATORS.items():
+        library.define(name + operator.schema, tags=(torch.Tag.pt2_compliant_tag, strides))
+        function = operator.function(operator.run)
         for key in ("CPU", "CUDA"):
-            library.impl(name, _IMPLEMENTATIONS[name], key)
-        torch.library.register_fake(f"{NAMESPACE}::{name}", _FAKES[name], lib=library)
+            library.impl(name, function, key)
+        torch.library.register_fake(f"{NAMESPACE}::{name}", operator.function(operator.fake), lib=library)
     _library = library  # torch forgets operators whose library is gone
 
 
-# What comes out, for a compiler: shapes and types only ----------------------------------------------------------------
-
-
-def _fake_decode(
-    q: Any, kv_cache: Any, block_table: Any, cache_seqlens: Any, head_dim_v: int = 512, *_: Any, **options: Any
-) -> tuple[Any, Any]:
-    if q.dim() not in (3, 4):
-        raise InvalidArgumentError("q", "[batch, seqlen_q, heads, width] or [total_q, heads, width]", f"{q.dim()} dims")
-    *batch, tokens, heads, _width = q.shape
-    out = q.new_empty((*batch, tokens, heads, head_dim_v))
-    return out, q.new_empty((*batch, heads, tokens), dtype=_torch().float32)
-
-
-def _fake_plan(
-    q: Any,
-    kv_cache: Any,
-    block_table: Any,
-    cache_seqlens: Any,
-    head_dim_v: int = 512,
-    causal: bool = False,
-    cu_seqlens_q: Any = None,
-    max_seqlen_q: int | None = None,
-    *,
-    max_seqlen_k: int | None = None,
-    fixed_split_tokens: int | None = None,
-    q_rope: Any = None,
-    kv_rope: Any = None,
-) -> Any:
-    tensors = (q, q_rope, kv_cache, kv_rope, block_table, cache_seqlens, cu_seqlens_q)
-    sizes = [size for tensor in tensors if tensor is not None for size in (*tensor.shape, *tensor.stride())]
-    if all(type(size) is int for size in sizes):
-        views = [None if tensor is None else _view_of_fake(tensor) for tensor in tensors]
-        problem, inputs = describe_decode(
-            _pair(views[0], views[1]),
-            _pair(views[2], views[3]),
-            *views[4:6],
-            head_dim_v=head_dim_v,
-            causal=causal,
-            cu_seqlens_q=views[6],
-            max_seqlen_q=max_seqlen_q,
-        )
-        size = plan_array_bytes(problem, inputs.location, max_seqlen_k, fixed_split_tokens)
-    else:  # dynamic shapes: known when it runs
-        size = _torch().library.get_ctx().new_dynamic_size()
-    return q.new_empty((size,), dtype=_torch().uint8)
-
-
-def _fake_nothing(*arguments: Any, **options: Any) -> None:
-    return None
-
-
-def _fake_merge(outs: Any, lses: Any) -> tuple[Any, Any]:
-    return outs.new_empty(outs.shape[1:]), lses.new_empty(lses.shape[1:])
-
-
-_IMPLEMENTATIONS = {
-    function.__name__: function for function in (plan_decode, mla_decode, mla_decode_out, append_tokens, merge_states)
-}
-_FAKES = {
-    "plan_decode": _fake_plan,
-    "mla_decode": _fake_decode,
-    "mla_decode_out": _fake_nothing,
-    "append_tokens": _fake_nothing,
-    "merge_states": _fake_merge,
-}
-
-
-def _view_of_fake(tensor: Any) -> ArrayView:
-    """A view of a tensor without memory; its address is as aligned as any."""
-    device = CUDA if tensor.is_cuda else CPU
-    dtype = str(tensor.dtype).removeprefix("torch.")
-    device_id = (tensor.device.index or 0) if device == CUDA else 0
-    return ArrayView(COPY_ALIGNMENT, tuple(tensor.shape), tuple(tensor.stride()), dtype, device, device_id, tensor)
-
-
-def _check_plan(plan: Any, size: int, q: Any) -> None:
-    if plan.dtype != _torch().uint8 or plan.dim() != 1 or plan.device != q.device or not plan.is_contiguous():
-        raise InvalidArgumentError(
-            "plan",
-            f"a tensor from torch.ops.{NAMESPACE}.plan_decode on {q.device}",
-            f"{plan.dtype} {list(plan.shape)} on {plan.device}",
-        )
-    check_plan_array(plan.shape[0], size)
-    if q.is_cuda and plan.data_ptr() % _PLAN_ALIGNMENT:
-        raise InvalidArgumentError("plan", f"an address that is a multiple of {_PLAN_ALIGNMENT}", hex(plan.data_ptr()))
-
-
-def _pair(latent: Any, rope: Any) -> Any:
-    return latent if rope is None else (latent, rope)
+def _first(array: Any) -> Any:
+    return array[0] if isinstance(array, tuple) else array
 
 
 def _torch() -> Any:

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import importlib
 import json
-import math
 import platform
 import statistics
 import sys
@@ -29,8 +28,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from cupy_mla import mla_decode, plan_decode
 from cupy_mla.arrays import sketch as sketches
-from cupy_mla.arrays import view as arrays
+from cupy_mla.arrays import view as views
 from cupy_mla.call.describe import describe_decode
+from cupy_mla.call.options import DECODE, OPTIONS, read_call
 from cupy_mla.decode import dense as decode
 from cupy_mla.decode import known as known_calls
 from cupy_mla.decode import plan
@@ -94,14 +94,14 @@ class NoGpu:
             cuLaunchKernelEx=lambda config, function, pointers, extra: (0,),
             cuTensorMapEncodeTiled=lambda *description: (0, SimpleNamespace(opaque=[0] * 16)),
         )
-        read = arrays._read_torch
+        read = views._read_torch
 
-        def read_as_cuda(tensor: Any, name: str, stream: int | None) -> arrays.ArrayView:
+        def read_as_cuda(tensor: Any, name: str, stream: int | None) -> views.ArrayView:
             view = read(tensor, name, stream)
-            view.device = arrays.CUDA
+            view.device = views.CUDA
             return view
 
-        arrays._READER_OF_FRAMEWORK["torch"] = read_as_cuda
+        views._READER_OF_FRAMEWORK["torch"] = read_as_cuda
         info = DeviceInfo(0, "none", (9, 0), 132, 2**37, 2**25, 232448)
         for module in (plan, decode):
             module.current_stream = lambda array, device_id: 0  # type: ignore[attr-defined]
@@ -163,23 +163,22 @@ def whole_calls(given: Inputs, torch: Any) -> dict[str, Callable[[], object]]:
     return calls
 
 
-def parts(given: Inputs) -> dict[str, Callable[[], object]]:
+def parts(arrays: Inputs) -> dict[str, Callable[[], object]]:
     """The steps of the first of `whole_calls`, one by one, as it runs for a call seen before."""
-    inputs, outputs = given.inputs, given.outputs
+    inputs, outputs = arrays.inputs, arrays.outputs
     made = plan_decode(**inputs)
     mla_decode(**inputs, plan=made, **outputs)
-    others = inputs["block_table"], inputs["cache_seqlens"], None, outputs["out"], outputs["lse"]
-    named = (*inputs.values(), *outputs.values())
+    given = (*inputs.values(), None, None, *outputs.values())
+    options = tuple(option.default for option in OPTIONS if DECODE in option.functions)
+
+
 
     def identify() -> Any:
-        return known_calls.identify(
-            inputs["q"], inputs["kv_cache"], others, made.blueprint, LATENT_DIM, None, False, None, -math.inf
-        )
+        return known_calls.identify(given, options, made.blueprint)
 
     key, pointers = identify()
     settings = get_settings()
     call, addresses = known_calls.recall(key, pointers, settings)
-    q, q_rope, kv, kv_rope, table, _, _, out, lse = addresses
     stream = decode.current_stream(inputs["q"], 0)
     decode_launch, combine_launch = call._decode, call._combine
 
@@ -192,7 +191,7 @@ def parts(given: Inputs) -> dict[str, Callable[[], object]]:
             return None
 
     def pack() -> None:
-        call(q, q_rope, kv, kv_rope, table, out, lse, made, stream)
+        call(addresses, made, stream)
 
     def without_launches(function: Callable[[], None]) -> Callable[[], None]:
         def run() -> None:
@@ -205,11 +204,11 @@ def parts(given: Inputs) -> dict[str, Callable[[], object]]:
         return run
 
     return {
-        "addresses, shapes, strides, types of the arrays": lambda: sketches.sketch_tensors(*named),
+        "addresses, shapes, strides, types of the arrays": lambda: sketches.sketch(given, options, 2),
         "the call described by them (includes the line above)": identify,
         "call and plan's kind looked up, addresses checked": lambda: known_calls.recall(key, pointers, settings),
         "current stream": lambda: decode.current_stream(inputs["q"], 0),
-        "tensor maps looked up": lambda: call._maps.get((kv, kv_rope)),
+        "tensor maps looked up": lambda: call._maps.get((addresses.kv_latent, addresses.kv_rope)),
         "tensor maps and arguments packed (includes it)": without_launches(pack),
         "launch 1 (decode)": lambda: decode_launch(stream),
         **({} if combine_launch is None else {"launch 2 (merge)": lambda: combine_launch(stream)}),
@@ -221,10 +220,10 @@ def first_time_parts(given: Inputs) -> dict[str, Callable[[], object]]:
     inputs, outputs = given.inputs, given.outputs
     made = plan_decode(**inputs)
     named = {**inputs, **outputs}
-    problem, described = describe_decode(**inputs, head_dim_v=LATENT_DIM)
+    problem, described = describe_decode(*read_call(**inputs))
     return {
-        "views of six arrays": lambda: [arrays.view(array, name) for name, array in named.items()],
-        "checked and described (includes five views)": lambda: describe_decode(**inputs, head_dim_v=LATENT_DIM),
+        "views of six arrays": lambda: [views.view(array, name) for name, array in named.items()],
+        "checked and described (includes five views)": lambda: describe_decode(*read_call(**inputs)),
         "plan checked": lambda: made.check(problem, described),
     }
 

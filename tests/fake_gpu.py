@@ -59,9 +59,6 @@ class FakeArray:
     def read(self, name: str = "", stream: int | None = None) -> ArrayView:
         return ArrayView(self.pointer, self.shape, self.strides, self.dtype, "cuda", self.device_id, self)
 
-    def sketch(self) -> tuple[int, tuple[Any, ...]]:
-        return self.pointer, (self.shape, self.strides, self.dtype, self.device_id)
-
 
 @dataclass
 class Launched:
@@ -170,7 +167,10 @@ def fake_gpu(patch: pytest.MonkeyPatch) -> FakeGpu:
     )
     patch.setattr(driver, "_driver", fake_driver)
     patch.setitem(arrays._READERS, FakeArray, FakeArray.read)
-    patch.setitem(sketches._SKETCHERS, FakeArray, FakeArray.sketch)
+    expressions = "{a}.pointer", "{a}.shape, {a}.strides, {a}.dtype, {a}.device_id"
+    patch.setitem(sketches._EXPRESSIONS, (FakeArray.__module__, FakeArray.__name__), expressions)
+    patch.setattr(sketches, "_sketchers", {})
+    patch.setattr(sketches, "_POINTERS", type(sketches._POINTERS)())
     patch.setitem(frameworks._FRAMEWORKS, FakeArray, "cupy")
     info = DeviceInfo(0, "fake", (9, 0), NUM_SMS, 2**36, 2**25, 232448)
     patch.setattr(plan, "describe_device", lambda device_id: info)

@@ -14,6 +14,7 @@ from cupy_mla.arrays.view import ArrayView, view
 from cupy_mla.call import problem
 from cupy_mla.call.arguments import check_output, validate_values
 from cupy_mla.call.describe import describe_decode
+from cupy_mla.call.options import read_call
 from cupy_mla.errors import InvalidArgumentError
 
 # --- outputs
@@ -80,9 +81,9 @@ def test_jax_outputs_are_refused():
 
 def built(case: DenseCase) -> tuple[Any, problem.DecodeProblem, problem.DecodeInputs]:
     made = case.build()
-    described, inputs = describe_decode(
+    described, inputs = describe_decode(*read_call(
         made.q, made.kv_cache, made.block_table, made.cache_seqlens, cu_seqlens_q=made.cu_seqlens_q, **case.options
-    )
+    ))
     return made, described, inputs
 
 
@@ -133,7 +134,7 @@ def test_bad_starts_name_the_request(starts: list[int], argument: str):
 
 def test_more_queries_than_promised():
     made, _, _ = built(replace(SMALL, seqlens_q=(2, 0, 3)))
-    described, inputs = describe_decode(
+    described, inputs = describe_decode(*read_call(
         made.q,
         made.kv_cache,
         made.block_table,
@@ -141,6 +142,6 @@ def test_more_queries_than_promised():
         head_dim_v=8,
         cu_seqlens_q=made.cu_seqlens_q,
         max_seqlen_q=2,
-    )
+    ))
     with pytest.raises(InvalidArgumentError, match="request 2 may have 0 to 2 queries"):
         validate_values(described, inputs)

@@ -15,6 +15,7 @@ import pytest
 
 from cupy_mla.arrays.dtypes import numpy_dtype
 from cupy_mla.call.describe import describe_decode
+from cupy_mla.call.options import read_call
 from cupy_mla.call.problem import MAX_TOKENS
 from cupy_mla.decode.reference import mla_decode_reference
 from cupy_mla.errors import InvalidArgumentError
@@ -209,7 +210,7 @@ def test_work_counts_kv_heads_and_query_tokens() -> None:
 @pytest.mark.parametrize("seqlens_q", [2, (2, 1, 0, 3)])
 def test_a_request_alone_gives_its_part_of_the_result(seqlens_q: Any) -> None:
     case = small_case(seqlens_q=seqlens_q, causal=True)
-    problem, inputs = describe_decode(*case.tensors, **case.options)
+    problem, inputs = describe_decode(*read_call(*case.tensors, **case.options))
     out, lse = mla_decode_reference(problem, inputs, problem.default_softmax_scale, dtype=np.float64)
     for index in np.flatnonzero(case.q_lengths).tolist():
         alone_out, alone_lse = decode_float64(case.request(index))
@@ -401,7 +402,7 @@ def test_file_that_cannot_be_written(tmp_path: Path) -> None:
 
 
 def exact_result(case: Case) -> tuple[Any, Any]:
-    problem, inputs = describe_decode(*case.tensors, **case.options)
+    problem, inputs = describe_decode(*read_call(*case.tensors, **case.options))
     return mla_decode_reference(problem, inputs, problem.default_softmax_scale)
 
 

@@ -19,7 +19,6 @@ import pytest
 from fake_gpu import NUM_SMS, FakeArray, FakeGpu, Launched, fake_gpu, forget
 
 from cupy_mla import (
-    DecodePlan,
     InvalidArgumentError,
     PagedKVCache,
     PlanMismatchError,
@@ -33,13 +32,16 @@ from cupy_mla.arrays import exchange, frameworks
 from cupy_mla.arrays import view as arrays_module
 from cupy_mla.arrays.dtypes import numpy_dtype
 from cupy_mla.arrays.view import ArrayView, Shared
+from cupy_mla.call.options import OPTIONS, PARTS, DecodeOptions
 from cupy_mla.decode import jax_calls
 from cupy_mla.decode import known as known_calls
 from cupy_mla.decode import prepared as decode_call
+from cupy_mla.decode.dense import run_decode
 from cupy_mla.decode.plan_arrays import plan_array_bytes
 
 LATENT, ROPE = 512, 64
 CURRENT_STREAM = 77  # what fake_gpu says
+DEFAULTS = tuple(option.default for option in OPTIONS)
 
 
 @pytest.fixture
@@ -397,8 +399,11 @@ def test_custom_call_of_a_compiled_program(gpu: FakeGpu, monkeypatch: pytest.Mon
     monkeypatch.setattr(jax_calls, "_start", lambda location: CURRENT_STREAM)
     plain = packed(gpu)
     arrays = {name: Buffer(array.shape, array.dtype, array.strides, array.pointer) for name, array in plain.items()}
-    options = jax_calls.CallOptions(LATENT, 0.5, False, None, None, None, 1, 1, False, planned)
-    attributes = [value.item() for value in options.attributes().values()]
+    given = tuple(1 if name in (*plain, *(("plan",) if planned else ())) else None for name in PARTS)
+    call = jax_calls.TracedCall.of(given, DecodeOptions(softmax_scale=0.5))
+    attributes = [value.item() for value in call.attributes().values()]
+    planner_call = jax_calls.TracedCall.of(given[: PARTS.index("plan")], DecodeOptions())
+    planner_attributes = [value.item() for value in planner_call.attributes().values()]
     kind = plan_decode(**plain).blueprint
     assert kind is not None
     gpu.take()
@@ -407,7 +412,7 @@ def test_custom_call_of_a_compiled_program(gpu: FakeGpu, monkeypatch: pytest.Mon
     workspace = Buffer((size,), "uint8", pointer=1 << 32)
     plan = Buffer((kind.plan_bytes + 5,), "uint8", pointer=1 << 33)
     if planned:
-        jax_calls._run_plan(*attributes, *arrays.values(), plan)
+        jax_calls._run_plan(*planner_attributes, *arrays.values(), plan)
         [planner] = gpu.take()
         assert [int(argument[0]) for argument in planner.arguments[:3]] == [
             arrays["cache_seqlens"].pointer,
@@ -430,17 +435,68 @@ def test_custom_call_of_a_compiled_program(gpu: FakeGpu, monkeypatch: pytest.Mon
 
 
 def test_a_plan_in_an_array_of_its_own(gpu: FakeGpu) -> None:
-    arrays = packed(gpu)
-    kind = plan_decode(**arrays).blueprint
+    plain = packed(gpu)
+    kind = plan_decode(**plain).blueprint
     assert kind is not None
-    made = gpu.array((kind.plan_bytes,), "uint8")
-    plan = DecodePlan(kind.problem, kind.location, arrays["q"], kind, made=made)
-    workspace = gpu.allocated[-1]
-    assert workspace.shape == (kind.partial_out_bytes + kind.partial_lse_bytes,)
-    assert (plan.pointer, plan.partial_out) == (made.pointer, workspace.pointer)
+    size = plan_array_bytes(kind.problem, kind.location, DecodeOptions())
+    for _ in range(3):  # checked, recognised, recognised; each time at other addresses
+        arrays, made = packed(gpu), gpu.array((size,), "uint8")
+        gpu.take()
+        gpu.allocated.clear()
+        out, lse = run_decode((*arrays.values(), None, made, None, None), DEFAULTS)
+        assert gpu.allocated[:2] == [out, lse]
+        [workspace] = gpu.allocated[2:]
+        assert workspace.shape == (kind.partial_out_bytes + kind.partial_lse_bytes,)
+        decode, combine = gpu.take()
+        expect_decode(decode, arrays, out, lse)
+        [params] = decode.arguments[2]
+        assert params["plan"] == combine.arguments[0]["plan"][0] == made.pointer
+        assert params["partial_out"] == workspace.pointer
+        assert params["partial_lse"] == workspace.pointer + kind.partial_out_bytes
+        assert not params["plan_is_settled"]
+        assert len(known_calls._known) == 1
+
+
+def test_wrong_plans_in_arrays_are_refused_after_good_calls(gpu: FakeGpu) -> None:
+    plain = packed(gpu)
+    kind = plan_decode(**plain).blueprint
+    assert kind is not None
+    size = plan_array_bytes(kind.problem, kind.location, DecodeOptions())
+
+    def decode(made: Any, options: tuple[Any, ...] = DEFAULTS) -> None:
+        run_decode((*plain.values(), None, made, None, None), options)
+
+    good = gpu.array((size,), "uint8")
+    decode(good)
     gpu.take()
-    out, lse = mla_decode(**arrays, plan=plan)
-    expect_decode(gpu.take()[0], arrays, out, lse)
+    for wrong in (
+        gpu.array((size + 1,), "uint8"),
+        gpu.array((1, size), "uint8"),
+        gpu.array((size,), "int8"),
+        gpu.array((size,), "uint8", strides=(2,)),
+        misaligned(good, 16),
+        FakeArray((size,), "uint8", device_id=1),
+    ):
+        with pytest.raises(InvalidArgumentError) as caught:
+            decode(wrong)
+        assert caught.value.argument == "plan"
+    with pytest.raises(PlanMismatchError):
+        decode(good, (*DEFAULTS[:-1], 256))
+    assert gpu.take() == []
+    decode(good)
+    assert [launched.kernel for launched in gpu.take()] == ["decode", "combine"]
+
+
+def test_a_call_that_plans_by_itself_keeps_to_options_of_a_plan(gpu: FakeGpu) -> None:
+    arrays = packed(gpu)
+    fixed = plan_decode(**arrays, fixed_split_tokens=256).blueprint
+    for _ in range(2):
+        gpu.take()
+        gpu.allocated.clear()
+        run_decode((*arrays.values(), None, None, None, None), (*DEFAULTS[:-1], 256))
+        assert fixed is not None
+        assert gpu.allocated[-1].shape == (fixed.workspace_bytes,)
+        assert [launched.kernel for launched in gpu.take()] == ["plan", "decode", "combine"]
 
 
 def test_only_a_decode_that_runs_like_the_update_settles_a_plan(gpu: FakeGpu) -> None:
@@ -507,13 +563,13 @@ def test_sizes_of_plan_arrays_tell_settings_apart(gpu: FakeGpu) -> None:
     problem = plan_decode(**packed(gpu)).problem
     location = ("cuda", 0)
     sizes = {
-        plan_array_bytes(replace(problem, **change), location, *options)
+        plan_array_bytes(replace(problem, **change), location, DecodeOptions(**options))
         for change in ({}, {"causal": True}, {"batch": 5}, {"num_heads_q": 15})
-        for options in ((None, None), (512, None), (None, 256))
+        for options in ({}, {"max_seqlen_k": 512}, {"fixed_split_tokens": 256})
     }
     assert len(sizes) == 12
     grown = replace(problem, num_pages=problem.num_pages + 1)
-    assert plan_array_bytes(grown, location, None, None) == plan_array_bytes(problem, location, None, None)
+    assert plan_array_bytes(grown, location, DecodeOptions()) == plan_array_bytes(problem, location, DecodeOptions())
 
 
 def test_an_update_refuses_a_misaligned_address(gpu: FakeGpu) -> None:

@@ -15,6 +15,7 @@ from cupy_mla.arrays.exchange import as_numpy
 from cupy_mla.arrays.view import ArrayView, contiguous_strides
 from cupy_mla.call import describe, problem
 from cupy_mla.call.describe import describe_decode
+from cupy_mla.call.options import read_call
 from cupy_mla.errors import InvalidArgumentError
 from cupy_mla.layouts import BF16, DENSE_LAYOUTS
 
@@ -59,7 +60,7 @@ class Call:
         return replace(self, **fields, options={**self.options, **changes})
 
     def describe(self) -> tuple[problem.DecodeProblem, problem.DecodeInputs]:
-        return describe_decode(self.q, self.kv_cache, self.block_table, self.cache_seqlens, **self.options)
+        return describe_decode(*read_call(self.q, self.kv_cache, self.block_table, self.cache_seqlens, **self.options))
 
     def refused(self) -> InvalidArgumentError:
         with pytest.raises(InvalidArgumentError) as caught:
@@ -462,7 +463,7 @@ def test_what_the_kernels_can_take(page_size: int, latent_dim: int, rope_dim: in
 
 def test_torch_arguments():
     torch = pytest.importorskip("torch")
-    described, inputs = describe_decode(
+    described, inputs = describe_decode(*read_call(
         torch.zeros(4, 2, 16, 576, dtype=torch.bfloat16),
         torch.zeros(10, 80, 2, 640, dtype=torch.bfloat16)[:, :64, :, :576],
         torch.zeros(4, 9, dtype=torch.int32)[:, :6],
@@ -471,7 +472,7 @@ def test_torch_arguments():
         softmax_scale=0.1,
         causal=True,
         cu_seqlens_q=None,
-    )
+    ))
     assert described == dense_call().with_(causal=True).describe()[0]
     assert inputs.kv_latent.strides == (80 * 2 * 640, 2 * 640, 640, 1)
 

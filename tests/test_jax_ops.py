@@ -16,8 +16,9 @@ from cupy_mla import (
     UnsupportedDeviceError,
     mla_decode,
 )
+from cupy_mla.call.options import PARTS, DecodeOptions
 from cupy_mla.decode import jax_calls
-from cupy_mla.decode.jax_calls import CallOptions
+from cupy_mla.decode.jax_calls import TracedCall
 
 jax = pytest.importorskip("jax", reason="JAX is not installed")
 jax_ops = pytest.importorskip("cupy_mla.jax_ops")
@@ -193,11 +194,26 @@ def test_the_eager_function_says_what_to_call_inside_jit() -> None:
         jax.jit(lambda q: mla_decode(**{**arrays, "q": q}))(jnp.asarray(arrays["q"]))
 
 
-def test_options_survive_as_attributes() -> None:
-    options = CallOptions(512, 0.25, True, None, 4096, None, 2, 1, True, False)
-    attributes = options.attributes()
-    assert tuple(attributes) == jax_calls.attribute_names()
-    assert CallOptions.of_attributes(tuple(value.item() for value in attributes.values())) == options
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"softmax_scale": 0.25, "causal": True, "max_seqlen_q": 3, "empty_lse": np.inf, "validate": False},
+        {"head_dim_v": 256, "max_seqlen_k": 4096, "fixed_split_tokens": 64, "validate": True},
+    ],
+    ids=str,
+)
+def test_options_survive_as_attributes(options: dict[str, Any]) -> None:
+    parts = [object() if index % 3 else None for index in range(len(PARTS))]
+    call = TracedCall.of(tuple(parts), DecodeOptions(**options))
+    attributes = call.attributes()
+    assert tuple(attributes) == jax_calls.ATTRIBUTES
+    told = TracedCall.of_attributes(tuple(value.item() for value in attributes.values()))
+    assert told == call
+    views = [part for part in parts if part is not None]
+    arrays = told.arrays([*views, "result"])
+    assert arrays.q == (None, views[0]) or arrays.q is views[0]
+    assert [arrays.block_table, arrays.cache_seqlens, arrays.cu_seqlens_q] == parts[4:7]
 
 
 def test_the_missing_bridge_is_named(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -13,6 +13,7 @@ from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
 from cupy_mla.call.describe import describe_decode
+from cupy_mla.call.options import read_call
 from cupy_mla.decode import reference
 from cupy_mla.decode.reference import merge_states_reference, mla_decode_reference
 from cupy_mla.lab.cases import Case
@@ -23,14 +24,14 @@ LSE_ERROR = {"float32": 1e-5, "float64": 1e-13}
 
 
 def run(case: DenseCase, arrays: Case, **options: Any) -> tuple[np.ndarray, np.ndarray]:
-    described, inputs = describe_decode(
+    described, inputs = describe_decode(*read_call(
         arrays.q,
         arrays.kv_cache,
         arrays.block_table,
         arrays.cache_seqlens,
         cu_seqlens_q=arrays.cu_seqlens_q,
         **case.options,
-    )
+    ))
     return mla_decode_reference(described, inputs, case.scale, **options)
 
 
@@ -141,13 +142,13 @@ def test_given_outputs_are_written():
 
 def test_pairs_give_the_same_as_packed_arrays():
     arrays = SMALL.build()
-    described, inputs = describe_decode(
+    described, inputs = describe_decode(*read_call(
         (arrays.q[..., :24].copy(), arrays.q[..., 24:].copy()),
         (arrays.kv_cache[..., :24].copy(), arrays.kv_cache[..., 24:].copy()),
         arrays.block_table,
         arrays.cache_seqlens,
         **SMALL.options,
-    )
+    ))
     out, lse = mla_decode_reference(described, inputs, SMALL.scale)
     expected_out, expected_lse = run(SMALL, arrays)
     assert np.array_equal(out, expected_out)
@@ -207,7 +208,7 @@ def test_arrays_of_frameworks(framework: str):
         converted[:2] = [tensor.bfloat16() for tensor in converted[:2]]
     else:
         converted = [module.device_put(value, module.devices("cpu")[0]) for value in values]
-    described, inputs = describe_decode(*converted, **SMALL.options)
+    described, inputs = describe_decode(*read_call(*converted, **SMALL.options))
     out, lse = mla_decode_reference(described, inputs, SMALL.scale)
     expected_out, expected_lse = run(SMALL, arrays)
     assert np.array_equal(out, expected_out)

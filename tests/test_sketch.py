@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from cupy_mla.arrays.sketch import pointer_of, sketch, sketch_tensors
+from cupy_mla.arrays.sketch import pointer_of, sketch
 from cupy_mla.arrays.view import view
 
 torch = pytest.importorskip("torch", reason="torch is not installed")
@@ -39,23 +39,46 @@ def test_layouts_are_equal_when_views_are() -> None:
     for first in named.values():
         for second in named.values():
             described = [(v.shape, v.strides, v.dtype, v.device, v.device_id) for v in map(_view, (first, second))]
-            sketches = [sketch([tensor]) for tensor in (first, second)]
+            sketches = [sketch((tensor,)) for tensor in (first, second)]
             assert sketches[0] is not None
             assert sketches[1] is not None
-            assert (sketches[0][1] == sketches[1][1]) == (described[0] == described[1])
-            assert sketches[0][0] == [first.data_ptr()] == [pointer_of(first)]
+            same_type = type(first) is type(second)
+            assert (sketches[0][1][1] == sketches[1][1][1]) == (described[0] == described[1])
+            assert (sketches[0][1] == sketches[1][1]) == (described[0] == described[1] and same_type)
+            assert sketches[0][0] == (first.data_ptr(),) == (pointer_of(first),)
 
 
 def _view(tensor: Any) -> Any:
     return view(tensor, "tensor")
 
 
-def test_six_tensors_have_the_same_sketch_either_way() -> None:
-    six = [*tensors().values()][:6]
-    general, written_out = sketch(six), sketch_tensors(*six)
-    assert general is not None
-    assert written_out is not None
-    assert (tuple(general[0]), tuple(general[1])) == written_out
+def test_many_tensors_have_the_sketches_of_each() -> None:
+    many = tuple(tensors().values())
+    together = sketch(many)
+    assert together is not None
+    alone = [sketch((tensor,)) for tensor in many]
+    assert together[0] == tuple(pointer for found in alone for pointer in found[0])
+    assert together[1][1] == tuple(word for found in alone for word in found[1][1])
+
+
+def test_pairs_have_two_addresses_each() -> None:
+    first, second, third = [*tensors().values()][:3]
+    packed, pair = sketch((first, third), pairs=1), sketch(((first, second), third), pairs=1)
+    assert packed is not None
+    assert pair is not None
+    assert packed[0] == (first.data_ptr(), 0, third.data_ptr())
+    assert pair[0] == (first.data_ptr(), second.data_ptr(), third.data_ptr())
+    assert pair[1] == sketch(((second, first), third), pairs=1)[1] != packed[1]
+    assert sketch(((first, torch.nn.Parameter(second)), third), pairs=1)[1] != pair[1]
+    for wrong in ((), (first,), (first, second, third), [first, second], (first, 3), (first, torch.zeros(0))):
+        assert sketch((wrong, third), pairs=1) is None
+    assert sketch((third, (first, second)), pairs=1) is None
+
+
+def test_types_of_other_values_count() -> None:
+    tensor = torch.zeros(3)
+    values = (1, 1.0, True, None, "1")
+    assert len({sketch((tensor,), (value,))[1] for value in values}) == len(values)
 
 
 @pytest.mark.parametrize(
@@ -68,15 +91,13 @@ def test_six_tensors_have_the_same_sketch_either_way() -> None:
     ],
 )
 def test_what_has_no_memory_has_no_sketch(make: Any) -> None:
-    good = [*tensors().values()][:5]
-    assert sketch([*good, make()]) is None
-    assert sketch_tensors(*good, make()) is None
-    assert sketch_tensors(make(), *good) is None
+    good = tuple(tensors().values())[:5]
+    assert sketch((*good, make())) is None
+    assert sketch((make(), *good)) is None
 
 
 def test_arrays_that_are_not_there() -> None:
     tensor = torch.zeros(3)
-    assert sketch([None, tensor, None]) == (
-        [0, tensor.data_ptr(), 0],
-        [None, (3,), True, tensor.dtype, tensor.device, None],
-    )
+    pointers, (_, layouts) = sketch((None, tensor, None))
+    assert pointers == (0, tensor.data_ptr(), 0)
+    assert layouts == (None, (3,), True, tensor.dtype, -1, None)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import numbers
 import operator
 from typing import Any
@@ -29,11 +30,6 @@ def check_softmax_scale(softmax_scale: float) -> None:
     InvalidArgumentError
         It is not a number, or is below the least or above the largest scale that is served.
     """
-    if type(softmax_scale) is float and _MIN_SCALE <= softmax_scale <= _MAX_SCALE:
-        return
-    # Not just compared: comparing an array on a GPU would wait for it.
-    if not isinstance(softmax_scale, numbers.Real) or isinstance(softmax_scale, bool):
-        raise InvalidArgumentError("softmax_scale", "a number or None", type(softmax_scale).__name__)
     if not _MIN_SCALE <= softmax_scale <= _MAX_SCALE:
         raise InvalidArgumentError(
             "softmax_scale", f"a finite number above 0, {_MIN_SCALE:.0e} to {_MAX_SCALE:.0e}", str(softmax_scale)
@@ -154,6 +150,23 @@ def as_integer(value: Any, name: str) -> int:
     raise InvalidArgumentError(name, "an integer", f"{type(value).__name__} {value!r}")
 
 
+def as_number(value: Any, name: str) -> float:
+    """A real number of any type as float; infinity for one that float cannot hold.
+
+    Raises
+    ------
+    InvalidArgumentError
+        It is none; ``argument`` is ``name``.
+    """
+    # By its type alone: to ask an array on a GPU for its value would wait for it.
+    if not isinstance(value, numbers.Real) or isinstance(value, bool):
+        raise InvalidArgumentError(name, "a number", type(value).__name__)
+    try:
+        return float(value)
+    except OverflowError:
+        return math.inf
+
+
 def as_boolean(value: Any, name: str) -> bool:
     """A truth value of any type as bool.
 
@@ -200,12 +213,12 @@ def validate_values(
     pages = as_numpy(inputs.block_table, stream)
     used = -(-lengths // problem.page_size)
     in_use = np.arange(problem.max_pages_per_seq) < used[:, None]
-    wrong_pages = np.argwhere(in_use & ((pages < 0) | (pages >= problem.num_pages)))
+    wrong_pages = np.argwhere(in_use & ((pages < 0) | (pages >= inputs.num_pages)))
     if wrong_pages.size:
         request, column = (int(index) for index in wrong_pages[0])
         raise InvalidArgumentError(
             f"block_table[{request}, {column}]",
-            f"a page of the cache, 0 to {problem.num_pages - 1} (request {request} has {lengths[request]} tokens)",
+            f"a page of the cache, 0 to {inputs.num_pages - 1} (request {request} has {lengths[request]} tokens)",
             str(pages[request, column]),
         )
     if inputs.cu_seqlens_q is not None:

@@ -11,13 +11,21 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from ..arrays.dtypes import ITEM_SIZES
 from ..arrays.frameworks import CUDA
 from ..arrays.view import ArrayView, view
 from ..errors import InvalidArgumentError
 from ..layouts import DENSE_LAYOUTS
-from .arguments import COPY_ALIGNMENT, as_boolean, as_integer, check_rows, check_softmax_scale, misaligned, place_name
-from .problem import INDEX_DTYPE, MAX_TOKENS, DecodeInputs, DecodeProblem
+from .arguments import COPY_ALIGNMENT, check_output, check_rows, misaligned, place_name
+from .options import DecodeArrays, DecodeOptions
+from .problem import (
+    INDEX_DTYPE,
+    LSE_DTYPE,
+    MAX_TOKENS,
+    PLAN_ALIGNMENT,
+    PLAN_DTYPE,
+    DecodeInputs,
+    DecodeProblem,
+)
 
 # What the CUDA kernels are written for.
 CUDA_WIDTH_MULTIPLE = 64
@@ -69,42 +77,14 @@ _checked: dict[tuple[Any, ...], _Checked] = {}
 
 
 def describe_decode(
-    q: Any,
-    kv_cache: Any,
-    block_table: Any,
-    cache_seqlens: Any,
-    *,
-    head_dim_v: int,
-    softmax_scale: float | None = None,
-    causal: bool = False,
-    cu_seqlens_q: Any = None,
-    max_seqlen_q: int | None = None,
-    stream: int | None = None,
+    arrays: DecodeArrays, options: DecodeOptions, stream: int | None = None
 ) -> tuple[DecodeProblem, DecodeInputs]:
-    """Check the arguments of a dense decode call, and describe it. Reads no array's contents.
+    """Check the arrays of a dense decode call against its options, and describe it. Reads no array's contents.
 
     Parameters
     ----------
-    q
-        [batch, seqlen_q, num_heads_q, d_qk] bfloat16 or float16, last dimension contiguous; with ``cu_seqlens_q``
-        [total_q, num_heads_q, d_qk]. Or a pair (latent, rope) of such arrays.
-    kv_cache
-        [num_pages, page_size, num_heads_kv, d_qk] of q's type, last dimension contiguous, or a pair (latent, rope).
-    block_table
-        [batch, max_pages_per_seq] int32, last dimension contiguous.
-    cache_seqlens
-        [batch] int32, contiguous; tokens per request.
-    head_dim_v
-        Width of the latent part, which is also the value.
-    softmax_scale
-        Factor on the scores; a finite number above 0, or None for ``d_qk ** -0.5``.
-    causal
-        Whether the mask is aligned to the bottom right of the scores.
-    cu_seqlens_q
-        [batch + 1] int32, contiguous: where each request's queries start. None: the same number for all.
-    max_seqlen_q
-        Upper bound on a request's query tokens when ragged; None: total_q. (A bound spares work: the lengths
-        themselves are on the device.)
+    arrays, options
+        What the call was given.
     stream
         CUDA stream that will use the arrays; see `cupy_mla.arrays.view`.
 
@@ -119,75 +99,64 @@ def describe_decode(
         An argument has a wrong rank, shape, type, device, stride, alignment or value; its name, what was expected
         and what came are in the error.
     """
-    q_views = _views(q, "q", stream)
-    kv_views = _views(kv_cache, "kv_cache", stream)
-    table = view(block_table, "block_table", stream)
-    lengths = view(cache_seqlens, "cache_seqlens", stream)
-    starts = None if cu_seqlens_q is None else view(cu_seqlens_q, "cu_seqlens_q", stream)
-    if softmax_scale is not None:
-        check_softmax_scale(softmax_scale)
-    if type(head_dim_v) is not int:
-        head_dim_v = as_integer(head_dim_v, "head_dim_v")
-    if type(causal) is not bool:
-        causal = as_boolean(causal, "causal")
-    if max_seqlen_q is not None and type(max_seqlen_q) is not int:
-        max_seqlen_q = as_integer(max_seqlen_q, "max_seqlen_q")
-
-    first_q = q_views[0]
-    first_kv = kv_views[0]
-    key: tuple[Any, ...] = (
-        (first_q.shape, first_q.strides, first_q.dtype, first_q.device, first_q.device_id),
-        (first_kv.shape, first_kv.strides, first_kv.dtype, first_kv.device, first_kv.device_id),
-        (table.shape, table.strides, table.dtype, table.device, table.device_id),
-        (lengths.shape, lengths.strides, lengths.dtype, lengths.device, lengths.device_id),
-        (head_dim_v, causal, max_seqlen_q, len(q_views), len(kv_views)),
-        None if starts is None else _layout_key(starts),
-        _layout_key(q_views[1]) if len(q_views) > 1 else None,
-        _layout_key(kv_views[1]) if len(kv_views) > 1 else None,
+    call = _Call(
+        _views(arrays.q, "q", stream),
+        _views(arrays.kv_cache, "kv_cache", stream),
+        view(arrays.block_table, "block_table", stream),
+        view(arrays.cache_seqlens, "cache_seqlens", stream),
+        _view_of(arrays, "cu_seqlens_q", stream),
+        options,
+    )
+    q, kv = call.q, call.kv
+    key = (
+        *map(_layout_key, (*q, *kv, call.table, call.lengths)),
+        None if call.starts is None else _layout_key(call.starts),
+        (len(q), len(kv), options.head_dim_v, options.causal, options.max_seqlen_q),
     )
     checked = _checked.get(key)
     if checked is None:
-        call = _Call(q_views, kv_views, table, lengths, starts, head_dim_v, causal, max_seqlen_q)
         checked = _check(call)
         if len(_checked) >= _MAX_REMEMBERED:
             _checked.clear()
         _checked[key] = checked
-    if first_q.device == CUDA:
-        bits = first_q.pointer | first_kv.pointer
-        index_bits = table.pointer | lengths.pointer | (0 if starts is None else starts.pointer)
-        if len(q_views) > 1:
-            bits |= q_views[1].pointer
-        if len(kv_views) > 1:
-            bits |= kv_views[1].pointer
-        if bits % COPY_ALIGNMENT or index_bits % ITEM_SIZES[INDEX_DTYPE]:
-            _refuse_addresses(_Call(q_views, kv_views, table, lengths, starts, head_dim_v, causal, max_seqlen_q))
-    return checked.problem, DecodeInputs(
-        checked.q_latent.of(q_views),
-        None if checked.q_rope is None else checked.q_rope.of(q_views),
-        checked.kv_latent.of(kv_views),
-        None if checked.kv_rope is None else checked.kv_rope.of(kv_views),
-        table,
-        lengths,
-        starts,
+    if q[0].device == CUDA:
+        _check_addresses(call)
+    problem = checked.problem
+    inputs = DecodeInputs(
+        checked.q_latent.of(q),
+        None if checked.q_rope is None else checked.q_rope.of(q),
+        checked.kv_latent.of(kv),
+        None if checked.kv_rope is None else checked.kv_rope.of(kv),
+        call.table,
+        call.lengths,
+        call.starts,
+        _view_of(arrays, "plan", stream),
+        _view_of(arrays, "out", stream),
+        _view_of(arrays, "lse", stream),
     )
+    if inputs.plan is not None:
+        _check_plan(inputs.plan, inputs.location)
+    if inputs.out is not None:
+        check_output(inputs.out, "out", problem.out_shape, problem.dtype, inputs.location, contiguous_rows=True)
+    if inputs.lse is not None:
+        check_output(inputs.lse, "lse", problem.lse_shape, LSE_DTYPE, inputs.location)
+    return problem, inputs
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Everything below runs once per kind of call
+# Most of what is below runs once per kind of call
 
 
 @dataclass(slots=True, eq=False)
 class _Call:
-    """The arguments of `describe_decode` as views."""
+    """The inputs of a call as views, and its options."""
 
     q: Sequence[ArrayView]
     kv: Sequence[ArrayView]
     table: ArrayView
     lengths: ArrayView
     starts: ArrayView | None
-    head_dim_v: int
-    causal: bool
-    max_seqlen_q: int | None
+    options: DecodeOptions
 
     def arrays(self) -> list[tuple[str, ArrayView]]:
         named = _named("q", self.q) + _named("kv_cache", self.kv)
@@ -195,6 +164,11 @@ class _Call:
         if self.starts is not None:
             named.append(("cu_seqlens_q", self.starts))
         return named
+
+
+def _view_of(arrays: DecodeArrays, name: str, stream: int | None) -> ArrayView | None:
+    array = getattr(arrays, name)
+    return None if array is None else view(array, name, stream)
 
 
 def _views(argument: Any, name: str, stream: int | None) -> Sequence[ArrayView]:
@@ -235,8 +209,8 @@ def _check(call: _Call) -> _Checked:
     _check_devices(call)
 
     first_q = call.q[0]
-    latent_dim, rope_dim, q_latent, q_rope = _split(call.q, "q", call.head_dim_v)
-    kv_latent_dim, kv_rope_dim, kv_latent, kv_rope = _split(call.kv, "kv_cache", call.head_dim_v)
+    latent_dim, rope_dim, q_latent, q_rope = _split(call.q, "q", call.options.head_dim_v)
+    kv_latent_dim, kv_rope_dim, kv_latent, kv_rope = _split(call.kv, "kv_cache", call.options.head_dim_v)
     if (kv_latent_dim, kv_rope_dim) != (latent_dim, rope_dim):
         raise InvalidArgumentError(
             "kv_cache",
@@ -269,7 +243,7 @@ def _check(call: _Call) -> _Checked:
         page_size=page_size,
         num_pages=num_pages,
         max_pages_per_seq=call.table.shape[1],
-        causal=call.causal,
+        causal=call.options.causal,
         ragged=ragged,
         total_q=total_q,
     )
@@ -353,9 +327,7 @@ def _settled_strides(array: ArrayView) -> tuple[int, ...]:
 
 def _query_counts(call: _Call) -> tuple[int, int]:
     """seqlen_q (the maximum) and total_q."""
-    bound = call.max_seqlen_q
-    if bound is not None and bound < 1:
-        raise InvalidArgumentError("max_seqlen_q", "1 or more", str(bound))
+    bound = call.options.max_seqlen_q
     if call.starts is not None:
         total_q = call.q[0].shape[0]
         return (total_q if bound is None else min(bound, total_q)), total_q
@@ -393,8 +365,19 @@ def _check_cuda_widths(problem: DecodeProblem) -> None:
         )
 
 
-def _refuse_addresses(call: _Call) -> None:
+def _check_addresses(call: _Call) -> None:
     for name, array in call.arrays():
         alignment = array.itemsize if array.dtype == INDEX_DTYPE else COPY_ALIGNMENT
         if array.pointer % alignment:
             raise misaligned(name, array.pointer, alignment)
+
+
+def _check_plan(plan: ArrayView, location: tuple[str, int]) -> None:
+    if plan.dtype != PLAN_DTYPE or plan.ndim != 1 or plan.strides != (1,) or plan.location != location:
+        raise InvalidArgumentError(
+            "plan",
+            f"an array from plan_decode, {PLAN_DTYPE}, on {place_name(location)}",
+            f"{plan.dtype} {list(plan.shape)} on {place_name(plan.location)}",
+        )
+    if plan.device == CUDA and plan.pointer % PLAN_ALIGNMENT:
+        raise misaligned("plan", plan.pointer, PLAN_ALIGNMENT)

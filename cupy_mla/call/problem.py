@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from ..arrays.view import ArrayView
 from ..shown.html import facts_table
 
 INDEX_DTYPE = "int32"
 LSE_DTYPE = "float32"
+PLAN_DTYPE = "uint8"
+PLAN_ALIGNMENT = 32  # bytes; sections of a plan
 # Of a request: lengths are int32, and tokens are counted in it up to the end of a tile of 64.
 MAX_TOKENS = 2**31 - 64
 
@@ -103,9 +106,24 @@ class DecodeProblem:
         return facts_table("DecodeProblem", {**facts, **shapes})
 
 
+class Addresses(NamedTuple):
+    """Where the arrays of a call lie; 0 for one that is not there. Fields as those of `DecodeInputs`."""
+
+    q_latent: int
+    q_rope: int
+    kv_latent: int
+    kv_rope: int
+    block_table: int
+    cache_seqlens: int
+    cu_seqlens_q: int
+    plan: int
+    out: int
+    lse: int
+
+
 @dataclass(slots=True, eq=False)
 class DecodeInputs:
-    """The arrays of a call. A packed q or cache comes as two views of the same memory.
+    """Views of the arrays of a call; None for one that is not there. A packed q or cache is two views of its memory.
 
     Attributes
     ----------
@@ -120,6 +138,10 @@ class DecodeInputs:
         [batch] int32.
     cu_seqlens_q
         [batch + 1] int32, or None.
+    plan
+        A plan in an array, uint8, or None.
+    out, lse
+        Of `DecodeProblem.out_shape` and `DecodeProblem.lse_shape`, to be written to; None: the callee makes them.
     """
 
     q_latent: ArrayView
@@ -129,12 +151,24 @@ class DecodeInputs:
     block_table: ArrayView
     cache_seqlens: ArrayView
     cu_seqlens_q: ArrayView | None
+    plan: ArrayView | None = None
+    out: ArrayView | None = None
+    lse: ArrayView | None = None
 
     @property
     def location(self) -> tuple[str, int]:
         """Device and its number; the same for all arrays."""
         return self.q_latent.location
 
+    @property
+    def num_pages(self) -> int:
+        """Pages in the cache."""
+        return self.kv_latent.shape[0]
+
     def views(self) -> tuple[ArrayView | None, ...]:
         """All of them, None for one that is not there."""
-        return tuple(getattr(self, name) for name in self.__dataclass_fields__)
+        return tuple(getattr(self, name) for name in Addresses._fields)
+
+    def addresses(self) -> Addresses:
+        """Where they lie."""
+        return Addresses._make(0 if array is None else array.pointer for array in self.views())

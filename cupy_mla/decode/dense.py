@@ -3,24 +3,28 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from typing import Any
-
-import numpy as np
 
 from ..arrays.exchange import as_numpy, empty_like, finish, keep_imported
 from ..arrays.frameworks import check_stream, current_stream
 from ..arrays.sketch import pointer_of
-from ..arrays.view import ArrayView, contiguous_strides, view
-from ..call.arguments import as_boolean, check_output, validate_values
+from ..call.arguments import validate_values
 from ..call.describe import describe_decode
-from ..call.problem import LSE_DTYPE, DecodeInputs, DecodeProblem
+from ..call.options import ARRAYS, DECODE, DecodeArrays, DecodeOptions, option_names
+from ..call.problem import LSE_DTYPE, Addresses, DecodeInputs, DecodeProblem
 from ..errors import InvalidArgumentError
 from ..gpu.device import require_backend
-from ..settings import get_settings
-from .known import Addresses, identify, recall, remember
-from .plan import DecodePlan, blueprint, check_plan_options
+from ..settings import get_settings, wants_validation
+from .known import identify, recall, remember
+from .plan import Blueprint, DecodePlan, PlanMemory, plan_kind
+from .plan_arrays import check_plan_array
 from .prepared import CallLayout, DecodeCall, prepare
 from .reference import mla_decode_reference
+
+# Places in the tuples that calls are recognised by.
+_VALIDATE = option_names(DECODE).index("validate")
+_Q, _OUT, _LSE = (ARRAYS.index(name) for name in ("q", "out", "lse"))
 
 
 def mla_decode(
@@ -98,74 +102,9 @@ def mla_decode(
     UnsupportedDeviceError
         The arrays are on a GPU that is not Hopper, or the backend that the settings ask for cannot take them.
     """
-    check_stream(stream)
-    settings = get_settings()
-    validate = settings.validate if validate is None else as_boolean(validate, "validate")
-    first_q = q[0] if isinstance(q, (tuple, list)) and q else q
-    identity = None
-    if not validate:
-        kind = plan.blueprint if type(plan) is DecodePlan else None
-        if kind is not None or plan is None:
-            others = block_table, cache_seqlens, cu_seqlens_q, out, lse
-            identity = identify(q, kv_cache, others, kind, head_dim_v, softmax_scale, causal, max_seqlen_q, empty_lse)
-    if identity is not None:
-        key, pointers = identity
-        known = recall(key, pointers, settings)
-        if known is not None:
-            return _launch(*known, first_q, plan, out, lse, stream)
-
-    if not (isinstance(empty_lse, float) and math.isinf(empty_lse)):
-        raise InvalidArgumentError("empty_lse", "-inf or +inf", repr(empty_lse))
-    if plan is not None and not isinstance(plan, DecodePlan):
-        raise InvalidArgumentError("plan", "a DecodePlan from plan_decode, or None", type(plan).__name__)
-    if plan is not None and plan.problem.ragged and cu_seqlens_q is not None and max_seqlen_q is None:
-        max_seqlen_q = plan.problem.seqlen_q
-    problem, inputs = describe_decode(
-        q,
-        kv_cache,
-        block_table,
-        cache_seqlens,
-        head_dim_v=head_dim_v,
-        softmax_scale=softmax_scale,
-        causal=causal,
-        cu_seqlens_q=cu_seqlens_q,
-        max_seqlen_q=max_seqlen_q,
-        stream=stream,
-    )
-    on_gpu = require_backend(*inputs.location, "q")
-    if plan is not None:
-        plan.check(problem, inputs)
-    out_view = _given_output(out, "out", problem.out_shape, problem.dtype, inputs, stream)
-    lse_view = _given_output(lse, "lse", problem.lse_shape, LSE_DTYPE, inputs, stream)
-    if validate:
-        validate_values(problem, inputs, stream, None if plan is None else plan.max_seqlen_k)
-    scale = problem.default_softmax_scale if softmax_scale is None else float(softmax_scale)
-    if not on_gpu:
-        return _decode_on_cpu(problem, inputs, scale, empty_lse, first_q, out, lse)
-
-    kind = blueprint(problem, inputs.location[1]) if plan is None else plan.blueprint
-    assert kind is not None  # a plan on a GPU has one
-    layout = CallLayout.of(
-        problem,
-        inputs,
-        contiguous_strides(problem.out_shape) if out_view is None else out_view.strides,
-        contiguous_strides(problem.lse_shape) if lse_view is None else lse_view.strides,
-    )
-    call = prepare(kind, scale, empty_lse, layout)
-    if identity is not None:
-        remember(key, call, settings, inputs, pointers)
-    addresses = (
-        inputs.q_latent.pointer,
-        0 if inputs.q_rope is None else inputs.q_rope.pointer,
-        inputs.kv_latent.pointer,
-        0 if inputs.kv_rope is None else inputs.kv_rope.pointer,
-        inputs.block_table.pointer,
-        inputs.cache_seqlens.pointer,
-        0 if inputs.cu_seqlens_q is None else inputs.cu_seqlens_q.pointer,
-        0 if out_view is None else out_view.pointer,
-        0 if lse_view is None else lse_view.pointer,
-    )
-    return _launch(call, addresses, first_q, plan, out, lse, stream, inputs)
+    arrays = (q, kv_cache, block_table, cache_seqlens, cu_seqlens_q, None, out, lse)
+    options = (head_dim_v, softmax_scale, causal, max_seqlen_q, empty_lse, validate)
+    return run_decode(arrays, options, plan, stream)
 
 
 def plan_decode(
@@ -181,12 +120,13 @@ def plan_decode(
     max_seqlen_k: int | None = None,
     fixed_split_tokens: int | None = None,
     stream: int | None = None,
+    validate: bool | None = None,
 ) -> DecodePlan:
     """Plan a decode step once, for all layers that share its shapes and lengths.
 
     Parameters
     ----------
-    q, kv_cache, block_table, cache_seqlens, head_dim_v, causal, cu_seqlens_q, stream
+    q, kv_cache, block_table, cache_seqlens, head_dim_v, causal, cu_seqlens_q, stream, validate
         As in `mla_decode`. Of q and kv_cache only shapes, types and strides count.
     max_seqlen_q
         Largest number of query tokens of a request when ragged; None: total_q.
@@ -207,80 +147,153 @@ def plan_decode(
     InvalidArgumentError, UnsupportedDeviceError
         As in `mla_decode`.
     """
-    check_stream(stream)
-    max_seqlen_k, fixed_split_tokens = check_plan_options(max_seqlen_k, fixed_split_tokens)
-    problem, inputs = describe_decode(
-        q,
-        kv_cache,
-        block_table,
-        cache_seqlens,
+    arrays = DecodeArrays(q, kv_cache, block_table, cache_seqlens, cu_seqlens_q)
+    options = DecodeOptions(
         head_dim_v=head_dim_v,
         causal=causal,
-        cu_seqlens_q=cu_seqlens_q,
         max_seqlen_q=max_seqlen_q,
-        stream=stream,
+        validate=validate,
+        max_seqlen_k=max_seqlen_k,
+        fixed_split_tokens=fixed_split_tokens,
     )
-    on_gpu = require_backend(*inputs.location, "q")
-    if get_settings().validate:
-        validate_values(problem, inputs, stream, max_seqlen_k)
+    problem, inputs, kind = describe_plan(arrays, options, stream)
     first_q = q[0] if isinstance(q, (tuple, list)) else q
-    kind = blueprint(problem, inputs.location[1], max_seqlen_k, fixed_split_tokens) if on_gpu else None
-    plan = DecodePlan(problem, inputs.location, first_q, kind, max_seqlen_k=max_seqlen_k, stream=stream)
+    plan = DecodePlan(problem, inputs.location, first_q, kind, max_seqlen_k=options.max_seqlen_k, stream=stream)
     plan.update(cache_seqlens, cu_seqlens_q, stream=stream)
     return plan
 
 
-def _given_output(
-    array: Any, name: str, shape: tuple[int, ...], dtype: str, inputs: DecodeInputs, stream: int | None
-) -> ArrayView | None:
-    if array is None:
-        return None
-    array_view = view(array, name, stream)
-    check_output(array_view, name, shape, dtype, inputs.location, contiguous_rows=name == "out")
-    return array_view
+def describe_plan(
+    arrays: DecodeArrays, options: DecodeOptions, stream: int | None = None
+) -> tuple[DecodeProblem, DecodeInputs, Blueprint | None]:
+    """Check what a plan is to be made for.
+
+    Returns
+    -------
+    problem, inputs
+        As `describe_decode` returns them.
+    kind
+        What the plan is; None on the CPU.
+
+    Raises
+    ------
+    InvalidArgumentError, UnsupportedDeviceError
+        As in `mla_decode`.
+    """
+    check_stream(stream)
+    problem, inputs = describe_decode(arrays, options, stream)
+    require_backend(*inputs.location, "q")
+    kind = plan_kind(problem, inputs.location, options)
+    if wants_validation(options.validate):
+        validate_values(problem, inputs, stream, options.max_seqlen_k)
+    return problem, inputs, kind
+
+
+def run_decode(
+    arrays: tuple[Any, ...], options: tuple[Any, ...], plan: DecodePlan | None = None, stream: int | None = None
+) -> tuple[Any, Any]:
+    """`mla_decode` on what it was given, unchecked; on the way of every interface to the kernels but XLA's.
+
+    Parameters
+    ----------
+    arrays
+        One for each field of `DecodeArrays`, in their order.
+    options
+        One for each of the leading fields of `DecodeOptions`, in their order.
+    plan, stream
+        As in `mla_decode`.
+
+    Returns
+    -------
+    out, lse
+        As in `mla_decode`, and so are the errors.
+    """
+    if stream is not None:
+        check_stream(stream)
+    settings = get_settings()
+    kind = plan.blueprint if type(plan) is DecodePlan else None
+    validate = options[_VALIDATE]
+    identity = None
+    if (validate is False or (validate is None and not settings.validate)) and (plan is None or kind is not None):
+        identity = identify(arrays, options, kind)
+    if identity is not None:
+        known = recall(*identity, settings)
+        if known is not None:
+            return _launch(*known, plan, arrays, stream)
+
+    if plan is not None and not isinstance(plan, DecodePlan):
+        raise InvalidArgumentError("plan", "a DecodePlan from plan_decode, or None", type(plan).__name__)
+    given, checked = DecodeArrays(*arrays), DecodeOptions(*options)
+    if plan is not None and plan.problem.ragged and given.cu_seqlens_q is not None and checked.max_seqlen_q is None:
+        checked = replace(checked, max_seqlen_q=plan.problem.seqlen_q)
+    problem, inputs = describe_decode(given, checked, stream)
+    require_backend(*inputs.location, "q")
+    most = checked.max_seqlen_k
+    if plan is not None:
+        plan.check(problem, inputs)
+        most = plan.max_seqlen_k
+    else:
+        kind = plan_kind(problem, inputs.location, checked)
+        if inputs.plan is not None:
+            check_plan_array(inputs.plan.shape[0], problem, inputs.location, checked)
+    if wants_validation(checked.validate):
+        validate_values(problem, inputs, stream, most)
+    scale = problem.default_softmax_scale if checked.softmax_scale is None else checked.softmax_scale
+    if kind is None:
+        return _decode_on_cpu(problem, inputs, scale, checked.empty_lse, given)
+    call = prepare(kind, scale, checked.empty_lse, CallLayout.of(problem, inputs))
+    if identity is not None:
+        remember(*identity, call, settings, inputs)
+    return _launch(call, inputs.addresses(), plan, arrays, stream, inputs)
 
 
 def _decode_on_cpu(
-    problem: DecodeProblem, inputs: DecodeInputs, scale: float, empty_lse: float, q: Any, out: Any, lse: Any
+    problem: DecodeProblem, inputs: DecodeInputs, scale: float, empty_lse: float, given: DecodeArrays
 ) -> tuple[Any, Any]:
-    out_array = empty_like(q, problem.out_shape, problem.dtype) if out is None else out
-    lse_array = empty_like(q, problem.lse_shape, "float32") if lse is None else lse
-    lse_values = as_numpy(lse_array)
-    mla_decode_reference(problem, inputs, scale, out=as_numpy(out_array), lse=lse_values)
-    lse_values[np.isneginf(lse_values)] = empty_lse
-    return (out if out is not None else finish(q, out_array), lse if lse is not None else finish(q, lse_array))
+    q = given.q[0] if isinstance(given.q, (tuple, list)) else given.q
+    out = empty_like(q, problem.out_shape, problem.dtype) if given.out is None else given.out
+    lse = empty_like(q, problem.lse_shape, LSE_DTYPE) if given.lse is None else given.lse
+    mla_decode_reference(problem, inputs, scale, out=as_numpy(out), lse=as_numpy(lse), empty_lse=empty_lse)
+    return (out if given.out is not None else finish(q, out), lse if given.lse is not None else finish(q, lse))
 
 
 def _launch(
     call: DecodeCall,
     addresses: Addresses,
-    q: Any,
     plan: DecodePlan | None,
-    out: Any,
-    lse: Any,
+    arrays: tuple[Any, ...],
     given_stream: int | None,
     inputs: DecodeInputs | None = None,
 ) -> tuple[Any, Any]:
     """Queue a prepared call; makes the outputs and the plan that were not given."""
-    q_latent, q_rope, kv_latent, kv_rope, block_table, cache_seqlens, cu_seqlens_q, out_address, lse_address = addresses
     kind = call.kind
-    problem = kind.problem
+    q = arrays[_Q]
+    if type(q) is tuple or type(q) is list:
+        q = q[0]
+    out = given_out = arrays[_OUT]
+    lse = given_lse = arrays[_LSE]
     stream = current_stream(q, kind.location[1]) if given_stream is None else given_stream
-    out_array, lse_array = out, lse
-    if out is None:
-        out_array = empty_like(q, problem.out_shape, problem.dtype, given_stream)
-        out_address = pointer_of(out_array)
-    if lse is None:
-        lse_array = empty_like(q, problem.lse_shape, LSE_DTYPE, given_stream)
-        lse_address = pointer_of(lse_array)
-    if plan is None:
-        plan = DecodePlan(problem, kind.location, q, kind, stream=given_stream)
-        plan.launch(cache_seqlens, cu_seqlens_q, stream)
-    call(q_latent, q_rope, kv_latent, kv_rope, block_table, out_address, lse_address, plan, stream)
+    if out is None or lse is None:
+        problem = kind.problem
+        if out is None:
+            out = empty_like(q, problem.out_shape, problem.dtype, given_stream)
+        if lse is None:
+            lse = empty_like(q, problem.lse_shape, LSE_DTYPE, given_stream)
+        addresses = Addresses(*addresses[:-2], pointer_of(out), pointer_of(lse))
+    memory: PlanMemory
+    if plan is not None:
+        memory = plan
+    else:
+        made = addresses.plan
+        workspace = empty_like(q, (kind.workspace_bytes - (kind.plan_bytes if made else 0),), "uint8", given_stream)
+        memory = PlanMemory(kind, pointer_of(workspace), made)
+        if not made:
+            kind.launch_planner(addresses.cache_seqlens, addresses.cu_seqlens_q, memory.pointer, stream)
+    call(addresses, memory, stream)
     if inputs is None:  # recognised, which only arrays of torch and CuPy are
-        return out_array, lse_array
+        return out, lse
     keep_imported(inputs.views(), stream)
     return (
-        out if out is not None else finish(q, out_array, stream),
-        lse if lse is not None else finish(q, lse_array, stream),
+        out if given_out is not None else finish(q, out, stream),
+        lse if given_lse is not None else finish(q, lse, stream),
     )

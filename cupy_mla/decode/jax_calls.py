@@ -5,10 +5,8 @@ Custom calls get XLA's buffers and numbers as attributes; jax-tvm-ffi calls the 
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 import importlib
-import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,81 +17,71 @@ from ..arrays.frameworks import CPU, CUDA
 from ..arrays.view import ArrayView, contiguous_strides
 from ..call.arguments import validate_values
 from ..call.describe import describe_decode
+from ..call.options import OPTIONS, PARTS, DecodeArrays, DecodeOptions, Option
 from ..call.problem import DecodeInputs, DecodeProblem
 from ..errors import InvalidArgumentError, MissingDependencyError
-from ..settings import get_settings
-from .plan import Blueprint, DecodePlan
-from .plan_arrays import plan_kind
+from ..settings import wants_validation
+from .plan import Blueprint, PlanMemory, plan_kind
 from .prepared import CallLayout, prepare
 from .reference import mla_decode_reference
 
 DECODE_TARGET = "cupy_mla.mla_decode"
 PLAN_TARGET = "cupy_mla.plan_decode"
-_NOT_GIVEN = -1  # an option that is None, as an attribute
+_GIVEN = "given"
+# Attributes of custom calls are numbers, in this order.
+ATTRIBUTES = (*(option.name for option in OPTIONS), _GIVEN)
+_NO_INTEGER = -1  # an option that is None; of a float, NaN
 _DLPACK_CPU = 1  # DLPack's device type
 
 
 @dataclass(frozen=True, slots=True)
-class CallOptions:
-    """What a call is told besides its arrays."""
+class TracedCall:
+    """What a custom call is told besides its buffers.
 
-    head_dim_v: int
-    softmax_scale: float
-    causal: bool
-    max_seqlen_q: int | None
-    max_seqlen_k: int | None
-    fixed_split_tokens: int | None
-    q_parts: int  # 1: packed, 2: (latent, rope)
-    kv_parts: int
-    ragged: bool
-    planned: bool
+    Attributes
+    ----------
+    options
+        Those of the call.
+    given
+        Which of `PARTS` the buffers of its inputs are: bit i stands for the i-th.
+    """
 
-    def attributes(self) -> dict[str, Any]:
-        """As attributes of a custom call, which are numbers."""
-        values: dict[str, Any] = {}
-        for name in attribute_names():
-            value = getattr(self, name)
-            value = _NOT_GIVEN if value is None else value
-            values[name] = np.float64(value) if name == "softmax_scale" else np.int64(value)
-        return values
+    options: DecodeOptions
+    given: int
 
     @classmethod
-    def of_attributes(cls, values: tuple[Any, ...]) -> CallOptions:
-        """What `attributes` told."""
-        given = dict(zip(attribute_names(), values, strict=True))
-        for name in ("max_seqlen_q", "max_seqlen_k", "fixed_split_tokens"):
-            given[name] = None if given[name] == _NOT_GIVEN else given[name]
-        return cls(**{**given, "causal": bool(given["causal"])})
+    def of(cls, parts: tuple[Any, ...], options: DecodeOptions) -> TracedCall:
+        """Of a call with these parts, None for one that is not there."""
+        return cls(options, sum(1 << index for index, part in enumerate(parts) if part is not None))
 
-    def describe(self, views: list[ArrayView]) -> tuple[DecodeProblem, DecodeInputs]:
-        """Check views of a call's inputs, in the order q, kv_cache, block_table, cache_seqlens[, cu_seqlens_q]."""
-        inputs = iter(views)
-        q = [next(inputs) for _ in range(self.q_parts)]
-        kv_cache = [next(inputs) for _ in range(self.kv_parts)]
-        block_table, cache_seqlens = next(inputs), next(inputs)
-        return describe_decode(
-            q if len(q) > 1 else q[0],
-            kv_cache if len(kv_cache) > 1 else kv_cache[0],
-            block_table,
-            cache_seqlens,
-            head_dim_v=self.head_dim_v,
-            softmax_scale=self.softmax_scale,
-            causal=self.causal,
-            cu_seqlens_q=next(inputs) if self.ragged else None,
-            max_seqlen_q=self.max_seqlen_q,
+    def attributes(self) -> dict[str, Any]:
+        """As attributes of a custom call."""
+        values = {option.name: _number(option, getattr(self.options, option.name)) for option in OPTIONS}
+        return {**values, _GIVEN: np.int64(self.given)}
+
+    @classmethod
+    def of_attributes(cls, values: tuple[Any, ...]) -> TracedCall:
+        """What `attributes` told."""
+        *options, given = values
+        return cls(DecodeOptions(*map(_option, OPTIONS, options)), int(given))
+
+    def arrays(self, buffers: list[ArrayView]) -> DecodeArrays:
+        """The arrays that the first buffers are; takes them off the list."""
+        return DecodeArrays.of_parts(
+            [buffers.pop(0) if self.given >> index & 1 else None for index in range(len(PARTS))]
         )
 
-    def plan_arguments(
-        self, problem: DecodeProblem, location: tuple[str, int]
-    ) -> tuple[DecodeProblem, tuple[str, int], int | None, int | None]:
-        """What a plan depends on."""
-        return problem, location, self.max_seqlen_k, self.fixed_split_tokens
+
+def _number(option: Option, value: Any) -> Any:
+    if option.type == "float":
+        return np.float64(np.nan if value is None else value)
+    return np.int64(_NO_INTEGER if value is None else value)
 
 
-@functools.cache
-def attribute_names() -> tuple[str, ...]:
-    """The attributes of the custom calls, in their order."""
-    return tuple(field.name for field in dataclasses.fields(CallOptions))
+def _option(option: Option, number: Any) -> Any:
+    if option.type == "float":
+        return None if np.isnan(number) else float(number)
+    return None if number == _NO_INTEGER else (bool(number) if option.type == "bool" else int(number))
 
 
 @functools.cache
@@ -113,7 +101,7 @@ def register_calls(device: str) -> bool:
         raise MissingDependencyError("jax-tvm-ffi", "jax", "mla_decode inside jax.jit on a GPU") from error
     import tvm_ffi
 
-    specification = [*(f"attrs.{name}" for name in attribute_names()), "args", "rets"]
+    specification = [*(f"attrs.{name}" for name in ATTRIBUTES), "args", "rets"]
     for target, function in ((DECODE_TARGET, _run_decode), (PLAN_TARGET, _run_plan)):
         bridge.register_ffi_target(
             target,
@@ -125,73 +113,72 @@ def register_calls(device: str) -> bool:
     return True
 
 
-def decode_in_callback(options: CallOptions, *arrays: Any) -> tuple[np.ndarray, np.ndarray]:
+def decode_in_callback(call: TracedCall, *arrays: Any) -> tuple[np.ndarray, np.ndarray]:
     """The NumPy backend, on what ``jax.pure_callback`` brings."""
     hosts = [np.asarray(array) for array in arrays]
     views = [
         ArrayView(host.ctypes.data, host.shape, contiguous_strides(host.shape), str(host.dtype), CPU, 0, host)
         for host in map(np.ascontiguousarray, hosts)
     ]
-    problem, inputs = options.describe(views[: len(views) - options.planned])
-    if get_settings().validate:
-        validate_values(problem, inputs, None, options.max_seqlen_k)
-    return mla_decode_reference(problem, inputs, options.softmax_scale)
+    problem, inputs = describe_decode(call.arrays(views), call.options)
+    _validate(problem, inputs, call.options, None)
+    return mla_decode_reference(problem, inputs, _scale(problem, call.options), empty_lse=call.options.empty_lse)
 
 
 def _run_decode(*values: Any) -> None:
     """The custom call: attributes, then the inputs (and a plan), then out, lse (and a workspace)."""
-    options, views, location = _unpack(values)
-    num_inputs = options.q_parts + options.kv_parts + 2 + options.ragged
-    problem, inputs = options.describe(views[:num_inputs])
-    plan = views[num_inputs] if options.planned else None
-    out, lse, *workspace = views[num_inputs + options.planned :]
-    stream = None if location[0] == CPU else _start(location)
-    if get_settings().validate:
-        validate_values(problem, inputs, stream, options.max_seqlen_k)
-    if stream is None:
-        mla_decode_reference(problem, inputs, options.softmax_scale, out=as_numpy(out), lse=as_numpy(lse))
+    call, buffers = _unpack(values)
+    options = call.options
+    problem, inputs = describe_decode(call.arrays(buffers), options)
+    inputs.out, inputs.lse, *workspace = buffers
+    scale = _scale(problem, options)
+    kind = plan_kind(problem, inputs.location, options)
+    stream = None if kind is None else _start(inputs.location)
+    _validate(problem, inputs, options, stream)
+    if kind is None or stream is None:
+        out, lse = as_numpy(inputs.out), as_numpy(inputs.lse)
+        mla_decode_reference(problem, inputs, scale, out=out, lse=lse, empty_lse=options.empty_lse)
         return
-    kind = plan_kind(*options.plan_arguments(problem, location))
-    assert kind is not None  # on a GPU there is one
-    made = _place(kind, workspace, plan)
-    if plan is None:
-        starts = 0 if inputs.cu_seqlens_q is None else inputs.cu_seqlens_q.pointer
-        made.launch(inputs.cache_seqlens.pointer, starts, stream)
-    call = prepare(kind, options.softmax_scale, -math.inf, CallLayout.of(problem, inputs, out.strides, lse.strides))
-    call(
-        inputs.q_latent.pointer,
-        0 if inputs.q_rope is None else inputs.q_rope.pointer,
-        inputs.kv_latent.pointer,
-        0 if inputs.kv_rope is None else inputs.kv_rope.pointer,
-        inputs.block_table.pointer,
-        out.pointer,
-        lse.pointer,
-        made,
-        stream,
-    )
+    addresses = inputs.addresses()
+    memory = _place(kind, workspace, addresses.plan)
+    if not addresses.plan:
+        kind.launch_planner(addresses.cache_seqlens, addresses.cu_seqlens_q, memory.pointer, stream)
+    prepare(kind, scale, options.empty_lse, CallLayout.of(problem, inputs))(addresses, memory, stream)
 
 
 def _run_plan(*values: Any) -> None:
     """The custom call: attributes, then the inputs, then the plan."""
-    options, views, location = _unpack(values)
-    problem, inputs = options.describe(views[:-1])
-    kind = plan_kind(*options.plan_arguments(problem, location))
+    call, buffers = _unpack(values)
+    problem, inputs = describe_decode(call.arrays(buffers), call.options)
+    kind = plan_kind(problem, inputs.location, call.options)
     assert kind is not None  # only registered for GPUs
-    starts = 0 if inputs.cu_seqlens_q is None else inputs.cu_seqlens_q.pointer
-    kind.launch_planner(inputs.cache_seqlens.pointer, starts, views[-1].pointer, _start(location))
+    stream = _start(inputs.location)
+    _validate(problem, inputs, call.options, stream)
+    addresses = inputs.addresses()
+    kind.launch_planner(addresses.cache_seqlens, addresses.cu_seqlens_q, buffers[0].pointer, stream)
 
 
-def _place(kind: Blueprint, workspace: list[ArrayView], plan: ArrayView | None) -> DecodePlan:
+def _scale(problem: DecodeProblem, options: DecodeOptions) -> float:
+    return problem.default_softmax_scale if options.softmax_scale is None else options.softmax_scale
+
+
+def _validate(problem: DecodeProblem, inputs: DecodeInputs, options: DecodeOptions, stream: int | None) -> None:
+    if wants_validation(options.validate):  # the setting counts when the program runs
+        validate_values(problem, inputs, stream, options.max_seqlen_k)
+
+
+def _place(kind: Blueprint, workspace: list[ArrayView], plan: int) -> PlanMemory:
     """A plan in XLA's memory."""
-    size = kind.workspace_bytes - (0 if plan is None else kind.plan_bytes)
+    size = kind.workspace_bytes - (kind.plan_bytes if plan else 0)
     if not workspace or workspace[0].shape[0] < size:
         raise InvalidArgumentError("platform", "the one that the program runs on, cuda", "another while it was traced")
-    return DecodePlan.at(kind, workspace[0].pointer, None if plan is None else plan.pointer)
+    return PlanMemory(kind, workspace[0].pointer, plan)
 
 
-def _unpack(values: tuple[Any, ...]) -> tuple[CallOptions, list[ArrayView], tuple[str, int]]:
-    views = [_view_of_buffer(buffer) for buffer in values[len(attribute_names()) :]]
-    return CallOptions.of_attributes(values[: len(attribute_names())]), views, views[0].location
+def _unpack(values: tuple[Any, ...]) -> tuple[TracedCall, list[ArrayView]]:
+    """The call, and views of its inputs and results."""
+    views = [_view_of_buffer(buffer) for buffer in values[len(ATTRIBUTES) :]]
+    return TracedCall.of_attributes(values[: len(ATTRIBUTES)]), views
 
 
 def _view_of_buffer(buffer: Any) -> ArrayView:

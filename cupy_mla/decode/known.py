@@ -11,9 +11,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..arrays.dtypes import ITEM_SIZES
-from ..arrays.sketch import sketch, sketch_tensors
+from ..arrays.sketch import sketch
 from ..call.arguments import COPY_ALIGNMENT
-from ..call.problem import INDEX_DTYPE, DecodeInputs
+from ..call.options import ROPE_OF
+from ..call.problem import INDEX_DTYPE, PLAN_ALIGNMENT, Addresses, DecodeInputs
 from ..settings import Settings
 from .plan import Blueprint
 from .prepared import DecodeCall
@@ -21,8 +22,9 @@ from .prepared import DecodeCall
 _CALLS_KEPT = 4096
 _COPY_MASK = COPY_ALIGNMENT - 1
 _INDEX_MASK = ITEM_SIZES[INDEX_DTYPE] - 1  # an lse has as many bytes
-# Of q_latent, q_rope, kv_latent, kv_rope, block_table, cache_seqlens, cu_seqlens_q, out, lse; 0 for one not there.
-Addresses = tuple[int, int, int, int, int, int, int, int, int]
+_PLAN_MASK = PLAN_ALIGNMENT - 1
+_PAIRS = len(ROPE_OF)  # q and kv_cache, the first arrays of a call
+_new_tuple = tuple.__new__  # a named tuple in a third of the time that its class takes
 Key = tuple[Any, ...]
 
 
@@ -50,83 +52,47 @@ _known: dict[Key, KnownCall] = {}
 
 
 def identify(
-    q: Any,
-    kv_cache: Any,
-    others: tuple[Any, Any, Any, Any, Any],
-    kind: Blueprint | None,
-    head_dim_v: Any,
-    softmax_scale: Any,
-    causal: Any,
-    max_seqlen_q: Any,
-    empty_lse: Any,
+    arrays: tuple[Any, ...], options: tuple[Any, ...], kind: Blueprint | None
 ) -> tuple[Key, tuple[int, ...]] | None:
     """The key of a call and its arrays' addresses; None for a call that cannot be recognised.
 
     Parameters
     ----------
-    q, kv_cache
-        Arrays, or pairs (latent, rope).
-    others
-        block_table, cache_seqlens, cu_seqlens_q, out and lse; None for one not given.
+    arrays
+        As given, one for each of `cupy_mla.call.options.ARRAYS`.
+    options
+        As given, in an order of the caller's own.
     kind
-        That of the plan; None without a plan.
-    head_dim_v, softmax_scale, causal, max_seqlen_q, empty_lse
-        Options as given.
+        That of the plan; None without a plan, or with one in an array.
     """
-    # Python holds 1, 1.0 and True for equal; the checks do not.
-    if (
-        type(head_dim_v) is not int
-        or type(causal) is not bool
-        or type(empty_lse) is not float
-        or (softmax_scale is not None and type(softmax_scale) is not float)
-        or (max_seqlen_q is not None and type(max_seqlen_q) is not int)
-    ):
-        return None
-    block_table, cache_seqlens, cu_seqlens_q, out, lse = others
-    if out is not None and lse is not None and cu_seqlens_q is None:
-        sketched = sketch_tensors(q, kv_cache, block_table, cache_seqlens, out, lse)
-        if sketched is not None:
-            (q_pointer, kv_pointer, table, lengths, out_pointer, lse_pointer), layouts = sketched
-            return (
-                (kind, head_dim_v, softmax_scale, causal, max_seqlen_q, empty_lse, *layouts),
-                (q_pointer, 0, kv_pointer, 0, table, lengths, 0, out_pointer, lse_pointer),
-            )
-    q_parts = _parts(q)
-    kv_parts = _parts(kv_cache)
-    if q_parts is None or kv_parts is None:
-        return None
-    general = sketch((*q_parts, *kv_parts, *others))
-    if general is None:
-        return None
-    pointers, all_layouts = general
-    return (kind, head_dim_v, softmax_scale, causal, max_seqlen_q, empty_lse, *all_layouts), tuple(pointers)
+    sketched = sketch(arrays, options, _PAIRS)
+    return None if sketched is None else ((kind, options, sketched[1]), sketched[0])
 
 
 def recall(key: Key, pointers: tuple[int, ...], settings: Settings) -> tuple[DecodeCall, Addresses] | None:
     """The call of that key, if one was made before under the same settings, and its addresses if they are aligned."""
-    known = _known.get(key)
+    try:
+        known = _known.get(key)
+    except TypeError:  # an option that is no number and cannot be hashed
+        return None
     if known is None or known.settings is not settings:
         return None
-    q, q_rope, kv, kv_rope, table, lengths, starts, out, lse = pointers
+    q, q_rope, kv, kv_rope, table, lengths, starts, plan, out, lse = pointers
     if (q | q_rope | kv | kv_rope | out) & _COPY_MASK or (table | lengths | starts | lse) & _INDEX_MASK:
+        return None
+    if plan & _PLAN_MASK:
         return None
     if known.q_rope_offset:
         q_rope = q + known.q_rope_offset
     if known.kv_rope_offset:
         kv_rope = kv + known.kv_rope_offset
-    return known.call, (q, q_rope, kv, kv_rope, table, lengths, starts, out, lse)
+    return known.call, _new_tuple(Addresses, (q, q_rope, kv, kv_rope, table, lengths, starts, plan, out, lse))
 
 
-def remember(key: Key, call: DecodeCall, settings: Settings, inputs: DecodeInputs, pointers: tuple[int, ...]) -> None:
+def remember(key: Key, pointers: tuple[int, ...], call: DecodeCall, settings: Settings, inputs: DecodeInputs) -> None:
     """Note a call that was checked and prepared; ``pointers`` are those that `identify` found."""
     if len(_known) >= _CALLS_KEPT:
         _known.clear()
     q_rope = inputs.q_rope.pointer - pointers[0] if inputs.q_rope is not None and not pointers[1] else 0
     kv_rope = inputs.kv_rope.pointer - pointers[2] if inputs.kv_rope is not None and not pointers[3] else 0
     _known[key] = KnownCall(call, settings, q_rope, kv_rope)
-
-
-def _parts(argument: Any) -> tuple[Any, Any] | None:
-    if not isinstance(argument, (tuple, list)):
-        return argument, None
-    return (argument[0], argument[1]) if len(argument) == 2 else None

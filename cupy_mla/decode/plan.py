@@ -13,7 +13,7 @@ from ..arrays.exchange import empty_like, keep_imported
 from ..arrays.frameworks import CUDA, check_stream, current_stream
 from ..arrays.sketch import pointer_of
 from ..arrays.view import ArrayView, view
-from ..call.arguments import as_integer
+from ..call.options import DecodeOptions
 from ..call.problem import DecodeInputs, DecodeProblem
 from ..errors import InvalidArgumentError, PlanMismatchError
 from ..gpu.device import describe_device
@@ -30,24 +30,6 @@ from ..shown.html import facts_table
 _PARTIAL_ALIGNMENT = 256  # bytes; sections of the workspace
 _WORD_BYTES = 4  # int32 of the plan, float32 of the lse
 _BLUEPRINTS_KEPT = 1024  # ragged batches may bring a new one every step
-
-
-def check_plan_options(max_seqlen_k: int | None, fixed_split_tokens: int | None) -> tuple[int | None, int | None]:
-    """The options of a plan as Python's integers; the same are refused on every backend.
-
-    Raises
-    ------
-    InvalidArgumentError
-        ``max_seqlen_k`` is no integer or negative, or ``fixed_split_tokens`` no positive multiple of a tile's tokens.
-    """
-    if max_seqlen_k is not None:
-        max_seqlen_k = as_integer(max_seqlen_k, "max_seqlen_k")
-        if max_seqlen_k < 0:
-            raise InvalidArgumentError("max_seqlen_k", "a non-negative integer", str(max_seqlen_k))
-    if fixed_split_tokens is not None:
-        fixed_split_tokens = as_integer(fixed_split_tokens, "fixed_split_tokens")
-    check_fixed_split(fixed_split_tokens)
-    return max_seqlen_k, fixed_split_tokens
 
 
 def schedule_shape(
@@ -149,6 +131,23 @@ class Blueprint:
             planner(stream)
 
 
+def plan_kind(problem: DecodeProblem, location: tuple[str, int], options: DecodeOptions) -> Blueprint | None:
+    """What a plan for a call is; None on the CPU, where nothing is planned but the same options are refused.
+
+    Raises
+    ------
+    InvalidArgumentError
+        The plan would be too large, or ``fixed_split_tokens`` is no multiple of a tile.
+    UnsupportedDeviceError
+        There is no such GPU.
+    """
+    check_fixed_split(options.fixed_split_tokens)
+    device, device_id = location
+    if device != CUDA:
+        return None
+    return blueprint(problem, device_id, options.max_seqlen_k, options.fixed_split_tokens)
+
+
 @functools.lru_cache(maxsize=_BLUEPRINTS_KEPT)
 def blueprint(
     problem: DecodeProblem, device_id: int, max_seqlen_k: int | None = None, fixed_split_tokens: int | None = None
@@ -169,7 +168,40 @@ def _section(size: int) -> int:
     return ceil_div(size, _PARTIAL_ALIGNMENT) * _PARTIAL_ALIGNMENT
 
 
-class DecodePlan:
+class PlanMemory:
+    """Where a plan lies on a GPU, with the room for the partial results of its calls.
+
+    Attributes
+    ----------
+    pointer, partial_out, partial_lse : int
+        Addresses of the plan and of the room for partial results.
+    is_settled : bool
+        Whether a decode was queued since the plan was written: later ones may read it before their predecessor ends.
+    updated_in_capture : bool or None
+        Whether `DecodePlan.update` was captured in a CUDA graph; None if the plan was written otherwise. Only a decode
+        that runs, or is captured, as the update was settles the plan: what is captured does not run after what is not.
+
+    Parameters
+    ----------
+    kind
+        What all plans of this kind share.
+    workspace
+        Address of ``kind.workspace_bytes``, or without those of the plan where it lies elsewhere.
+    plan
+        Address of a plan that was made already, ``kind.plan_bytes`` or more; 0: there is room for one in the workspace.
+    """
+
+    __slots__ = ("is_settled", "partial_lse", "partial_out", "pointer", "updated_in_capture")
+
+    def __init__(self, kind: Blueprint, workspace: int, plan: int = 0) -> None:
+        self.pointer = plan or workspace
+        self.partial_out = workspace if plan else workspace + kind.plan_bytes
+        self.partial_lse = self.partial_out + kind.partial_out_bytes
+        self.is_settled = False
+        self.updated_in_capture: bool | None = None
+
+
+class DecodePlan(PlanMemory):
     """How the work of one kind of call is cut, on the device; made by `cupy_mla.plan_decode`.
 
     A plan belongs to the shapes and settings it was made with, and to the lengths it was last updated with. It also
@@ -186,21 +218,11 @@ class DecodePlan:
         What all plans of this kind share; None on the CPU, where nothing is planned.
     max_seqlen_k : int
         Largest length of a request, in tokens.
-    pointer, partial_out, partial_lse : int
-        Addresses of the plan and of the room for partial results.
-    is_settled : bool
-        Whether a decode was queued since the plan was written: later ones may read it before their predecessor ends.
-    updated_in_capture : bool or None
-        Whether `update` was captured in a CUDA graph; None if the plan was written otherwise. Only a decode that runs,
-        or is captured, as the update was settles the plan: what is captured does not run after what is not.
 
     Parameters
     ----------
     owner
         An array whose framework and device the workspace comes from.
-    made
-        uint8 array that holds a plan already, ``kind.plan_bytes`` or more; None: there is room for one in the
-        workspace.
     max_seqlen_k
         Largest length that updates may bring, in tokens, where ``kind`` does not say so; None: what the block table can
         hold.
@@ -215,38 +237,20 @@ class DecodePlan:
         owner: Any,
         kind: Blueprint | None,
         *,
-        made: Any = None,
         max_seqlen_k: int | None = None,
         stream: int | None = None,
     ) -> None:
         self.problem = problem
         self.location = location
         self.blueprint = kind
-        most = problem.max_seqlen_k if max_seqlen_k is None else min(max_seqlen_k, problem.max_seqlen_k)
-        self.max_seqlen_k = most if kind is None else kind.shape.max_seqlen_k
-        self.pointer = self.partial_out = self.partial_lse = 0
-        self.is_settled = False
-        self.updated_in_capture: bool | None = None
         if kind is None:
+            most = problem.max_seqlen_k if max_seqlen_k is None else min(max_seqlen_k, problem.max_seqlen_k)
+            self.max_seqlen_k = most
             return
+        self.max_seqlen_k = kind.shape.max_seqlen_k
         # From q's framework, whose allocator knows its streams and its graph captures.
-        size = kind.workspace_bytes - (0 if made is None else kind.plan_bytes)
-        workspace = empty_like(owner, (size,), "uint8", stream)
-        self._owners = (workspace, made)
-        base = pointer_of(workspace)
-        self.pointer = base if made is None else pointer_of(made)
-        self.partial_out = base + (kind.plan_bytes if made is None else 0)
-        self.partial_lse = self.partial_out + kind.partial_out_bytes
-
-    @classmethod
-    def at(cls, kind: Blueprint, workspace: int, made: int | None) -> DecodePlan:
-        """A plan in memory that is the caller's: addresses of a workspace, and of a plan if that is not in it."""
-        plan = cls(kind.problem, kind.location, None, None)
-        plan.blueprint = kind
-        plan.pointer = workspace if made is None else made
-        plan.partial_out = workspace + (kind.plan_bytes if made is None else 0)
-        plan.partial_lse = plan.partial_out + kind.partial_out_bytes
-        return plan
+        self._workspace = empty_like(owner, (kind.workspace_bytes,), "uint8", stream)
+        super().__init__(kind, pointer_of(self._workspace))
 
     @property
     def config(self) -> KernelConfig | None:

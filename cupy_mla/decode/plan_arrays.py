@@ -12,42 +12,40 @@ from __future__ import annotations
 import dataclasses
 import zlib
 
-from ..arrays.frameworks import CUDA
+from ..call.options import DecodeOptions
 from ..call.problem import DecodeProblem
 from ..errors import PlanMismatchError
-from .plan import Blueprint, blueprint, check_plan_options
+from .plan import plan_kind
 
 _FINGERPRINTS = 1 << 15  # at most 32 KiB more; a wrong plan of the same size otherwise passes once in so many cases
 
 
-def plan_kind(
-    problem: DecodeProblem, location: tuple[str, int], max_seqlen_k: int | None, fixed_split_tokens: int | None
-) -> Blueprint | None:
-    """What a plan for a call is; None on the CPU, where nothing is planned."""
-    max_seqlen_k, fixed_split_tokens = check_plan_options(max_seqlen_k, fixed_split_tokens)
-    return blueprint(problem, location[1], max_seqlen_k, fixed_split_tokens) if location[0] == CUDA else None
+def plan_array_bytes(problem: DecodeProblem, location: tuple[str, int], options: DecodeOptions) -> int:
+    """Size of the uint8 array that holds the plan of a call; the same in every process.
 
-
-def plan_array_bytes(
-    problem: DecodeProblem, location: tuple[str, int], max_seqlen_k: int | None, fixed_split_tokens: int | None
-) -> int:
-    """Size of the uint8 array that holds the plan of a call; the same in every process."""
-    kind = plan_kind(problem, location, max_seqlen_k, fixed_split_tokens)
+    Raises
+    ------
+    InvalidArgumentError, UnsupportedDeviceError
+        As in `plan_kind`.
+    """
+    kind = plan_kind(problem, location, options)
     # The pool may grow while a plan lives.
-    options = check_plan_options(max_seqlen_k, fixed_split_tokens)
-    settings = (dataclasses.astuple(dataclasses.replace(problem, num_pages=0)), *options)
+    settings = (dataclasses.astuple(dataclasses.replace(problem, num_pages=0)), *options.of_plan_alone())
     fingerprint = zlib.crc32(repr(settings).encode()) % _FINGERPRINTS
     return (0 if kind is None else kind.plan_bytes) + fingerprint + 1
 
 
-def check_plan_array(size: int, expected: int) -> None:
+def check_plan_array(size: int, problem: DecodeProblem, location: tuple[str, int], options: DecodeOptions) -> None:
     """Refuse a plan whose array has another size than one for this call has.
 
     Raises
     ------
     PlanMismatchError
         The sizes differ: the plan is for other shapes or options.
+    InvalidArgumentError, UnsupportedDeviceError
+        As in `plan_kind`.
     """
+    expected = plan_array_bytes(problem, location, options)
     if size != expected:
         raise PlanMismatchError(
             "plan",

@@ -14,14 +14,14 @@ from dataclasses import dataclass
 import numpy as np
 
 from ..arrays.frameworks import CUDA
-from ..arrays.view import ArrayView
-from ..call.problem import DecodeInputs, DecodeProblem
+from ..arrays.view import ArrayView, contiguous_strides
+from ..call.problem import Addresses, DecodeInputs, DecodeProblem
 from ..gpu.launch import Launch, is_capturing
 from ..kernels.combine import STORE_ALIGNMENT, combine_geometry
 from ..kernels.halves import second_half
 from ..kernels.structs import COMBINE_PARAMS, DECODE_PARAMS, HALF_SHARE_UNIT
 from ..kernels.tensor_maps import TENSOR_MAP, PageSteps, TensorMap, kv_tensor_map
-from .plan import Blueprint, DecodePlan
+from .plan import Blueprint, PlanMemory
 
 _LOG2_E = math.log2(math.e)
 _WORD_BYTES = 8
@@ -80,9 +80,11 @@ class CallLayout:
     lse: Strides
 
     @staticmethod
-    def of(problem: DecodeProblem, inputs: DecodeInputs, out: Strides, lse: Strides) -> CallLayout:
-        """Of inputs, and of an out and an lse of these strides."""
+    def of(problem: DecodeProblem, inputs: DecodeInputs) -> CallLayout:
+        """Of inputs; an out or an lse that is not there is going to be contiguous."""
         ragged = problem.ragged
+        out = contiguous_strides(problem.out_shape) if inputs.out is None else inputs.out.strides
+        lse = contiguous_strides(problem.lse_shape) if inputs.lse is None else inputs.lse.strides
         return CallLayout(
             q_latent=_query_strides(inputs.q_latent.strides, ragged),
             q_rope=None if inputs.q_rope is None else _query_strides(inputs.q_rope.strides, ragged),
@@ -166,31 +168,21 @@ class DecodeCall:
             kind.combine_kernel, geometry.grid, geometry.block, geometry.shared_memory, (params,), programmatic=True
         )
 
-    def __call__(
-        self,
-        q_latent: int,
-        q_rope: int,
-        kv_latent: int,
-        kv_rope: int,
-        block_table: int,
-        out: int,
-        lse: int,
-        plan: DecodePlan,
-        stream: int,
-    ) -> None:
-        """Queue the kernels, given addresses (0 for a rope part that there is not).
+    def __call__(self, addresses: Addresses, plan: PlanMemory, stream: int) -> None:
+        """Queue the kernels.
 
         Raises
         ------
         DriverError
             The driver refused a launch.
         """
+        q_latent, q_rope, kv_latent, kv_rope, block_table, _, _, _, out, lse = addresses
         maps = self._maps.get((kv_latent, kv_rope)) or self._make_maps(kv_latent, kv_rope)
         words, combine, combine_words = self._words, self._combine, self._combine_words
         with self._lock:
-            addresses = self._decode.addresses
-            addresses[0] = maps[0].address
-            addresses[1] = maps[1].address
+            arguments = self._decode.addresses
+            arguments[0] = maps[0].address
+            arguments[1] = maps[1].address
             words[_Q_LATENT] = q_latent
             words[_Q_ROPE] = q_rope
             words[_BLOCK_TABLE] = block_table

@@ -31,6 +31,7 @@ def mla_decode_reference(
     dtype: npt.DTypeLike = np.float32,
     out: Array | None = None,
     lse: Array | None = None,
+    empty_lse: float = -np.inf,
 ) -> tuple[Array, Array]:
     """``out = softmax(scale * q @ k^T) @ k[..., :d_v]`` over a paged cache, and the log-sum-exp of the scores.
 
@@ -49,6 +50,8 @@ def mla_decode_reference(
         Array to write to, of `DecodeProblem.out_shape` and any floating type; None: a new one.
     lse
         Array to write to, of `DecodeProblem.lse_shape` and any floating type; None: a new one.
+    empty_lse
+        -inf or +inf.
 
     Returns
     -------
@@ -57,12 +60,12 @@ def mla_decode_reference(
         that is ``dtype``. 0 for a query that sees no key.
     lse
         [batch, num_heads_q, seqlen_q], or [num_heads_q, total_q] when ragged, of type ``dtype``; natural logarithm.
-        -inf for a query that sees no key.
+        ``empty_lse`` for a query that sees no key.
 
     Notes
     -----
     Lengths are taken as clamped to 0 and the block table's capacity, and a page number outside the cache as a page
-    of zeros, as in the kernels. A ragged query outside of every request gets 0 and -inf.
+    of zeros, as in the kernels. A ragged query outside of every request gets 0 and ``empty_lse``.
     """
     compute = np.dtype(dtype)
     q_latent = as_numpy(inputs.q_latent)
@@ -105,6 +108,7 @@ def mla_decode_reference(
         with np.errstate(over="ignore"):  # beyond float16's range, as on the GPU
             out[rows] = _by_query(request_out, seqlen_q)
             lse_rows[...] = _by_query(request_lse[..., None], seqlen_q)[..., 0].T
+    lse[np.isneginf(lse)] = empty_lse
     return out, lse
 
 
@@ -147,7 +151,7 @@ class _PagedKeys:
 
     def __init__(self, problem: DecodeProblem, inputs: DecodeInputs, compute: np.dtype[Any]) -> None:
         self.page_size = problem.page_size
-        self.num_pages = problem.num_pages
+        self.num_pages = inputs.num_pages
         self.compute = compute
         self.block_table = as_numpy(inputs.block_table)
         self.parts = [as_numpy(inputs.kv_latent)]

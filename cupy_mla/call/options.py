@@ -1,0 +1,157 @@
+"""A decode call as users write it, described once: its options and its arrays.
+
+All that names them comes from here: the checks of the options, the schemas of torch's operators, the attributes of
+JAX's custom calls, what a case file may hold. A new option is a field of `DecodeOptions`, a new array a field of
+`DecodeArrays`; then they need an argument of `mla_decode` (the one signature that is written out for people to read, a
+test compares it with this file), and what makes use of them.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field, fields
+from typing import Any
+
+from ..errors import InvalidArgumentError
+from .arguments import as_boolean, as_integer, as_number, check_softmax_scale
+
+DECODE, PLAN = "mla_decode", "plan_decode"  # the functions that take an option
+
+
+def _option(default: Any, *functions: str) -> Any:
+    return field(default=default, metadata={"functions": functions})
+
+
+@dataclass(frozen=True, slots=True)
+class DecodeOptions:
+    """What a call is told besides its arrays, checked; values of NumPy's types become Python's.
+
+    Types are ``int``, ``float`` or ``bool``, and ``| None`` where that has a meaning of its own: torch's schemas and
+    JAX's attributes know no others.
+
+    Attributes
+    ----------
+    head_dim_v, softmax_scale, causal, max_seqlen_q, empty_lse, validate
+        As in `cupy_mla.mla_decode`.
+    max_seqlen_k, fixed_split_tokens
+        As in `cupy_mla.plan_decode`; of a decode call with a plan in an array, or without a plan.
+
+    Raises
+    ------
+    InvalidArgumentError
+        An option is of another type, or outside of its range; ``argument`` is its name.
+    """
+
+    head_dim_v: int = _option(512, DECODE, PLAN)
+    softmax_scale: float | None = _option(None, DECODE)
+    causal: bool = _option(False, DECODE, PLAN)
+    max_seqlen_q: int | None = _option(None, DECODE, PLAN)
+    empty_lse: float = _option(-math.inf, DECODE)
+    validate: bool | None = _option(None, DECODE, PLAN)
+    max_seqlen_k: int | None = _option(None, PLAN)
+    fixed_split_tokens: int | None = _option(None, PLAN)
+
+    def __post_init__(self) -> None:
+        if not (isinstance(self.empty_lse, float) and math.isinf(self.empty_lse)):
+            raise InvalidArgumentError("empty_lse", "-inf or +inf", repr(self.empty_lse))
+        for option in OPTIONS:
+            given = getattr(self, option.name)
+            if given is not None or not option.optional:
+                object.__setattr__(self, option.name, _CONVERSIONS[option.type](given, option.name))
+        if self.softmax_scale is not None:
+            check_softmax_scale(self.softmax_scale)
+        if self.max_seqlen_q is not None and self.max_seqlen_q < 1:
+            raise InvalidArgumentError("max_seqlen_q", "1 or more", str(self.max_seqlen_q))
+        if self.max_seqlen_k is not None and self.max_seqlen_k < 0:
+            raise InvalidArgumentError("max_seqlen_k", "a non-negative integer", str(self.max_seqlen_k))
+
+    def of_plan_alone(self) -> tuple[Any, ...]:
+        """Those that a plan depends on beside the problem."""
+        return tuple(getattr(self, option.name) for option in OPTIONS if option.functions == (PLAN,))
+
+
+@dataclass(slots=True, eq=False)
+class DecodeArrays:
+    """The arrays of a call as given: of any framework, or views; None for one that is not there.
+
+    Attributes
+    ----------
+    q, kv_cache
+        As in `cupy_mla.mla_decode`: an array, or a pair (latent, rope).
+    block_table, cache_seqlens, cu_seqlens_q
+        As in `cupy_mla.mla_decode`.
+    plan
+        A plan in an array (see `cupy_mla.decode.plan_arrays`): uint8.
+    out, lse
+        To be written to.
+    """
+
+    q: Any
+    kv_cache: Any
+    block_table: Any
+    cache_seqlens: Any
+    cu_seqlens_q: Any = None
+    plan: Any = None
+    out: Any = None
+    lse: Any = None
+
+    @classmethod
+    def of_parts(cls, parts: Sequence[Any]) -> DecodeArrays:
+        """From one array or None for each of `PARTS`."""
+        return cls(*pair_up(parts))
+
+
+@dataclass(frozen=True, slots=True)
+class Option:
+    """A field of `DecodeOptions`, as faces that are written from it need to know it."""
+
+    name: str
+    type: str  # "int", "float" or "bool"
+    optional: bool
+    default: Any
+    functions: tuple[str, ...]  # DECODE, PLAN
+
+
+_CONVERSIONS = {"int": as_integer, "float": as_number, "bool": as_boolean}
+OPTIONS = tuple(
+    Option(
+        field.name,
+        str(field.type).partition(" | ")[0],
+        "None" in str(field.type),
+        field.default,
+        field.metadata["functions"],
+    )
+    for field in fields(DecodeOptions)
+)
+ARRAYS = tuple(field.name for field in fields(DecodeArrays))
+OPTIONAL_ARRAYS = ("cu_seqlens_q", "plan", "out", "lse")
+OUTPUTS = ("out", "lse")
+# Interfaces that know no pairs have the rope part as an array of its own, under these names.
+ROPE_OF = {"q": "q_rope", "kv_cache": "kv_rope"}
+PARTS = ("q", "q_rope", "kv_cache", "kv_rope", *ARRAYS[2:])
+
+
+def pair_up(parts: Sequence[Any]) -> tuple[Any, ...]:
+    """Values of `PARTS` as those of `ARRAYS`: a rope part makes a pair of what it belongs to."""
+    q, q_rope, kv_cache, kv_rope, *others = parts
+    return q if q_rope is None else (q, q_rope), kv_cache if kv_rope is None else (kv_cache, kv_rope), *others
+
+
+def option_names(function: str) -> tuple[str, ...]:
+    """The options of a function, `DECODE` or `PLAN`."""
+    return tuple(option.name for option in OPTIONS if function in option.functions)
+
+
+def read_call(
+    q: Any, kv_cache: Any, block_table: Any, cache_seqlens: Any, **others: Any
+) -> tuple[DecodeArrays, DecodeOptions]:
+    """Arguments of `mla_decode` or `plan_decode` as the arrays and the options that they are.
+
+    Raises
+    ------
+    InvalidArgumentError
+        As in `DecodeOptions`.
+    """
+    arrays = {name: others.pop(name) for name in OPTIONAL_ARRAYS if name in others}
+    return DecodeArrays(q, kv_cache, block_table, cache_seqlens, **arrays), DecodeOptions(**others)
