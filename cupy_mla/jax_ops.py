@@ -76,7 +76,7 @@ def mla_decode(
         jax.ShapeDtypeStruct(problem.lse_shape, LSE_DTYPE),
     ]
     if kind is not None:
-        size = kind.workspace_bytes - (0 if plan is None else kind.plan_bytes)
+        size = kind.workspace_bytes if plan is None else kind.partial_bytes
         results.append(jax.ShapeDtypeStruct((size,), PLAN_DTYPE))
     if not register_calls(inputs.location[0]):
         return tuple(jax.pure_callback(functools.partial(decode_in_callback, call), tuple(results), *arrays))

@@ -19,14 +19,13 @@ from cupy_mla.arrays import frameworks
 from cupy_mla.arrays import sketch as sketches
 from cupy_mla.arrays import view as arrays
 from cupy_mla.arrays.view import ArrayView, contiguous_strides
+from cupy_mla.call.memo import forget
 from cupy_mla.decode import dense as decode
-from cupy_mla.decode import known as known_calls
 from cupy_mla.decode import plan
 from cupy_mla.decode import prepared as decode_call
 from cupy_mla.gpu import device, driver
 from cupy_mla.gpu.device import DeviceInfo
 from cupy_mla.gpu.jit.source import KernelSource
-from cupy_mla.kernels import tensor_maps
 from cupy_mla.kernels.structs import COMBINE_PARAMS, DECODE_PARAMS, PLAN_PARAMS
 from cupy_mla.kernels.tensor_maps import TENSOR_MAP
 
@@ -180,12 +179,5 @@ def fake_gpu(patch: pytest.MonkeyPatch) -> FakeGpu:
     for module in (plan, decode):
         patch.setattr(module, "empty_like", gpu.empty_like)
         patch.setattr(module, "current_stream", lambda array, device_id: 77)
-    patch.setattr(known_calls, "_known", {})
     forget()
     return gpu
-
-
-def forget() -> None:
-    """Drop what was prepared for a GPU that is no longer there."""
-    for cached in (plan.blueprint, decode_call.prepare, tensor_maps._encode):
-        cached.cache_clear()

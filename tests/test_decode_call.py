@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from fake_gpu import NUM_SMS, FakeArray, FakeGpu, Launched, fake_gpu, forget
+from fake_gpu import NUM_SMS, FakeArray, FakeGpu, Launched, fake_gpu
 
 from cupy_mla import (
     InvalidArgumentError,
@@ -32,6 +32,7 @@ from cupy_mla.arrays import exchange, frameworks
 from cupy_mla.arrays import view as arrays_module
 from cupy_mla.arrays.dtypes import numpy_dtype
 from cupy_mla.arrays.view import ArrayView, Shared
+from cupy_mla.call.memo import forget
 from cupy_mla.call.options import OPTIONS, PARTS, DecodeOptions
 from cupy_mla.decode import jax_calls
 from cupy_mla.decode import known as known_calls
@@ -330,7 +331,7 @@ def test_nothing_keeps_the_arrays_alive(gpu: FakeGpu) -> None:
 
 
 def test_what_is_remembered_is_bounded(gpu: FakeGpu, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(known_calls, "_CALLS_KEPT", 3)
+    monkeypatch.setattr(known_calls._known, "most", 3)
     monkeypatch.setattr(decode_call, "_CACHES_KEPT", 3)
     for batch in range(1, 10):
         arrays = packed(gpu, batch)
@@ -446,7 +447,7 @@ def test_a_plan_in_an_array_of_its_own(gpu: FakeGpu) -> None:
         out, lse = run_decode((*arrays.values(), None, made, None, None), DEFAULTS)
         assert gpu.allocated[:2] == [out, lse]
         [workspace] = gpu.allocated[2:]
-        assert workspace.shape == (kind.partial_out_bytes + kind.partial_lse_bytes,)
+        assert workspace.shape == (kind.partial_bytes,)
         decode, combine = gpu.take()
         expect_decode(decode, arrays, out, lse)
         [params] = decode.arguments[2]

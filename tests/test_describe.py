@@ -189,7 +189,7 @@ def test_the_same_kind_of_call_gives_the_same_problem():
 
 
 def test_memory_of_past_calls_is_bounded(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(describe, "_MAX_REMEMBERED", 3)
+    monkeypatch.setattr(describe._checked, "most", 3)
     describe._checked.clear()
     for columns in range(1, 9):
         dense_call().with_(block_table=cpu_zeros((4, columns), "int32")).describe()

@@ -8,13 +8,14 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from fake_gpu import HALF, NUM_SMS, FakeGpu, fake_gpu, forget
+from fake_gpu import HALF, NUM_SMS, FakeGpu, fake_gpu
 from host_kernels import claimed_part, needs_compiler
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_schedule import dense
 
 from cupy_mla import mla_decode
+from cupy_mla.call.memo import forget
 from cupy_mla.gpu import hopper
 from cupy_mla.gpu.jit.source import kernels_root
 from cupy_mla.kernels import halves

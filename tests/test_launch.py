@@ -9,9 +9,10 @@ from typing import Any
 
 import numpy as np
 import pytest
-from fake_gpu import FakeGpu, fake_gpu, forget
+from fake_gpu import FakeGpu, fake_gpu
 
 from cupy_mla import DriverError
+from cupy_mla.call.memo import forget
 from cupy_mla.gpu import driver
 from cupy_mla.gpu.launch import Launch
 from cupy_mla.kernels.structs import DECODE_PARAMS

@@ -43,8 +43,8 @@ def test_layouts_are_equal_when_views_are() -> None:
             assert sketches[0] is not None
             assert sketches[1] is not None
             same_type = type(first) is type(second)
-            assert (sketches[0][1][1] == sketches[1][1][1]) == (described[0] == described[1])
-            assert (sketches[0][1] == sketches[1][1]) == (described[0] == described[1] and same_type)
+            assert (sketches[0][2] == sketches[1][2]) == (described[0] == described[1])
+            assert (sketches[0][1] is sketches[1][1]) == same_type
             assert sketches[0][0] == (first.data_ptr(),) == (pointer_of(first),)
 
 
@@ -58,7 +58,7 @@ def test_many_tensors_have_the_sketches_of_each() -> None:
     assert together is not None
     alone = [sketch((tensor,)) for tensor in many]
     assert together[0] == tuple(pointer for found in alone for pointer in found[0])
-    assert together[1][1] == tuple(word for found in alone for word in found[1][1])
+    assert together[2] == tuple(word for found in alone for word in found[2])
 
 
 def test_pairs_have_two_addresses_each() -> None:
@@ -68,8 +68,8 @@ def test_pairs_have_two_addresses_each() -> None:
     assert pair is not None
     assert packed[0] == (first.data_ptr(), 0, third.data_ptr())
     assert pair[0] == (first.data_ptr(), second.data_ptr(), third.data_ptr())
-    assert pair[1] == sketch(((second, first), third), pairs=1)[1] != packed[1]
-    assert sketch(((first, torch.nn.Parameter(second)), third), pairs=1)[1] != pair[1]
+    assert pair[1] is sketch(((second, first), third), pairs=1)[1] is not packed[1]
+    assert sketch(((first, torch.nn.Parameter(second)), third), pairs=1)[1] is not pair[1]
     for wrong in ((), (first,), (first, second, third), [first, second], (first, 3), (first, torch.zeros(0))):
         assert sketch((wrong, third), pairs=1) is None
     assert sketch((third, (first, second)), pairs=1) is None
@@ -98,6 +98,6 @@ def test_what_has_no_memory_has_no_sketch(make: Any) -> None:
 
 def test_arrays_that_are_not_there() -> None:
     tensor = torch.zeros(3)
-    pointers, (_, layouts) = sketch((None, tensor, None))
+    pointers, _, layouts = sketch((None, tensor, None))
     assert pointers == (0, tensor.data_ptr(), 0)
     assert layouts == (None, (3,), True, tensor.dtype, -1, None)

@@ -16,6 +16,7 @@ from ..arrays.view import ArrayView, view
 from ..errors import InvalidArgumentError
 from ..layouts import DENSE_LAYOUTS
 from .arguments import COPY_ALIGNMENT, check_output, check_rows, misaligned, place_name
+from .memo import shared_memo
 from .options import DecodeArrays, DecodeOptions
 from .problem import (
     INDEX_DTYPE,
@@ -73,7 +74,7 @@ class _Checked:
     kv_rope: _Part | None
 
 
-_checked: dict[tuple[Any, ...], _Checked] = {}
+_checked = shared_memo(_MAX_REMEMBERED)
 
 
 def describe_decode(
@@ -113,12 +114,7 @@ def describe_decode(
         None if call.starts is None else _layout_key(call.starts),
         (len(q), len(kv), options.head_dim_v, options.causal, options.max_seqlen_q),
     )
-    checked = _checked.get(key)
-    if checked is None:
-        checked = _check(call)
-        if len(_checked) >= _MAX_REMEMBERED:
-            _checked.clear()
-        _checked[key] = checked
+    checked: _Checked = _checked.get(key) or _checked.keep(key, _check(call))
     if q[0].device == CUDA:
         _check_addresses(call)
     problem = checked.problem

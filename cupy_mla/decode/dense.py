@@ -12,7 +12,7 @@ from ..arrays.sketch import pointer_of
 from ..call.arguments import validate_values
 from ..call.describe import describe_decode
 from ..call.options import ARRAYS, DECODE, DecodeArrays, DecodeOptions, option_names
-from ..call.problem import LSE_DTYPE, Addresses, DecodeInputs, DecodeProblem
+from ..call.problem import LSE_DTYPE, PLAN_DTYPE, Addresses, DecodeInputs, DecodeProblem
 from ..errors import InvalidArgumentError
 from ..gpu.device import require_backend
 from ..settings import get_settings, wants_validation
@@ -285,7 +285,7 @@ def _launch(
         memory = plan
     else:
         made = addresses.plan
-        workspace = empty_like(q, (kind.workspace_bytes - (kind.plan_bytes if made else 0),), "uint8", given_stream)
+        workspace = empty_like(q, (kind.partial_bytes if made else kind.workspace_bytes,), PLAN_DTYPE, given_stream)
         memory = PlanMemory(kind, pointer_of(workspace), made)
         if not made:
             kind.launch_planner(addresses.cache_seqlens, addresses.cu_seqlens_q, memory.pointer, stream)

@@ -169,7 +169,7 @@ def _validate(problem: DecodeProblem, inputs: DecodeInputs, options: DecodeOptio
 
 def _place(kind: Blueprint, workspace: list[ArrayView], plan: int) -> PlanMemory:
     """A plan in XLA's memory."""
-    size = kind.workspace_bytes - (kind.plan_bytes if plan else 0)
+    size = kind.partial_bytes if plan else kind.workspace_bytes
     if not workspace or workspace[0].shape[0] < size:
         raise InvalidArgumentError("platform", "the one that the program runs on, cuda", "another while it was traced")
     return PlanMemory(kind, workspace[0].pointer, plan)

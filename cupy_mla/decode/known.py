@@ -13,6 +13,7 @@ from typing import Any
 from ..arrays.dtypes import ITEM_SIZES
 from ..arrays.sketch import sketch
 from ..call.arguments import COPY_ALIGNMENT
+from ..call.memo import on_forget, shared_memo
 from ..call.options import ROPE_OF
 from ..call.problem import INDEX_DTYPE, PLAN_ALIGNMENT, Addresses, DecodeInputs
 from ..settings import Settings
@@ -48,7 +49,14 @@ class KnownCall:
     kv_rope_offset: int
 
 
-_known: dict[Key, KnownCall] = {}
+_known = shared_memo(_CALLS_KEPT)
+_last: tuple[Key, KnownCall | None] = (), None  # the call before
+
+
+@on_forget
+def _forget_last() -> None:
+    global _last
+    _last = (), None
 
 
 def identify(
@@ -66,15 +74,23 @@ def identify(
         That of the plan; None without a plan, or with one in an array.
     """
     sketched = sketch(arrays, options, _PAIRS)
-    return None if sketched is None else ((kind, options, sketched[1]), sketched[0])
+    if sketched is None:
+        return None
+    pointers, sketcher, layouts = sketched
+    return (sketcher, kind, options, layouts), pointers  # types first: only values of equal types are compared
 
 
 def recall(key: Key, pointers: tuple[int, ...], settings: Settings) -> tuple[DecodeCall, Addresses] | None:
     """The call of that key, if one was made before under the same settings, and its addresses if they are aligned."""
-    try:
-        known = _known.get(key)
-    except TypeError:  # an option that is no number and cannot be hashed
-        return None
+    global _last
+    last_key, known = _last
+    if key != last_key:  # a step makes the same call for all layers, and to compare takes half the time of to hash
+        try:
+            known = _known.get(key)
+        except TypeError:  # an option that is no number and cannot be hashed
+            return None
+        if known is not None:
+            _last = key, known
     if known is None or known.settings is not settings:
         return None
     q, q_rope, kv, kv_rope, table, lengths, starts, plan, out, lse = pointers
@@ -91,8 +107,6 @@ def recall(key: Key, pointers: tuple[int, ...], settings: Settings) -> tuple[Dec
 
 def remember(key: Key, pointers: tuple[int, ...], call: DecodeCall, settings: Settings, inputs: DecodeInputs) -> None:
     """Note a call that was checked and prepared; ``pointers`` are those that `identify` found."""
-    if len(_known) >= _CALLS_KEPT:
-        _known.clear()
     q_rope = inputs.q_rope.pointer - pointers[0] if inputs.q_rope is not None and not pointers[1] else 0
     kv_rope = inputs.kv_rope.pointer - pointers[2] if inputs.kv_rope is not None and not pointers[3] else 0
-    _known[key] = KnownCall(call, settings, q_rope, kv_rope)
+    _known.keep(key, KnownCall(call, settings, q_rope, kv_rope))

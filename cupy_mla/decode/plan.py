@@ -13,6 +13,7 @@ from ..arrays.exchange import empty_like, keep_imported
 from ..arrays.frameworks import CUDA, check_stream, current_stream
 from ..arrays.sketch import pointer_of
 from ..arrays.view import ArrayView, view
+from ..call.memo import remembered
 from ..call.options import DecodeOptions
 from ..call.problem import DecodeInputs, DecodeProblem
 from ..errors import InvalidArgumentError, PlanMismatchError
@@ -76,8 +77,9 @@ class Blueprint:
         What the schedule depends on besides the lengths.
     merges_offset : int
         Where the merges lie in the plan, in ints.
-    plan_bytes, partial_out_bytes, partial_lse_bytes : int
-        Sizes of the plan and of the room for partial results, rounded up so that one may follow the other.
+    plan_bytes, partial_out_bytes, partial_bytes, workspace_bytes : int
+        Sizes of the plan, of the room for partial outputs and for all partial results, and of all together; rounded up
+        so that one may follow the other.
     """
 
     def __init__(
@@ -93,14 +95,10 @@ class Blueprint:
         rows = self.shape.max_slots * self.shape.rows_per_job
         self.plan_bytes = _section(layout.total_ints * _WORD_BYTES)
         self.partial_out_bytes = _section(rows * problem.head_dim_v * ITEM_SIZES[self.config.partial_dtype])
-        self.partial_lse_bytes = _section(rows * _WORD_BYTES)
+        self.partial_bytes = self.partial_out_bytes + _section(rows * _WORD_BYTES)
+        self.workspace_bytes = self.plan_bytes + self.partial_bytes
         self._lock = threading.Lock()
         self._pointers = np.zeros(3, np.uint64)  # cache_seqlens, cu_seqlens_q, plan
-
-    @property
-    def workspace_bytes(self) -> int:
-        """Bytes of a plan with its room for partial results."""
-        return self.plan_bytes + self.partial_out_bytes + self.partial_lse_bytes
 
     @functools.cached_property
     def decode_kernel(self) -> LoadedKernel:
@@ -148,7 +146,7 @@ def plan_kind(problem: DecodeProblem, location: tuple[str, int], options: Decode
     return blueprint(problem, device_id, options.max_seqlen_k, options.fixed_split_tokens)
 
 
-@functools.lru_cache(maxsize=_BLUEPRINTS_KEPT)
+@remembered(_BLUEPRINTS_KEPT)
 def blueprint(
     problem: DecodeProblem, device_id: int, max_seqlen_k: int | None = None, fixed_split_tokens: int | None = None
 ) -> Blueprint:

@@ -6,7 +6,6 @@ right for any memory of the same layout.
 
 from __future__ import annotations
 
-import functools
 import math
 import threading
 from dataclasses import dataclass
@@ -15,6 +14,7 @@ import numpy as np
 
 from ..arrays.frameworks import CUDA
 from ..arrays.view import ArrayView, contiguous_strides
+from ..call.memo import Memo, remembered
 from ..call.problem import Addresses, DecodeInputs, DecodeProblem
 from ..gpu.launch import Launch, is_capturing
 from ..kernels.combine import STORE_ALIGNMENT, combine_geometry
@@ -116,7 +116,7 @@ class DecodeCall:
         self.kind = kind
         self._layout = layout
         self._lock = threading.Lock()  # the packed arguments are shared by all threads
-        self._maps: dict[tuple[int, int], tuple[TensorMap, TensorMap]] = {}
+        self._maps: Memo[tuple[int, int], tuple[TensorMap, TensorMap]] = Memo(_CACHES_KEPT)
 
         params = np.zeros(1, DECODE_PARAMS)
         params["q_latent_strides"] = layout.q_latent
@@ -205,10 +205,7 @@ class DecodeCall:
         rope = latent  # an argument that the kernel does not look at
         if layout.kv_rope is not None:
             rope = kv_tensor_map(self._pages(kv_rope, layout.kv_rope), config)
-        if len(self._maps) >= _CACHES_KEPT:
-            self._maps.clear()
-        self._maps[kv_latent, kv_rope] = latent, rope
-        return latent, rope
+        return self._maps.keep((kv_latent, kv_rope), (latent, rope))
 
     def _pages(self, pointer: int, pages: Pages) -> ArrayView:
         return ArrayView(
@@ -216,7 +213,7 @@ class DecodeCall:
         )
 
 
-@functools.lru_cache(maxsize=_CALLS_KEPT)
+@remembered(_CALLS_KEPT)
 def prepare(kind: Blueprint, softmax_scale: float, empty_lse: float, layout: CallLayout) -> DecodeCall:
     """The prepared call of a kind and a layout; the same object whenever it is asked for again.
 

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
-from functools import lru_cache
 from typing import Any
 
 import numpy as np
 
 from ..arrays.dtypes import ITEM_SIZES
 from ..arrays.view import ArrayView
+from ..call.memo import remembered
 from ..errors import InvalidArgumentError
 from ..gpu.driver import check, driver
 from ..layouts import DENSE_LAYOUTS
@@ -113,7 +113,7 @@ def kv_tensor_map(pages: ArrayView, config: KernelConfig) -> TensorMap:
     return _encode(pages.pointer, pages.shape, pages.strides, pages.dtype, config.group_tokens, boxes, groups)
 
 
-@lru_cache(maxsize=_MAPS_KEPT)
+@remembered(_MAPS_KEPT)
 def _encode(
     pointer: int,
     shape: tuple[int, ...],

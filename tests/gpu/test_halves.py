@@ -9,8 +9,7 @@ import numpy as np
 import pytest
 
 from cupy_mla import mla_decode, plan_decode
-from cupy_mla.decode import known as known_calls
-from cupy_mla.decode import plan as plan_module
+from cupy_mla.call.memo import forget
 from cupy_mla.decode import prepared as decode_call_module
 from cupy_mla.decode.plan import DecodePlan
 from cupy_mla.gpu import device
@@ -27,15 +26,14 @@ RUNS = 30
 
 @pytest.fixture(autouse=True)
 def fresh_calls() -> Iterator[None]:
-    forget()
+    forget_halves()
     yield
+    forget_halves()
+
+
+def forget_halves() -> None:
+    halves.second_half.cache_clear()
     forget()
-
-
-def forget() -> None:
-    for cached in (plan_module.blueprint, decode_call_module.prepare, halves.second_half):
-        cached.cache_clear()
-    known_calls._known.clear()
 
 
 def header_of(plan: DecodePlan) -> np.void:
