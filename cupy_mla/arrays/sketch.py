@@ -1,7 +1,7 @@
-"""Arrays told apart from those seen before, in a few hundred nanoseconds each.
+"""Whether arrays are like those of an earlier call, in a few hundred nanoseconds each.
 
-A sketch says what `arrays.view` would, in a form that is only good for comparing: equal layouts of arrays whose views
-were found good are good.
+A sketch is an array's address and its *form*: shape, strides, element type and device, as its framework says them. A
+form is only good for comparing. An array whose form equals that of one that `arrays.view` has found good is good.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from typing import Any
 
 from .view import view
 
-# Expressions of an array ``a``: its address, and all else that `arrays.view` would say. By module and name, as no
+# Expressions of an array ``a``: its address, and its form. By module and name, as no
 # framework is imported here. Subclasses may mean anything by their attributes: not these.
 _TORCH = (
     "{a}.data_ptr()",
@@ -31,13 +31,13 @@ _Type = Any
 
 
 class Sketcher:
-    """Sketches calls of one form: whose arrays and other arguments are of certain types.
+    """Sketches the arrays of calls whose arrays and other arguments are of certain types.
 
     Attributes
     ----------
     of_arrays
-        Given the arrays: their addresses, and everything else that `view` would say. One expression, as that takes half
-        the time of a loop. None where there is an array that only `view` can read.
+        Given the arrays: their addresses, and their forms one behind the other. One expression, as that takes half the
+        time of a loop. None where there is an array that only `view` can read.
     not_there
         How many of the addresses are 0 because there is no array.
     """
@@ -47,7 +47,7 @@ class Sketcher:
     def __init__(self, types: tuple[_Type, ...], pairs: int) -> None:
         self.of_arrays: Callable[..., tuple[tuple[int, ...], tuple[Any, ...]]] | None = None
         self.not_there = 0
-        pointers, layouts = [], []
+        pointers, forms = [], []
         for index, array_type in enumerate(types):
             parts = [(f"a{index}", array_type)]
             if isinstance(array_type, tuple):
@@ -61,10 +61,10 @@ class Sketcher:
                 if expressions is None:
                     return
                 pointers.append(expressions[0].format(a=name))
-                layouts.append(expressions[1].format(a=name))
+                forms.append(expressions[1].format(a=name))
                 self.not_there += part_type is NoneType
         arguments = ", ".join(f"a{index}" for index in range(len(types)))
-        self.of_arrays = eval(f"lambda {arguments}: (({', '.join(pointers)},), ({', '.join(layouts)},))")
+        self.of_arrays = eval(f"lambda {arguments}: (({', '.join(pointers)},), ({', '.join(forms)},))")
 
 
 _sketchers: dict[tuple[Any, ...], Sketcher] = {}
@@ -73,10 +73,7 @@ _sketchers: dict[tuple[Any, ...], Sketcher] = {}
 def sketch(
     arrays: tuple[Any, ...], others: tuple[Any, ...] = (), pairs: int = 0
 ) -> tuple[tuple[int, ...], Sketcher, tuple[Any, ...]] | None:
-    """Addresses, and everything else that `view` would say, in a form that is only good for comparing.
-
-    Takes a third of the time of `view`, and checks nothing: equal layouts of arrays whose views were found good are
-    good.
+    """Addresses and forms of a call's arrays. Takes a third of the time of `view`, and checks nothing.
 
     Parameters
     ----------
@@ -90,8 +87,8 @@ def sketch(
     Returns
     -------
     (tuple of int, Sketcher, tuple) or None
-        The addresses (0 where there is no array), and the two that tell the rest from others: first the types, then
-        everything else. None when there is an array that only `view` can read, or that has no memory.
+        The addresses (0 where there is no array), what stands for the types, and the forms. None when there is an array
+        that only `view` can read, or that has no memory.
     """
     types: tuple[_Type, ...] = tuple(map(type, arrays + others))
     sketcher = _sketchers.get(types)
@@ -106,10 +103,10 @@ def sketch(
     if sketcher.of_arrays is None:
         return None
     try:
-        pointers, layouts = sketcher.of_arrays(*arrays)
+        pointers, forms = sketcher.of_arrays(*arrays)
     except Exception:  # a tensor without memory; `view` finds the words
         return None
-    return (pointers, sketcher, layouts) if pointers.count(0) == sketcher.not_there else None
+    return (pointers, sketcher, forms) if pointers.count(0) == sketcher.not_there else None
 
 
 class _Pointers(dict[type, Callable[[Any], int]]):

@@ -76,8 +76,8 @@ def identify(
     sketched = sketch(arrays, options, _PAIRS)
     if sketched is None:
         return None
-    pointers, sketcher, layouts = sketched
-    return (sketcher, kind, options, layouts), pointers  # types first: only values of equal types are compared
+    pointers, sketcher, forms = sketched
+    return (sketcher, kind, options, forms), pointers  # types first: only values of equal types are compared
 
 
 def recall(key: Key, pointers: tuple[int, ...], settings: Settings) -> tuple[DecodeCall, Addresses] | None:
