@@ -76,20 +76,22 @@ def test_a_plan_of_the_numpy_backend_says_that_it_plans_nothing() -> None:
 
 
 def test_a_plan_of_the_gpu_shows_its_kernel_and_bounds() -> None:
-    """A plan without memory behind it: the table needs none."""
+    """A plan with memory of the host behind it: the table looks at none."""
 
     class Config:
         name = "narrow16<x>"
 
     class Shape:
         num_parts, blocks_per_job, max_items, max_slots, fixed_split_tokens = 132, 1, 134, 133, 512
+        max_seqlen_k = 192
 
     class Kind:
         problem, location, num_sms = a_problem(), ("cuda", 3), 132
         config, shape = Config, Shape
         plan_bytes, partial_out_bytes, workspace_bytes = 256, 256, 3 << 20
 
-    shown = dict(cells(DecodePlan.at(Kind, workspace=0, made=None)._repr_html_()))  # type: ignore[arg-type]
+    plan = DecodePlan(Kind.problem, Kind.location, np.zeros(1), Kind)  # type: ignore[arg-type]
+    shown = dict(cells(plan._repr_html_()))
     assert shown["device"] == "cuda:3"
     assert shown["kernel"] == "narrow16<x>"
     assert shown["parts"] == "132, CTAs of each: 1"
