@@ -281,12 +281,12 @@ def _meta_of(metadata: Any, num_splits: Any) -> FlashMLASchedMeta | None:
 def _fill(meta: FlashMLASchedMeta, plan: DecodePlan, cache_seqlens: Any) -> None:
     problem = plan.problem
     meta.config = FlashMLASchedMeta.Config(
-        b=problem.batch,
-        s_q=problem.seqlen_q,
-        h_q=problem.num_heads_q,
-        page_block_size=problem.page_size,
-        h_k=problem.num_heads_kv,
-        causal=problem.causal,
+        b=problem.queries.batch,
+        s_q=problem.queries.seqlen_q,
+        h_q=problem.queries.num_heads_q,
+        page_block_size=problem.keys.page_size,
+        h_k=problem.queries.num_heads_kv,
+        causal=problem.queries.causal,
         is_fp8_kvcache=False,
         topk=None,
         extra_page_block_size=None,

@@ -72,8 +72,8 @@ def mla_decode(
         check_plan_array(inputs.plan.shape[0], problem, inputs.location, call.options)
     jax = _jax()
     results = [
-        jax.ShapeDtypeStruct(problem.out_shape, problem.dtype),
-        jax.ShapeDtypeStruct(problem.lse_shape, LSE_DTYPE),
+        jax.ShapeDtypeStruct(problem.queries.out_shape, problem.queries.dtype),
+        jax.ShapeDtypeStruct(problem.queries.lse_shape, LSE_DTYPE),
     ]
     if kind is not None:
         size = kind.workspace_bytes if plan is None else kind.partial_bytes

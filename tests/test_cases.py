@@ -211,7 +211,7 @@ def test_work_counts_kv_heads_and_query_tokens() -> None:
 def test_a_request_alone_gives_its_part_of_the_result(seqlens_q: Any) -> None:
     case = small_case(seqlens_q=seqlens_q, causal=True)
     problem, inputs = describe_decode(*read_call(*case.tensors, **case.options))
-    out, lse = mla_decode_reference(problem, inputs, problem.default_softmax_scale, dtype=np.float64)
+    out, lse = mla_decode_reference(problem, inputs, problem.queries.default_softmax_scale, dtype=np.float64)
     for index in np.flatnonzero(case.q_lengths).tolist():
         alone_out, alone_lse = decode_float64(case.request(index))
         of_request = case.request_result(index, out, lse)
@@ -403,7 +403,7 @@ def test_file_that_cannot_be_written(tmp_path: Path) -> None:
 
 def exact_result(case: Case) -> tuple[Any, Any]:
     problem, inputs = describe_decode(*read_call(*case.tensors, **case.options))
-    return mla_decode_reference(problem, inputs, problem.default_softmax_scale)
+    return mla_decode_reference(problem, inputs, problem.queries.default_softmax_scale)
 
 
 @pytest.mark.parametrize("dtype", OUT_BOUNDS)

@@ -562,15 +562,34 @@ def test_misaligned_arrays_of_merges_and_appends_are_refused(gpu: FakeGpu) -> No
 
 def test_sizes_of_plan_arrays_tell_settings_apart(gpu: FakeGpu) -> None:
     problem = plan_decode(**packed(gpu)).problem
-    location = ("cuda", 0)
+    queries, location = problem.queries, ("cuda", 0)
     sizes = {
-        plan_array_bytes(replace(problem, **change), location, DecodeOptions(**options))
+        plan_array_bytes(replace(problem, queries=replace(queries, **change)), location, DecodeOptions(**options))
         for change in ({}, {"causal": True}, {"batch": 5}, {"num_heads_q": 15})
         for options in ({}, {"max_seqlen_k": 512}, {"fixed_split_tokens": 256})
     }
     assert len(sizes) == 12
-    grown = replace(problem, num_pages=problem.num_pages + 1)
-    assert plan_array_bytes(grown, location, DecodeOptions()) == plan_array_bytes(problem, location, DecodeOptions())
+    wider = replace(problem, keys=replace(problem.keys, max_pages_per_seq=17))
+    assert plan_array_bytes(wider, location, DecodeOptions()) not in sizes
+
+
+def test_a_plan_serves_pools_of_any_size(gpu: FakeGpu) -> None:
+    arrays = packed(gpu)
+    plan = plan_decode(**arrays)
+    kind = plan.blueprint
+    assert kind is not None
+    made = gpu.array((plan_array_bytes(kind.problem, kind.location, DecodeOptions()),), "uint8")
+    for pages in (64, 640, 3, 64):
+        arrays["kv_cache"] = gpu.array((pages, 64, 1, LATENT + ROPE))
+        assert plan_decode(**arrays).blueprint is kind
+        gpu.take()
+        for _ in range(2):  # checked, recognised
+            result = mla_decode(**arrays, plan=plan)
+            decode, _ = gpu.take()
+            expect_decode(decode, arrays, *result)
+            result = run_decode((*arrays.values(), None, made, None, None), DEFAULTS)
+            decode, _ = gpu.take()
+            expect_decode(decode, arrays, *result)
 
 
 def test_an_update_refuses_a_misaligned_address(gpu: FakeGpu) -> None:

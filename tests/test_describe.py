@@ -96,26 +96,26 @@ MAKERS = pytest.mark.parametrize("make", [cpu_zeros, GpuArray], ids=["cpu", "gpu
 @MAKERS
 def test_dense_description(make: Any):
     described, inputs = dense_call(make).describe()
-    assert described == problem.DecodeProblem(
+    queries = problem.Queries(
         batch=4,
         seqlen_q=2,
+        total_q=8,
         num_heads_q=16,
         num_heads_kv=2,
         latent_dim=512,
         rope_dim=64,
         dtype="bfloat16",
-        page_size=64,
-        num_pages=10,
-        max_pages_per_seq=6,
         causal=False,
         ragged=False,
-        total_q=8,
     )
-    assert (described.head_dim_qk, described.head_dim_v, described.group_heads) == (576, 512, 8)
-    assert described.max_seqlen_k == 384
-    assert described.default_softmax_scale == 576**-0.5
-    assert described.out_shape == (4, 2, 16, 512)
-    assert described.lse_shape == (4, 16, 2)
+    keys = problem.PagedKeys(page_size=64, max_pages_per_seq=6)
+    assert described == problem.DecodeProblem(queries, keys, BF16)
+    assert (queries.head_dim_qk, queries.head_dim_v, queries.group_heads) == (576, 512, 8)
+    assert keys.max_seqlen_k == 384
+    assert queries.default_softmax_scale == 576**-0.5
+    assert queries.out_shape == (4, 2, 16, 512)
+    assert queries.lse_shape == (4, 16, 2)
+    assert inputs.num_pages == 10
     assert inputs.cu_seqlens_q is None
     assert inputs.location == inputs.kv_latent.location
 
@@ -123,13 +123,14 @@ def test_dense_description(make: Any):
 @MAKERS
 def test_ragged_description(make: Any):
     described, inputs = ragged_call(make).describe()
-    assert (described.batch, described.ragged, described.total_q, described.seqlen_q) == (4, True, 7, 7)
-    assert described.out_shape == (7, 16, 512)
-    assert described.lse_shape == (16, 7)
+    queries = described.queries
+    assert (queries.batch, queries.ragged, queries.total_q, queries.seqlen_q) == (4, True, 7, 7)
+    assert queries.out_shape == (7, 16, 512)
+    assert queries.lse_shape == (16, 7)
     assert inputs.q_latent.shape == (7, 16, 512)
     assert inputs.cu_seqlens_q is not None
-    assert ragged_call(make).with_(max_seqlen_q=3).describe()[0].seqlen_q == 3
-    assert ragged_call(make).with_(max_seqlen_q=30).describe()[0].seqlen_q == 7
+    assert ragged_call(make).with_(max_seqlen_q=3).describe()[0].queries.seqlen_q == 3
+    assert ragged_call(make).with_(max_seqlen_q=30).describe()[0].queries.seqlen_q == 7
 
 
 def test_packed_arrays_are_split_without_a_copy():
@@ -172,7 +173,7 @@ def test_no_rope_part(make: Any, empty_rope: bool):
     packed = dense_call(make).with_(q=make((4, 2, 16, 512)), kv_cache=make((10, 64, 2, 512)))
     for call in (pair, packed):
         described, inputs = call.describe()
-        assert (described.latent_dim, described.rope_dim) == (512, 0)
+        assert (described.queries.latent_dim, described.queries.rope_dim) == (512, 0)
         assert inputs.q_rope is None
         assert inputs.kv_rope is None
 
@@ -183,9 +184,9 @@ def test_the_same_kind_of_call_gives_the_same_problem():
     second, second_inputs = call.describe()
     assert second is first
     assert second_inputs.q_latent.pointer == call.q.ctypes.data != first_inputs.q_latent.pointer
-    assert dense_call().with_(causal=True).describe()[0].causal
+    assert dense_call().with_(causal=True).describe()[0].queries.causal
     with pytest.raises(FrozenInstanceError):
-        first.batch = 3  # type: ignore[misc]
+        first.queries.batch = 3  # type: ignore[misc]
 
 
 def test_memory_of_past_calls_is_bounded(monkeypatch: pytest.MonkeyPatch):
@@ -230,7 +231,7 @@ def test_the_cpu_takes_any_widths_and_alignment():
     odd = np.zeros(10 * 5 * 36 + 1, np.float16)[1:].reshape(10, 5, 1, 36)
     call = dense_call().with_(q=cpu_zeros((4, 2, 3, 36), "float16"), kv_cache=odd, head_dim_v=31)
     described, _ = call.describe()
-    assert (described.latent_dim, described.rope_dim, described.page_size) == (31, 5, 5)
+    assert (described.queries.latent_dim, described.queries.rope_dim, described.keys.page_size) == (31, 5, 5)
 
 
 # --- bad calls: what changes, the argument that is named, a piece of what is said to be expected
@@ -455,7 +456,7 @@ def test_what_the_kernels_can_take(page_size: int, latent_dim: int, rope_dim: in
     call = dense_call(GpuArray).with_(
         q=GpuArray((4, 2, 16, width)), kv_cache=GpuArray((10, page_size, 2, width)), head_dim_v=latent_dim
     )
-    assert call.describe()[0].page_size == page_size
+    assert call.describe()[0].keys.page_size == page_size
 
 
 # --- torch

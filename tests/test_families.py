@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from cupy_mla.call.describe import CUDA_MAX_LATENT, CUDA_MAX_WIDTH, CUDA_WIDTH_MULTIPLE
-from cupy_mla.call.problem import DecodeProblem
+from cupy_mla.call.problem import DecodeProblem, PagedKeys, Queries
 from cupy_mla.errors import InvalidArgumentError
 from cupy_mla.gpu import hopper
 from cupy_mla.gpu.jit.source import kernels_root
@@ -20,6 +20,7 @@ from cupy_mla.kernels.choose import FAMILIES, KERNELS, choose_config
 from cupy_mla.kernels.family import DecodeFamily, KernelConfig
 from cupy_mla.kernels.narrow import NARROW16, NARROW32
 from cupy_mla.kernels.wide import WIDE64
+from cupy_mla.layouts import BF16, DENSE_LAYOUTS
 
 NUM_SMS = 132
 
@@ -33,14 +34,12 @@ def problem(batch: int, tokens_k: int, heads: int, **changes: Any) -> DecodeProb
         "latent_dim": 512,
         "rope_dim": 64,
         "dtype": "bfloat16",
-        "page_size": 64,
-        "num_pages": batch * tokens_k // 64,
-        "max_pages_per_seq": tokens_k // 64,
         "causal": False,
         "ragged": False,
         "total_q": batch,
     }
-    return DecodeProblem(**values | changes)
+    queries = Queries(**values | changes)
+    return DecodeProblem(queries, PagedKeys(64, tokens_k // 64), DENSE_LAYOUTS.get(queries.dtype, BF16))
 
 
 def name(config: KernelConfig) -> str:

@@ -9,8 +9,9 @@ import numpy as np
 
 from cupy_mla import plan_decode
 from cupy_mla.bench import BenchCase, Measurement, Results, Row
-from cupy_mla.call.problem import DecodeProblem
+from cupy_mla.call.problem import DecodeProblem, PagedKeys, Queries
 from cupy_mla.decode.plan import DecodePlan
+from cupy_mla.layouts import BF16
 from cupy_mla.shown.html import facts_table, grid_table
 
 HOSTILE = '<script>alert("&")</script>'
@@ -23,21 +24,19 @@ def cells(html: str) -> list[list[str]]:
 
 
 def a_problem() -> DecodeProblem:
-    return DecodeProblem(
+    queries = Queries(
         batch=2,
         seqlen_q=1,
+        total_q=2,
         num_heads_q=16,
         num_heads_kv=1,
         latent_dim=512,
         rope_dim=64,
         dtype="bfloat16",
-        page_size=64,
-        num_pages=4,
-        max_pages_per_seq=3,
         causal=False,
         ragged=False,
-        total_q=2,
     )
+    return DecodeProblem(queries, PagedKeys(page_size=64, max_pages_per_seq=3), BF16)
 
 
 def test_facts_table() -> None:
@@ -58,8 +57,10 @@ def test_grid_table() -> None:
 def test_a_problem_shows_every_field_and_the_shapes_of_its_results() -> None:
     problem = a_problem()
     shown = dict(cells(problem._repr_html_()))
-    for name in problem.__dataclass_fields__:
-        assert shown[name] == str(getattr(problem, name))
+    for part in (problem.queries, problem.keys):
+        for name in part.__dataclass_fields__:
+            assert shown[name] == str(getattr(part, name))
+    assert shown["layout"] == "bf16"
     assert shown["out"] == "[2, 1, 16, 512]"
     assert shown["lse"] == "[2, 16, 1]"
     assert shown["longest sequence"] == "192"

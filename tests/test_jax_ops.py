@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from typing import Any
 
@@ -16,7 +17,7 @@ from cupy_mla import (
     UnsupportedDeviceError,
     mla_decode,
 )
-from cupy_mla.call.options import PARTS, DecodeOptions
+from cupy_mla.call.options import DECODE, OPTIONS, PARTS, PLAN, DecodeOptions
 from cupy_mla.decode import jax_calls
 from cupy_mla.decode.jax_calls import TracedCall
 
@@ -180,6 +181,41 @@ def test_values_are_validated_where_the_settings_ask_for_it(set_environment: Cal
     set_environment(CUPY_MLA_VALIDATE="1")
     with pytest.raises(Exception, match=r"cache_seqlens\[0\]"):  # JAX's own exception, with our message
         jax.block_until_ready(jax_ops.mla_decode(**arrays))
+
+
+@pytest.mark.parametrize("empty_lse", [-np.inf, np.inf])
+def test_empty_lse(empty_lse: float) -> None:
+    host = make()
+    expected = mla_decode(**host, empty_lse=empty_lse)
+    assert (expected[1][1] == empty_lse).all()
+    same(jax.jit(lambda arrays: jax_ops.mla_decode(**arrays, empty_lse=empty_lse))(host), expected)
+
+
+def test_a_call_says_itself_whether_values_are_validated(set_environment: Callable[..., Any]) -> None:
+    arrays = make()
+    arrays["cache_seqlens"][0] = 10**6
+    with pytest.raises(Exception, match=r"cache_seqlens\[0\]"):  # JAX's own exception, with our message
+        jax.block_until_ready(jax_ops.mla_decode(**arrays, validate=True))
+    set_environment(CUPY_MLA_VALIDATE="1")
+    jax.block_until_ready(jax_ops.mla_decode(**arrays, validate=False))
+
+
+def test_a_plan_serves_a_pool_that_has_grown() -> None:
+    host = make()
+    plan = jax_ops.plan_decode(**host)
+    grown = np.concatenate((host["kv_cache"], host["kv_cache"][6:]))
+    same(jax_ops.mla_decode(**{**host, "kv_cache": grown}, plan=plan), mla_decode(**host))
+
+
+def test_options_are_shown_and_others_refused() -> None:
+    for function, described in ((jax_ops.mla_decode, {DECODE, PLAN}), (jax_ops.plan_decode, {PLAN})):
+        shown = inspect.signature(function).parameters
+        for option in OPTIONS:
+            assert (option.name in shown) == bool(described & set(option.functions))
+            if option.name in shown:
+                assert shown[option.name].default == option.default
+    with pytest.raises(TypeError, match=r"plan_decode\(\) got an unexpected keyword argument 'softmax_scale'"):
+        jax_ops.plan_decode(**make(), softmax_scale=1.0)
 
 
 def test_a_traced_scale_is_refused() -> None:

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import math
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from importlib import import_module
 from typing import Any
 
 import pytest
 
 from cupy_mla import InvalidArgumentError, PlanMismatchError, append_tokens, merge_states, mla_decode
+from cupy_mla.call.options import DECODE, OPTIONS, PARTS, PLAN
 
 torch = pytest.importorskip("torch", reason="torch is not installed")
 torch_ops = pytest.importorskip("cupy_mla.torch_ops")
@@ -18,6 +21,14 @@ from torch.library import opcheck  # noqa: E402
 OPS = torch.ops.cupy_mla
 BACKENDS = pytest.mark.parametrize("backend", ["eager", "aot_eager", "inductor"])
 Tensors = dict[str, Any]
+
+
+@pytest.fixture(autouse=True)
+def _graphs_of_this_code() -> Iterator[None]:
+    """A graph that Inductor kept from another state of the code has the size of that code's plans in it."""
+    inductor, functorch = (import_module(f"torch.{name}.config") for name in ("_inductor", "_functorch"))
+    with inductor.patch(fx_graph_cache=False), functorch.patch(enable_autograd_cache=False):
+        yield
 
 
 def make(dtype: Any = torch.bfloat16, ragged: bool = False, seqlen_q: int = 2) -> Tensors:
@@ -89,6 +100,56 @@ def test_pairs() -> None:
     same(OPS.mla_decode(**{**tensors, **latents}, **ropes), expected)
     plan = OPS.plan_decode(**{**tensors, **latents}, **ropes)
     same(OPS.mla_decode(**{**tensors, **latents}, **ropes, plan=plan), expected)
+
+
+@pytest.mark.parametrize("empty_lse", [-math.inf, math.inf])
+def test_empty_lse(empty_lse: float) -> None:
+    tensors = make()
+    expected = mla_decode(**tensors, empty_lse=empty_lse)
+    assert (expected[1][1] == empty_lse).all()
+    plan = OPS.plan_decode(**tensors)
+    same(OPS.mla_decode(**tensors, empty_lse=empty_lse), expected)
+    same(OPS.mla_decode(**tensors, empty_lse=empty_lse, plan=plan), expected)
+    given = outputs(tensors)
+    OPS.mla_decode_out(**tensors, **given, empty_lse=empty_lse)
+    same(tuple(given.values()), expected)
+    with pytest.raises(InvalidArgumentError, match="empty_lse"):
+        OPS.mla_decode(**tensors, empty_lse=0.0)
+
+
+def test_validation_of_a_call_that_asks_for_it(set_environment: Callable[..., Any]) -> None:
+    tensors = make()
+    tensors["block_table"][2, 1] = 8
+    for name in ("mla_decode", "plan_decode"):
+        getattr(OPS, name)(**tensors)
+        with pytest.raises(InvalidArgumentError, match=r"block_table\[2, 1\]"):
+            getattr(OPS, name)(**tensors, validate=True)
+    set_environment(CUPY_MLA_VALIDATE="1")
+    with pytest.raises(InvalidArgumentError, match=r"block_table\[2, 1\]"):
+        OPS.mla_decode(**tensors)
+    OPS.mla_decode(**tensors, validate=False)
+
+
+def test_a_plan_serves_a_pool_that_has_grown() -> None:
+    tensors = make()
+    plan = OPS.plan_decode(**tensors)
+    expected = OPS.mla_decode(**tensors, plan=plan)
+    grown = torch.cat((tensors["kv_cache"], torch.full((3, 64, 1, 576), torch.nan, dtype=torch.bfloat16)))
+    same(OPS.mla_decode(**{**tensors, "kv_cache": grown}, plan=plan), expected)
+
+
+def test_every_option_is_in_the_schemas() -> None:
+    for name, function in (("plan_decode", PLAN), ("mla_decode", DECODE), ("mla_decode_out", DECODE)):
+        arguments = {argument.name: argument for argument in getattr(OPS, name).default._schema.arguments}
+        described = {option.name for option in OPTIONS if function == DECODE or PLAN in option.functions}
+        assert described <= arguments.keys()
+        assert {argument for argument in arguments if argument not in described} <= set(PARTS)
+        for option in OPTIONS:
+            if option.name in described:
+                default = arguments[option.name].default_value
+                assert default == (None if option.name == "empty_lse" else option.default)
+        positional = [argument for argument in arguments.values() if not argument.kwarg_only]
+        assert positional[-1].name == "max_seqlen_q"
 
 
 def test_append_tokens() -> None:

@@ -13,7 +13,7 @@ from ..arrays.exchange import as_numpy
 from ..arrays.frameworks import CUDA
 from ..arrays.view import ArrayView, source_of
 from ..errors import InvalidArgumentError
-from .problem import DecodeInputs, DecodeProblem
+from .problem import DecodeInputs, DecodeProblem, Queries
 
 # What TMA asks of global addresses and strides, in bytes.
 COPY_ALIGNMENT = 16
@@ -201,9 +201,10 @@ def validate_values(
         used by request i and is no page of the cache, or ``cu_seqlens_q[i]`` does not start at 0, falls, or passes
         ``total_q``.
     """
+    keys = problem.keys
     lengths = as_numpy(inputs.cache_seqlens, stream).astype(np.int64)
-    most = problem.max_seqlen_k
-    reason = f"{problem.max_pages_per_seq} pages of {problem.page_size} tokens"
+    most = keys.max_seqlen_k
+    reason = f"{keys.max_pages_per_seq} pages of {keys.page_size} tokens"
     if max_seqlen_k is not None and max_seqlen_k < most:
         most, reason = max_seqlen_k, "max_seqlen_k of the plan"
     wrong = np.flatnonzero((lengths < 0) | (lengths > most))
@@ -211,8 +212,8 @@ def validate_values(
         request = int(wrong[0])
         raise InvalidArgumentError(f"cache_seqlens[{request}]", f"0 to {most} ({reason})", str(lengths[request]))
     pages = as_numpy(inputs.block_table, stream)
-    used = -(-lengths // problem.page_size)
-    in_use = np.arange(problem.max_pages_per_seq) < used[:, None]
+    used = -(-lengths // keys.page_size)
+    in_use = np.arange(keys.max_pages_per_seq) < used[:, None]
     wrong_pages = np.argwhere(in_use & ((pages < 0) | (pages >= inputs.num_pages)))
     if wrong_pages.size:
         request, column = (int(index) for index in wrong_pages[0])
@@ -222,23 +223,23 @@ def validate_values(
             str(pages[request, column]),
         )
     if inputs.cu_seqlens_q is not None:
-        _validate_starts(problem, as_numpy(inputs.cu_seqlens_q, stream).astype(np.int64))
+        _validate_starts(problem.queries, as_numpy(inputs.cu_seqlens_q, stream).astype(np.int64))
 
 
-def _validate_starts(problem: DecodeProblem, starts: np.ndarray) -> None:
+def _validate_starts(queries: Queries, starts: np.ndarray) -> None:
     if starts[0] != 0:
         raise InvalidArgumentError("cu_seqlens_q[0]", "0", str(starts[0]))
     counts = np.diff(starts)
-    wrong = np.flatnonzero((counts < 0) | (counts > problem.seqlen_q))
+    wrong = np.flatnonzero((counts < 0) | (counts > queries.seqlen_q))
     if wrong.size:
         request = int(wrong[0])
         raise InvalidArgumentError(
             f"cu_seqlens_q[{request + 1}]",
-            f"{starts[request]} to {starts[request] + problem.seqlen_q} "
-            f"(request {request} may have 0 to {problem.seqlen_q} queries)",
+            f"{starts[request]} to {starts[request] + queries.seqlen_q} "
+            f"(request {request} may have 0 to {queries.seqlen_q} queries)",
             str(starts[request + 1]),
         )
-    if starts[-1] > problem.total_q:
+    if starts[-1] > queries.total_q:
         raise InvalidArgumentError(
-            f"cu_seqlens_q[{problem.batch}]", f"at most {problem.total_q}, the rows of q", str(starts[-1])
+            f"cu_seqlens_q[{queries.batch}]", f"at most {queries.total_q}, the rows of q", str(starts[-1])
         )

@@ -26,6 +26,8 @@ from .problem import (
     PLAN_DTYPE,
     DecodeInputs,
     DecodeProblem,
+    PagedKeys,
+    Queries,
 )
 
 # What the CUDA kernels are written for.
@@ -117,7 +119,7 @@ def describe_decode(
     checked: _Checked = _checked.get(key) or _checked.keep(key, _check(call))
     if q[0].device == CUDA:
         _check_addresses(call)
-    problem = checked.problem
+    queries = checked.problem.queries
     inputs = DecodeInputs(
         checked.q_latent.of(q),
         None if checked.q_rope is None else checked.q_rope.of(q),
@@ -133,10 +135,10 @@ def describe_decode(
     if inputs.plan is not None:
         _check_plan(inputs.plan, inputs.location)
     if inputs.out is not None:
-        check_output(inputs.out, "out", problem.out_shape, problem.dtype, inputs.location, contiguous_rows=True)
+        check_output(inputs.out, "out", queries.out_shape, queries.dtype, inputs.location, contiguous_rows=True)
     if inputs.lse is not None:
-        check_output(inputs.lse, "lse", problem.lse_shape, LSE_DTYPE, inputs.location)
-    return problem, inputs
+        check_output(inputs.lse, "lse", queries.lse_shape, LSE_DTYPE, inputs.location)
+    return checked.problem, inputs
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -213,7 +215,7 @@ def _check(call: _Call) -> _Checked:
             f"width {latent_dim + rope_dim} ({latent_dim} latent + {rope_dim} rope) as in q",
             f"{kv_latent_dim + kv_rope_dim} ({kv_latent_dim} + {kv_rope_dim})",
         )
-    num_pages, page_size, num_heads_kv, _ = call.kv[0].shape
+    _, page_size, num_heads_kv, _ = call.kv[0].shape
     num_heads_q = first_q.shape[-2]
     if num_heads_q % num_heads_kv:
         raise InvalidArgumentError("q", f"a number of heads that {num_heads_kv} KV heads divide", str(num_heads_q))
@@ -228,29 +230,27 @@ def _check(call: _Call) -> _Checked:
             "cu_seqlens_q", f"shape [{batch + 1}], one more than requests", str(list(call.starts.shape))
         )
     seqlen_q, total_q = _query_counts(call)
-    problem = DecodeProblem(
+    queries = Queries(
         batch=batch,
         seqlen_q=seqlen_q,
+        total_q=total_q,
         num_heads_q=num_heads_q,
         num_heads_kv=num_heads_kv,
         latent_dim=latent_dim,
         rope_dim=rope_dim,
         dtype=first_q.dtype,
-        page_size=page_size,
-        num_pages=num_pages,
-        max_pages_per_seq=call.table.shape[1],
         causal=call.options.causal,
         ragged=ragged,
-        total_q=total_q,
     )
-    if problem.max_seqlen_k > MAX_TOKENS:
+    keys = PagedKeys(page_size, call.table.shape[1])
+    if keys.max_seqlen_k > MAX_TOKENS:
         raise InvalidArgumentError(
-            "block_table", f"at most {MAX_TOKENS // page_size} pages per sequence", str(problem.max_pages_per_seq)
+            "block_table", f"at most {MAX_TOKENS // page_size} pages per sequence", str(keys.max_pages_per_seq)
         )
     _check_strides(call)
     if first_q.device == CUDA:
-        _check_cuda_widths(problem)
-    return _Checked(problem, q_latent, q_rope, kv_latent, kv_rope)
+        _check_cuda_widths(queries, page_size)
+    return _Checked(DecodeProblem(queries, keys, DENSE_LAYOUTS[first_q.dtype]), q_latent, q_rope, kv_latent, kv_rope)
 
 
 def _check_rank(array: ArrayView, name: str, rank: int, axes: str) -> None:
@@ -341,23 +341,23 @@ def _check_strides(call: _Call) -> None:
             raise InvalidArgumentError(name, "a contiguous last dimension", f"strides {array.strides}")
 
 
-def _check_cuda_widths(problem: DecodeProblem) -> None:
+def _check_cuda_widths(queries: Queries, page_size: int) -> None:
     way_out = "on a GPU (the NumPy backend takes any: pass CPU arrays)"
-    if problem.latent_dim % CUDA_WIDTH_MULTIPLE or problem.latent_dim > CUDA_MAX_LATENT:
+    if queries.latent_dim % CUDA_WIDTH_MULTIPLE or queries.latent_dim > CUDA_MAX_LATENT:
         raise InvalidArgumentError(
             "head_dim_v",
             f"a multiple of {CUDA_WIDTH_MULTIPLE} up to {CUDA_MAX_LATENT} {way_out}",
-            str(problem.latent_dim),
+            str(queries.latent_dim),
         )
-    if problem.rope_dim % CUDA_WIDTH_MULTIPLE:
+    if queries.rope_dim % CUDA_WIDTH_MULTIPLE:
         raise InvalidArgumentError(
-            "q", f"a rope width that is a multiple of {CUDA_WIDTH_MULTIPLE} {way_out}", str(problem.rope_dim)
+            "q", f"a rope width that is a multiple of {CUDA_WIDTH_MULTIPLE} {way_out}", str(queries.rope_dim)
         )
-    if problem.head_dim_qk > CUDA_MAX_WIDTH:
-        raise InvalidArgumentError("q", f"a width up to {CUDA_MAX_WIDTH} {way_out}", str(problem.head_dim_qk))
-    if problem.page_size != 1 and problem.page_size % CUDA_PAGE_MULTIPLE:
+    if queries.head_dim_qk > CUDA_MAX_WIDTH:
+        raise InvalidArgumentError("q", f"a width up to {CUDA_MAX_WIDTH} {way_out}", str(queries.head_dim_qk))
+    if page_size != 1 and page_size % CUDA_PAGE_MULTIPLE:
         raise InvalidArgumentError(
-            "kv_cache", f"a page size of 1 or a multiple of {CUDA_PAGE_MULTIPLE} {way_out}", str(problem.page_size)
+            "kv_cache", f"a page size of 1 or a multiple of {CUDA_PAGE_MULTIPLE} {way_out}", str(page_size)
         )
 
 

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from ..arrays.view import ArrayView
+from ..layouts import CacheLayout
 from ..shown.html import facts_table
 
 INDEX_DTYPE = "int32"
@@ -17,8 +19,8 @@ MAX_TOKENS = 2**31 - 64
 
 
 @dataclass(frozen=True, slots=True)
-class DecodeProblem:
-    """Static description of a dense call: all that a plan and a kernel depend on, and no address.
+class Queries:
+    """The queries of a call, and who attends to what.
 
     Attributes
     ----------
@@ -26,39 +28,30 @@ class DecodeProblem:
         Number of requests.
     seqlen_q
         Query tokens per request; for ragged queries the maximum.
+    total_q
+        Query tokens of all requests together.
     num_heads_q, num_heads_kv
         Heads; the second divides the first.
     latent_dim, rope_dim
         Width of the part of a key that is also the value, and of the part that is not (may be 0).
     dtype
-        Element type of q, cache and output: ``"bfloat16"`` or ``"float16"``.
-    page_size
-        Tokens per page of the cache.
-    num_pages
-        Pages in the cache.
-    max_pages_per_seq
-        Columns of the block table.
+        Element type of q and output: ``"bfloat16"`` or ``"float16"``.
     causal
         Whether query i of s_q sees keys up to length - s_q + i only.
     ragged
         Whether the queries of all requests lie one behind the other, cut by cu_seqlens_q.
-    total_q
-        Query tokens of all requests together.
     """
 
     batch: int
     seqlen_q: int
+    total_q: int
     num_heads_q: int
     num_heads_kv: int
     latent_dim: int
     rope_dim: int
     dtype: str
-    page_size: int
-    num_pages: int
-    max_pages_per_seq: int
     causal: bool
     ragged: bool
-    total_q: int
 
     @property
     def head_dim_qk(self) -> int:
@@ -74,11 +67,6 @@ class DecodeProblem:
     def group_heads(self) -> int:
         """Query heads that share a KV head."""
         return self.num_heads_q // self.num_heads_kv
-
-    @property
-    def max_seqlen_k(self) -> int:
-        """Longest sequence that the block table can name."""
-        return self.page_size * self.max_pages_per_seq
 
     @property
     def default_softmax_scale(self) -> float:
@@ -99,11 +87,60 @@ class DecodeProblem:
             return self.num_heads_q, self.total_q
         return self.batch, self.num_heads_q, self.seqlen_q
 
+
+@dataclass(frozen=True, slots=True)
+class PagedKeys:
+    """Keys that a block table names, page by page. How many pages there are does not count: the pool may grow.
+
+    Attributes
+    ----------
+    page_size
+        Tokens per page of the cache.
+    max_pages_per_seq
+        Columns of the block table.
+    """
+
+    page_size: int
+    max_pages_per_seq: int
+
+    @property
+    def max_seqlen_k(self) -> int:
+        """Longest sequence that the block table can name."""
+        return self.page_size * self.max_pages_per_seq
+
+    def bound(self, max_seqlen_k: int | None) -> int:
+        """Longest sequence under a limit; None: there is no other."""
+        return self.max_seqlen_k if max_seqlen_k is None else min(max_seqlen_k, self.max_seqlen_k)
+
+
+@dataclass(frozen=True, slots=True)
+class DecodeProblem:
+    """Static description of a decode call: all that a plan and a kernel depend on, and no address.
+
+    Attributes
+    ----------
+    queries
+        What attends.
+    keys
+        What it attends to.
+    layout
+        How the cache stores a token.
+    """
+
+    queries: Queries
+    keys: PagedKeys
+    layout: CacheLayout
+
+    def facts(self) -> dict[str, Any]:
+        """Every field of the parts by its name, and the layout by its own."""
+        parts = {**dataclasses.asdict(self.queries), **dataclasses.asdict(self.keys)}
+        return {**parts, "layout": self.layout.name}
+
     def _repr_html_(self) -> str:
         """A table for notebooks."""
-        facts = {name: getattr(self, name) for name in self.__dataclass_fields__}
-        shapes = {"out": list(self.out_shape), "lse": list(self.lse_shape), "longest sequence": self.max_seqlen_k}
-        return facts_table("DecodeProblem", {**facts, **shapes})
+        queries = self.queries
+        shapes = {"out": list(queries.out_shape), "lse": list(queries.lse_shape)}
+        return facts_table("DecodeProblem", {**self.facts(), **shapes, "longest sequence": self.keys.max_seqlen_k})
 
 
 class Addresses(NamedTuple):
@@ -141,7 +178,7 @@ class DecodeInputs:
     plan
         A plan in an array, uint8, or None.
     out, lse
-        Of `DecodeProblem.out_shape` and `DecodeProblem.lse_shape`, to be written to; None: the callee makes them.
+        Of `Queries.out_shape` and `Queries.lse_shape`, to be written to; None: the callee makes them.
     """
 
     q_latent: ArrayView

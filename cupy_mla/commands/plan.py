@@ -10,11 +10,12 @@ import click
 import numpy as np
 import numpy.typing as npt
 
-from ..call.problem import MAX_TOKENS, DecodeProblem
+from ..call.problem import MAX_TOKENS, DecodeProblem, PagedKeys, Queries
 from ..decode.plan import schedule_shape
 from ..errors import InvalidArgumentError
 from ..kernels.choose import AUTO, KERNELS, choose_config
 from ..lab.presets import find_preset
+from ..layouts import DENSE_LAYOUTS
 from ..schedule.make import make_schedule
 from ..schedule.pieces import ceil_div
 from ..schedule.text import draw_schedule
@@ -53,7 +54,7 @@ def plan(
     problem = _describe(drawn, **options)
     config = choose_config(problem, sms, fixed_split_tokens=fixed_split_tokens, kernel=kernel)
     shape = schedule_shape(problem, config, sms, fixed_split_tokens=fixed_split_tokens)
-    click.echo(f"{describe_lengths(drawn)}; {problem.num_heads_q} heads, {sms} SMs, kernel {config.name}")
+    click.echo(f"{describe_lengths(drawn)}; {problem.queries.num_heads_q} heads, {sms} SMs, kernel {config.name}")
     columns = width or shutil.get_terminal_size().columns
     click.echo(draw_schedule(make_schedule(shape, drawn), shape, width=columns, max_lines=lines))
 
@@ -63,18 +64,16 @@ def _describe(
 ) -> DecodeProblem:
     model = find_preset(preset)
     page_counts = [ceil_div(length, page_size) for length in kv_lengths.tolist()]
-    return DecodeProblem(
+    queries = Queries(
         batch=len(kv_lengths),
         seqlen_q=seqlen_q,
+        total_q=len(kv_lengths) * seqlen_q,
         num_heads_q=model.heads_per_rank(tp),
         num_heads_kv=1,
         latent_dim=model.latent_dim,
         rope_dim=model.rope_dim,
         dtype=dtype,
-        page_size=page_size,
-        num_pages=sum(page_counts),
-        max_pages_per_seq=max(page_counts),
         causal=causal,
         ragged=False,
-        total_q=len(kv_lengths) * seqlen_q,
     )
+    return DecodeProblem(queries, PagedKeys(page_size, max(page_counts)), DENSE_LAYOUTS[dtype])

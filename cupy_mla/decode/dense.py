@@ -224,8 +224,9 @@ def run_decode(
     if plan is not None and not isinstance(plan, DecodePlan):
         raise InvalidArgumentError("plan", "a DecodePlan from plan_decode, or None", type(plan).__name__)
     given, checked = DecodeArrays(*arrays), DecodeOptions(*options)
-    if plan is not None and plan.problem.ragged and given.cu_seqlens_q is not None and checked.max_seqlen_q is None:
-        checked = replace(checked, max_seqlen_q=plan.problem.seqlen_q)
+    if plan is not None and given.cu_seqlens_q is not None and checked.max_seqlen_q is None:
+        planned = plan.problem.queries
+        checked = replace(checked, max_seqlen_q=planned.seqlen_q) if planned.ragged else checked
     problem, inputs = describe_decode(given, checked, stream)
     require_backend(*inputs.location, "q")
     most = checked.max_seqlen_k
@@ -238,7 +239,7 @@ def run_decode(
             check_plan_array(inputs.plan.shape[0], problem, inputs.location, checked)
     if wants_validation(checked.validate):
         validate_values(problem, inputs, stream, most)
-    scale = problem.default_softmax_scale if checked.softmax_scale is None else checked.softmax_scale
+    scale = problem.queries.default_softmax_scale if checked.softmax_scale is None else checked.softmax_scale
     if kind is None:
         return _decode_on_cpu(problem, inputs, scale, checked.empty_lse, given)
     call = prepare(kind, scale, checked.empty_lse, CallLayout.of(problem, inputs))
@@ -251,8 +252,8 @@ def _decode_on_cpu(
     problem: DecodeProblem, inputs: DecodeInputs, scale: float, empty_lse: float, given: DecodeArrays
 ) -> tuple[Any, Any]:
     q = given.q[0] if isinstance(given.q, (tuple, list)) else given.q
-    out = empty_like(q, problem.out_shape, problem.dtype) if given.out is None else given.out
-    lse = empty_like(q, problem.lse_shape, LSE_DTYPE) if given.lse is None else given.lse
+    out = empty_like(q, problem.queries.out_shape, problem.queries.dtype) if given.out is None else given.out
+    lse = empty_like(q, problem.queries.lse_shape, LSE_DTYPE) if given.lse is None else given.lse
     mla_decode_reference(problem, inputs, scale, out=as_numpy(out), lse=as_numpy(lse), empty_lse=empty_lse)
     return (out if given.out is not None else finish(q, out), lse if given.lse is not None else finish(q, lse))
 
@@ -276,9 +277,9 @@ def _launch(
     if out is None or lse is None:
         problem = kind.problem
         if out is None:
-            out = empty_like(q, problem.out_shape, problem.dtype, given_stream)
+            out = empty_like(q, problem.queries.out_shape, problem.queries.dtype, given_stream)
         if lse is None:
-            lse = empty_like(q, problem.lse_shape, LSE_DTYPE, given_stream)
+            lse = empty_like(q, problem.queries.lse_shape, LSE_DTYPE, given_stream)
         addresses = Addresses(*addresses[:-2], pointer_of(out), pointer_of(lse))
     memory: PlanMemory
     if plan is not None:

@@ -159,7 +159,7 @@ def _run_plan(*values: Any) -> None:
 
 
 def _scale(problem: DecodeProblem, options: DecodeOptions) -> float:
-    return problem.default_softmax_scale if options.softmax_scale is None else options.softmax_scale
+    return problem.queries.default_softmax_scale if options.softmax_scale is None else options.softmax_scale
 
 
 def _validate(problem: DecodeProblem, inputs: DecodeInputs, options: DecodeOptions, stream: int | None) -> None:

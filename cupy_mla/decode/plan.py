@@ -41,21 +41,22 @@ def schedule_shape(
     fixed_split_tokens: int | None = None,
 ) -> ScheduleShape:
     """What a schedule for a problem depends on besides the lengths."""
-    tokens = 1 if problem.ragged else problem.seqlen_q
-    blocks_per_job, num_parts = choose_parts(num_sms, ceil_div(tokens * problem.group_heads, config.rows))
+    queries = problem.queries
+    tokens = 1 if queries.ragged else queries.seqlen_q
+    blocks_per_job, num_parts = choose_parts(num_sms, ceil_div(tokens * queries.group_heads, config.rows))
     return ScheduleShape(
         num_parts=num_parts,
         blocks_per_job=blocks_per_job,
         rows=config.rows,
-        group_heads=problem.group_heads,
-        num_heads_kv=problem.num_heads_kv,
-        batch=problem.batch,
-        seqlen_q=problem.seqlen_q,
-        max_seqlen_k=problem.max_seqlen_k if max_seqlen_k is None else min(max_seqlen_k, problem.max_seqlen_k),
-        causal=problem.causal,
-        ragged=problem.ragged,
+        group_heads=queries.group_heads,
+        num_heads_kv=queries.num_heads_kv,
+        batch=queries.batch,
+        seqlen_q=queries.seqlen_q,
+        max_seqlen_k=problem.keys.bound(max_seqlen_k),
+        causal=queries.causal,
+        ragged=queries.ragged,
         fixed_split_tokens=fixed_split_tokens,
-        total_q=problem.total_q if problem.ragged else None,
+        total_q=queries.total_q if queries.ragged else None,
         cost=config.family.cost.pieces,
     )
 
@@ -94,7 +95,7 @@ class Blueprint:
         self.merges_offset = layout.merges_offset
         rows = self.shape.max_slots * self.shape.rows_per_job
         self.plan_bytes = _section(layout.total_ints * _WORD_BYTES)
-        self.partial_out_bytes = _section(rows * problem.head_dim_v * ITEM_SIZES[self.config.partial_dtype])
+        self.partial_out_bytes = _section(rows * problem.queries.head_dim_v * ITEM_SIZES[self.config.partial_dtype])
         self.partial_bytes = self.partial_out_bytes + _section(rows * _WORD_BYTES)
         self.workspace_bytes = self.plan_bytes + self.partial_bytes
         self._lock = threading.Lock()
@@ -242,8 +243,7 @@ class DecodePlan(PlanMemory):
         self.location = location
         self.blueprint = kind
         if kind is None:
-            most = problem.max_seqlen_k if max_seqlen_k is None else min(max_seqlen_k, problem.max_seqlen_k)
-            self.max_seqlen_k = most
+            self.max_seqlen_k = problem.keys.bound(max_seqlen_k)
             return
         self.max_seqlen_k = kind.shape.max_seqlen_k
         # From q's framework, whose allocator knows its streams and its graph captures.
@@ -278,17 +278,18 @@ class DecodePlan(PlanMemory):
             A wrong shape, type, device or alignment, or cu_seqlens_q given or missing against the plan.
         """
         check_stream(stream)
+        queries = self.problem.queries
         lengths = view(cache_seqlens, "cache_seqlens", stream)
-        _check_index(lengths, "cache_seqlens", self.problem.batch, self.location)
-        if (cu_seqlens_q is not None) != self.problem.ragged:
-            expected = "an array, as the plan is ragged" if self.problem.ragged else "None, as the plan is not ragged"
+        _check_index(lengths, "cache_seqlens", queries.batch, self.location)
+        if (cu_seqlens_q is not None) != queries.ragged:
+            expected = "an array, as the plan is ragged" if queries.ragged else "None, as the plan is not ragged"
             raise InvalidArgumentError("cu_seqlens_q", expected, type(cu_seqlens_q).__name__)
         if stream is None and self.blueprint is not None:
             stream = current_stream(cache_seqlens, self.location[1])
         starts = None
         if cu_seqlens_q is not None:
             starts = view(cu_seqlens_q, "cu_seqlens_q", stream)
-            _check_index(starts, "cu_seqlens_q", self.problem.batch + 1, self.location)
+            _check_index(starts, "cu_seqlens_q", queries.batch + 1, self.location)
         if stream is None or self.blueprint is None:
             return  # nothing is planned on the CPU
         self.launch(lengths.pointer, 0 if starts is None else starts.pointer, stream)
@@ -310,13 +311,10 @@ class DecodePlan(PlanMemory):
         PlanMismatchError
             Shapes or settings differ from the plan's.
         """
-        if problem is not self.problem:
-            for field in DecodeProblem.__dataclass_fields__:
-                if field == "num_pages":  # the pool may have grown since
-                    continue
-                was, came = getattr(self.problem, field), getattr(problem, field)
-                if was != came:
-                    raise PlanMismatchError("plan", f"a plan for {field} = {came}", f"one for {field} = {was}")
+        if problem is not self.problem and problem != self.problem:
+            made_for = self.problem.facts()
+            name, came = next((name, came) for name, came in problem.facts().items() if came != made_for[name])
+            raise PlanMismatchError("plan", f"a plan for {name} = {came}", f"one for {name} = {made_for[name]}")
         if inputs.location != self.location:
             raise PlanMismatchError("plan", f"a plan on {inputs.location}", f"one on {self.location}")
 
@@ -328,9 +326,9 @@ class DecodePlan(PlanMemory):
     def __repr__(self) -> str:
         kind = self.blueprint
         if kind is None:
-            return f"DecodePlan(batch={self.problem.batch}, NumPy backend)"
+            return f"DecodePlan(batch={self.problem.queries.batch}, NumPy backend)"
         return (
-            f"DecodePlan(batch={self.problem.batch}, kernel={kind.config.name}, parts={kind.shape.num_parts}, "
+            f"DecodePlan(batch={self.problem.queries.batch}, kernel={kind.config.name}, parts={kind.shape.num_parts}, "
             f"blocks_per_job={kind.shape.blocks_per_job}, workspace={kind.workspace_bytes / 2**20:.1f} MiB)"
         )
 

@@ -9,7 +9,6 @@ other shapes or settings is refused although nothing is read back from the GPU.
 
 from __future__ import annotations
 
-import dataclasses
 import zlib
 
 from ..call.options import DecodeOptions
@@ -29,8 +28,7 @@ def plan_array_bytes(problem: DecodeProblem, location: tuple[str, int], options:
         As in `plan_kind`.
     """
     kind = plan_kind(problem, location, options)
-    # The pool may grow while a plan lives.
-    settings = (dataclasses.astuple(dataclasses.replace(problem, num_pages=0)), *options.of_plan_alone())
+    settings = (problem.facts(), *options.of_plan_alone())
     fingerprint = zlib.crc32(repr(settings).encode()) % _FINGERPRINTS
     return (0 if kind is None else kind.plan_bytes) + fingerprint + 1
 

@@ -82,9 +82,9 @@ class CallLayout:
     @staticmethod
     def of(problem: DecodeProblem, inputs: DecodeInputs) -> CallLayout:
         """Of inputs; an out or an lse that is not there is going to be contiguous."""
-        ragged = problem.ragged
-        out = contiguous_strides(problem.out_shape) if inputs.out is None else inputs.out.strides
-        lse = contiguous_strides(problem.lse_shape) if inputs.lse is None else inputs.lse.strides
+        ragged = problem.queries.ragged
+        out = contiguous_strides(problem.queries.out_shape) if inputs.out is None else inputs.out.strides
+        lse = contiguous_strides(problem.queries.lse_shape) if inputs.lse is None else inputs.lse.strides
         return CallLayout(
             q_latent=_query_strides(inputs.q_latent.strides, ragged),
             q_rope=None if inputs.q_rope is None else _query_strides(inputs.q_rope.strides, ragged),
@@ -125,7 +125,7 @@ class DecodeCall:
         params["block_table_stride"] = layout.block_table
         params["out_strides"], params["lse_strides"] = layout.out, layout.lse
         params["num_parts"], params["blocks_per_job"] = shape.num_parts, shape.blocks_per_job
-        params["group_heads"], params["scale_log2"] = problem.group_heads, softmax_scale * _LOG2_E
+        params["group_heads"], params["scale_log2"] = problem.queries.group_heads, softmax_scale * _LOG2_E
         params["empty_lse"] = empty_lse
         for part, pages in (("latent", layout.kv_latent), ("rope", layout.kv_rope)):
             if pages is not None:
@@ -159,8 +159,8 @@ class DecodeCall:
             return None
         params["out_strides"], params["lse_strides"] = layout.out, layout.lse
         params["merges_offset"], params["slot_rows"] = kind.merges_offset, kind.shape.rows_per_job
-        params["rows"], params["group_heads"] = kind.config.rows, kind.problem.group_heads
-        params["d_v"] = kind.problem.head_dim_v
+        params["rows"], params["group_heads"] = kind.config.rows, kind.problem.queries.group_heads
+        params["d_v"] = kind.problem.queries.head_dim_v
         # The address of out is a multiple of it; `check_output` sees to that.
         params["aligned"] = all(step * _ELEMENT_BYTES % STORE_ALIGNMENT == 0 for step in layout.out)
         geometry = combine_geometry(kind.num_sms, kind.config.family.combine_threads)
@@ -209,7 +209,7 @@ class DecodeCall:
 
     def _pages(self, pointer: int, pages: Pages) -> ArrayView:
         return ArrayView(
-            pointer, pages.shape, pages.strides, self.kind.problem.dtype, CUDA, self.kind.location[1], None
+            pointer, pages.shape, pages.strides, self.kind.problem.queries.dtype, CUDA, self.kind.location[1], None
         )
 
 

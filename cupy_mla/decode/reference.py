@@ -75,19 +75,19 @@ def mla_decode_reference(
     if out is not None and q_rope is not None and np.may_share_memory(out, q_rope):
         q_rope = q_rope.copy()
     if out is None:
-        out_dtype = compute if compute == np.float64 else numpy_dtype(problem.dtype)
-        out = np.zeros(problem.out_shape, out_dtype)
+        out_dtype = compute if compute == np.float64 else numpy_dtype(problem.queries.dtype)
+        out = np.zeros(problem.queries.out_shape, out_dtype)
     else:
         out[...] = 0
     if lse is None:
-        lse = np.full(problem.lse_shape, -np.inf, compute)
+        lse = np.full(problem.queries.lse_shape, -np.inf, compute)
     else:
         lse[...] = -np.inf
     keys = _PagedKeys(problem, inputs, compute)
-    lengths = np.clip(as_numpy(inputs.cache_seqlens), 0, problem.max_seqlen_k)
-    starts = None if inputs.cu_seqlens_q is None else np.clip(as_numpy(inputs.cu_seqlens_q), 0, problem.total_q)
+    lengths = np.clip(as_numpy(inputs.cache_seqlens), 0, problem.keys.max_seqlen_k)
+    starts = None if inputs.cu_seqlens_q is None else np.clip(as_numpy(inputs.cu_seqlens_q), 0, problem.queries.total_q)
 
-    for request in range(problem.batch):
+    for request in range(problem.queries.batch):
         rows: Any  # this request's queries in q and out, and in the last axes of lse
         if starts is None:
             rows = request
@@ -97,9 +97,9 @@ def mla_decode_reference(
             lse_rows = lse[:, rows]
         if out[rows].size == 0:
             continue
-        queries = [_by_kv_head(q_latent[rows].astype(compute), problem.num_heads_kv)]
+        queries = [_by_kv_head(q_latent[rows].astype(compute), problem.queries.num_heads_kv)]
         if q_rope is not None:
-            queries.append(_by_kv_head(q_rope[rows].astype(compute), problem.num_heads_kv))
+            queries.append(_by_kv_head(q_rope[rows].astype(compute), problem.queries.num_heads_kv))
         for part in queries:
             part *= softmax_scale
         length = int(lengths[request])
@@ -150,7 +150,7 @@ class _PagedKeys:
     """The cache, read token by token."""
 
     def __init__(self, problem: DecodeProblem, inputs: DecodeInputs, compute: np.dtype[Any]) -> None:
-        self.page_size = problem.page_size
+        self.page_size = problem.keys.page_size
         self.num_pages = inputs.num_pages
         self.compute = compute
         self.block_table = as_numpy(inputs.block_table)
@@ -181,7 +181,7 @@ def _attend(
     visible = _visible_keys(rows, length, problem)
     highest = np.full((num_heads_kv, rows), -np.inf, compute)
     total = np.zeros((num_heads_kv, rows), compute)
-    summed = np.zeros((num_heads_kv, rows, problem.head_dim_v), compute)
+    summed = np.zeros((num_heads_kv, rows, problem.queries.head_dim_v), compute)
     with np.errstate(invalid="ignore", divide="ignore"):
         for begin in range(0, length, TOKENS_PER_STEP):
             end = min(begin + TOKENS_PER_STEP, length)
@@ -206,10 +206,10 @@ def _attend(
 
 def _visible_keys(rows: int, length: int, problem: DecodeProblem) -> Array:
     """How many leading keys each row sees: [rows]. Causal: query i of s_q sees length - s_q + i + 1."""
-    if not problem.causal:
+    if not problem.queries.causal:
         return np.full(rows, length)
-    query = np.arange(rows) // problem.group_heads
-    seqlen_q = rows // problem.group_heads
+    query = np.arange(rows) // problem.queries.group_heads
+    seqlen_q = rows // problem.queries.group_heads
     return np.clip(length - seqlen_q + query + 1, 0, length)
 
 

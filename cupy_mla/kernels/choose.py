@@ -65,7 +65,7 @@ def choose_config(
     """
     families = _supporting(problem, check_kernel(kernel))
     if fixed_split_tokens is not None:
-        rows = problem.group_heads * (1 if problem.ragged else problem.seqlen_q)
+        rows = problem.queries.group_heads * (1 if problem.queries.ragged else problem.queries.seqlen_q)
         family = next((family for family in families if rows <= family.rows), families[-1])
         return family.configure(problem, rows)
     load = _load(problem, max_seqlen_k)
@@ -86,11 +86,12 @@ def _supporting(problem: DecodeProblem, kernel: str) -> list[DecodeFamily]:
 
 
 def _load(problem: DecodeProblem, max_seqlen_k: int | None) -> Load:
-    tokens = ceil_div(problem.total_q, max(problem.batch, 1))  # of a request, on average when ragged
-    if problem.seqlen_q <= 2 * tokens:  # else the longest request is an exception, or its length is not known
-        tokens = problem.seqlen_q
+    queries = problem.queries
+    tokens = ceil_div(queries.total_q, max(queries.batch, 1))  # of a request, on average when ragged
+    if queries.seqlen_q <= 2 * tokens:  # else the longest request is an exception, or its length is not known
+        tokens = queries.seqlen_q
     return Load(
-        rows=problem.group_heads * tokens,
-        requests=problem.batch * problem.num_heads_kv,
-        tokens_k=problem.max_seqlen_k if max_seqlen_k is None else min(max_seqlen_k, problem.max_seqlen_k),
+        rows=queries.group_heads * tokens,
+        requests=queries.batch * queries.num_heads_kv,
+        tokens_k=problem.keys.bound(max_seqlen_k),
     )

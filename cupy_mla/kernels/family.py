@@ -94,13 +94,14 @@ class DecodeFamily(ABC):
 
         A mask is compiled in only where it can hide anything: one query token sees every key.
         """
+        queries = problem.queries
         return KernelConfig(
             self,
-            latent_dim=problem.latent_dim,
-            rope_dim=problem.rope_dim,
-            dtype=problem.dtype,
-            page_size=problem.page_size,
-            causal=problem.causal and problem.seqlen_q > 1,
+            latent_dim=queries.latent_dim,
+            rope_dim=queries.rope_dim,
+            dtype=queries.dtype,
+            page_size=problem.keys.page_size,
+            causal=queries.causal and queries.seqlen_q > 1,
             float_partials=self.has_float_partials(rows),
         )
 

@@ -55,13 +55,14 @@ class NarrowFamily(DecodeFamily):
 
     def why_unsupported(self, problem: DecodeProblem) -> str | None:
         """Widths that are not whole boxes, or of more boxes than there is room for."""
-        if problem.dtype not in DENSE_LAYOUTS:
-            return f"takes elements of {' or '.join(DENSE_LAYOUTS)}, not {problem.dtype}"
-        widths = problem.latent_dim, problem.rope_dim
+        queries = problem.queries
+        if queries.dtype not in DENSE_LAYOUTS:
+            return f"takes elements of {' or '.join(DENSE_LAYOUTS)}, not {queries.dtype}"
+        widths = queries.latent_dim, queries.rope_dim
         if any(width % BOX_COLUMNS for width in widths):
             return f"takes widths that are multiples of {BOX_COLUMNS}, not {widths[0]} and {widths[1]}"
-        if problem.latent_dim > _MAX_LATENT_DIM:
-            return f"takes latent widths up to {_MAX_LATENT_DIM}, not {problem.latent_dim}"
+        if queries.latent_dim > _MAX_LATENT_DIM:
+            return f"takes latent widths up to {_MAX_LATENT_DIM}, not {queries.latent_dim}"
         if sum(widths) > self.max_boxes * BOX_COLUMNS:
             return f"takes latent and rope widths up to {self.max_boxes * BOX_COLUMNS} together, not {sum(widths)}"
         return None

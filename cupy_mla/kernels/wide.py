@@ -42,12 +42,13 @@ class WideFamily(DecodeFamily):
 
     def why_unsupported(self, problem: DecodeProblem) -> str | None:
         """Widths other than those that two warpgroups can share."""
-        if problem.dtype not in DENSE_LAYOUTS:
-            return f"takes elements of {' or '.join(DENSE_LAYOUTS)}, not {problem.dtype}"
-        if problem.latent_dim not in _LATENT_DIMS:
-            return f"takes latent widths of {_LATENT_DIMS}, not {problem.latent_dim}"
-        if problem.rope_dim not in _ROPE_DIMS:
-            return f"takes rope widths of {_ROPE_DIMS}, not {problem.rope_dim}"
+        queries = problem.queries
+        if queries.dtype not in DENSE_LAYOUTS:
+            return f"takes elements of {' or '.join(DENSE_LAYOUTS)}, not {queries.dtype}"
+        if queries.latent_dim not in _LATENT_DIMS:
+            return f"takes latent widths of {_LATENT_DIMS}, not {queries.latent_dim}"
+        if queries.rope_dim not in _ROPE_DIMS:
+            return f"takes rope widths of {_ROPE_DIMS}, not {queries.rope_dim}"
         return None
 
     def roles(self, config: KernelConfig) -> tuple[Role, ...]:

@@ -47,7 +47,7 @@ class Accuracy:
 def decode_float64(request: Case) -> tuple[Array, Array]:
     """The oracle: out [1, s_q, h_q, d_v] and lse [1, h_q, s_q] of a host case of one request, in float64."""
     problem, inputs = describe_decode(*read_call(*request.tensors, **request.options))
-    scale = problem.default_softmax_scale if request.softmax_scale is None else request.softmax_scale
+    scale = problem.queries.default_softmax_scale if request.softmax_scale is None else request.softmax_scale
     out, lse = mla_decode_reference(problem, inputs, scale, dtype=np.float64)
     return out, lse
 
