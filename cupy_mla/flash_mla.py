@@ -173,13 +173,13 @@ def flash_mla_with_kvcache(
     Raises
     ------
     InvalidArgumentError
-        As in `cupy_mla.mla_decode`, with FlashMLA's names of the arguments.
+        An argument has a wrong rank, shape, type, device, stride, alignment or value; ``argument`` is FlashMLA's name.
     PlanMismatchError
         The metadata belongs to calls with other shapes, settings or lengths.
     MissingFeatureError
         An argument asks for what is not there yet.
     UnsupportedDeviceError
-        As in `cupy_mla.mla_decode`.
+        The arrays are on a GPU that is not Hopper, or the backend that the settings ask for cannot take them.
     """
     features = (indices, attn_sink, extra_k_cache, extra_indices_in_kvcache, topk_length, extra_topk_length)
     if is_fp8_kvcache or any(feature is not None for feature in features):

@@ -138,7 +138,7 @@ _show_options(plan_decode, PLAN)
 def _trace(
     given: DecodeArrays, options: DecodeOptions, platform: str | None
 ) -> tuple[TracedCall, list[Any], DecodeProblem, DecodeInputs]:
-    """Check a call by the shapes of its arrays: what the custom call is told, its inputs, and the description."""
+    """Check a call by the shapes of its arrays: the custom call's attributes, its inputs, and the description."""
     q_latent, q_rope = _parts(given.q, "q")
     kv_latent, kv_rope = _parts(given.kv_cache, "kv_cache")
     parts = (q_latent, q_rope, kv_latent, kv_rope, *(getattr(given, name) for name in PARTS[4:]))

@@ -130,6 +130,6 @@ def pointer_of(array: Any) -> int:
     Raises
     ------
     InvalidArgumentError
-        As in `view`.
+        The object cannot be read as an array, for the reasons that `view` names.
     """
     return _POINTERS[type(array)](array)

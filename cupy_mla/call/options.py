@@ -25,7 +25,7 @@ def _option(default: Any, *functions: str) -> Any:
 
 @dataclass(frozen=True, slots=True)
 class DecodeOptions:
-    """What a call is told besides its arrays, checked; values of NumPy's types become Python's.
+    """What a call takes besides its arrays, checked; values of NumPy's types become Python's.
 
     Types are ``int``, ``float`` or ``bool``, and ``| None`` where that has a meaning of its own: torch's schemas and
     JAX's attributes know no others.
@@ -151,7 +151,7 @@ def read_call(
     Raises
     ------
     InvalidArgumentError
-        As in `DecodeOptions`.
+        An option is of another type, or outside of its range; ``argument`` is its name.
     """
     arrays = {name: others.pop(name) for name in OPTIONAL_ARRAYS if name in others}
     return DecodeArrays(q, kv_cache, block_table, cache_seqlens, **arrays), DecodeOptions(**others)

@@ -144,8 +144,10 @@ def plan_decode(
 
     Raises
     ------
-    InvalidArgumentError, UnsupportedDeviceError
-        As in `mla_decode`.
+    InvalidArgumentError
+        An argument has a wrong rank, shape, type, device, stride, alignment or value.
+    UnsupportedDeviceError
+        The arrays are on a GPU that is not Hopper, or the backend that the settings ask for cannot take them.
     """
     arrays = DecodeArrays(q, kv_cache, block_table, cache_seqlens, cu_seqlens_q)
     options = DecodeOptions(
@@ -177,8 +179,10 @@ def describe_plan(
 
     Raises
     ------
-    InvalidArgumentError, UnsupportedDeviceError
-        As in `mla_decode`.
+    InvalidArgumentError
+        An argument has a wrong rank, shape, type, device, stride, alignment or value.
+    UnsupportedDeviceError
+        The arrays are on a GPU that is not Hopper, or the backend that the settings ask for cannot take them.
     """
     check_stream(stream)
     problem, inputs = describe_decode(arrays, options, stream)
@@ -206,7 +210,16 @@ def run_decode(
     Returns
     -------
     out, lse
-        As in `mla_decode`, and so are the errors.
+        As in `mla_decode`.
+
+    Raises
+    ------
+    InvalidArgumentError
+        An argument has a wrong rank, shape, type, device, stride, alignment or value. Nothing was written.
+    PlanMismatchError
+        The plan was made for other shapes or settings.
+    UnsupportedDeviceError
+        The arrays are on a GPU that is not Hopper, or the backend that the settings ask for cannot take them.
     """
     if stream is not None:
         check_stream(stream)

@@ -36,7 +36,7 @@ _DLPACK_CPU = 1  # DLPack's device type
 
 @dataclass(frozen=True, slots=True)
 class TracedCall:
-    """What a custom call is told besides its buffers.
+    """What a custom call takes besides its buffers.
 
     Attributes
     ----------

@@ -24,8 +24,10 @@ def plan_array_bytes(problem: DecodeProblem, location: tuple[str, int], options:
 
     Raises
     ------
-    InvalidArgumentError, UnsupportedDeviceError
-        As in `plan_kind`.
+    InvalidArgumentError
+        The plan would be too large, or ``fixed_split_tokens`` is no multiple of a tile.
+    UnsupportedDeviceError
+        There is no such GPU.
     """
     kind = plan_kind(problem, location, options)
     settings = (problem.facts(), *options.of_plan_alone())
@@ -40,8 +42,10 @@ def check_plan_array(size: int, problem: DecodeProblem, location: tuple[str, int
     ------
     PlanMismatchError
         The sizes differ: the plan is for other shapes or options.
-    InvalidArgumentError, UnsupportedDeviceError
-        As in `plan_kind`.
+    InvalidArgumentError
+        The plan would be too large, or ``fixed_split_tokens`` is no multiple of a tile.
+    UnsupportedDeviceError
+        There is no such GPU.
     """
     expected = plan_array_bytes(problem, location, options)
     if size != expected:
