@@ -14,7 +14,7 @@ import pytest
 
 from cupy_mla.gpu.jit.source import kernels_root
 from cupy_mla.kernels.combine import MERGE_STATES_THREADS
-from cupy_mla.kernels.planner import plan_layout, plan_params, read_plan
+from cupy_mla.kernels.planner import plan_params, plan_sections, read_plan
 from cupy_mla.schedule.make import Schedule, ScheduleShape
 
 HOST_CUDA = Path(__file__).parent / "host_cuda"
@@ -72,7 +72,7 @@ def run_plan(
     into: np.ndarray | None = None,
 ) -> Schedule:
     """mla_plan; fails when it writes past the plan. The whole buffer is copied to ``into`` if given."""
-    total = plan_layout(shape).total_ints
+    total = plan_sections(shape).total_ints
     plan = np.full(total + GUARD_INTS, GUARD, np.int32)
     lengths = np.asarray(cache_seqlens, np.int32)
     offsets = None if cu_seqlens_q is None else np.asarray(cu_seqlens_q, np.int32)

@@ -11,7 +11,7 @@ from host_kernels import needs_compiler, run_combine, run_merge_states, run_plan
 from test_schedule import dense
 
 from cupy_mla.kernels.combine import OCTET, merge_states_geometry
-from cupy_mla.kernels.planner import plan_layout
+from cupy_mla.kernels.planner import plan_sections
 from cupy_mla.kernels.structs import COMBINE_PARAMS, MERGE_STATES_PARAMS
 from cupy_mla.schedule.make import ScheduleShape, make_schedule
 
@@ -162,7 +162,7 @@ def test_combine(name: str, out_padding: int, tag: str) -> None:
     batch_stride = 0 if shape.ragged else 1
     params["out_strides"] = (out_strides[0] * batch_stride, *out_strides[1:3])
     params["lse_strides"] = (lse_strides[0] * batch_stride, lse_strides[2], lse_strides[1])
-    params["merges_offset"] = plan_layout(shape).merges_offset
+    params["merges_offset"] = plan_sections(shape).merges_offset
     params["slot_rows"], params["rows"], params["group_heads"] = shape.rows_per_job, shape.rows, shape.group_heads
     params["d_v"], params["aligned"] = d_v, out_padding == 0
     params["empty_lse"] = np.inf
@@ -175,7 +175,7 @@ def test_combine(name: str, out_padding: int, tag: str) -> None:
 
 def device_plan(shape: ScheduleShape, lengths: np.ndarray, offsets: np.ndarray | None) -> np.ndarray:
     """The plan as it lies in device memory."""
-    buffer = np.zeros(plan_layout(shape).total_ints, np.int32)
+    buffer = np.zeros(plan_sections(shape).total_ints, np.int32)
     run_plan(shape, lengths, offsets, into=buffer)
     return buffer
 

@@ -123,4 +123,4 @@ def test_the_planner_needs_no_more_shared_memory_than_every_kernel_may_have() ->
 def test_a_plan_too_large_to_address_is_refused() -> None:
     shape = dense(4096, fixed_split_tokens=64, max_seqlen_k=2**23)
     with pytest.raises(InvalidArgumentError, match="fixed_split_tokens"):
-        planner.plan_layout(shape)
+        planner.plan_sections(shape)

@@ -19,7 +19,7 @@ from ..settings import get_settings, wants_validation
 from .known import identify, recall, remember
 from .plan import Blueprint, DecodePlan, PlanMemory, plan_kind
 from .plan_arrays import check_plan_array
-from .prepared import CallLayout, DecodeCall, prepare
+from .prepared import CallStrides, DecodeCall, prepare
 from .reference import mla_decode_reference
 
 # Places in the tuples that calls are recognised by.
@@ -255,7 +255,7 @@ def run_decode(
     scale = problem.queries.default_softmax_scale if checked.softmax_scale is None else checked.softmax_scale
     if kind is None:
         return _decode_on_cpu(problem, inputs, scale, checked.empty_lse, given)
-    call = prepare(kind, scale, checked.empty_lse, CallLayout.of(problem, inputs))
+    call = prepare(kind, scale, checked.empty_lse, CallStrides.of(problem, inputs))
     if identity is not None:
         remember(*identity, call, settings, inputs)
     return _launch(call, inputs.addresses(), plan, arrays, stream, inputs)

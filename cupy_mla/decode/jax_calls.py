@@ -22,7 +22,7 @@ from ..call.problem import DecodeInputs, DecodeProblem
 from ..errors import InvalidArgumentError, MissingDependencyError
 from ..settings import wants_validation
 from .plan import Blueprint, PlanMemory, plan_kind
-from .prepared import CallLayout, prepare
+from .prepared import CallStrides, prepare
 from .reference import mla_decode_reference
 
 DECODE_TARGET = "cupy_mla.mla_decode"
@@ -143,7 +143,7 @@ def _run_decode(*values: Any) -> None:
     memory = _place(kind, workspace, addresses.plan)
     if not addresses.plan:
         kind.launch_planner(addresses.cache_seqlens, addresses.cu_seqlens_q, memory.pointer, stream)
-    prepare(kind, scale, options.empty_lse, CallLayout.of(problem, inputs))(addresses, memory, stream)
+    prepare(kind, scale, options.empty_lse, CallStrides.of(problem, inputs))(addresses, memory, stream)
 
 
 def _run_plan(*values: Any) -> None:

@@ -23,7 +23,7 @@ from ..gpu.launch import Launch, is_capturing
 from ..kernels.choose import choose_config
 from ..kernels.combine import combine_source
 from ..kernels.family import KernelConfig
-from ..kernels.planner import PLAN_SOURCE, plan_geometry, plan_layout, plan_params
+from ..kernels.planner import PLAN_SOURCE, plan_geometry, plan_params, plan_sections
 from ..schedule.make import ScheduleShape, check_fixed_split, choose_parts
 from ..schedule.pieces import ceil_div
 from ..shown.html import facts_table
@@ -91,10 +91,10 @@ class Blueprint:
         self.num_sms = describe_device(device_id).num_sms
         self.config = choose_config(problem, self.num_sms, max_seqlen_k, fixed_split_tokens)
         self.shape = schedule_shape(problem, self.config, self.num_sms, max_seqlen_k, fixed_split_tokens)
-        layout = plan_layout(self.shape)
-        self.merges_offset = layout.merges_offset
+        sections = plan_sections(self.shape)
+        self.merges_offset = sections.merges_offset
         rows = self.shape.max_slots * self.shape.rows_per_job
-        self.plan_bytes = _section(layout.total_ints * _WORD_BYTES)
+        self.plan_bytes = _section(sections.total_ints * _WORD_BYTES)
         self.partial_out_bytes = _section(rows * problem.queries.head_dim_v * ITEM_SIZES[self.config.partial_dtype])
         self.partial_bytes = self.partial_out_bytes + _section(rows * _WORD_BYTES)
         self.workspace_bytes = self.plan_bytes + self.partial_bytes

@@ -1,7 +1,7 @@
 """Prepared decode calls: everything about a call but its addresses, packed once and launched for every layer.
 
 Per call only addresses are written into the packed arguments. A prepared call therefore keeps no array alive and is
-right for any memory of the same layout.
+right for any memory with the same strides.
 """
 
 from __future__ import annotations
@@ -65,7 +65,7 @@ class Pages:
 
 
 @dataclass(frozen=True, slots=True)
-class CallLayout:
+class CallStrides:
     """Strides of a call's arrays, in elements; those of q, out and lse are batch (0 when ragged), token, head.
 
     q_rope and kv_rope are None when there is no rope part.
@@ -80,12 +80,12 @@ class CallLayout:
     lse: Strides
 
     @staticmethod
-    def of(problem: DecodeProblem, inputs: DecodeInputs) -> CallLayout:
+    def of(problem: DecodeProblem, inputs: DecodeInputs) -> CallStrides:
         """Of inputs; an out or an lse that is not there is going to be contiguous."""
         ragged = problem.queries.ragged
         out = contiguous_strides(problem.queries.out_shape) if inputs.out is None else inputs.out.strides
         lse = contiguous_strides(problem.queries.lse_shape) if inputs.lse is None else inputs.lse.strides
-        return CallLayout(
+        return CallStrides(
             q_latent=_query_strides(inputs.q_latent.strides, ragged),
             q_rope=None if inputs.q_rope is None else _query_strides(inputs.q_rope.strides, ragged),
             kv_latent=Pages.of(inputs.kv_latent),
@@ -107,27 +107,27 @@ class DecodeCall:
         Factor on the scores.
     empty_lse
         The lse of a query that sees no key.
-    layout
+    strides
         Strides of the arrays.
     """
 
-    def __init__(self, kind: Blueprint, softmax_scale: float, empty_lse: float, layout: CallLayout) -> None:
+    def __init__(self, kind: Blueprint, softmax_scale: float, empty_lse: float, strides: CallStrides) -> None:
         config, shape, problem = kind.config, kind.shape, kind.problem
         self.kind = kind
-        self._layout = layout
+        self._strides = strides
         self._lock = threading.Lock()  # the packed arguments are shared by all threads
         self._maps: Memo[tuple[int, int], tuple[TensorMap, TensorMap]] = Memo(_CACHES_KEPT)
 
         params = np.zeros(1, DECODE_PARAMS)
-        params["q_latent_strides"] = layout.q_latent
-        if layout.q_rope is not None:
-            params["q_rope_strides"] = layout.q_rope
-        params["block_table_stride"] = layout.block_table
-        params["out_strides"], params["lse_strides"] = layout.out, layout.lse
+        params["q_latent_strides"] = strides.q_latent
+        if strides.q_rope is not None:
+            params["q_rope_strides"] = strides.q_rope
+        params["block_table_stride"] = strides.block_table
+        params["out_strides"], params["lse_strides"] = strides.out, strides.lse
         params["num_parts"], params["blocks_per_job"] = shape.num_parts, shape.blocks_per_job
         params["group_heads"], params["scale_log2"] = problem.queries.group_heads, softmax_scale * _LOG2_E
         params["empty_lse"] = empty_lse
-        for part, pages in (("latent", layout.kv_latent), ("rope", layout.kv_rope)):
+        for part, pages in (("latent", strides.kv_latent), ("rope", strides.kv_rope)):
             if pages is not None:
                 steps = PageSteps.of(pages.shape, pages.strides)
                 params[f"{part}_page_step"], params[f"{part}_head_step"] = steps.page, steps.head
@@ -154,15 +154,15 @@ class DecodeCall:
         self._combine = self._prepare_combine()
 
     def _prepare_combine(self) -> Launch | None:
-        kind, layout, params = self.kind, self._layout, self.combine_params
+        kind, strides, params = self.kind, self._strides, self.combine_params
         if kind.combine_kernel is None:
             return None
-        params["out_strides"], params["lse_strides"] = layout.out, layout.lse
+        params["out_strides"], params["lse_strides"] = strides.out, strides.lse
         params["merges_offset"], params["slot_rows"] = kind.merges_offset, kind.shape.rows_per_job
         params["rows"], params["group_heads"] = kind.config.rows, kind.problem.queries.group_heads
         params["d_v"] = kind.problem.queries.head_dim_v
         # The address of out is a multiple of it; `check_output` sees to that.
-        params["aligned"] = all(step * _ELEMENT_BYTES % STORE_ALIGNMENT == 0 for step in layout.out)
+        params["aligned"] = all(step * _ELEMENT_BYTES % STORE_ALIGNMENT == 0 for step in strides.out)
         geometry = combine_geometry(kind.num_sms, kind.config.family.combine_threads)
         return Launch(
             kind.combine_kernel, geometry.grid, geometry.block, geometry.shared_memory, (params,), programmatic=True
@@ -200,11 +200,11 @@ class DecodeCall:
                 combine(stream)
 
     def _make_maps(self, kv_latent: int, kv_rope: int) -> tuple[TensorMap, TensorMap]:
-        config, layout = self.kind.config, self._layout
-        latent = kv_tensor_map(self._pages(kv_latent, layout.kv_latent), config)
+        config, strides = self.kind.config, self._strides
+        latent = kv_tensor_map(self._pages(kv_latent, strides.kv_latent), config)
         rope = latent  # an argument that the kernel does not look at
-        if layout.kv_rope is not None:
-            rope = kv_tensor_map(self._pages(kv_rope, layout.kv_rope), config)
+        if strides.kv_rope is not None:
+            rope = kv_tensor_map(self._pages(kv_rope, strides.kv_rope), config)
         return self._maps.keep((kv_latent, kv_rope), (latent, rope))
 
     def _pages(self, pointer: int, pages: Pages) -> ArrayView:
@@ -214,15 +214,15 @@ class DecodeCall:
 
 
 @remembered(_CALLS_KEPT)
-def prepare(kind: Blueprint, softmax_scale: float, empty_lse: float, layout: CallLayout) -> DecodeCall:
-    """The prepared call of a kind and a layout; the same object whenever it is asked for again.
+def prepare(kind: Blueprint, softmax_scale: float, empty_lse: float, strides: CallStrides) -> DecodeCall:
+    """The prepared call of a kind and of these strides; the same object whenever it is asked for again.
 
     Raises
     ------
     CompilationError, UnsupportedDeviceError, DriverError, MissingDependencyError
         A kernel cannot be compiled or loaded.
     """
-    return DecodeCall(kind, softmax_scale, empty_lse, layout)
+    return DecodeCall(kind, softmax_scale, empty_lse, strides)
 
 
 def _query_strides(strides: Strides, ragged: bool) -> Strides:

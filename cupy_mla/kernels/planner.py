@@ -32,7 +32,7 @@ _MAX_SHARED_JOBS = 1024
 
 
 @dataclass(frozen=True, slots=True)
-class PlanLayout:
+class PlanSections:
     """Where things lie in the plan, one int32 array; every section begins at a multiple of 32 bytes.
 
     Attributes
@@ -53,8 +53,8 @@ class PlanLayout:
     table_in_shared: bool
 
 
-def plan_layout(shape: ScheduleShape) -> PlanLayout:
-    """The layout of the plan of a shape.
+def plan_sections(shape: ScheduleShape) -> PlanSections:
+    """The sections of the plan of a shape.
 
     Raises
     ------
@@ -70,7 +70,7 @@ def plan_layout(shape: ScheduleShape) -> PlanLayout:
         raise InvalidArgumentError(
             "fixed_split_tokens" if shape.fixed_split_tokens else "batch", "a plan of less than 8 GB", f"{total} ints"
         )
-    return PlanLayout(_HEADER_INTS, items_offset, merges_offset, workspace_offset, total, table_in_shared)
+    return PlanSections(_HEADER_INTS, items_offset, merges_offset, workspace_offset, total, table_in_shared)
 
 
 def _align(ints: int) -> int:
@@ -79,7 +79,7 @@ def _align(ints: int) -> int:
 
 def plan_params(shape: ScheduleShape) -> npt.NDArray[Any]:
     """The planner's by-value argument: one element of PLAN_PARAMS."""
-    layout = plan_layout(shape)
+    sections = plan_sections(shape)
     params = np.zeros(1, PLAN_PARAMS)
     for name in ("batch", "num_parts", "blocks_per_job", "rows", "group_heads", "num_heads_kv", "seqlen_q"):
         params[name] = getattr(shape, name)
@@ -90,15 +90,15 @@ def plan_params(shape: ScheduleShape) -> npt.NDArray[Any]:
     for name in ("piece_overhead", "split_overhead", "merge_overhead", "packs"):
         params[name] = getattr(shape.cost, name)
     params["max_jobs"] = shape.max_jobs
-    params["merges_offset"] = layout.merges_offset
-    params["workspace_offset"] = layout.workspace_offset
-    params["table_in_shared"] = layout.table_in_shared
+    params["merges_offset"] = sections.merges_offset
+    params["workspace_offset"] = sections.workspace_offset
+    params["table_in_shared"] = sections.table_in_shared
     return params
 
 
 def plan_geometry(shape: ScheduleShape) -> Geometry:
     """How mla_plan is launched."""
-    jobs = shape.max_jobs if plan_layout(shape).table_in_shared else 0
+    jobs = shape.max_jobs if plan_sections(shape).table_in_shared else 0
     return Geometry((1, 1, 1), (PLAN_THREADS, 1, 1), _SCRATCH_BYTES + jobs * _JOB_COLUMNS * _INT_BYTES)
 
 
@@ -108,20 +108,20 @@ def read_plan(plan: npt.NDArray[np.int32], shape: ScheduleShape) -> Schedule:
     Parameters
     ----------
     plan
-        int32 [plan_layout(shape).total_ints].
+        int32 [plan_sections(shape).total_ints].
     shape
         The shape it was made for.
     """
-    layout = plan_layout(shape)
+    sections = plan_sections(shape)
     header = plan[:_HEADER_INTS].view(PLAN_HEADER)[0]
 
     def rows(offset: int, count: int) -> npt.NDArray[np.int32]:
         return plan[offset : offset + count * _ITEM_INTS].reshape(count, _ITEM_INTS).copy()
 
     return Schedule(
-        part_begin=plan[layout.part_begin_offset : layout.part_begin_offset + shape.num_parts + 1].copy(),
-        items=rows(layout.items_offset, int(header["num_items"])),
-        merges=rows(layout.merges_offset, int(header["num_merges"])),
+        part_begin=plan[sections.part_begin_offset : sections.part_begin_offset + shape.num_parts + 1].copy(),
+        items=rows(sections.items_offset, int(header["num_items"])),
+        merges=rows(sections.merges_offset, int(header["num_merges"])),
         num_slots=int(header["num_slots"]),
         budget=int(header["budget"]),
         num_jobs=int(header["num_jobs"]),
