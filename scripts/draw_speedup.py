@@ -15,7 +15,9 @@ import click
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from cupy_mla.shown.drawing import INK, PALETTE, make_figure, plain_ticks, save_figure, tidy, token_ticks
+from cupy_mla.bench.plots import save_figure
+from cupy_mla.commands.command import Command
+from cupy_mla.shown.drawing import INK, PALETTE, make_figure, plain_ticks, tidy, token_ticks
 
 OURS = "cupy-mla"
 PANEL_INCHES, HEIGHT_INCHES = 4.6, 3.4
@@ -42,7 +44,7 @@ def read_speedups(path: Path) -> Speedups:
     return speedups
 
 
-@click.command()
+@click.command(cls=Command)
 @click.argument("source", type=click.Path(exists=True, dir_okay=False, path_type=Path))
 @click.argument("picture", type=click.Path(dir_okay=False, path_type=Path))
 def main(source: Path, picture: Path) -> None:

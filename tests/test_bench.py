@@ -433,12 +433,27 @@ def test_the_limit_holds_between_steps_and_ahead_of_long_ones() -> None:
     deadline.check(9.0)
     with pytest.raises(measure.TimeLimitError, match=r"would take 11 s, beyond the limit of 10 s"):
         deadline.check(11.0)
+    now = 4.0
+    with pytest.raises(measure.TimeLimitError, match=r"take 9 s, beyond the 6 s that are left of the limit of 10 s"):
+        deadline.check(9.0)
     now = 10.5
     with pytest.raises(measure.TimeLimitError, match=r"limit of 10 s for a case has passed"):
         deadline.check()
     (row,) = measure.measure([SMALL], [OurSide()], NUMPY, limit=1e-9)
     assert row.failure is not None
     assert "TimeLimitError" in row.failure
+
+
+def test_the_limit_counts_the_calls_of_a_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Three of them, without the warm-up and the rounds of a GPU."""
+    seconds = 10.0
+    monkeypatch.setattr(measure, "_first_calls", lambda call, inputs: (seconds, call(inputs.caches[0])))
+    (row,) = measure.measure([SMALL], [OurSide()], NUMPY, limit=60.0)
+    assert row.failure is None
+    assert row.ours.us is not None
+    seconds = 100.0
+    (row,) = measure.measure([SMALL], [OurSide()], NUMPY, limit=60.0)
+    assert row.failure == "TimeLimitError: it would take 300 s, beyond the limit of 60 s for a case"
 
 
 def test_rounds_that_were_run_count_when_the_time_is_up() -> None:

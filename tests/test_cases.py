@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import sys
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
@@ -13,12 +14,13 @@ import ml_dtypes
 import numpy as np
 import pytest
 
+from cupy_mla import mla_decode
 from cupy_mla.arrays.dtypes import numpy_dtype
 from cupy_mla.call.describe import describe_decode
 from cupy_mla.call.options import read_call
 from cupy_mla.call.problem import MAX_TOKENS
 from cupy_mla.decode.reference import mla_decode_reference
-from cupy_mla.errors import InvalidArgumentError
+from cupy_mla.errors import InvalidArgumentError, MissingDependencyError
 from cupy_mla.lab import case_files, cases
 from cupy_mla.lab.accuracy import OUT_BOUNDS, choose_requests, decode_float64, measure_accuracy
 from cupy_mla.lab.array_files import read_arrays, write_arrays
@@ -59,9 +61,22 @@ def test_shipped_lengths_are_real_requests() -> None:
     assert "CC-BY 4.0" in readme
 
 
-@pytest.mark.parametrize("header", ["context_tokens,generated_tokens", "TIMESTAMP,ContextTokens,GeneratedTokens"])
-def test_lengths_are_read_by_column_name(tmp_path: Path, header: str) -> None:
-    row = "7,3" if header.startswith("context") else "noon,7,3"
+@pytest.mark.parametrize(
+    "header",
+    [
+        "context_tokens,generated_tokens",
+        "TIMESTAMP,ContextTokens,GeneratedTokens",
+        "context_tokens, generated_tokens",
+        "context_tokens ,generated_tokens ",
+        "context_tokens,\tgenerated_tokens",
+        '"context_tokens", "generated_tokens"',
+        "context tokens,Generated Tokens",
+        "contextTokens,GENERATED_TOKENS",
+    ],
+)
+@pytest.mark.parametrize("blank", ["", " "])
+def test_lengths_are_read_by_column_name(tmp_path: Path, header: str, blank: str) -> None:
+    row = f"7,{blank}3" if header.lower().startswith(("context", '"context')) else f"noon,7,{blank}3"
     file = tmp_path / "lengths.csv"
     file.write_text(f"{header}\n{row}\n")
     assert read_lengths(file).tolist() == [[7, 3]]
@@ -87,6 +102,10 @@ def test_generated_tokens_may_be_unknown(tmp_path: Path) -> None:
         (f"context_tokens,generated_tokens\n1,1\n{MAX_TOKENS},1\n", "up to 0, got '1' in line 3"),
         ("context_tokens,generated_tokens\n9000000000000000000,9000000000000000000\n", "line 2"),
         ("", "context_tokens"),
+        ("context_tokens,ContextTokens\n1,2\n", "one column context_tokens"),
+        ("context_tokens,generated_tokens,generated_tokens\n1,2,3\n", "one column generated_tokens"),
+        ("context_tokens\n4\n4,5\n", "1 values, one a column, got more in line 3"),
+        ("context_tokens;generated_tokens\n4;5\n", "context_tokens;generated_tokens"),
     ],
 )
 def test_wrong_lengths_are_named(tmp_path: Path, text: str, words: str) -> None:
@@ -275,17 +294,14 @@ def test_safetensors_package_reads_and_writes_the_same(tmp_path: Path) -> None:
 
 
 def test_metadata_of_others_is_ignored_and_an_unknown_array_is_not(tmp_path: Path) -> None:
+    package = pytest.importorskip("safetensors.numpy")
     path = tmp_path / "case.safetensors"
-    write_arrays(path, stored(small_case(), format=np.zeros(2, np.int32)))
-    content = path.read_bytes()
-    header_bytes = int.from_bytes(content[:8], "little")
-    header, data = json.loads(content[8 : 8 + header_bytes]), content[8 + header_bytes :]
-    header["__metadata__"] = {"format": "pt", "q": "text", "softmax_scale": "0.5"}
-    path.write_bytes(safetensors_bytes(header, data))
+    arrays = {name: np.asarray(value) for name, value in stored(small_case()).items()}
+    metadata = {"format": "pt", "q": "text", "softmax_scale": "0.5"}
+    package.save_file({**arrays, "format": np.zeros(2, np.int32)}, path, metadata)
     with pytest.raises(InvalidArgumentError, match="also format"):
         case_files.load_case(path)
-    del header["format"]
-    path.write_bytes(safetensors_bytes(header, data))
+    package.save_file(arrays, path, metadata)
     loaded = case_files.load_case(path)
     assert loaded.softmax_scale == 0.5
     assert loaded.q.tobytes() == small_case().q.tobytes()
@@ -328,6 +344,76 @@ def test_wrong_case_is_named(tmp_path: Path, changes: dict[str, Any], words: str
     path = tmp_path / "case.npz"
     write_arrays(path, arrays)
     with pytest.raises(InvalidArgumentError, match=words):
+        case_files.load_case(path)
+
+
+def saved(path: Path, arrays: dict[str, Any]) -> Path:
+    np.savez(path, **arrays)
+    return path
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        np.asfortranarray,
+        lambda array: array.astype(array.dtype.newbyteorder(">")) if array.dtype != BFLOAT16 else array,
+    ],
+    ids=["Fortran order", "big-endian"],
+)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_how_an_archive_stores_its_arrays_does_not_matter(tmp_path: Path, dtype: str, change: Any) -> None:
+    case = small_case(dtype=dtype, seqlens_q=2)
+    arrays = {name: change(array) for name, array in stored(case).items()}
+    loaded = case_files.load_case(saved(tmp_path / "case.npz", arrays))
+    out, lse = mla_decode(*loaded.tensors, **loaded.options)
+    expected_out, expected_lse = mla_decode(*case.tensors, **case.options)
+    assert out.tobytes() == expected_out.tobytes()
+    assert lse.tobytes() == expected_lse.tobytes()
+
+
+@pytest.mark.parametrize("suffix", SUFFIXES)
+@pytest.mark.parametrize("split", [("q",), ("kv_cache",), ("q", "kv_cache")])
+def test_a_case_may_hold_pairs(tmp_path: Path, suffix: str, split: tuple[str, ...]) -> None:
+    case = small_case(seqlens_q=2, causal=True)
+    arrays = stored(case)
+    for name in split:
+        rope = {"q": "q_rope", "kv_cache": "kv_rope"}[name]
+        arrays[name], arrays[rope] = np.split(arrays[name], [64], -1)
+    write_arrays(tmp_path / f"case{suffix}", arrays)
+    loaded = case_files.load_case(tmp_path / f"case{suffix}")
+    for name in ("q", "kv_cache"):
+        assert isinstance(getattr(loaded, name), tuple) == (name in split)
+    assert loaded.work == case.work
+    out, lse = mla_decode(*loaded.tensors, **loaded.options)
+    expected_out, expected_lse = mla_decode(*case.tensors, **case.options)
+    assert out.tobytes() == expected_out.tobytes()
+    assert lse.tobytes() == expected_lse.tobytes()
+
+
+def test_an_npy_file_is_named_as_what_it_is(tmp_path: Path) -> None:
+    path = tmp_path / "case.npz"
+    with path.open("wb") as file:
+        np.save(file, np.zeros(3))
+    with pytest.raises(InvalidArgumentError, match=r"input: .*one array without a name, as in an \.npy file"):
+        case_files.load_case(path)
+    path.write_text("q,kv_cache")
+    with pytest.raises(InvalidArgumentError, match=r"input: .*no archive of arrays"):
+        case_files.load_case(path)
+
+
+@pytest.mark.parametrize("use", [case_files.load_case, lambda path: write_arrays(path, {})])
+def test_safetensors_is_named_where_it_is_missing(use: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "safetensors", None)
+    with pytest.raises(MissingDependencyError, match=r'pip install "cupy-mla\[safetensors\]"'):
+        use(tmp_path / "case.safetensors")
+    assert not list(tmp_path.iterdir())
+
+
+def test_types_that_numpy_has_not_are_named(tmp_path: Path) -> None:
+    pytest.importorskip("safetensors")
+    path = tmp_path / "case.safetensors"
+    path.write_bytes(safetensors_bytes({"q": {"dtype": "F8_E4M3", "shape": [4], "data_offsets": [0, 4]}}, bytes(4)))
+    with pytest.raises(InvalidArgumentError, match=r"input: .*q has the type F8_E4M3"):
         case_files.load_case(path)
 
 

@@ -58,7 +58,8 @@ class Deadline:
         if self.remaining <= 0:
             raise TimeLimitError(f"the limit of {self.limit:g} s for a case has passed")
         if needed > self.remaining:
-            raise TimeLimitError(f"it would take {needed:.3g} s, beyond the limit of {self.limit:g} s for a case")
+            left = "" if needed > self.limit else f"{self.remaining:.3g} s that are left of the "
+            raise TimeLimitError(f"it would take {needed:.3g} s, beyond the {left}limit of {self.limit:g} s for a case")
 
 
 class Side(Protocol):
@@ -150,7 +151,8 @@ def _prepare(measurement: Measurement, side: Side, inputs: Inputs, deadline: Dea
         call = side.prepare(inputs)
         seconds, (out, lse) = _first_calls(call, inputs)
         _check(measurement, side, inputs, out, lse)
-        deadline.check(seconds * inputs.calls * (WARM_UP_REPLAYS + REPLAYS))
+        repeats = CPU_REPEATS if inputs.library is NUMPY else WARM_UP_REPLAYS + REPLAYS
+        deadline.check(seconds * inputs.calls * repeats)
         return Lane(measurement, make_timer(inputs.library, call, inputs.caches, inputs.calls), inputs.calls)
     except Exception as error:
         _note_failure(measurement, where, error)

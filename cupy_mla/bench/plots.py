@@ -5,9 +5,10 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
-from ..shown.drawing import make_figure, save_figure
+from ..lab.files import written_beside
+from ..shown.drawing import make_figure, png_of
 from .panels import (
     batches_of,
     device_of,
@@ -19,6 +20,9 @@ from .panels import (
     timed_peers,
 )
 from .results import Results
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 _Entry = TypeVar("_Entry")
 
@@ -79,6 +83,19 @@ def write_plots(results: Results, folder: Path) -> list[Path]:
         axes.set_title(f"Time of the peers over ours, {device_of(results)}", loc="left", weight="bold")
         written.append(save_figure(figure, folder / f"{_numbered('ratio', index)}.png"))
     return written
+
+
+def save_figure(figure: Figure, path: Path) -> Path:
+    """Write a PNG, as a whole, and return its path.
+
+    Raises
+    ------
+    InvalidArgumentError
+        The file cannot be written.
+    """
+    with written_beside(path, "folder", "a folder that can be written to") as partial:
+        partial.write_bytes(png_of(figure))
+    return path
 
 
 def _numbered(stem: str, index: int) -> str:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import InvalidArgumentError
+from ..lab.files import to_json, write_text, written_beside
 from ..shown.html import grid_table
 from .ceilings import Ceilings
 from .columns import notes, table_columns
@@ -69,7 +70,7 @@ class Results:
         InvalidArgumentError
             The file cannot be written.
         """
-        _write(path, json.dumps(self.as_dict(), indent=1) + "\n")
+        write_text(path, to_json(self.as_dict(), indent=1) + "\n", "json")
 
     def write_csv(self, path: Path) -> None:
         """Write a line for each case and implementation.
@@ -79,13 +80,10 @@ class Results:
         InvalidArgumentError
             The file cannot be written.
         """
-        try:
-            with path.open("w", newline="", encoding="utf-8") as file:
-                writer = csv.DictWriter(file, _CSV_HEADER)
-                writer.writeheader()
-                writer.writerows(self._csv_lines())
-        except OSError as error:
-            raise InvalidArgumentError("csv", "a file that can be written", f"{path} ({error})") from error
+        with written_beside(path, "csv") as partial, partial.open("w", newline="", encoding="utf-8") as file:
+            writer = csv.DictWriter(file, _CSV_HEADER)
+            writer.writeheader()
+            writer.writerows(self._csv_lines())
 
     def _csv_lines(self) -> Iterator[dict[str, Any]]:
         for row in self.rows:
@@ -181,10 +179,3 @@ def compare(old: Results, new: Results) -> list[Change]:
         if old_us is not None and row.ours.us is not None:
             changes.append(Change(row.name, old_us, row.ours.us))
     return changes
-
-
-def _write(path: Path, text: str) -> None:
-    try:
-        path.write_text(text, encoding="utf-8")
-    except OSError as error:
-        raise InvalidArgumentError("json", "a file that can be written", f"{path} ({error})") from error

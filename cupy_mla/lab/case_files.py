@@ -9,9 +9,10 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
+from ..call.options import ROPE_OF
 from ..errors import InvalidArgumentError
 from .array_files import read_arrays, write_arrays
-from .cases import OPTIONS, TENSORS, Case
+from .cases import OPTIONS, TENSORS, Case, parts_of
 from .random_values import Array
 
 _INDEX_RANKS = {"block_table": 2, "cache_seqlens": 1, "cu_seqlens_q": 1}
@@ -21,8 +22,9 @@ def load_case(path: Path) -> Case:
     """Read a case from an .npz or .safetensors file, as NumPy arrays.
 
     The file holds q, kv_cache, block_table and cache_seqlens, and may hold cu_seqlens_q, softmax_scale, causal and
-    head_dim_v (single values; in a safetensors file they may be metadata, whose other entries are ignored). q and
-    kv_cache may be stored as uint16, which is taken as the bits of bfloat16; index arrays may be int64.
+    head_dim_v (single values; in a safetensors file they may be metadata, whose other entries are ignored). Where it
+    holds q_rope or kv_rope too, q or kv_cache is the pair with it. Values stored as uint16 are taken as the bits of
+    bfloat16; index arrays may be int64.
 
     Raises
     ------
@@ -34,21 +36,23 @@ def load_case(path: Path) -> Case:
     for name in TENSORS:
         if name not in found:
             raise InvalidArgumentError("input", f"an array {name}", f"{path} with {sorted(found)}")
-    unknown = sorted(set(found) - set(TENSORS) - set(OPTIONS))
+    known = (*TENSORS, *ROPE_OF.values(), *OPTIONS)
+    unknown = sorted(set(found) - set(known))
     if unknown:
-        raise InvalidArgumentError("input", f"only {', '.join(TENSORS + OPTIONS)}", f"also {', '.join(unknown)}")
+        raise InvalidArgumentError("input", f"only {', '.join(known)}", f"also {', '.join(unknown)}")
     indices = {name: _index_array(name, found[name]) for name in _INDEX_RANKS if name in found}
     kv_lengths = indices["cache_seqlens"].astype(np.int64)
-    q = _float_array(found["q"])
+    q, kv_cache = (_floats(name, found) for name in ROPE_OF)
+    first_q = parts_of(q)[0]
     if "cu_seqlens_q" in indices:
         q_lengths = np.diff(indices["cu_seqlens_q"]).astype(np.int64)
     else:
-        q_lengths = np.full_like(kv_lengths, q.shape[1] if q.ndim > 1 else 0)
+        q_lengths = np.full_like(kv_lengths, first_q.shape[1] if first_q.ndim > 1 else 0)
     if len(q_lengths) != len(kv_lengths) or (q_lengths < 0).any():
         raise InvalidArgumentError("cu_seqlens_q", "batch + 1 values that never fall", str(indices["cu_seqlens_q"]))
     return Case(
         q=q,
-        kv_cache=_float_array(found["kv_cache"]),
+        kv_cache=kv_cache,
         block_table=indices["block_table"],
         cache_seqlens=indices["cache_seqlens"],
         kv_lengths=kv_lengths,
@@ -58,8 +62,11 @@ def load_case(path: Path) -> Case:
     )
 
 
-def _float_array(array: Array) -> Array:
-    return array.view(ml_dtypes.bfloat16) if array.dtype == np.uint16 else array
+def _floats(name: str, found: dict[str, Array]) -> Any:
+    """An array of values, or the pair (latent, rope)."""
+    parts = [found[part] for part in (name, ROPE_OF[name]) if part in found]
+    values = tuple(part.view(ml_dtypes.bfloat16) if part.dtype == np.uint16 else part for part in parts)
+    return values if len(values) > 1 else values[0]
 
 
 def _index_array(name: str, array: Array) -> Array:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import math
+import re
 from importlib import resources
 from pathlib import Path
 
@@ -15,9 +16,8 @@ from ..errors import InvalidArgumentError
 
 IntArray = npt.NDArray[np.int64]
 
-# Each column under the name our files use and the one of the published trace.
-_CONTEXT_NAMES = ("context_tokens", "ContextTokens")
-_GENERATED_NAMES = ("generated_tokens", "GeneratedTokens")
+_CONTEXT, _GENERATED = "context_tokens", "generated_tokens"
+_NO_LETTERS = re.compile(r"[\W_]")
 _SHIPPED = "azure_llm_2023_conv_lengths.csv"
 
 
@@ -32,7 +32,9 @@ def read_lengths(path: Path) -> IntArray:
     Parameters
     ----------
     path
-        CSV with a header line that has ``context_tokens`` and, if known, ``generated_tokens`` (0 without it).
+        CSV with a header line that has ``context_tokens`` and, if known, ``generated_tokens`` (0 without it). Case,
+        blanks and underscores in these names do not matter (the published trace has ContextTokens); other columns are
+        not read.
 
     Returns
     -------
@@ -41,19 +43,21 @@ def read_lengths(path: Path) -> IntArray:
     Raises
     ------
     InvalidArgumentError
-        The file cannot be read, has no such column or no rows, or a value (named by its line) is not a whole number or
-        makes a request longer than there can be.
+        The file cannot be read, has no such column or two of them, has no rows, or a value (named by its line) is not a
+        whole number, makes a request longer than there can be or belongs to no column.
     """
     try:
         with path.open(newline="", encoding="utf-8-sig") as file:
-            reader = csv.DictReader(file)
-            columns = reader.fieldnames or []
-            context = next((name for name in _CONTEXT_NAMES if name in columns), None)
-            generated = next((name for name in _GENERATED_NAMES if name in columns), None)
+            reader = csv.DictReader(file, skipinitialspace=True)
+            columns = list(reader.fieldnames or [])
+            context, generated = _find(columns, _CONTEXT), _find(columns, _GENERATED)
             if context is None:
-                raise InvalidArgumentError("lengths", f"a header with the column {_CONTEXT_NAMES[0]}", f"{columns}")
+                raise InvalidArgumentError("lengths", f"a header with the column {_CONTEXT}", f"{columns}")
             rows = []
             for row in reader:
+                if any(row.get(None) or ()):
+                    expected = f"{len(columns)} values, one a column"
+                    raise InvalidArgumentError("lengths", expected, f"more in line {reader.line_num}")
                 tokens = _whole_number(row[context], reader.line_num, MAX_TOKENS)
                 answer = _whole_number(row[generated], reader.line_num, MAX_TOKENS - tokens) if generated else 0
                 rows.append((tokens, answer))
@@ -62,6 +66,18 @@ def read_lengths(path: Path) -> IntArray:
     if not rows:
         raise InvalidArgumentError("lengths", "at least one request", f"none in {path}")
     return np.array(rows, dtype=np.int64)
+
+
+def _find(columns: list[str], name: str) -> str | None:
+    """The column of this name, however it is written."""
+    found = [column for column in columns if _letters(column) == _letters(name)]
+    if len(found) > 1:
+        raise InvalidArgumentError("lengths", f"one column {name}", f"{found}")
+    return found[0] if found else None
+
+
+def _letters(name: str) -> str:
+    return _NO_LETTERS.sub("", name).lower()
 
 
 def _whole_number(text: str | None, line: int, most: int) -> int:

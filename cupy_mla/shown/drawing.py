@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+import io
 from collections.abc import Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..errors import InvalidArgumentError, MissingDependencyError
+from ..errors import MissingDependencyError
 
 if TYPE_CHECKING:
     from matplotlib.artist import Artist
@@ -43,19 +43,11 @@ def make_figure(width: float, height: float) -> Figure:
     return Figure(figsize=(width, height), layout="constrained")
 
 
-def save_figure(figure: Figure, path: Path) -> Path:
-    """Write a PNG and return its path.
-
-    Raises
-    ------
-    InvalidArgumentError
-        The file cannot be written.
-    """
-    try:
-        figure.savefig(path, dpi=_DOTS_PER_INCH)
-    except OSError as error:
-        raise InvalidArgumentError("folder", "a folder that can be written to", f"{path} ({error})") from error
-    return path
+def png_of(figure: Figure) -> bytes:
+    """The content of a PNG file."""
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=_DOTS_PER_INCH)
+    return buffer.getvalue()
 
 
 def tidy(axes: Axes, grid: str = "both") -> None:

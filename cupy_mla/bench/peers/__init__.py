@@ -6,6 +6,7 @@ All take torch tensors. None is a dependency: whichever can be imported is used.
 from __future__ import annotations
 
 import importlib
+import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -39,7 +40,7 @@ def add_peers_path(folder: Path) -> None:
     InvalidArgumentError
         It is not a folder.
     """
-    if not folder.is_dir():
+    if not os.path.isdir(folder):  # where it cannot be looked at, Path.is_dir raises
         raise InvalidArgumentError("peers_path", "a folder", str(folder))
     sys.path.insert(0, str(folder.resolve()))
     importlib.invalidate_caches()
