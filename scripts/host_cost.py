@@ -11,7 +11,6 @@ once: the figures are then our own share, without the driver's.
 from __future__ import annotations
 
 import importlib
-import json
 import platform
 import statistics
 import sys
@@ -31,11 +30,13 @@ from cupy_mla.arrays import sketch as sketches
 from cupy_mla.arrays import view as views
 from cupy_mla.call.describe import describe_decode
 from cupy_mla.call.options import DECODE, OPTIONS, read_call
+from cupy_mla.commands.command import Command
 from cupy_mla.decode import dense as decode
 from cupy_mla.decode import known as known_calls
 from cupy_mla.decode import plan
 from cupy_mla.gpu import device, driver
 from cupy_mla.gpu.device import DeviceInfo, why_unsupported
+from cupy_mla.lab.files import to_json, write_text
 from cupy_mla.settings import get_settings
 
 CALLS, ROUNDS = 200, 25  # two launches a call stay below the 1024 that a stream takes before it blocks
@@ -270,10 +271,10 @@ def import_torch() -> Any:
         return None
 
 
-@click.command(help=__doc__)
+@click.command(help=__doc__, cls=Command)
 @click.option("--peers", type=click.Path(exists=True, file_okay=False), help="Folder with FlashMLA, see above.")
-@click.option("--json", "json_path", type=click.Path(dir_okay=False), help="Also write the rows to this file.")
-def main(peers: str | None, json_path: str | None) -> None:
+@click.option("--json", "json_path", type=click.Path(path_type=Path, dir_okay=False), help="Also write the rows here.")
+def main(peers: str | None, json_path: Path | None) -> None:
     torch = import_torch()
     reason = why_unsupported()
     if reason is not None and torch is None:
@@ -302,7 +303,7 @@ def main(peers: str | None, json_path: str | None) -> None:
             rows.append({"group": group, **asdict(cost)})
             click.echo(f"  {name:<54}{cost.median:>9.2f}{cost.fastest:>9.2f}")
     if json_path is not None:
-        Path(json_path).write_text(json.dumps(rows, indent=1) + "\n")
+        write_text(json_path, to_json(rows, indent=1) + "\n", "json")
     full = next(row["median"] for row in rows if row["name"] == FULL_CALL)
     click.echo(f"\n{FULL_CALL}: {full:.2f} us, to be at most {TARGET_MICROSECONDS:.0f}")
 

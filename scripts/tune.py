@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import logging
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,13 +27,15 @@ from cupy_mla.bench.report import print_results
 from cupy_mla.bench.results import Results, load_results
 from cupy_mla.bench.rows import Row
 from cupy_mla.bench.run import run_bench
-from cupy_mla.errors import MlaError
+from cupy_mla.commands.command import Command
+from cupy_mla.commands.common import raise_failures
+from cupy_mla.lab.files import Writing
 from cupy_mla.lab.timing import DEFAULT_LIMIT_SECONDS
 
 DEFAULT_PEERS = "flash_mla,flashinfer,fa3"
 
 
-@click.command(help=__doc__)
+@click.command(help=__doc__, cls=Command, spellings={"results": "--load", "folder": "--plot", "json": "--save"})
 @click.argument("names", nargs=-1, type=click.Choice(list(SUITES)), metavar="[SUITE]...")
 @click.option("--peer", "peers", default=DEFAULT_PEERS, show_default=True, help="Peers; empty for none.")
 @click.option("--peers-path", type=click.Path(path_type=Path, file_okay=False), help="Folder to look for them in.")
@@ -49,19 +52,18 @@ DEFAULT_PEERS = "flash_mla,flashinfer,fa3"
 )
 def main(names: tuple[str, ...], **options: Any) -> None:
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stdout)  # failures, with their tracebacks
-    try:
-        all_results = run_suites(names or tuple(SUITES), **options)
-    except MlaError as error:
-        raise click.UsageError(str(error)) from error
+    writing = Writing()
+    all_results = run_suites(names or tuple(SUITES), writing, **options)
     if options["part"] and not any(results.rows for results in all_results.values()):
         raise click.UsageError(f"no case has {options['part']!r} in its name")
     for name, results in all_results.items():
         click.echo(summary(name, results))
+    raise_failures(writing)
     sys.exit(1 if any(results.failed for results in all_results.values()) else 0)
 
 
 def run_suites(
-    names: tuple[str, ...], *, save: Path | None, load: Path | None, plot: Path | None, **options: Any
+    names: tuple[str, ...], writing: Writing, *, save: Path | None, load: Path | None, plot: Path | None, **options: Any
 ) -> dict[str, Results]:
     """Measure (or load) suites one after the other; each is printed and drawn when it is done."""
     if save is not None:
@@ -73,11 +75,11 @@ def run_suites(
             results = load_results(load / f"tune_{name}.json")
         else:
             file = None if save is None else save / f"tune_{name}.json"
-            results = measure_suite(name, SUITES[name], file=file, **options)
+            results = measure_suite(name, SUITES[name], writing, file=file, **options)
             options["ceilings"] = False
             ceilings = results.ceilings = ceilings or results.ceilings
             if file is not None:
-                results.write_json(file)
+                writing.attempt(name, partial(results.write_json, file))
         all_results[name] = results
         print_results(results, SUITES[name].columns(results), SUITES[name].title)
         if plot is not None:
@@ -88,6 +90,7 @@ def run_suites(
 def measure_suite(
     name: str,
     suite: Suite,
+    writing: Writing,
     *,
     peers: str,
     peers_path: Path | None,
@@ -112,7 +115,7 @@ def measure_suite(
         for row in rows:
             click.echo(f"{name} {len(results.rows)}/{total} {progress_of(row)}")
         if file is not None:
-            results.write_json(file)
+            writing.attempt(name, partial(results.write_json, file))
 
     return run_bench(
         groups,

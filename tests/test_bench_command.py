@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -124,16 +125,16 @@ def test_bench_without_matplotlib_does_not_start(monkeypatch: pytest.MonkeyPatch
         (["--storage", "scattered"], ["--storage"]),
         (["--layout", "scattered"], ["--layout"]),
         (["--heads", "4", "--tp", "2"], ["--heads", "--preset or --tp"]),
-        (["--tp", "3"], ["tp", "divisor of the 128 heads"]),
-        (["--split", "100", *TINY], ["fixed_split_tokens", "multiple of 64"]),
-        (["--peer", "flashy", *TINY], ["peer", "flashy"]),
-        (["--compare", "nowhere.json"], ["results", "nowhere.json"]),
-        (["--json", "no/such/folder/results.json"], ["json", "folder that exists"]),
+        (["--tp", "3"], ["--tp: ", "divisor of the 128 heads"]),
+        (["--split", "100", *TINY], ["--split: ", "multiple of 64"]),
+        (["--peer", "flashy", *TINY], ["--peer: ", "flashy"]),
+        (["--compare", "nowhere.json"], ["--compare: ", "nowhere.json"]),
+        (["--json", "no/such/folder/results.json"], ["--json: ", "folder that exists"]),
         (["--limit", "0"], ["--limit"]),
-        (["--peers-path", "nowhere"], ["peers_path", "folder"]),
+        (["--peers-path", "nowhere"], ["--peers-path: ", "folder"]),
         (["--json", "."], ["--json", "is a directory"]),
         (["--csv", "."], ["--csv", "is a directory"]),
-        (["--batch", "5000", "--trace", "1"], ["batch", "1 to 1024"]),
+        (["--batch", "5000", "--trace", "1"], ["--batch: ", "1 to 1024"]),
     ],
 )
 def test_bench_names_the_wrong_argument(arguments: list[str], words: list[str]) -> None:
@@ -145,6 +146,34 @@ def test_bench_names_the_wrong_argument(arguments: list[str], words: list[str]) 
         assert word in message
 
 
+def test_a_file_that_cannot_be_written_costs_no_run(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Neither the other cases nor the report nor the other files."""
+    earlier, table = tmp_path / "results.json", tmp_path / "results.csv"
+    earlier.write_text("earlier")
+    replace = os.replace
+
+    def no_room(source: Path, target: Path) -> None:
+        if target == earlier:
+            raise OSError(28, "No space left on device")
+        replace(source, target)
+
+    monkeypatch.setattr(os, "replace", no_room)
+    result = bench(*TINY, "--json", str(earlier), "--csv", str(table))
+    assert result.exit_code == 2
+    assert "--json: expected a file that can be written" in result.stderr.splitlines()[-1]
+    assert "b1_k64_h2_q1" in result.stdout
+    assert "b1_k100_h2_q1" in result.stdout
+    assert len(table.read_text().splitlines()) == 3
+    assert earlier.read_text() == "earlier"
+
+
+def test_a_folder_for_pictures_that_cannot_be_is_refused_before_the_run(tmp_path: Path) -> None:
+    result = bench(*TINY, "--plot", str(tmp_path / ("x" * 300)))
+    assert result.exit_code == 2
+    assert "--plot: expected a folder that can be made" in result.stderr
+    assert "b1_k64" not in result.stdout
+
+
 def test_bench_does_not_run_when_the_earlier_results_cannot_be_compared(tmp_path: Path) -> None:
     old, new = tmp_path / "old.json", tmp_path / "new.json"
     assert bench(*TINY, "--json", str(old)).exit_code == 0
@@ -153,7 +182,7 @@ def test_bench_does_not_run_when_the_earlier_results_cannot_be_compared(tmp_path
     old.write_text(json.dumps(values))
     result = bench(*TINY, "--compare", str(old), "--json", str(new))
     assert result.exit_code == 2
-    assert "results: " in result.stderr
+    assert "--compare: " in result.stderr
     assert "us is 0 in b1_k64_h2_q1" in result.stderr
     assert not new.exists()
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from dataclasses import replace
@@ -145,16 +146,16 @@ def test_decode_exits_with_1_above_the_bound(monkeypatch: pytest.MonkeyPatch) ->
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (["--tp", "3"], ["tp", "divisor of the 128 heads"]),
-        (["--batch", "5000"], ["batch", "1 to 1024"]),
+        (["--tp", "3"], ["--tp: ", "divisor of the 128 heads"]),
+        (["--batch", "5000"], ["--batch: ", "1 to 1024"]),
         (["--batch", "0"], ["--batch"]),
         (["--preset", "gpt-2"], ["--preset"]),
-        (["--lengths", "nowhere.csv"], ["lengths", "nowhere.csv"]),
-        (["--input", "nowhere.npz"], ["input", "nowhere.npz"]),
-        (["--input", "case.pt"], ["input", ".npz or .safetensors"]),
+        (["--lengths", "nowhere.csv"], ["--lengths: ", "nowhere.csv"]),
+        (["--input", "nowhere.npz"], ["--input: ", "nowhere.npz"]),
+        (["--input", "case.pt"], ["--input: ", ".npz or .safetensors"]),
         (["--input", "case.npz", "--batch", "4"], ["--batch", "--input"]),
         (["--input", "case.npz", "--page-size", "64"], ["--page-size", "--input"]),
-        (["--save", "result.txt"], ["save", ".npz or .safetensors"]),
+        (["--save", "result.txt"], ["--save: ", ".npz or .safetensors"]),
         (["--save", "."], ["--save", "is a directory"]),
     ],
 )
@@ -214,6 +215,138 @@ def test_too_little_memory_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
     assert result.stderr.strip().endswith("Unable to allocate 9 TB")
 
 
+def test_a_report_is_printed_although_the_result_cannot_be_kept(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    def no_room(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    target = tmp_path / "result.npz"
+    target.write_bytes(b"earlier")
+    monkeypatch.setattr("os.replace", no_room)
+    for arguments in ([], ["--json"]):
+        result = run("decode", *QUICK, "--save", str(target), *arguments)
+        assert "relative" in result.stdout
+        assert_mistake(result, "--save: expected a file that can be written", "No space left on device")
+        assert target.read_bytes() == b"earlier"
+
+
+def test_a_result_does_not_overwrite_its_case(tmp_path: Path) -> None:
+    case = build_case(CaseSpec((30,), 4))
+    path = tmp_path / "case.npz"
+    write_arrays(path, {name: getattr(case, name) for name in TENSORS})
+    before = path.read_bytes()
+    (tmp_path / "other.npz").symlink_to(path)
+    for name in ("case.npz", "other.npz"):
+        result = run("decode", "--input", str(path), "--save", str(tmp_path / name), "--backend", "numpy")
+        assert_mistake(result, "--save: expected another file than --input")
+    assert path.read_bytes() == before
+
+
+def test_decode_takes_pairs(tmp_path: Path) -> None:
+    case = build_case(CaseSpec((30, 0), 4, storage="split"))
+    arrays = {name: getattr(case, name) for name in TENSORS[2:]}
+    for name, rope in (("q", "q_rope"), ("kv_cache", "kv_rope")):
+        arrays[name], arrays[rope] = getattr(case, name)
+    path = tmp_path / "case.npz"
+    write_arrays(path, arrays)
+    result = run("decode", "--input", str(path), "--backend", "numpy")
+    assert result.exit_code == 0, result.output
+    shapes = "q [2, 1, 4, 512] + [2, 1, 4, 64], cache [1, 64, 1, 512] + [1, 64, 1, 64], bfloat16"
+    assert shapes in words_of(result.output)
+
+
+def test_decode_says_how_to_read_bfloat16(tmp_path: Path) -> None:
+    target = tmp_path / "result.npz"
+    result = run("decode", *QUICK, "--save", str(target))
+    assert f"{target} holds out as raw bits: read it with .view(ml_dtypes.bfloat16)" in result.stderr
+    assert ".view(ml_dtypes.bfloat16)" in words_of(run("decode", "--help").output)
+    with np.load(target) as archive:
+        out = archive["out"].view(ml_dtypes.bfloat16)
+    assert np.isfinite(out.astype(np.float32)).all()
+    assert abs(out.astype(np.float32)).max() > 0
+    assert "raw bits" not in run("decode", *QUICK, "--save", str(target), "--dtype", "float16").stderr
+
+
+def test_a_small_file_of_lengths_is_drawn_whole(tmp_path: Path) -> None:
+    lengths = tmp_path / "lengths.csv"
+    lengths.write_text("context_tokens, generated_tokens\n70, 0\n5, 0\n")
+    result = run("decode", "--tp", "128", "--backend", "numpy", "--lengths", str(lengths))
+    assert result.exit_code == 0, result.output
+    assert "2 requests, 5 to 70 tokens each" in words_of(result.stdout)
+    assert f"2 requests: {lengths} has no more" in result.stderr
+    assert "2 requests" in run("plan", "--lengths", str(lengths)).output
+    assert_mistake(run("plan", "--lengths", str(lengths), "--batch", "3"), "--batch: expected 1 to 2", "got 3")
+
+
+def test_a_case_that_is_no_number_is_json(tmp_path: Path) -> None:
+    case = build_case(CaseSpec((30,), 4))
+    case.q[...] = np.nan
+    path = tmp_path / "case.npz"
+    write_arrays(path, {name: getattr(case, name) for name in TENSORS})
+    result = run("decode", "--input", str(path), "--backend", "numpy", "--json")
+    assert result.exit_code == 1
+
+    def refuse(constant: str) -> None:
+        raise AssertionError(constant)
+
+    facts = json.loads(result.stdout, parse_constant=refuse)
+    assert facts["relative_error"] is None
+    assert facts["passed"] is False
+
+
+def test_an_error_names_a_value_of_a_file_as_it_is_there(tmp_path: Path) -> None:
+    case = build_case(CaseSpec((30,), 4))
+    path = tmp_path / "case.npz"
+    write_arrays(path, {**{name: getattr(case, name) for name in TENSORS}, "causal": np.int64(2)})
+    result = run("decode", "--input", str(path), "--backend", "numpy")
+    assert result.stderr.startswith("Error: causal: expected")
+
+
+# --- what the output can take ---
+
+
+def run_process(*arguments: str | bytes, **options: Any) -> subprocess.CompletedProcess[bytes]:
+    return subprocess.run([sys.executable, "-m", "cupy_mla", *arguments], stderr=subprocess.PIPE, **options)
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="there is no /dev/full")
+@pytest.mark.parametrize("arguments", [["info"], ["info", "--json"], ["plan", "100"], ["memory"], ["--help"]])
+def test_an_output_that_takes_nothing_is_one_line(arguments: list[str]) -> None:
+    with open("/dev/full", "wb") as full:
+        result = run_process(*arguments, stdout=full)
+    assert result.returncode == 3
+    assert result.stderr.decode().splitlines() == ["Error: [Errno 28] No space left on device"]
+
+
+@pytest.mark.parametrize("name", ["ü.npz".encode(), b"\xff.npz"])
+@pytest.mark.parametrize("encoding", ["ascii", "utf-8"])
+def test_names_that_the_output_cannot_show_are_escaped(name: bytes, encoding: str, tmp_path: Path) -> None:
+    case = build_case(CaseSpec((30,), 1))
+    write_arrays(tmp_path / "case.npz", {tensor: getattr(case, tensor) for tensor in TENSORS})
+    (tmp_path / "case.npz").rename(tmp_path / os.fsdecode(name))
+    environment = {**os.environ, "PYTHONIOENCODING": encoding, "PYTHONUTF8": "1"}
+    command = ["decode", "--input", name, "--backend", "numpy"]
+    for arguments in (command, [*command, "--json"]):
+        result = run_process(*arguments, stdout=subprocess.PIPE, env=environment, cwd=tmp_path)
+        assert result.returncode == 0, result.stderr
+        assert b"passed" in result.stdout
+    missing = run_process("decode", "--input", b"no-" + name, stdout=subprocess.PIPE, env=environment, cwd=tmp_path)
+    assert missing.returncode == 2
+    assert b"Traceback" not in missing.stderr
+    assert b"--input" in missing.stderr
+
+
+@pytest.mark.parametrize("arguments", [["decode", *QUICK[:-2]], ["bench", "--batch", "1", "--length", "64"], ["check"]])
+def test_notes_do_not_get_into_the_output(monkeypatch: pytest.MonkeyPatch, arguments: list[str]) -> None:
+    monkeypatch.setattr(device, "why_unsupported", lambda: "there is no GPU")
+    monkeypatch.setattr(check.run_checks, "__defaults__", (check.CHECK_CASES[:1],))
+    result = run(*arguments)
+    assert "NumPy backend: there is no GPU" in result.stderr
+    assert "there is no GPU" not in result.stdout
+    assert result.stdout
+
+
 # --- info and check ---
 
 
@@ -230,6 +363,19 @@ def test_info_says_what_is_here() -> None:
 def test_info_says_why_not(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(device, "why_unsupported", lambda: "GPU 0 is a toaster")
     assert json.loads(run("info", "--json").stdout)["CUDA arrays"] == "not supported: GPU 0 is a toaster"
+
+
+def test_info_looks_at_places_that_cannot_be_looked_at(
+    tmp_path: Path, set_environment: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    set_environment(CUPY_MLA_CACHE_DIR=str(tmp_path / ("a" * 300)))
+    assert "cannot be read (File name too long)" in json.loads(run("info", "--json").stdout)["kernel cache"]
+
+    def forbidden(cache_dir: Path) -> None:
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr("cupy_mla.gpu.jit.cache.count_entries", forbidden)
+    assert "cannot be read (Permission denied)" in json.loads(run("info", "--json").stdout)["kernel cache"]
 
 
 def test_check_runs_on_numpy(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -335,11 +481,11 @@ def test_plan_draws_real_lengths_and_fixed_splits() -> None:
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (["--fixed-split-tokens", "100"], ["fixed_split_tokens", "multiple of 64"]),
+        (["--fixed-split-tokens", "100"], ["--fixed-split-tokens: ", "multiple of 64"]),
         (["100", "--batch", "3"], ["KV_LENGTH", "--batch"]),
         (["--sms", "0"], ["--sms"]),
         (["ten"], ["ten"]),
-        (["--lengths", "nowhere.csv"], ["lengths"]),
+        (["--lengths", "nowhere.csv"], ["--lengths: "]),
     ],
 )
 def test_plan_names_the_wrong_argument(arguments: list[str], words: list[str]) -> None:

@@ -105,8 +105,8 @@ def test_tune_measures_saves_and_prints_again(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (["--peer", "flashy", "--backend", "numpy"], "peer: expected one of flash_mla"),
-        (["--load", "nowhere"], "results: expected a file that can be read"),
+        (["--peer", "flashy", "--backend", "numpy"], "--peer: expected one of flash_mla"),
+        (["--load", "nowhere"], "--load: expected a file that can be read"),
         (["--cases", "zzz", "--peer", "", "--backend", "numpy"], "no case has 'zzz' in its name"),
     ],
 )

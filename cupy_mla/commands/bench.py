@@ -10,13 +10,15 @@ import click
 from click.core import ParameterSource
 
 from ..errors import InvalidArgumentError
+from ..lab.files import Writing, check_folder
 from ..lab.presets import DEFAULT_PRESET, PRESETS
 from ..lab.spec import DEFAULT_DTYPE, DEFAULT_PAGE_SIZE, DTYPES, PACKED, STORAGES
 from ..lab.timing import DEFAULT_LIMIT_SECONDS
-from .common import COUNT, Command, backend_option, choose_backend
+from .command import Command
+from .common import COUNT, Function, backend_option, choose_backend, note, raise_failures
 
 
-def list_option(name: str, kind: Any, help_text: str, *, hidden: bool = False) -> Callable[[Command], Command]:
+def list_option(name: str, kind: Any, help_text: str, *, hidden: bool = False) -> Callable[[Function], Function]:
     """An option that takes values of a click type with commas or repeated; gives one tuple without repeats,
     empty when not used."""
 
@@ -28,10 +30,21 @@ def list_option(name: str, kind: Any, help_text: str, *, hidden: bool = False) -
     return click.option(name, multiple=True, callback=read, metavar=f"{metavar}[,...]", help=help_text, hidden=hidden)
 
 
-_FILE = click.Path(path_type=Path, dir_okay=False, writable=True)  # refused before the run, not after it
+# Refused before the run, not after it.
+_FILE = click.Path(path_type=Path, dir_okay=False, writable=True)
+_FOLDER = click.Path(path_type=Path, file_okay=False, writable=True)
 
 
-@click.command()
+@click.command(
+    cls=Command,
+    spellings={
+        "fixed_split_tokens": "--split",
+        "folder": "--plot",
+        "lengths": "--length",
+        "num_heads_q": "--heads",
+        "results": "--compare",
+    },
+)
 @list_option("--batch", COUNT, "Requests.")
 @list_option("--length", COUNT, "Cached tokens of every request.")
 @list_option("--heads", COUNT, "Query heads.")
@@ -52,7 +65,7 @@ _FILE = click.Path(path_type=Path, dir_okay=False, writable=True)  # refused bef
 @click.option("--json", "json_path", type=_FILE, help="Write the results here, after each case.")
 @click.option("--csv", "csv_path", type=_FILE, help="Write a line for each case and side here.")
 @click.option("--compare", "old", type=click.Path(path_type=Path), help="Results of an earlier run (--json).")
-@click.option("--plot", type=click.Path(path_type=Path, file_okay=False), help="Draw pictures into this folder.")
+@click.option("--plot", type=_FOLDER, help="Draw pictures into this folder.")
 @click.option(
     "--limit",
     type=click.FloatRange(min=0, min_open=True),
@@ -86,8 +99,8 @@ def bench(
 
     earlier = None if old is None else load_results(old)
     for option, path in (("json", json_path), ("csv", csv_path), ("plot", plot)):
-        if path is not None and not path.absolute().parent.is_dir():
-            raise InvalidArgumentError(option, "a path in a folder that exists", str(path))
+        if path is not None:
+            check_folder(path, option)
     if plot is not None:
         from ..shown.drawing import make_figure
 
@@ -98,13 +111,16 @@ def bench(
         add_peers_path(peers_path)
     chosen = choose_backend(backend)
     if chosen.note:
-        click.echo(chosen.note)
+        note(chosen.note)
     cases = _cases(chosen.name, options)
+    if plot is not None:
+        _make_folder(plot)
+    writing = Writing()
     with progress_bar(len(cases)) as advance:
 
         def on_rows(results: Results, rows: list[Row]) -> None:
             if json_path is not None:  # after each: a run that is stopped keeps what it has
-                results.write_json(json_path)
+                writing.attempt("json", lambda: results.write_json(json_path))
             advance(len(rows))
 
         results = run_bench(
@@ -121,14 +137,24 @@ def bench(
     if earlier is not None:
         print_changes(earlier, results)
     if csv_path is not None:
-        results.write_csv(csv_path)
+        writing.attempt("csv", lambda: results.write_csv(csv_path))
     if plot is not None:
         from ..bench.plots import write_plots
 
-        plot.mkdir(exist_ok=True)
-        for picture in write_plots(results, plot):
-            click.echo(f"wrote {picture}")
+        def draw() -> None:
+            for picture in write_plots(results, plot):
+                note(f"wrote {picture}")
+
+        writing.attempt("plot", draw)
+    raise_failures(writing)
     ctx.exit(1 if results.failed else 0)
+
+
+def _make_folder(plot: Path) -> None:
+    try:
+        plot.mkdir(exist_ok=True)
+    except OSError as error:
+        raise InvalidArgumentError("plot", "a folder that can be made", f"{plot} ({error.strerror})") from error
 
 
 def _cases(backend: str, options: dict[str, Any]) -> list[Any]:

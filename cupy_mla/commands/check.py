@@ -6,10 +6,11 @@ import time
 
 import click
 
-from .common import backend_option, choose_backend
+from .command import Command
+from .common import backend_option, choose_backend, note
 
 
-@click.command()
+@click.command(cls=Command)
 @backend_option
 @click.pass_context
 def check(ctx: click.Context, backend: str) -> None:
@@ -24,7 +25,7 @@ def check(ctx: click.Context, backend: str) -> None:
 
     chosen = choose_backend(backend)
     if chosen.note:
-        click.echo(chosen.note)
+        note(chosen.note)
     click.echo(f"{len(CHECK_CASES)} cases on {chosen.device}; errors as shares of their bounds")
     failed = 0
     start = time.perf_counter()

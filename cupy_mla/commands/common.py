@@ -12,12 +12,13 @@ import numpy as np
 import numpy.typing as npt
 
 from ..gpu import device
+from ..lab.files import Writing
 from ..lab.lengths import mid_decode_lengths, read_lengths, shipped_lengths
 from ..lab.presets import DEFAULT_PRESET, PRESETS
 from ..lab.spec import DEFAULT_DTYPE, DEFAULT_PAGE_SIZE, DTYPES
 from ..settings import BACKENDS, get_settings
 
-Command = TypeVar("Command", bound=Callable[..., Any])
+Function = TypeVar("Function", bound=Callable[..., Any])
 
 DEFAULT_BATCH = 128
 
@@ -50,17 +51,17 @@ def choose_backend(asked: str) -> Backend:
     return Backend("cuda", device.describe_device().name)
 
 
-def backend_option(command: Command) -> Command:
+def backend_option(command: Function) -> Function:
     return click.option(
         "--backend", type=click.Choice(BACKENDS), default="auto", show_default=True, help="auto: the GPU if it can run."
     )(command)
 
 
-def json_option(command: Command) -> Command:
+def json_option(command: Function) -> Function:
     return click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead of a table.")(command)
 
 
-def batch_options(command: Command) -> Command:
+def batch_options(command: Function) -> Function:
     """Options that describe a batch to build."""
     options = (
         click.option("--lengths", type=click.Path(path_type=Path), help="CSV: context_tokens, generated_tokens."),
@@ -78,9 +79,37 @@ def batch_options(command: Command) -> Command:
     return command
 
 
-def draw_lengths(lengths: Path | None, batch: int, seed: int) -> npt.NDArray[np.int64]:
-    """KV lengths of ``batch`` requests in mid-decode, from a file or the shipped sample."""
-    return mid_decode_lengths(read_lengths(shipped_lengths() if lengths is None else lengths), batch, seed)
+def draw_lengths(
+    lengths: Path | None, batch: int | None, seed: int, *, default: int = DEFAULT_BATCH
+) -> npt.NDArray[np.int64]:
+    """KV lengths of requests in mid-decode, from a file or the shipped sample.
+
+    Parameters
+    ----------
+    batch, default
+        How many requests to draw; None: ``default`` of them, or all where the file has fewer.
+    """
+    requests = read_lengths(shipped_lengths() if lengths is None else lengths)
+    return mid_decode_lengths(requests, min(default, len(requests)) if batch is None else batch, seed)
+
+
+def note(text: str) -> None:
+    """Print what is no result: on standard error, so that it stays out of a file with the results."""
+    click.echo(text, err=True)
+
+
+def raise_failures(writing: Writing) -> None:
+    """Raise why a file could not be written, the first of several, after a line for each other one.
+
+    Raises
+    ------
+    InvalidArgumentError
+        There is such a failure.
+    """
+    for failure in writing.failures[1:]:
+        note(str(failure))
+    if writing.failures:
+        raise writing.failures[0]
 
 
 def describe_lengths(kv_lengths: npt.NDArray[np.int64]) -> str:

@@ -12,9 +12,10 @@ import click
 from ..kernels.catalogue import NamedKernel
 from ..lab.compile_job import KernelReport, compile_all, select_kernels
 from ..shown.tables import print_table
+from .command import Command
 
 
-@click.command("compile")
+@click.command("compile", cls=Command)
 @click.argument("patterns", nargs=-1, metavar="[PATTERN]...")
 @click.option("--jobs", type=click.IntRange(min=1), default=os.cpu_count() or 1, help="Processes; one per core.")
 @click.option("--fresh", is_flag=True, help="Compile again what the kernel cache has, to see how long it takes.")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -10,15 +10,17 @@ import click
 from click.core import ParameterSource
 
 from ..errors import InvalidArgumentError
-from ..lab.array_files import check_suffix
+from ..lab.array_files import NPZ, check_suffix
 from ..lab.build import build_case
 from ..lab.case_files import load_case, save_result
 from ..lab.cases import Case, parts_of
+from ..lab.files import check_folder, to_json
 from ..lab.libraries import LIBRARY_OF_BACKEND
 from ..lab.presets import find_preset
 from ..lab.spec import CaseSpec
 from ..lab.timing import Timing
 from ..shown.tables import print_facts
+from .command import Command
 from .common import (
     DEFAULT_BATCH,
     Backend,
@@ -29,6 +31,7 @@ from .common import (
     draw_lengths,
     format_time,
     json_option,
+    note,
 )
 
 # A CPU does in seconds what the GPU does in microseconds: a smaller batch unless one is asked for.
@@ -36,7 +39,7 @@ DEFAULT_BATCH_ON_CPU = 16
 _BUILD_OPTIONS = ("lengths", "batch", "preset", "tp", "dtype", "page_size", "seqlen_q", "causal")
 
 
-@click.command()
+@click.command(cls=Command)
 @click.option("--input", "input_file", type=click.Path(path_type=Path), help="A case: .npz or .safetensors.")
 @batch_options
 @backend_option
@@ -46,7 +49,7 @@ _BUILD_OPTIONS = ("lengths", "batch", "preset", "tp", "dtype", "page_size", "seq
 @click.option(
     "--save",
     type=click.Path(path_type=Path, dir_okay=False, writable=True),
-    help="Write out and lse: .npz or .safetensors.",
+    help="Write out and lse: .npz (bfloat16 as raw bits) or .safetensors.",
 )
 @json_option
 @click.pass_context
@@ -63,13 +66,15 @@ def decode(
     """Decode a batch, check a sample against float64, and report time, speed and error.
 
     Without arguments: a batch of real request lengths in DeepSeek-V3's dimensions. With --input: your own case, a file
-    with q, kv_cache, block_table and cache_seqlens, and if need be cu_seqlens_q, softmax_scale, causal and head_dim_v.
-    Exits with 1 if the error is above the bound.
+    with q, kv_cache, block_table and cache_seqlens, and if need be q_rope, kv_rope (then q and kv_cache are the latent
+    parts), cu_seqlens_q, softmax_scale, causal and head_dim_v. NumPy knows no bfloat16: in an .npz it is raw bits, read
+    with array.view(ml_dtypes.bfloat16). Exits with 1 if the error is above the bound.
     """
-    if save is not None:
+    if save is not None:  # refused before the run, not after it
         check_suffix(save, "save")
-        if not save.absolute().parent.is_dir():  # refused before the run, not after it
-            raise InvalidArgumentError("save", "a path in a folder that exists", str(save))
+        check_folder(save, "save")
+        if input_file is not None and os.path.realpath(save) == os.path.realpath(input_file):
+            raise InvalidArgumentError("save", "another file than --input", str(save))
     chosen = choose_backend(backend)
     notes = [chosen.note] if chosen.note else []
     if input_file is None:
@@ -81,8 +86,6 @@ def decode(
     from ..lab.decode_job import run_case
 
     report = run_case(case, requests_checked=sample, seed=build["seed"])
-    if save is not None:
-        save_result(save, *map(case.library.download, (report.out, report.lse)))
     facts = {
         "backend": chosen.name,
         "device": chosen.device,
@@ -93,22 +96,27 @@ def decode(
         **report.as_dict(),
     }
     if as_json:
-        click.echo(json.dumps(facts, indent=2))
+        click.echo(to_json(facts, indent=2))
     else:
         _print(facts, case, report.timing)
+    if save is not None:
+        save_result(save, *map(case.library.download, (report.out, report.lse)))
+        if save.suffix == NPZ and case.dtype == "bfloat16":
+            note(f"{save} holds out as raw bits: read it with .view(ml_dtypes.bfloat16)")
     ctx.exit(0 if report.accuracy.passed else 1)
 
 
 def _build(backend: Backend, build: dict[str, Any], notes: list[str]) -> tuple[Case, str]:
-    batch = build["batch"]
-    if batch is None:
-        batch = DEFAULT_BATCH if backend.name == "cuda" else DEFAULT_BATCH_ON_CPU
-        if batch != DEFAULT_BATCH:
-            notes.append(f"{batch} requests on a CPU instead of {DEFAULT_BATCH}; --batch asks for more")
+    default = DEFAULT_BATCH if backend.name == "cuda" else DEFAULT_BATCH_ON_CPU
+    kv_lengths = draw_lengths(build["lengths"], build["batch"], build["seed"], default=default)
+    if build["batch"] is None and len(kv_lengths) < default:
+        notes.append(f"{len(kv_lengths)} requests: {build['lengths']} has no more")
+    elif build["batch"] is None and default != DEFAULT_BATCH:
+        notes.append(f"{default} requests on a CPU instead of {DEFAULT_BATCH}; --batch asks for more")
     model = find_preset(build["preset"])
     num_heads_q = model.heads_per_rank(build["tp"])
     spec = CaseSpec(
-        tuple(draw_lengths(build["lengths"], batch, build["seed"]).tolist()),
+        tuple(kv_lengths.tolist()),
         num_heads_q,
         latent_dim=model.latent_dim,
         rope_dim=model.rope_dim,
@@ -131,8 +139,8 @@ def _refuse_build_options(ctx: click.Context) -> None:
 
 
 def _print(facts: dict[str, Any], case: Case, timing: Timing) -> None:
-    for note in facts["notes"]:
-        click.echo(note)
+    for text in facts["notes"]:
+        note(text)
     shapes = (" + ".join(str(list(part.shape)) for part in parts_of(array)) for array in (case.q, case.kv_cache))
     shape = "q {}, cache {}, ".format(*shapes) + case.dtype + ", causal" * case.causal
     print_facts(

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import json
 import platform
 from importlib import metadata
+from pathlib import Path
 
 import click
 
@@ -12,8 +12,10 @@ from .. import __version__
 from ..errors import MlaError
 from ..gpu import device
 from ..gpu.jit import cache, compiler
+from ..lab.files import to_json
 from ..settings import BACKEND_VARIABLE, CACHE_DIR_VARIABLE, VALIDATE_VARIABLE, get_settings
 from ..shown.tables import print_facts
+from .command import Command
 from .common import json_option
 
 _PACKAGES = ("numpy", "ml_dtypes", "apache-tvm-ffi", "cuda-bindings", "torch", "jax")
@@ -21,13 +23,13 @@ _CUPY_WHEELS = ("cupy-cuda12x", "cupy-cuda13x", "cupy")
 _MISSING = "not installed"
 
 
-@click.command()
+@click.command(cls=Command)
 @json_option
 def info(as_json: bool) -> None:
     """Show GPUs, driver, CuPy, NVRTC, kernel cache and settings, and what is supported or why not."""
     facts = collect_facts()
     if as_json:
-        click.echo(json.dumps(facts, indent=2))
+        click.echo(to_json(facts, indent=2))
     else:
         print_facts("cupy-mla info", facts)
 
@@ -35,7 +37,6 @@ def info(as_json: bool) -> None:
 def collect_facts() -> dict[str, str]:
     """Everything that ``cupy-mla info`` shows, by name."""
     settings = get_settings()
-    kernels, size = cache.count_entries(settings.cache_dir)
     return {
         "cupy-mla": __version__,
         "Python": f"{platform.python_version()} on {platform.platform()}",
@@ -44,13 +45,21 @@ def collect_facts() -> dict[str, str]:
         "CuPy": next((f"{_version(name)} ({name})" for name in _CUPY_WHEELS if _version(name) != _MISSING), _MISSING),
         "compiler": _compiler(),
         **{name: _version(name) for name in _PACKAGES},
-        "kernel cache": f"{settings.cache_dir}: {kernels} kernels, {size / 1e6:.1f} MB ({CACHE_DIR_VARIABLE})",
+        "kernel cache": f"{settings.cache_dir}: {_cached(settings.cache_dir)} ({CACHE_DIR_VARIABLE})",
         "backend": f"{settings.backend} ({BACKEND_VARIABLE})",
         "validate": f"{'on' if settings.validate else 'off'} ({VALIDATE_VARIABLE})",
         "CUDA arrays": _support(device.why_unsupported()),
         "CPU arrays": "supported: NumPy backend",
         "compiling ahead": _support(compiler.why_unavailable()),
     }
+
+
+def _cached(cache_dir: Path) -> str:
+    try:
+        kernels, size = cache.count_entries(cache_dir)
+    except OSError as error:  # another user's folder, a name that is too long
+        return f"cannot be read ({error.strerror or error})"
+    return f"{kernels} kernels, {size / 1e6:.1f} MB"
 
 
 def _gpus() -> dict[str, str]:

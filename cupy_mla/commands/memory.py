@@ -8,8 +8,10 @@ from typing import TYPE_CHECKING
 
 import click
 
+from ..lab.files import to_json
 from ..lab.presets import GROUPED_PRESETS, PRESETS, find_model
 from ..shown.tables import print_table
+from .command import Command
 from .common import json_option
 
 if TYPE_CHECKING:
@@ -21,7 +23,7 @@ FILE_WIDTH = 160  # characters of a line of a table where there is no terminal
 TEXT_WIDTH = 120
 
 
-@click.command()
+@click.command(cls=Command)
 @click.option(
     "--model",
     "models",
@@ -69,8 +71,6 @@ def memory(models: tuple[str, ...], lengths: tuple[int, ...], tp: int, as_json: 
 
 
 def _print_json(sizes: Sequence[CacheSize], lengths: Sequence[int], tp: int) -> None:
-    import json
-
     from ..lab.cache_sizes import CLAIM, compare_claim, explain_claim
 
     rows = [
@@ -79,7 +79,7 @@ def _print_json(sizes: Sequence[CacheSize], lengths: Sequence[int], tp: int) -> 
     ]
     comparisons = [{**asdict(c), "factor": c.factor, "percent_saved": c.percent_saved} for c in compare_claim()]
     claim = {"claim": CLAIM, "comparisons": comparisons, "explanation": explain_claim()}
-    click.echo(json.dumps({"tensor_parallel": tp, "rows": rows, "claim": claim}, indent=1))
+    click.echo(to_json({"tensor_parallel": tp, "rows": rows, "claim": claim}, indent=1))
 
 
 def _print_sizes(sizes: Sequence[CacheSize], lengths: Sequence[int], tp: int) -> None:

@@ -19,12 +19,13 @@ from ..layouts import DENSE_LAYOUTS
 from ..schedule.make import make_schedule
 from ..schedule.pieces import ceil_div
 from ..schedule.text import draw_schedule
-from .common import DEFAULT_BATCH, batch_options, describe_lengths, draw_lengths
+from .command import Command
+from .common import batch_options, describe_lengths, draw_lengths
 
 DEFAULT_SMS = 132  # of an H100 SXM or H200
 
 
-@click.command()
+@click.command(cls=Command)
 @click.argument("kv_lengths", nargs=-1, type=click.IntRange(0, MAX_TOKENS), metavar="[KV_LENGTH]...")
 @batch_options
 @click.option("--sms", type=click.IntRange(min=1), default=DEFAULT_SMS, show_default=True, help="SMs of the GPU.")
@@ -47,10 +48,7 @@ def plan(
     """Draw how a batch is divided among the SMs: for the KV lengths given, or drawn from real ones. Needs no GPU."""
     if kv_lengths and (lengths is not None or batch is not None):
         raise InvalidArgumentError("KV_LENGTH", "no lengths beside --lengths or --batch", "both")
-    if kv_lengths:
-        drawn = np.array(kv_lengths, dtype=np.int64)
-    else:
-        drawn = draw_lengths(lengths, DEFAULT_BATCH if batch is None else batch, seed)
+    drawn = np.array(kv_lengths, dtype=np.int64) if kv_lengths else draw_lengths(lengths, batch, seed)
     problem = _describe(drawn, **options)
     config = choose_config(problem, sms, fixed_split_tokens=fixed_split_tokens, kernel=kernel)
     shape = schedule_shape(problem, config, sms, fixed_split_tokens=fixed_split_tokens)
