@@ -214,7 +214,7 @@ def test_every_storage_holds_the_same_values(storage: str, dtype: str) -> None:
         assert cache.strides[0] == 2 * page
     if storage == "split":
         assert [part.shape[-1] for part in cache] == [512, 64]
-        assert all(part.flags.c_contiguous for part in (*cache, *inputs.stored_q))
+        assert all(part.flags.c_contiguous for part in (*cache, *inputs.stored_case.q))
 
 
 @pytest.mark.parametrize(

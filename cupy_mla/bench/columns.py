@@ -32,8 +32,8 @@ def table_columns(rows: Sequence[Row], ceilings: Ceilings | None) -> list[Column
         Column("case", lambda row: row.name),
         Column(f"{OURS} us", lambda row: _time(row.ours)),
         *(column for peer in peers for column in _peer_columns(peer)),
-        Column("TFLOPS", lambda row: _figure(row.tflops())),
-        Column("GB/s", lambda row: _figure(row.gigabytes_per_second())),
+        Column("TFLOPS", lambda row: rate(row.tflops())),
+        Column("GB/s", lambda row: rate(row.gigabytes_per_second())),
     ]
     if ceilings is not None:
         columns.append(Column("% of ceiling", lambda row: _percent(row.share(ceilings))))
@@ -85,7 +85,7 @@ def _percent(share: float | None) -> str:
     return NOTHING if share is None else f"{100 * share:.3g}"
 
 
-def _figure(value: float | None) -> str:
+def rate(value: float | None) -> str:
     """Three digits at least, whole numbers from 100 on: a CPU reaches hundredths of what a GPU does."""
     if value is None:
         return NOTHING

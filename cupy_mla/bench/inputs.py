@@ -7,6 +7,7 @@ are enough copies of the cache for every timed call to find its own in device me
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -43,8 +44,6 @@ class Inputs:
         What the arrays are made from.
     q : array
         [batch, seqlen_q, h, d], or [total_q, h, d] when ragged.
-    stored_q : array, or (latent, rope)
-        The same as the case stores it.
     caches : list
         Copies with the same values: [num_pages, page_size, 1, d], or pairs (latent, rope).
     block_table : array
@@ -53,6 +52,8 @@ class Inputs:
         [batch] int32.
     cu_seqlens_q : array or None
         [batch + 1] int32 when ragged.
+    stored_case : Case
+        q and the first cache as the case stores them.
     calls : int
         Calls in a CUDA graph (1 on the CPU); call i reads ``caches[i % len(caches)]``.
     library : ArrayLibrary
@@ -67,9 +68,22 @@ class Inputs:
         self.block_table = library.upload(self._table)
         self.cache_seqlens = library.upload(spec.kv_lengths.astype(np.int32))
         self.cu_seqlens_q = library.upload(spec.q_starts.astype(np.int32)) if spec.ragged else None
-        self.q, self._packed = make_values(spec, library)
-        self.stored_q = store_q(self.q, spec, library)
-        self.caches = store_cache(self._packed, spec, library, copies)
+        self.q, packed = make_values(spec, library)
+        self.caches = store_cache(packed, spec, library, copies)
+        self._packed_case = Case(
+            q=self.q,
+            kv_cache=packed,
+            block_table=self.block_table,
+            cache_seqlens=self.cache_seqlens,
+            kv_lengths=spec.kv_lengths,
+            q_lengths=spec.q_lengths,
+            cu_seqlens_q=self.cu_seqlens_q,
+            head_dim_v=spec.latent_dim,
+            softmax_scale=spec.scale,
+            causal=spec.causal,
+            library=library,
+        )
+        self.stored_case = replace(self._packed_case, q=store_q(self.q, spec, library), kv_cache=self.caches[0])
 
     def errors(self, out: Any, lse: Any = None) -> tuple[float, float]:
         """How far a result is from float64, over the shortest and the longest request.
@@ -90,24 +104,9 @@ class Inputs:
         if lse is None:
             rows, heads = self.spec.q_shape[:-2], self.spec.num_heads_q
             blank = np.zeros((heads, *rows) if self.spec.ragged else (rows[0], heads, rows[1]), np.float32)
-            return measure_accuracy(self._as_case(), out, blank, requests).out_error, 0.0
-        accuracy = measure_accuracy(self._as_case(), out, lse, requests)
+            return measure_accuracy(self._packed_case, out, blank, requests).out_error, 0.0
+        accuracy = measure_accuracy(self._packed_case, out, lse, requests)
         return accuracy.out_error, accuracy.lse_error
-
-    def _as_case(self) -> Case:
-        return Case(
-            q=self.q,
-            kv_cache=self._packed,
-            block_table=self.block_table,
-            cache_seqlens=self.cache_seqlens,
-            kv_lengths=self.spec.kv_lengths,
-            q_lengths=self.spec.q_lengths,
-            cu_seqlens_q=self.cu_seqlens_q,
-            head_dim_v=self.spec.latent_dim,
-            softmax_scale=self.spec.scale,
-            causal=self.spec.causal,
-            library=self.library,
-        )
 
     def _torch_errors(self, out: Any, lse: Any, requests: list[int]) -> tuple[float, float]:
         """The same on the GPU, whose float64 products are a hundred times those of the host."""
@@ -120,7 +119,7 @@ class Inputs:
             if rows.start == rows.stop:
                 continue  # without query tokens there is no result
             pages = self.library.upload(self._table[request, : spec.page_counts[request]]).long()
-            keys = self._packed[pages].reshape(-1, spec.head_dim)[: spec.lengths[request]]
+            keys = self._packed_case.kv_cache[pages].reshape(-1, spec.head_dim)[: spec.lengths[request]]
             index: Any = rows if spec.ragged else request
             exact = attention64(self.q[index], keys, spec.scale, spec.latent_dim, spec.causal)
             found_lse = None if lse is None else (lse[:, rows] if spec.ragged else lse[request])

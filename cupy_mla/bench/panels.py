@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from ..shown.drawing import FAINT, INK, PALETTE, legend_beside, plain_ticks, tidy, token_ticks
 from .ceilings import Ceilings
+from .columns import rate
 from .grid import BenchCase
 from .results import Results
 from .rows import OURS, Row
@@ -77,10 +78,10 @@ def _draw_ceilings(axes: Axes, ceilings: Ceilings, low: float, high: float) -> l
     from matplotlib.lines import Line2D
 
     slope = ceilings.read_gigabytes_per_second / 1e3  # TFLOPS at one FLOP per byte
-    bandwidth = f"{_figure(ceilings.read_gigabytes_per_second)} GB/s"
-    roofs = [(ceilings.tflops, "-", f"{_figure(ceilings.tflops)} TFLOPS, {bandwidth} ({ceilings.source})")]
+    bandwidth = f"{rate(ceilings.read_gigabytes_per_second)} GB/s"
+    roofs = [(ceilings.tflops, "-", f"{rate(ceilings.tflops)} TFLOPS, {bandwidth} ({ceilings.source})")]
     if ceilings.sustained_tflops is not None:
-        roofs.append((ceilings.sustained_tflops, "--", f"{_figure(ceilings.sustained_tflops)} TFLOPS sustained"))
+        roofs.append((ceilings.sustained_tflops, "--", f"{rate(ceilings.sustained_tflops)} TFLOPS sustained"))
     handles: list[Artist] = []
     for top, style, label in roofs:
         ridge = top / slope
@@ -244,7 +245,3 @@ def _batch_style(number: int) -> tuple[str, str]:
 
 def device_of(results: Results) -> str:
     return str(results.metadata.get("device", "unknown device"))
-
-
-def _figure(value: float) -> str:
-    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"  # a CPU reaches fractions of a TFLOPS

@@ -9,6 +9,7 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
+from ..call.options import OPTIONS as CALL_OPTIONS
 from ..call.options import ROPE_OF
 from ..errors import InvalidArgumentError
 from .array_files import read_arrays, write_arrays
@@ -36,7 +37,7 @@ def load_case(path: Path) -> Case:
     for name in TENSORS:
         if name not in found:
             raise InvalidArgumentError("input", f"an array {name}", f"{path} with {sorted(found)}")
-    known = (*TENSORS, *ROPE_OF.values(), *OPTIONS)
+    known = (*TENSORS, *ROPE_OF.values(), "cu_seqlens_q", *OPTIONS)
     unknown = sorted(set(found) - set(known))
     if unknown:
         raise InvalidArgumentError("input", f"only {', '.join(known)}", f"also {', '.join(unknown)}")
@@ -107,11 +108,12 @@ def _truth(value: Any) -> bool:
     return words[text]
 
 
-_SETTINGS: dict[str, tuple[str, Callable[[Any], Any]]] = {
-    "softmax_scale": ("a number", float),
-    "head_dim_v": ("a whole number", _whole_number),
-    "causal": ("true or false", _truth),
+_READERS: dict[str, tuple[str, Callable[[Any], Any]]] = {
+    "float": ("a number", float),
+    "int": ("a whole number", _whole_number),
+    "bool": ("true or false", _truth),
 }
+_SETTINGS = {option.name: _READERS[option.type] for option in CALL_OPTIONS if option.name in OPTIONS}
 
 
 def save_result(path: Path, out: Array, lse: Array) -> None:

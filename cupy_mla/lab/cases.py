@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from ..arrays.dtypes import ITEM_SIZES
+from ..call.options import ARRAYS, DECODE, OPTIONAL_ARRAYS, PLAN, option_names
 from ..layouts import DENSE_LAYOUTS
 from ..schedule.pieces import ceil_div
 from .libraries import NUMPY, ArrayLibrary
@@ -21,8 +22,7 @@ from .spec import DEFAULT_HEAD_DIM_V
 from .work import IntArray, Work, count_work
 
 NO_PAGE = -1  # fills the block table past a request's last page; never read as a page
-TENSORS = ("q", "kv_cache", "block_table", "cache_seqlens")
-OPTIONS = ("cu_seqlens_q", "softmax_scale", "causal", "head_dim_v")
+TENSORS = tuple(name for name in ARRAYS if name not in OPTIONAL_ARRAYS)
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,12 +68,12 @@ class Case:
     @property
     def options(self) -> dict[str, Any]:
         """The keyword arguments of ``mla_decode`` that belong to the case."""
-        return {name: getattr(self, name) for name in OPTIONS}
+        return self._options(DECODE)
 
     @property
     def plan_options(self) -> dict[str, Any]:
-        """The keyword arguments of ``plan_decode`` that belong to the case: a plan serves any scale."""
-        return {name: value for name, value in self.options.items() if name != "softmax_scale"}
+        """The keyword arguments of ``plan_decode`` that belong to the case."""
+        return self._options(PLAN)
 
     @property
     def work(self) -> Work:
@@ -132,12 +132,19 @@ class Case:
         lse_of_request = lse[index] if self.cu_seqlens_q is None else lse[:, self._span(index)]
         return self.library.download(self._rows(out, index)), self.library.download(lse_of_request)
 
+    def _options(self, function: str) -> dict[str, Any]:
+        options = {name: getattr(self, name) for name in OPTIONS if name in option_names(function)}
+        return {"cu_seqlens_q": self.cu_seqlens_q, **options}
+
     def _rows(self, array: Any, index: int) -> Any:
         return array[index] if self.cu_seqlens_q is None else array[self._span(index)]
 
     def _span(self, index: int) -> slice:
         begin = int(self.q_lengths[:index].sum())
         return slice(begin, begin + int(self.q_lengths[index]))
+
+
+OPTIONS = tuple(name for name in option_names(DECODE) if name in Case.__dataclass_fields__)
 
 
 def parts_of(array: Any) -> tuple[Any, ...]:

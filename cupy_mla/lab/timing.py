@@ -170,9 +170,36 @@ def time_decode(case: Case) -> Timing:
     return _time_on_cpu(case) if case.library is NUMPY else _time_on_gpu(case)
 
 
-def _time_on_gpu(case: Case) -> Timing:
+def prepare_call(
+    case: Case, *, max_seqlen_q: int | None = None, fixed_split_tokens: int | None = None
+) -> Callable[[Any], tuple[Any, Any]]:
+    """``mla_decode`` with a plan and outputs made before, as every layer of a step but the first calls it.
+
+    Parameters
+    ----------
+    max_seqlen_q, fixed_split_tokens
+        As in ``plan_decode``.
+
+    Returns
+    -------
+    The call, on a cache like the case's.
+    """
     from ..decode.dense import mla_decode, plan_decode
 
+    plan = plan_decode(
+        *case.tensors, max_seqlen_q=max_seqlen_q, fixed_split_tokens=fixed_split_tokens, **case.plan_options
+    )
+    out, lse = mla_decode(*case.tensors, **case.options, plan=plan)
+    # Validation would synchronise, which a capture cannot.
+    fixed = {**case.options, "plan": plan, "out": out, "lse": lse, "validate": False}
+
+    def call(cache: Any) -> tuple[Any, Any]:
+        return mla_decode(case.q, cache, case.block_table, case.cache_seqlens, **fixed)
+
+    return call
+
+
+def _time_on_gpu(case: Case) -> Timing:
     calls, copies = graph_shape(sum(part.nbytes for part in parts_of(case.kv_cache)))
 
     def copy(part: Any) -> Any:
@@ -181,15 +208,7 @@ def _time_on_gpu(case: Case) -> Timing:
         return result
 
     caches = [case.kv_cache, *(each_part(copy, case.kv_cache) for _ in range(copies - 1))]
-    plan = plan_decode(*case.tensors, **case.plan_options)
-    out, lse = mla_decode(*case.tensors, **case.options, plan=plan)
-    # Validation would synchronise, which a capture cannot.
-    fixed = {**case.options, "plan": plan, "out": out, "lse": lse, "validate": False}
-
-    def call(cache: Any) -> object:
-        return mla_decode(case.q, cache, case.block_table, case.cache_seqlens, **fixed)
-
-    timer = make_timer(case.library, call, caches, calls)
+    timer = make_timer(case.library, prepare_call(case), caches, calls)
     protocol = f"CUDA graph of {calls} calls, {copies} caches in turn, median of {REPLAYS} replays"
     return _timing([timer.seconds() for _ in range(REPLAYS)], calls, protocol)
 
