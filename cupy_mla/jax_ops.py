@@ -1,4 +1,4 @@
-"""`mla_decode` for programs that JAX compiles: usable inside ``jax.jit``, and outside.
+"""The functions of the package for programs that JAX compiles: usable inside ``jax.jit``, and outside.
 
 Inside ``jax.jit`` there are no arrays yet, only their shapes. The checks run on those while the program is traced; the
 kernels are queued on XLA's stream when it runs, through jax-tvm-ffi, which registers a function as an XLA custom call
@@ -11,15 +11,31 @@ from __future__ import annotations
 
 import functools
 import inspect
+from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
+
+from .arrays import xla
 from .arrays.frameworks import CPU, CUDA
 from .arrays.view import ArrayView, contiguous_strides
+from .cache import jax_append
+from .cache.new_tokens import describe_append
 from .call.arguments import COPY_ALIGNMENT
 from .call.describe import describe_decode
 from .call.options import DECODE, OPTIONS, PARTS, PLAN, DecodeArrays, DecodeOptions
 from .call.problem import LSE_DTYPE, PLAN_DTYPE, DecodeInputs, DecodeProblem
-from .decode.jax_calls import DECODE_TARGET, PLAN_TARGET, TracedCall, decode_in_callback, register_calls
+from .decode.jax_calls import (
+    CALLS,
+    DECODE_TARGET,
+    MERGE_TARGET,
+    PLAN_TARGET,
+    TracedCall,
+    bits_of,
+    decode_in_callback,
+    merge_in_callback,
+)
+from .decode.merge import check_states
 from .decode.plan import plan_kind
 from .decode.plan_arrays import check_plan_array, plan_array_bytes
 from .errors import InvalidArgumentError, MissingDependencyError, UnsupportedDeviceError
@@ -108,6 +124,93 @@ def plan_decode(
     return jax.ffi.ffi_call(PLAN_TARGET, jax.ShapeDtypeStruct((size,), PLAN_DTYPE))(*arrays, **call.attributes())
 
 
+def append_tokens(
+    kv_cache: Any,
+    kv_new: Any,
+    slot_mapping: Any = None,
+    *,
+    platform: str | None = None,
+    **places: Any,
+) -> Any:
+    """`cupy_mla.append_tokens`, which returns the cache with the tokens in it: JAX's arrays do not change.
+
+    The memory of ``kv_cache`` is used again where the program does not need its old contents, which inside ``jax.jit``
+    takes a donated argument (``donate_argnums``); otherwise the cache is copied first.
+
+    Parameters
+    ----------
+    kv_cache, kv_new, slot_mapping
+        As in `cupy_mla.append_tokens`; JAX has int64 arrays only with ``jax_enable_x64``, so slots may be int32.
+    platform
+        As in `mla_decode`.
+    **places
+        ``block_table``, ``positions`` and ``requests``, as in `cupy_mla.append_tokens`.
+
+    Returns
+    -------
+    The new cache: an array, or the pair (latent, rope).
+
+    Raises
+    ------
+    InvalidArgumentError, UnsupportedDeviceError, MissingDependencyError
+        As in `cupy_mla.append_tokens` and in `mla_decode`.
+    """
+    jax = _jax()
+    parts = (*_parts(kv_cache, "kv_cache"), *_parts(kv_new, "kv_new"), slot_mapping)
+    names_of_places = jax_append.PARTS[len(parts) :]
+    for name in places:
+        if name not in names_of_places:
+            raise TypeError(f"append_tokens() got an unexpected keyword argument {name!r}")
+    if str(getattr(slot_mapping, "dtype", "")).startswith("int") and not any(v is not None for v in places.values()):
+        slots = jax.numpy.asarray(slot_mapping)
+        parts = (*parts[:-1], slots)
+        if slots.dtype == "int32" and hasattr(parts[0], "shape"):
+            # A slot is a position in a request whose pages are those of the cache, one after the other.
+            pages = jax.numpy.arange(parts[0].shape[0], dtype="int32")
+            parts = (*parts[:-1], None)
+            places = {"block_table": pages[None], "positions": slots, "requests": jax.numpy.zeros_like(slots)}
+    parts += tuple(places.get(name) for name in names_of_places)
+    names = ("kv_cache", "kv_cache[1]", "kv_new", "kv_new[1]", *jax_append.PARTS[4:])
+    arrays, views, location = _views(parts, names, platform)
+    describe_append(jax_append.arrays_of(views))
+    given = bits_of(parts)
+    caches = [part for part in parts[:2] if part is not None]
+    results = tuple(jax.ShapeDtypeStruct(cache.shape, cache.dtype) for cache in caches)
+    if register_calls(location[0]):
+        aliases = {index: index for index in range(len(caches))}
+        call = jax.ffi.ffi_call(jax_append.TARGET, results, input_output_aliases=aliases)
+        new = call(*arrays, given=np.int64(given))
+    else:
+        new = jax.pure_callback(functools.partial(jax_append.append_in_callback, given), results, *arrays)
+    return new[0] if len(new) == 1 else tuple(new)
+
+
+def merge_states(outs: Any, lses: Any, *, platform: str | None = None) -> tuple[Any, Any]:
+    """`cupy_mla.merge_states`: its arguments, returns and errors; ``platform`` as in `mla_decode`."""
+    outs, lses = stacked_in_jax(outs, "outs"), stacked_in_jax(lses, "lses")
+    arrays, views, location = _views((outs, lses), ("outs", "lses"), platform)
+    out_shape, lse_shape = check_states(*views)
+    require_backend(*location, "outs")
+    jax = _jax()
+    results = jax.ShapeDtypeStruct(out_shape, views[0].dtype), jax.ShapeDtypeStruct(lse_shape, LSE_DTYPE)
+    if not register_calls(location[0]):
+        return tuple(jax.pure_callback(merge_in_callback, results, *arrays))
+    out, lse = jax.ffi.ffi_call(MERGE_TARGET, results)(*arrays)
+    return out, lse
+
+
+@functools.cache
+def register_calls(device: str) -> bool:
+    """Register the custom calls for a device; False where jax-tvm-ffi is missing and not needed.
+
+    Raises
+    ------
+    MissingDependencyError
+        It is missing, and the device is a GPU.
+    """
+    return xla.register({**CALLS, **jax_append.CALLS}, device)
+
+
 def _show_options(function: Any, *of: str) -> None:
     """Options by name and default in ``help()``, where the code has ``**options``."""
     signature = inspect.signature(function)
@@ -142,16 +245,32 @@ def _trace(
     q_latent, q_rope = _parts(given.q, "q")
     kv_latent, kv_rope = _parts(given.kv_cache, "kv_cache")
     parts = (q_latent, q_rope, kv_latent, kv_rope, *(getattr(given, name) for name in PARTS[4:]))
-    arrays = [part for part in parts if part is not None]
-    location = _location(arrays, platform)
-    names = ("q", "q[1]", "kv_cache", "kv_cache[1]", *PARTS[4:])
-    views = [
-        None if part is None else _view_of_shape(part, name, location)
-        for name, part in zip(names, parts, strict=True)
-    ]
+    arrays, views, _ = _views(parts, ("q", "q[1]", "kv_cache", "kv_cache[1]", *PARTS[4:]), platform)
     problem, inputs = describe_decode(DecodeArrays.of_parts(views), options)
     require_backend(*inputs.location, "q")
     return TracedCall.of(parts, options), arrays, problem, inputs
+
+
+def _views(
+    parts: Sequence[Any], names: Sequence[str], platform: str | None
+) -> tuple[list[Any], list[Any], tuple[str, int]]:
+    """Those of the arrays that are there, views of all of them (None for one that is not), and where they will be."""
+    arrays = [part for part in parts if part is not None]
+    location = _location(arrays, platform)
+    views = [
+        None if part is None else _view_of_shape(part, name, location) for name, part in zip(names, parts, strict=True)
+    ]
+    return arrays, views, location
+
+
+def stacked_in_jax(arrays: Any, name: str) -> Any:
+    """A list or tuple of arrays as one, as in `cupy_mla.merge_states`."""
+    if not isinstance(arrays, (list, tuple)):
+        return arrays
+    said = [(str(getattr(array, "dtype", type(array))), getattr(array, "shape", None)) for array in arrays]
+    if not arrays or said != said[:1] * len(said):
+        raise InvalidArgumentError(name, "an array, or arrays of one shape and type", str(said))
+    return _jax().numpy.stack(arrays)
 
 
 def _parts(argument: Any, name: str) -> tuple[Any, Any]:

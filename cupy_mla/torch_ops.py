@@ -105,7 +105,7 @@ def _fake_nothing(*arguments: Any, **options: Any) -> None:
 
 
 def _fake_merge(outs: Any, lses: Any) -> tuple[Any, Any]:
-    return outs.new_empty(outs.shape[1:]), lses.new_empty(lses.shape[1:])
+    return outs[0].new_empty(outs[0].shape), lses[0].new_empty(lses[0].shape)
 
 
 def _view_of_fake(array: Any) -> Any:
@@ -230,19 +230,19 @@ def _append_operator() -> _Operator:
     return _Operator(positional, named, f"run({', '.join(call)})", "()", append_tokens, _fake_nothing)
 
 
+def _merge_operator(kind: str) -> _Operator:
+    """Of stacked tensors or of lists of them."""
+    arguments = [_Argument(name, kind) for name in ("outs", "lses")]
+    return _Operator(arguments, (), "run(outs, lses)", "(Tensor out, Tensor lse)", merge_states, _fake_merge)
+
+
 _OPERATORS = {
     "plan_decode": _decode_operator(PLAN, (), "Tensor", _run_plan, _fake_plan),
     "mla_decode": _decode_operator(DECODE, (), "(Tensor out, Tensor lse)", run_decode, _fake_decode),
     "mla_decode_out": _decode_operator(DECODE, OUTPUTS, "()", _run_decode_out, _fake_nothing),
     "append_tokens": _append_operator(),
-    "merge_states": _Operator(
-        [_Argument.of_array(name, optional=False) for name in ("outs", "lses")],
-        (),
-        "run(outs, lses)",
-        "(Tensor out, Tensor lse)",
-        merge_states,
-        _fake_merge,
-    ),
+    "merge_states": _merge_operator("Tensor"),
+    "merge_states.list": _merge_operator("Tensor[]"),
 }
 
 

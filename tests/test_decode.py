@@ -136,3 +136,40 @@ def test_a_stream_is_a_number() -> None:
     arrays = CAUSAL.build()
     with pytest.raises(InvalidArgumentError, match="stream: expected an integer"):
         mla_decode(arrays.q, arrays.kv_cache, arrays.block_table, arrays.cache_seqlens, stream=object())  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("ragged", [False, True])
+def test_states_may_come_in_lists(ragged: bool) -> None:
+    random = np.random.default_rng(0)
+    out_shape, lse_shape = ((7, 4, 8), (4, 7)) if ragged else ((3, 2, 4, 8), (3, 4, 2))
+    outs = random.standard_normal((5, *out_shape), np.float32).astype(DTYPES["bfloat16"])
+    lses = random.standard_normal((5, *lse_shape), np.float32)
+    expected = merge_states(outs, lses)
+    for given in ((list(outs), list(lses)), (tuple(outs), lses), (outs, tuple(lses))):
+        for found, array in zip(merge_states(*given), expected, strict=True):
+            np.testing.assert_array_equal(found, array)
+
+
+STATES = [np.zeros((3, 4, 8), np.float32)] * 2, [np.zeros((4, 3), np.float32)] * 2
+WRONG_LISTS: dict[str, tuple[str, Any, Any]] = {
+    "no states": ("outs", [], STATES[1]),
+    "of another shape": ("outs[1]", [STATES[0][0], np.zeros((3, 4, 16), np.float32)], STATES[1]),
+    "of another type": ("outs[1]", [STATES[0][0], STATES[0][1].astype(np.float16)], STATES[1]),
+    "no array": ("lses[1]", STATES[0], [STATES[1][0], 3]),
+    "one lse too few": ("lses", STATES[0], STATES[1][:1]),
+    "nested": ("outs[0]", [STATES[0]], STATES[1]),
+}
+
+
+@pytest.mark.parametrize("name", WRONG_LISTS)
+def test_wrong_lists_of_states_are_refused(name: str) -> None:
+    argument, outs, lses = WRONG_LISTS[name]
+    with pytest.raises(InvalidArgumentError) as caught:
+        merge_states(outs, lses)
+    assert caught.value.argument == argument
+
+
+def test_states_of_two_frameworks_are_refused() -> None:
+    torch = pytest.importorskip("torch")
+    with pytest.raises(InvalidArgumentError, match=r"outs\[1\]: expected .*numpy.*torch"):
+        merge_states([STATES[0][0], torch.zeros(3, 4, 8)], STATES[1])

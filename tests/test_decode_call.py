@@ -397,7 +397,7 @@ class Buffer(FakeArray):
 
 @pytest.mark.parametrize("planned", [False, True])
 def test_custom_call_of_a_compiled_program(gpu: FakeGpu, monkeypatch: pytest.MonkeyPatch, planned: bool) -> None:
-    monkeypatch.setattr(jax_calls, "_start", lambda location: CURRENT_STREAM)
+    monkeypatch.setattr(jax_calls, "start", lambda location: CURRENT_STREAM)
     plain = packed(gpu)
     arrays = {name: Buffer(array.shape, array.dtype, array.strides, array.pointer) for name, array in plain.items()}
     given = tuple(1 if name in (*plain, *(("plan",) if planned else ())) else None for name in PARTS)

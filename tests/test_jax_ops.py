@@ -15,8 +15,11 @@ from cupy_mla import (
     MissingDependencyError,
     PlanMismatchError,
     UnsupportedDeviceError,
+    append_tokens,
+    merge_states,
     mla_decode,
 )
+from cupy_mla.arrays import xla
 from cupy_mla.call.options import DECODE, OPTIONS, PARTS, PLAN, DecodeOptions
 from cupy_mla.decode import jax_calls
 from cupy_mla.decode.jax_calls import TracedCall
@@ -256,8 +259,114 @@ def test_the_missing_bridge_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(name: str) -> Any:
         raise ImportError(name)
 
-    monkeypatch.setattr(jax_calls.importlib, "import_module", refuse)
-    uncached = jax_calls.register_calls.__wrapped__
-    assert uncached("cpu") is False
+    monkeypatch.setattr(xla.importlib, "import_module", refuse)
+    assert xla.register(jax_calls.CALLS, "cpu") is False
     with pytest.raises(MissingDependencyError, match="jax-tvm-ffi"):
-        uncached("cuda")
+        xla.register(jax_calls.CALLS, "cuda")
+
+
+# --- appends and merges
+
+
+def slots_of(kind: str) -> dict[str, Any]:
+    """Where 4 tokens go in a cache of 8 pages of 64, one of them nowhere."""
+    if kind == "slots":
+        return {"slot_mapping": np.array([70, -1, 3, 511], np.int64)}
+    table = np.array([[0, 1], [2, 7]], np.int32)
+    if kind == "one request each":
+        return {"block_table": table, "positions": np.array([127, 128, 0, 64], np.int32)}
+    requests = np.array([1, 0, 5, 0], np.int32)
+    return {"block_table": table, "positions": np.array([65, 3, 0, 127], np.int32), "requests": requests}
+
+
+@pytest.mark.parametrize("pairs", ["packed", "pair", "pair of packed rows"])
+@pytest.mark.parametrize("kind", ["slots", "one request each", "requests"])
+def test_append_tokens(kind: str, pairs: str) -> None:
+    cache, places = make()["kv_cache"], slots_of(kind)
+    rows = np.random.default_rng(1).standard_normal((4, 1, 576), np.float32).astype(cache.dtype)
+    expected = cache.copy()
+    append_tokens(expected, rows, **places)
+
+    def split(array: Any) -> Any:
+        return array[..., :512], array[..., 512:]
+
+    given = split(cache) if pairs != "packed" else cache
+    new = split(rows) if pairs == "pair" else rows
+    arrays = jax.tree.map(jnp.asarray, given)
+    program = jax.jit(lambda cache, new, places: jax_ops.append_tokens(cache, new, **places))
+    for result in (program(arrays, new, places), jax_ops.append_tokens(arrays, new, **places)):
+        found = np.concatenate([np.asarray(part) for part in result], -1) if pairs != "packed" else np.asarray(result)
+        assert found.dtype == expected.dtype
+        assert found.tobytes() == expected.tobytes()
+    before = [np.asarray(part) for part in arrays] if pairs != "packed" else [np.asarray(arrays)]
+    assert np.concatenate(before, -1).tobytes() == cache.tobytes()
+
+
+def test_a_donated_cache_is_appended_to_and_attended_to() -> None:
+    host = make()
+    rows = np.random.default_rng(1).standard_normal((3, 576), np.float32).astype(host["q"].dtype)
+    positions = host["cache_seqlens"] % 128
+    lengths = positions + 1
+    expected_cache = host["kv_cache"].copy()
+    append_tokens(expected_cache, rows, block_table=host["block_table"], positions=positions)
+    expected = mla_decode(**{**host, "kv_cache": expected_cache, "cache_seqlens": lengths})
+
+    def step(cache: Any, rows: Any) -> Any:
+        cache = jax_ops.append_tokens(cache, rows, block_table=host["block_table"], positions=positions)
+        arrays = {**host, "kv_cache": cache, "cache_seqlens": lengths}
+        return cache, jax_ops.mla_decode(**arrays)
+
+    cache, results = jax.jit(step, donate_argnums=0)(jnp.asarray(host["kv_cache"]), rows)
+    same(results, expected)
+    assert np.asarray(cache).tobytes() == expected_cache.tobytes()
+
+
+@pytest.mark.parametrize(
+    ("change", "argument"),
+    [
+        ({"kv_new": np.zeros((4, 1, 575), DTYPES["bfloat16"])}, "kv_new"),
+        ({"kv_new": np.zeros((4, 1, 576), np.float16)}, "kv_new"),
+        ({"slot_mapping": np.zeros((3,), np.int32)}, "positions"),
+        ({"slot_mapping": np.zeros((4,), np.float32)}, "slot_mapping"),
+        ({"slot_mapping": None}, "block_table"),
+        ({"block_table": np.zeros((4, 1), np.int32)}, "block_table"),
+        ({"kv_cache": 3}, "kv_cache"),
+    ],
+)
+def test_bad_appends_are_refused_while_tracing(change: dict[str, Any], argument: str) -> None:
+    cache = jnp.asarray(make()["kv_cache"])
+    rows = np.zeros((4, 1, 576), DTYPES["bfloat16"])
+    arrays = {"kv_cache": cache, "kv_new": rows, "slot_mapping": np.zeros((4,), np.int32), **change}
+    with pytest.raises(InvalidArgumentError) as caught:
+        jax_ops.append_tokens(**arrays)
+    assert caught.value.argument == argument
+    with pytest.raises(TypeError, match="unexpected keyword argument 'slots'"):
+        jax_ops.append_tokens(cache, rows, slots=None)
+
+
+@pytest.mark.parametrize("stacked", [True, False])
+@pytest.mark.parametrize("ragged", [False, True])
+def test_merge_states(ragged: bool, stacked: bool) -> None:
+    random = np.random.default_rng(0)
+    out_shape, lse_shape = ((7, 16, 64), (16, 7)) if ragged else ((3, 2, 16, 64), (3, 16, 2))
+    outs = random.standard_normal((4, *out_shape), np.float32).astype(DTYPES["bfloat16"])
+    lses = random.standard_normal((4, *lse_shape), np.float32)
+    lses[:, ..., 0] = -np.inf
+    expected = merge_states(outs, lses)
+    given = (outs, lses) if stacked else (list(outs), tuple(lses))
+    same(jax.jit(jax_ops.merge_states)(*given), expected)
+    same(jax_ops.merge_states(*given), expected)
+
+
+def test_bad_states_are_refused_while_tracing() -> None:
+    outs, lses = np.zeros((2, 3, 4, 8), np.float32), np.zeros((2, 4, 3), np.float32)
+    for wrong, argument in (
+        ((outs, lses[:1]), "lses"),
+        ((outs[0, 0], lses), "outs"),
+        (([outs[0], outs[1, :2]], lses), "outs"),
+        (([], lses), "outs"),
+        ((outs, 3), "lses"),
+    ):
+        with pytest.raises(InvalidArgumentError) as caught:
+            jax_ops.merge_states(*wrong)
+        assert caught.value.argument == argument

@@ -165,7 +165,10 @@ def test_append_tokens() -> None:
 
 def test_merge_states() -> None:
     outs, lses = torch.randn(4, 3, 2, 16, 512), torch.randn(4, 3, 16, 2)
-    same(OPS.merge_states(outs, lses), merge_states(outs, lses))
+    expected = merge_states(outs, lses)
+    same(OPS.merge_states(outs, lses), expected)
+    same(OPS.merge_states(list(outs), list(lses)), expected)
+    same(merge_states(tuple(outs), list(lses)), expected)
 
 
 @pytest.mark.parametrize("other", [{"causal": True}, {"fixed_split_tokens": 64}, {"max_seqlen_k": 64}], ids=str)
@@ -224,13 +227,19 @@ def samples() -> dict[str, tuple[Any, tuple[Any, ...], dict[str, Any]]]:
         "given outputs": (OPS.mla_decode_out, (), {**tensors, **outputs(tensors)}),
         "append": (OPS.append_tokens, (tensors["kv_cache"].clone(), rows, slots), {}),
         "merge": (OPS.merge_states, (torch.randn(4, 3, 2, 16, 512), torch.randn(4, 3, 16, 2)), {}),
+        "merge lists": (
+            OPS.merge_states,
+            (list(torch.randn(4, 3, 2, 16, 512)), list(torch.randn(4, 3, 16, 2))),
+            {},
+        ),
     }
 
 
 @pytest.mark.parametrize("name", samples())
 def test_opcheck(name: str) -> None:
     op, arguments, options = samples()[name]
-    assert set(opcheck(op.default, arguments, options).values()) == {"SUCCESS"}
+    overload = op.list if name == "merge lists" else op.default
+    assert set(opcheck(overload, arguments, options).values()) == {"SUCCESS"}
 
 
 def step(tensors: Tensors, rows: Any, slots: Any) -> Any:
@@ -240,7 +249,9 @@ def step(tensors: Tensors, rows: Any, slots: Any) -> Any:
     first, first_lse = OPS.mla_decode(**tensors, causal=True, plan=plan)
     q = torch.nn.functional.pad(first, (0, 64)) + tensors["q"]
     second, second_lse = OPS.mla_decode(**{**tensors, "q": q}, causal=True, plan=plan)
-    return second.float() * 2, OPS.merge_states(torch.stack((first, second)), torch.stack((first_lse, second_lse)))[1]
+    merged = OPS.merge_states([first, second], [first_lse, second_lse])[0]
+    stacked = OPS.merge_states(torch.stack((first, second)), torch.stack((first_lse, second_lse)))
+    return second.float() * 2, stacked[1], merged
 
 
 @BACKENDS

@@ -11,7 +11,8 @@ from typing import Any
 
 import numpy as np
 
-from .dtypes import numpy_dtype
+from ..errors import InvalidArgumentError
+from .dtypes import ITEM_SIZES, numpy_dtype
 from .frameworks import CPU, cupy_module, current_stream, dlpack_location, framework_of, on_stream
 from .view import ArrayView, Shared, source_of, view
 
@@ -101,6 +102,53 @@ def finish(obj: Any, result: Any, stream: int | None = None) -> Any:
             except (BufferError, TypeError, ValueError):
                 return result  # e.g. NumPy, which exports no bfloat16
     return result
+
+
+def stacked(arrays: Any, name: str, stream: int | None = None) -> Any:
+    """A list or tuple of arrays as one array with an axis more, the first; an array stays as it is.
+
+    Parameters
+    ----------
+    arrays
+        Arrays of one framework, shape, type and device.
+    name
+        What the caller calls them; used in errors.
+    stream
+        CUDA stream to copy on. None: the current one of their framework.
+
+    Raises
+    ------
+    InvalidArgumentError
+        There is none, they differ, or their framework is none of NumPy, torch, CuPy and JAX.
+    """
+    if not isinstance(arrays, (list, tuple)):
+        return arrays
+    if not arrays:
+        raise InvalidArgumentError(name, "at least one array", "none")
+    said = []
+    for index, array in enumerate(arrays):
+        seen = view(array, f"{name}[{index}]", stream)
+        said.append((seen.dtype, seen.shape, seen.location, framework_of(array)))
+    for index, words in enumerate(said):
+        if words != said[0]:
+            expected, got = (" ".join(map(str, (*w[:2], "on", *w[2], "of", w[3]))) for w in (said[0], words))
+            raise InvalidArgumentError(f"{name}[{index}]", f"{expected}, as {name}[0]", got)
+    dtype, _, (device, device_id), framework = said[0]
+    if framework == "numpy":
+        return np.stack(arrays)
+    if framework == "jax":
+        return sys.modules["jax"].numpy.stack(arrays)
+    if framework == "torch":
+        torch = sys.modules["torch"]
+        if stream is None or device == CPU:
+            return torch.stack(list(arrays))
+        with torch.cuda.stream(torch.cuda.ExternalStream(stream, device=arrays[0].device)):
+            return torch.stack(list(arrays))
+    if framework == "cupy":
+        bits = f"u{ITEM_SIZES[dtype]}"  # CuPy's own kernels do not know every type
+        with on_stream(device_id, stream):
+            return cupy_module().stack([array.view(bits) for array in arrays]).view(arrays[0].dtype)
+    raise InvalidArgumentError(name, "one array (a list only of NumPy, torch, CuPy or JAX)", f"a list of {framework}")
 
 
 def keep_imported(views: Iterable[ArrayView | None], stream: int) -> None:

@@ -14,10 +14,9 @@ from ..arrays import view as arrays
 from ..arrays.exchange import as_numpy, keep_imported
 from ..arrays.frameworks import CUDA, check_stream, current_stream
 from ..arrays.view import ArrayView
-from ..gpu.device import require_backend
 from ..kernels.append import APPEND_SOURCE, CHUNK_BYTES, append_geometry
 from ..kernels.structs import APPEND_PARAMS
-from .new_tokens import Places, Segment, check_chunks, describe_places, match_segments, view_cache, view_rows
+from .new_tokens import Append, AppendArrays, Places, Segment, describe_append
 
 
 def append_tokens(
@@ -68,22 +67,21 @@ def append_tokens(
     check_stream(stream)
     if stream is None:
         stream = _framework_stream(kv_new)
-    cache_views = view_cache(kv_cache, stream)
-    rows_views = view_rows(kv_new, stream)
-    segments = match_segments(cache_views, rows_views)
-    num_tokens = rows_views[0].shape[0]
-    places = describe_places(cache_views[0], num_tokens, slot_mapping, block_table, positions, requests, stream)
-    on_gpu = require_backend(*cache_views[0].location, "kv_cache")
-    if on_gpu:
-        check_chunks(segments)
-    if num_tokens == 0 or not segments:
+    given = AppendArrays(kv_cache, kv_new, slot_mapping, block_table, positions, requests)
+    append = describe_append(given, stream)
+    run_append(append, stream)
+    if stream is not None and append.segments:
+        keep_imported(append.inputs(), stream)
+
+
+def run_append(append: Append, stream: int | None) -> None:
+    """Write what was checked; on a GPU on a stream."""
+    if not append.segments:
         return
-    if on_gpu:
-        stream = stream if stream is not None else 0
-        _append_cuda(segments, places, num_tokens, stream)
-        keep_imported((*rows_views, places.slot_mapping, places.block_table, places.positions, places.requests), stream)
+    if append.location[0] == CUDA:
+        _append_cuda(append, 0 if stream is None else stream)
     else:
-        _append_numpy(segments, places, num_tokens)
+        _append_numpy(append.segments, append.places, append.num_tokens)
 
 
 def _framework_stream(kv_new: Any) -> int | None:
@@ -129,19 +127,19 @@ def _find_slots(
     return pages[inside], positions[inside] % page_size, tokens[inside]
 
 
-def _append_cuda(segments: list[Segment], places: Places, num_tokens: int, stream: int) -> None:
+def _append_cuda(append: Append, stream: int) -> None:
     # The modules that reach the driver are only loaded for arrays that are on a GPU.
     from ..gpu.jit.module import load
     from ..gpu.launch import launch_kernel
 
-    geometry = append_geometry(num_tokens)
+    geometry = append_geometry(append.num_tokens)
     launch_kernel(
-        load(APPEND_SOURCE, segments[0].cache.device_id),
+        load(APPEND_SOURCE, append.location[1]),
         geometry.grid,
         geometry.block,
         geometry.shared_memory,
         stream,
-        (pack_params(segments, places, num_tokens),),
+        (pack_params(append.segments, append.places, append.num_tokens),),
     )
 
 

@@ -12,11 +12,24 @@ from ..arrays.frameworks import CUDA, framework_of
 from ..arrays.view import ArrayView
 from ..call.arguments import check_no_overlap, misaligned
 from ..errors import InvalidArgumentError
+from ..gpu.device import require_backend
 from ..kernels.append import CHUNK_BYTES
 from ..layouts.base import CACHE_RANK
 
 _ROWS_RANK = 3
 _INT32_MAX = 2**31 - 1
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class AppendArrays:
+    """The arrays of an append as given: of any framework, or views; as in `cupy_mla.append_tokens`."""
+
+    kv_cache: Any
+    kv_new: Any
+    slot_mapping: Any = None
+    block_table: Any = None
+    positions: Any = None
+    requests: Any = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,7 +76,7 @@ def view_cache(kv_cache: Any, stream: int | None) -> list[ArrayView]:
         if view.ndim != CACHE_RANK:
             raise InvalidArgumentError(name, "shape [num_pages, page_size, num_heads_kv, d]", str(view.shape))
         # JAX hands out its buffers through DLPack but counts on nobody writing to them.
-        if framework_of(part) == "jax":
+        if not isinstance(part, ArrayView) and framework_of(part) == "jax":
             raise InvalidArgumentError(name, "an array that can be written to", "a JAX array, which is immutable")
         if isinstance(part, np.ndarray) and not part.flags.writeable:
             raise InvalidArgumentError(name, "an array that can be written to", "a read-only NumPy array")
@@ -193,15 +206,55 @@ def _index_array(
     return view
 
 
-def describe_places(
-    cache: ArrayView,
-    num_tokens: int,
-    slot_mapping: Any,
-    block_table: Any,
-    positions: Any,
-    requests: Any,
-    stream: int | None,
-) -> Places:
+@dataclass(frozen=True, slots=True)
+class Append:
+    """An append that was checked.
+
+    Attributes
+    ----------
+    segments
+        What is copied; none where there is nothing to copy.
+    places
+        Where to.
+    num_tokens
+        How many rows.
+    """
+
+    segments: list[Segment]
+    places: Places
+    num_tokens: int
+
+    @property
+    def location(self) -> tuple[str, int]:
+        """Device and its number, of all arrays."""
+        return self.segments[0].cache.location
+
+    def inputs(self) -> list[ArrayView | None]:
+        """What is read."""
+        places = self.places
+        rows = [segment.rows for segment in self.segments]
+        return [*rows, places.slot_mapping, places.block_table, places.positions, places.requests]
+
+
+def describe_append(given: AppendArrays, stream: int | None = None) -> Append:
+    """Check the arrays of an append. Reads no array's contents.
+
+    Raises
+    ------
+    InvalidArgumentError, UnsupportedDeviceError
+        As in `cupy_mla.append_tokens`.
+    """
+    cache_views = view_cache(given.kv_cache, stream)
+    rows_views = view_rows(given.kv_new, stream)
+    segments = match_segments(cache_views, rows_views)
+    num_tokens = rows_views[0].shape[0]
+    places = describe_places(cache_views[0], num_tokens, given, stream)
+    if require_backend(*cache_views[0].location, "kv_cache"):
+        check_chunks(segments)
+    return Append(segments if num_tokens else [], places, num_tokens)
+
+
+def describe_places(cache: ArrayView, num_tokens: int, given: AppendArrays, stream: int | None) -> Places:
     """Where the tokens go.
 
     Raises
@@ -209,19 +262,19 @@ def describe_places(
     InvalidArgumentError
         Both ways to say it are given or neither, or an index array has a wrong type, shape, device or strides.
     """
-    if slot_mapping is not None:
-        for name, value in (("block_table", block_table), ("positions", positions), ("requests", requests)):
-            if value is not None:
-                raise InvalidArgumentError(name, "None beside slot_mapping", type(value).__name__)
-        slots = _index_array(slot_mapping, "slot_mapping", "int64", (num_tokens,), cache, stream)
+    if given.slot_mapping is not None:
+        for name in ("block_table", "positions", "requests"):
+            if getattr(given, name) is not None:
+                raise InvalidArgumentError(name, "None beside slot_mapping", type(getattr(given, name)).__name__)
+        slots = _index_array(given.slot_mapping, "slot_mapping", "int64", (num_tokens,), cache, stream)
         return Places(slots, None, None, None, 1)
-    for name, value in (("block_table", block_table), ("positions", positions)):
-        if value is None:
+    for name in ("block_table", "positions"):
+        if getattr(given, name) is None:
             raise InvalidArgumentError(name, "an array (or slot_mapping instead)", "None")
-    table = _index_array(block_table, "block_table", "int32", (None, None), cache, stream)
-    place = _index_array(positions, "positions", "int32", (num_tokens,), cache, stream)
-    if requests is not None:
-        owner = _index_array(requests, "requests", "int32", (num_tokens,), cache, stream)
+    table = _index_array(given.block_table, "block_table", "int32", (None, None), cache, stream)
+    place = _index_array(given.positions, "positions", "int32", (num_tokens,), cache, stream)
+    if given.requests is not None:
+        owner = _index_array(given.requests, "requests", "int32", (num_tokens,), cache, stream)
         return Places(None, table, place, owner, 1)
     batch = table.shape[0]
     if num_tokens > 0 and (batch == 0 or num_tokens % batch != 0):

@@ -5,33 +5,34 @@ Custom calls get XLA's buffers and numbers as attributes; jax-tvm-ffi calls the 
 
 from __future__ import annotations
 
-import functools
-import importlib
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
+from ..arrays.dtypes import numpy_dtype
 from ..arrays.exchange import as_numpy
-from ..arrays.frameworks import CPU, CUDA
-from ..arrays.view import ArrayView, contiguous_strides
+from ..arrays.view import ArrayView
+from ..arrays.xla import CustomCall, start, view_buffer, view_hosts
 from ..call.arguments import validate_values
 from ..call.describe import describe_decode
 from ..call.options import OPTIONS, PARTS, DecodeArrays, DecodeOptions, Option
 from ..call.problem import DecodeInputs, DecodeProblem
-from ..errors import InvalidArgumentError, MissingDependencyError
+from ..errors import InvalidArgumentError
 from ..settings import wants_validation
+from .merge import check_states, merge_views
 from .plan import Blueprint, PlanMemory, plan_kind
 from .prepared import CallStrides, prepare
 from .reference import mla_decode_reference
 
 DECODE_TARGET = "cupy_mla.mla_decode"
 PLAN_TARGET = "cupy_mla.plan_decode"
+MERGE_TARGET = "cupy_mla.merge_states"
 _GIVEN = "given"
 # Attributes of custom calls are numbers, in this order.
 ATTRIBUTES = (*(option.name for option in OPTIONS), _GIVEN)
 _NO_INTEGER = -1  # an option that is None; of a float, NaN
-_DLPACK_CPU = 1  # DLPack's device type
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,7 +53,7 @@ class TracedCall:
     @classmethod
     def of(cls, parts: tuple[Any, ...], options: DecodeOptions) -> TracedCall:
         """Of a call with these parts, None for one that is not there."""
-        return cls(options, sum(1 << index for index, part in enumerate(parts) if part is not None))
+        return cls(options, bits_of(parts))
 
     def attributes(self) -> dict[str, Any]:
         """As attributes of a custom call."""
@@ -72,6 +73,11 @@ class TracedCall:
         )
 
 
+def bits_of(parts: Sequence[Any]) -> int:
+    """Which of them are there: bit i says it of the i-th."""
+    return sum(1 << index for index, part in enumerate(parts) if part is not None)
+
+
 def _number(option: Option, value: Any) -> Any:
     if option.type == "float":
         return np.float64(np.nan if value is None else value)
@@ -84,45 +90,21 @@ def _option(option: Option, number: Any) -> Any:
     return None if number == _NO_INTEGER else (bool(number) if option.type == "bool" else int(number))
 
 
-@functools.cache
-def register_calls(device: str) -> bool:
-    """Register the custom calls for a device; False where jax-tvm-ffi is missing and not needed.
-
-    Raises
-    ------
-    MissingDependencyError
-        It is missing, and the device is a GPU.
-    """
-    try:
-        bridge = importlib.import_module("jax_tvm_ffi")
-    except ImportError as error:
-        if device == CPU:
-            return False
-        raise MissingDependencyError("jax-tvm-ffi", "jax", "mla_decode inside jax.jit on a GPU") from error
-    import tvm_ffi
-
-    specification = [*(f"attrs.{name}" for name in ATTRIBUTES), "args", "rets"]
-    for target, function in ((DECODE_TARGET, _run_decode), (PLAN_TARGET, _run_plan)):
-        bridge.register_ffi_target(
-            target,
-            tvm_ffi.convert(function),
-            specification,
-            platform="cpu" if device == CPU else "gpu",
-            pass_owned_tensor=True,
-        )
-    return True
-
-
 def decode_in_callback(call: TracedCall, *arrays: Any) -> tuple[np.ndarray, np.ndarray]:
     """The NumPy backend, on what ``jax.pure_callback`` brings."""
-    hosts = [np.asarray(array) for array in arrays]
-    views = [
-        ArrayView(host.ctypes.data, host.shape, contiguous_strides(host.shape), str(host.dtype), CPU, 0, host)
-        for host in map(np.ascontiguousarray, hosts)
-    ]
-    problem, inputs = describe_decode(call.arrays(views), call.options)
+    problem, inputs = describe_decode(call.arrays(view_hosts(arrays)), call.options)
     _validate(problem, inputs, call.options, None)
     return mla_decode_reference(problem, inputs, _scale(problem, call.options), empty_lse=call.options.empty_lse)
+
+
+def merge_in_callback(*arrays: Any) -> tuple[np.ndarray, np.ndarray]:
+    """`merge_states` on the NumPy backend, on what ``jax.pure_callback`` brings."""
+    outs, lses = view_hosts(arrays)
+    out_shape, lse_shape = check_states(outs, lses)
+    results = np.empty(out_shape, numpy_dtype(outs.dtype)), np.empty(lse_shape, np.float32)
+    out, lse = view_hosts(results)
+    merge_views(outs, lses, out, lse, None)
+    return results
 
 
 def _run_decode(*values: Any) -> None:
@@ -133,7 +115,7 @@ def _run_decode(*values: Any) -> None:
     inputs.out, inputs.lse, *workspace = buffers
     scale = _scale(problem, options)
     kind = plan_kind(problem, inputs.location, options)
-    stream = None if kind is None else _start(inputs.location)
+    stream = start(inputs.location)
     _validate(problem, inputs, options, stream)
     if kind is None or stream is None:
         out, lse = as_numpy(inputs.out), as_numpy(inputs.lse)
@@ -151,11 +133,18 @@ def _run_plan(*values: Any) -> None:
     call, buffers = _unpack(values)
     problem, inputs = describe_decode(call.arrays(buffers), call.options)
     kind = plan_kind(problem, inputs.location, call.options)
-    assert kind is not None  # only registered for GPUs
-    stream = _start(inputs.location)
+    stream = start(inputs.location)
+    assert kind is not None  # only called on GPUs
+    assert stream is not None
     _validate(problem, inputs, call.options, stream)
     addresses = inputs.addresses()
     kind.launch_planner(addresses.cache_seqlens, addresses.cu_seqlens_q, buffers[0].pointer, stream)
+
+
+def _run_merge(*buffers: Any) -> None:
+    """The custom call: outs, lses, then out, lse."""
+    outs, lses, out, lse = map(view_buffer, buffers)
+    merge_views(outs, lses, out, lse, start(outs.location))
 
 
 def _scale(problem: DecodeProblem, options: DecodeOptions) -> float:
@@ -177,23 +166,9 @@ def _place(kind: Blueprint, workspace: list[ArrayView], plan: int) -> PlanMemory
 
 def _unpack(values: tuple[Any, ...]) -> tuple[TracedCall, list[ArrayView]]:
     """The call, and views of its inputs and results."""
-    views = [_view_of_buffer(buffer) for buffer in values[len(ATTRIBUTES) :]]
+    views = [view_buffer(buffer) for buffer in values[len(ATTRIBUTES) :]]
     return TracedCall.of_attributes(values[: len(ATTRIBUTES)]), views
 
 
-def _view_of_buffer(buffer: Any) -> ArrayView:
-    device_type, device_id = buffer.__dlpack_device__()
-    device = CPU if device_type == _DLPACK_CPU else CUDA
-    return ArrayView(
-        buffer.data_ptr(), tuple(buffer.shape), tuple(buffer.strides), str(buffer.dtype), device,
-        device_id if device == CUDA else 0, buffer,
-    )  # fmt: skip
-
-
-def _start(location: tuple[str, int]) -> int:
-    """XLA's stream, after its GPU was made current: the driver is called from a thread of XLA's."""
-    import cupy
-    import tvm_ffi
-
-    cupy.cuda.Device(location[1]).use()
-    return int(tvm_ffi.get_raw_stream(tvm_ffi.device("cuda", location[1])))
+CALLS = {DECODE_TARGET: CustomCall(_run_decode, ATTRIBUTES), PLAN_TARGET: CustomCall(_run_plan, ATTRIBUTES)}
+CALLS[MERGE_TARGET] = CustomCall(_run_merge, ())

@@ -7,10 +7,11 @@ from typing import Any
 import numpy as np
 
 from ..arrays.dtypes import KERNEL_TYPES
-from ..arrays.exchange import as_numpy, empty_like, finish, keep_imported
+from ..arrays.exchange import as_numpy, empty_like, finish, keep_imported, stacked
 from ..arrays.frameworks import CUDA, check_stream, current_stream
 from ..arrays.view import ArrayView, view
 from ..call.arguments import misaligned
+from ..call.problem import LSE_DTYPE
 from ..errors import InvalidArgumentError
 from ..gpu.device import require_backend, require_supported
 from ..gpu.jit.module import load
@@ -29,9 +30,11 @@ def merge_states(outs: Any, lses: Any, *, stream: int | None = None) -> tuple[An
     ----------
     outs
         [n, batch, seqlen_q, num_heads_q, d_v] or [n, total_q, num_heads_q, d_v], bfloat16, float16 or float32: what
-        `mla_decode` returned for each of n shards of the KV, stacked.
+        `mla_decode` returned for each of n shards of the KV, stacked. Or a list or tuple of n such arrays of one
+        framework, which are then copied into one.
     lses
         [n, batch, num_heads_q, seqlen_q] or [n, num_heads_q, total_q] float32, natural logarithms; -inf: nothing seen.
+        Or a list or tuple of n.
     stream
         ``cudaStream_t``; None: the current stream of the framework of ``outs``.
 
@@ -51,39 +54,48 @@ def merge_states(outs: Any, lses: Any, *, stream: int | None = None) -> tuple[An
         The arrays are on a GPU that is not Hopper, or the backend that the settings ask for cannot take them.
     """
     check_stream(stream)
+    outs, lses = stacked(outs, "outs", stream), stacked(lses, "lses", stream)
     outs_view, lses_view = view(outs, "outs", stream), view(lses, "lses", stream)
-    out_shape, lse_shape = _check(outs_view, lses_view)
-    if not require_backend(*outs_view.location, "outs"):
-        return _merge_on_cpu(outs, lses, out_shape, lse_shape, outs_view.dtype)
-    device_id = outs_view.device_id
-    info = require_supported(device_id)
+    out_shape, lse_shape = check_states(outs_view, lses_view)
+    on_gpu = require_backend(*outs_view.location, "outs")
     out = empty_like(outs, out_shape, outs_view.dtype, stream)
-    lse = empty_like(outs, lse_shape, "float32", stream)
-    if stream is None:
-        stream = current_stream(outs, device_id)
-    out_view, lse_view = view(out, "out", stream), view(lse, "lse", stream)
-    if 0 not in out_shape:
-        params = np.zeros(1, MERGE_STATES_PARAMS)
-        # Row indices (batch, token, head); a ragged array has one batch.
-        params["sizes"] = (out_shape[0] if len(out_shape) == 4 else 1, *out_shape[-3:-1])
-        params["outs"] = outs_view.pointer
-        params["outs_strides"] = (outs_view.strides[0], *_rows(outs_view.strides[1:]))
-        params["out"], params["out_strides"] = out_view.pointer, _rows(out_view.strides)
-        params["lses"] = lses_view.pointer
-        params["lses_strides"] = (lses_view.strides[0], *_lse_rows(lses_view.strides[1:]))
-        params["lse"], params["lse_strides"] = lse_view.pointer, _lse_rows(lse_view.strides)
-        params["num_states"], params["d_v"] = outs_view.shape[0], out_shape[-1]
-        step = STORE_ALIGNMENT // outs_view.itemsize
-        offsets = (*outs_view.strides[:-1], *out_view.strides[:-1])
-        params["aligned"] = all(offset % step == 0 for offset in offsets) and not (
-            (outs_view.pointer | out_view.pointer) % STORE_ALIGNMENT
-        )
-        rows = int(np.prod(out_shape[:-1]))
-        geometry = merge_states_geometry(info.num_sms, rows, out_shape[-1])
-        kernel = load(merge_states_source(outs_view.dtype), device_id)
-        launch_kernel(kernel, geometry.grid, geometry.block, geometry.shared_memory, stream, (params,))
+    lse = empty_like(outs, lse_shape, LSE_DTYPE, stream)
+    if stream is None and on_gpu:
+        stream = current_stream(outs, outs_view.device_id)
+    merge_views(outs_view, lses_view, view(out, "out", stream), view(lse, "lse", stream), stream)
+    if on_gpu and stream is not None:
         keep_imported((outs_view, lses_view), stream)
     return finish(outs, out, stream), finish(outs, lse, stream)
+
+
+def merge_views(outs: ArrayView, lses: ArrayView, out: ArrayView, lse: ArrayView, stream: int | None) -> None:
+    """`merge_states` of arrays that were checked, into others; on the CPU without a stream."""
+    if 0 in out.shape:
+        return
+    if stream is None:
+        by_row = np.swapaxes(as_numpy(lses), -1, -2)  # the reference takes both in the same axis order
+        as_numpy(out)[...], merged_lse = merge_states_reference(as_numpy(outs), by_row)
+        as_numpy(lse)[...] = np.swapaxes(merged_lse, -1, -2)
+        return
+    params = np.zeros(1, MERGE_STATES_PARAMS)
+    # Row indices (batch, token, head); a ragged array has one batch.
+    params["sizes"] = (out.shape[0] if out.ndim == 4 else 1, *out.shape[-3:-1])
+    params["outs"] = outs.pointer
+    params["outs_strides"] = (outs.strides[0], *_rows(outs.strides[1:]))
+    params["out"], params["out_strides"] = out.pointer, _rows(out.strides)
+    params["lses"] = lses.pointer
+    params["lses_strides"] = (lses.strides[0], *_lse_rows(lses.strides[1:]))
+    params["lse"], params["lse_strides"] = lse.pointer, _lse_rows(lse.strides)
+    params["num_states"], params["d_v"] = outs.shape[0], out.shape[-1]
+    step = STORE_ALIGNMENT // outs.itemsize
+    offsets = (*outs.strides[:-1], *out.strides[:-1])
+    params["aligned"] = all(offset % step == 0 for offset in offsets) and not (
+        (outs.pointer | out.pointer) % STORE_ALIGNMENT
+    )
+    rows = int(np.prod(out.shape[:-1]))
+    geometry = merge_states_geometry(require_supported(outs.device_id).num_sms, rows, out.shape[-1])
+    kernel = load(merge_states_source(outs.dtype), outs.device_id)
+    launch_kernel(kernel, geometry.grid, geometry.block, geometry.shared_memory, stream, (params,))
 
 
 def _rows(strides: tuple[int, ...]) -> tuple[int, int, int]:
@@ -96,7 +108,14 @@ def _lse_rows(strides: tuple[int, ...]) -> tuple[int, int, int]:
     return (strides[0] if len(strides) == 3 else 0, strides[-1], strides[-2])
 
 
-def _check(outs: ArrayView, lses: ArrayView) -> tuple[tuple[int, ...], tuple[int, ...]]:
+def check_states(outs: ArrayView, lses: ArrayView) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """The shapes of a merged out and lse.
+
+    Raises
+    ------
+    InvalidArgumentError
+        As in `merge_states`.
+    """
     if outs.ndim not in _RANKS:
         raise InvalidArgumentError("outs", "4 or 5 dimensions", f"{outs.ndim}")
     if outs.shape[0] == 0:
@@ -120,14 +139,3 @@ def _check(outs: ArrayView, lses: ArrayView) -> tuple[tuple[int, ...], tuple[int
             if array.pointer % array.itemsize:
                 raise misaligned(name, array.pointer, array.itemsize)
     return out_shape, lse_shape
-
-
-def _merge_on_cpu(
-    outs: Any, lses: Any, out_shape: tuple[int, ...], lse_shape: tuple[int, ...], dtype: str
-) -> tuple[Any, Any]:
-    by_row = np.swapaxes(as_numpy(lses), -1, -2)  # the reference takes both in the same axis order
-    merged, merged_lse = merge_states_reference(as_numpy(outs), by_row)
-    out, lse = empty_like(outs, out_shape, dtype), empty_like(outs, lse_shape, "float32")
-    as_numpy(out)[...] = merged
-    as_numpy(lse)[...] = np.swapaxes(merged_lse, -1, -2)
-    return finish(outs, out), finish(outs, lse)
