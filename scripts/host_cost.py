@@ -42,8 +42,9 @@ from cupy_mla.settings import get_settings
 CALLS, ROUNDS = 200, 25  # two launches a call stay below the 1024 that a stream takes before it blocks
 BATCH, LENGTH, HEADS, PAGE_SIZE = 4, 1024, 16, 64
 HEAD_DIM, LATENT_DIM = 576, 512
-TARGET_MICROSECONDS = 15.0  # of a call with plan and outputs
 FULL_CALL = "mla_decode, plan and outputs given"
+FULL_OPERATOR = "torch.ops, plan and outputs given"
+TARGET_MICROSECONDS = {FULL_OPERATOR: 25.0, FULL_CALL: 14.5}  # on an H200 machine, launches and all
 EMPTY_KERNEL = 'extern "C" __global__ void empty(const void* a, const void* b, void* c, int n) {}'
 
 
@@ -103,6 +104,7 @@ class NoGpu:
             return view
 
         views._READER_OF_FRAMEWORK["torch"] = read_as_cuda
+        torch._C._cuda_getCurrentRawStream = lambda device_id: 0
         info = DeviceInfo(0, "none", (9, 0), 132, 2**37, 2**25, 232448)
         for module in (plan, decode):
             module.current_stream = lambda array, device_id: 0  # type: ignore[attr-defined]
@@ -156,7 +158,7 @@ def whole_calls(given: Inputs, torch: Any) -> dict[str, Callable[[], object]]:
         importlib.import_module("cupy_mla.torch_ops")
         operators = torch.ops.cupy_mla
         plan_tensor = operators.plan_decode(**inputs)
-        calls["torch.ops, plan and outputs given"] = lambda: operators.mla_decode_out(
+        calls[FULL_OPERATOR] = lambda: operators.mla_decode_out(
             q, kv_cache, table, lengths, plan=plan_tensor, out=out, lse=lse
         )
         calls["torch.ops, plan given"] = lambda: operators.mla_decode(q, kv_cache, table, lengths, plan=plan_tensor)
@@ -289,8 +291,7 @@ def main(peers: str | None, json_path: Path | None) -> None:
             importlib.import_module("cupy").cuda.Device().synchronize()
 
     click.echo(f"Python {platform.python_version()}, {platform.processor() or platform.machine()}\n")
-    # torch's dispatcher would see through CPU tensors that pass for others: without a GPU no operators.
-    whole = whole_calls(given, torch if reason is None else None)
+    whole = whole_calls(given, torch)
     groups = {"whole calls": whole, "of the first": parts(given), "only the first time": first_time_parts(given)}
     if reason is None:
         groups["for scale"] = for_scale(given, torch, peers)
@@ -304,8 +305,11 @@ def main(peers: str | None, json_path: Path | None) -> None:
             click.echo(f"  {name:<54}{cost.median:>9.2f}{cost.fastest:>9.2f}")
     if json_path is not None:
         write_text(json_path, to_json(rows, indent=1) + "\n", "json")
-    full = next(row["median"] for row in rows if row["name"] == FULL_CALL)
-    click.echo(f"\n{FULL_CALL}: {full:.2f} us, to be at most {TARGET_MICROSECONDS:.0f}")
+    click.echo()
+    for name, most in TARGET_MICROSECONDS.items():
+        for row in rows:
+            if row["name"] == name:
+                click.echo(f"{name}: {row['median']:.2f} us, to be at most {most:.1f}")
 
 
 if __name__ == "__main__":

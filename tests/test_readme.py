@@ -208,6 +208,7 @@ def test_host_cost_runs() -> None:
     command = [sys.executable, str(ROOT / "scripts" / "host_cost.py")]
     output = subprocess.run(command, check=True, capture_output=True, text=True).stdout
     assert "mla_decode, plan and outputs given" in output.splitlines()[-1]
+    assert "torch.ops, plan and outputs given" in output.splitlines()[-2]
 
 
 def test_the_first_number_is_that_of_the_figures(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from cases_dense import DenseCase
 
-from cupy_mla import InvalidArgumentError, PlanMismatchError, mla_decode, plan_decode
+from cupy_mla import InvalidArgumentError, PlanMismatchError, append_tokens, merge_states, mla_decode, plan_decode
 
 from .gpu_arrays import attention, keys_of
 from .test_decode import check_request
@@ -152,3 +152,53 @@ def test_jit_errors() -> None:
         jax.jit(lambda cache: jax_ops.mla_decode(**{**on_jax.inputs, "kv_cache": cache}))(
             on_jax.inputs["kv_cache"][:, :24]
         )
+
+
+@needs_bridge
+@pytest.mark.parametrize("donated", [False, True])
+@pytest.mark.parametrize("by_slot", [False, True])
+def test_append_tokens(donated: bool, by_slot: bool) -> None:
+    random = np.random.default_rng(0)
+    host = random.standard_normal((8, 64, 1, 576), np.float32).astype(jnp.bfloat16)
+    rows = random.standard_normal((3, 1, 576), np.float32).astype(jnp.bfloat16)
+    slots = np.array([130, -1, 511], np.int32)
+    expected = host.copy()
+    append_tokens(expected, rows, slots.astype(np.int64))
+    places = {"slot_mapping": slots}
+    if not by_slot:
+        table = np.array([[2], [0], [7]], np.int32)
+        places = {"block_table": table, "positions": np.array([2, -1, 63], np.int32)}
+    cache = jnp.asarray(host)
+    program = jax.jit(jax_ops.append_tokens, donate_argnums=(0,) if donated else ())
+    address = cache.unsafe_buffer_pointer()
+    result = program(cache, jnp.asarray(rows), **{name: jnp.asarray(array) for name, array in places.items()})
+    assert np.asarray(result).tobytes() == expected.tobytes()
+    if donated:
+        assert result.unsafe_buffer_pointer() == address
+    else:
+        assert np.asarray(cache).tobytes() == host.tobytes()
+
+
+@needs_bridge
+def test_merge_states() -> None:
+    random = np.random.default_rng(0)
+    outs = random.standard_normal((3, 5, 2, 16, 512), np.float32).astype(jnp.bfloat16)
+    lses = random.standard_normal((3, 5, 16, 2), np.float32)
+    lses[:, 1] = -np.inf
+    expected_out, expected_lse = merge_states(outs, lses)
+    given = [jnp.asarray(out) for out in outs], [jnp.asarray(lse) for lse in lses]
+    for merge in (jax.jit(jax_ops.merge_states), jax_ops.merge_states, merge_states):
+        out, lse = merge(*given)
+        np.testing.assert_allclose(np.asarray(lse), expected_lse, 1e-5, 1e-5)
+        np.testing.assert_allclose(
+            np.asarray(out, np.float32), np.asarray(expected_out, np.float32), rtol=1e-2, atol=1e-2
+        )
+
+
+@needs_bridge
+@pytest.mark.parametrize("empty_lse", [-np.inf, np.inf])
+def test_empty_lse(empty_lse: float) -> None:
+    on_jax = OnJax()
+    _, lse = jax.jit(lambda arrays: jax_ops.mla_decode(**arrays, **on_jax.options, empty_lse=empty_lse))(on_jax.inputs)
+    assert (np.asarray(lse)[0] == empty_lse).all()
+    assert np.isfinite(np.asarray(lse)[2:]).all()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import numpy as np
@@ -204,3 +205,21 @@ def test_a_thread_without_a_context() -> None:
     thread.join()
     assert failures == []
     on_gpu.check(out, lse)
+
+
+@pytest.mark.parametrize("empty_lse", [-math.inf, math.inf])
+def test_empty_lse(empty_lse: float) -> None:
+    on_gpu = case()
+    plan = OPS.plan_decode(*on_gpu.tensors, **plan_options(on_gpu))
+    for _ in range(2):  # checked, recognised
+        _, lse = OPS.mla_decode(*on_gpu.tensors, **op_options(on_gpu), plan=plan, empty_lse=empty_lse)
+        assert (lse[0] == empty_lse).all()
+        assert lse[2:].isfinite().all()
+
+
+def test_states_in_lists() -> None:
+    outs = torch.randn(3, 5, 2, 16, 512, device="cuda").bfloat16()
+    lses = torch.randn(3, 5, 16, 2, device="cuda")
+    expected = OPS.merge_states(outs, lses)
+    for found, array in zip(OPS.merge_states(list(outs), list(lses)), expected, strict=True):
+        assert torch.equal(found, array)
