@@ -152,8 +152,14 @@ def append_tokens(
 
     Raises
     ------
-    InvalidArgumentError, UnsupportedDeviceError, MissingDependencyError
-        As in `cupy_mla.append_tokens` and in `mla_decode`.
+    InvalidArgumentError
+        An array has a wrong rank, shape, type or alignment; raised while tracing.
+    TypeError
+        There is no argument of that name.
+    UnsupportedDeviceError
+        The GPU is not Hopper, the platform is neither CPU nor CUDA, or the settings ask for the other backend.
+    MissingDependencyError
+        The platform is CUDA and jax-tvm-ffi is not installed.
     """
     jax = _jax()
     parts = (*_parts(kv_cache, "kv_cache"), *_parts(kv_new, "kv_new"), slot_mapping)
@@ -187,7 +193,7 @@ def append_tokens(
 
 def merge_states(outs: Any, lses: Any, *, platform: str | None = None) -> tuple[Any, Any]:
     """`cupy_mla.merge_states`: its arguments, returns and errors; ``platform`` as in `mla_decode`."""
-    outs, lses = stacked_in_jax(outs, "outs"), stacked_in_jax(lses, "lses")
+    outs, lses = _stacked(outs, "outs"), _stacked(lses, "lses")
     arrays, views, location = _views((outs, lses), ("outs", "lses"), platform)
     out_shape, lse_shape = check_states(*views)
     require_backend(*location, "outs")
@@ -263,7 +269,7 @@ def _views(
     return arrays, views, location
 
 
-def stacked_in_jax(arrays: Any, name: str) -> Any:
+def _stacked(arrays: Any, name: str) -> Any:
     """A list or tuple of arrays as one, as in `cupy_mla.merge_states`."""
     if not isinstance(arrays, (list, tuple)):
         return arrays

@@ -5,8 +5,7 @@ from __future__ import annotations
 import math
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
-from importlib import import_module
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -21,14 +20,6 @@ from torch.library import opcheck  # noqa: E402
 OPS = torch.ops.cupy_mla
 BACKENDS = pytest.mark.parametrize("backend", ["eager", "aot_eager", "inductor"])
 Tensors = dict[str, Any]
-
-
-@pytest.fixture(autouse=True)
-def _graphs_of_this_code() -> Iterator[None]:
-    """A graph that Inductor kept from another state of the code has the size of that code's plans in it."""
-    inductor, functorch = (import_module(f"torch.{name}.config") for name in ("_inductor", "_functorch"))
-    with inductor.patch(fx_graph_cache=False), functorch.patch(enable_autograd_cache=False):
-        yield
 
 
 def make(dtype: Any = torch.bfloat16, ragged: bool = False, seqlen_q: int = 2) -> Tensors:

@@ -241,8 +241,10 @@ def describe_append(given: AppendArrays, stream: int | None = None) -> Append:
 
     Raises
     ------
-    InvalidArgumentError, UnsupportedDeviceError
-        As in `cupy_mla.append_tokens`.
+    InvalidArgumentError
+        An array has a wrong rank, shape, type, device, strides or alignment, or the cache cannot be written to.
+    UnsupportedDeviceError
+        The arrays are on a GPU that is not Hopper, or the backend that the settings ask for cannot take them.
     """
     cache_views = view_cache(given.kv_cache, stream)
     rows_views = view_rows(given.kv_new, stream)

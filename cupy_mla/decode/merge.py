@@ -114,7 +114,7 @@ def check_states(outs: ArrayView, lses: ArrayView) -> tuple[tuple[int, ...], tup
     Raises
     ------
     InvalidArgumentError
-        As in `merge_states`.
+        Rank, shape, type or device are wrong, or on CUDA the last dimension or the alignment of an address.
     """
     if outs.ndim not in _RANKS:
         raise InvalidArgumentError("outs", "4 or 5 dimensions", f"{outs.ndim}")
