@@ -64,8 +64,9 @@ def mla_decode(
     platform
         ``"cpu"`` or ``"cuda"``: what a program that is being traced will run on. None: JAX's default backend.
     **options
-        As in `cupy_mla.mla_decode`, and ``max_seqlen_k`` and ``fixed_split_tokens`` as in `cupy_mla.plan_decode`. They
-        are static: Python numbers, no tracers. What ``validate`` finds is raised when the program runs.
+        As in `cupy_mla.mla_decode`, and ``max_seqlen_k``, ``fixed_split_tokens`` and ``kernel`` as in
+        `cupy_mla.plan_decode`. They are static: numbers and strings of Python, no tracers. What ``validate`` finds is
+        raised when the program runs.
 
     Returns
     -------

@@ -3,7 +3,8 @@
 They do what the functions of the package do, for CUDA and CPU tensors, and tell torch.compile what comes out. They are
 registered with ``torch.library.Library`` and not as ``custom_op``: a function is called as it is, without a layer of
 Python that handles its arguments first. Schemas and functions are written from the descriptions of the calls, so that
-an option or an array is named in one place; pairs (latent, rope) come as two tensors, e.g. ``q`` and ``q_rope``.
+an option or an array is named in one place; pairs (latent, rope) come as two tensors, e.g. ``q`` and ``q_rope``, and
+``kernel`` is called ``decode_kernel``.
 
 A plan is a tensor here: a compiled program can hold tensors across its parts, and a Python object cannot be in it. See
 `cupy_mla.decode.plan_arrays`. Its size says what it is for; on the CPU it holds nothing. Calls that share it are given
@@ -49,6 +50,8 @@ _POSITIONAL = (
     *("q", "kv_cache", "block_table", "cache_seqlens", "head_dim_v", "softmax_scale"),
     *("causal", "cu_seqlens_q", "max_seqlen_q"),
 )
+# torch.compile calls a function that has a parameter of this name itself, with the options beside it.
+_OPERATOR_NAMES = {"kernel": "decode_kernel"}
 _APPEND_ROPES = {"kv_cache": "kv_rope", "kv_new": "kv_new_rope"}
 _NONE = "None"
 
@@ -145,7 +148,8 @@ class _Argument:
         # A schema cannot say that a default is infinite.
         infinite = option.type == "float" and option.default is not None and math.isinf(option.default)
         optional = "?" if option.optional or infinite else ""
-        return cls(option.name, option.type + optional, _NONE if infinite else repr(option.default))
+        name = _OPERATOR_NAMES.get(option.name, option.name)
+        return cls(name, option.type + optional, _NONE if infinite else repr(option.default))
 
 
 @dataclass(frozen=True, slots=True)
@@ -196,13 +200,13 @@ def _decode_operator(
     arrays = [_pair(name, ROPE_OF) if name in by_name else _NONE for name in ARRAYS]
     options = []
     for option in OPTIONS:
-        argument = by_name.get(option.name)
-        if argument is None:
+        name = _OPERATOR_NAMES.get(option.name, option.name)
+        if name not in by_name:
             options.append(repr(option.default))
-        elif argument.default == _NONE and not option.optional:  # None stands for what a schema cannot say
-            options.append(f"{option.default!r} if {option.name} is None else {option.name}")
+        elif by_name[name].default == _NONE and not option.optional:  # None stands for what a schema cannot say
+            options.append(f"{option.default!r} if {name} is None else {name}")
         else:
-            options.append(option.name)
+            options.append(name)
     positional = [by_name.pop(name) for name in _POSITIONAL if name in by_name]
     call = f"run(({', '.join(arrays)}), ({', '.join(options)}))"
     return _Operator(positional, list(by_name.values()), call, results, run, fake)

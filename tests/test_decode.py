@@ -67,6 +67,8 @@ BAD_PLAN_OPTIONS: dict[str, tuple[str, Any]] = {
     "no whole tile": ("fixed_split_tokens", 63),
     "nothing": ("fixed_split_tokens", 0),
     "a fraction of a split": ("fixed_split_tokens", 64.0),
+    "an unknown kernel": ("kernel", "wide"),
+    "a kernel that is no string": ("kernel", 64),
     "a stream that is no number": ("stream", object()),
 }
 

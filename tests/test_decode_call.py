@@ -33,12 +33,13 @@ from cupy_mla.arrays import view as arrays_module
 from cupy_mla.arrays.dtypes import numpy_dtype
 from cupy_mla.arrays.view import ArrayView, Shared
 from cupy_mla.call.memo import forget
-from cupy_mla.call.options import OPTIONS, PARTS, DecodeOptions
+from cupy_mla.call.options import AUTO, OPTIONS, PARTS, DecodeOptions
 from cupy_mla.decode import jax_calls
 from cupy_mla.decode import known as known_calls
 from cupy_mla.decode import prepared as decode_call
 from cupy_mla.decode.dense import run_decode
 from cupy_mla.decode.plan_arrays import plan_array_bytes
+from cupy_mla.kernels.choose import KERNELS
 
 LATENT, ROPE = 512, 64
 CURRENT_STREAM = 77  # what fake_gpu says
@@ -296,6 +297,32 @@ def test_plans_of_one_kind_share_what_was_prepared(gpu: FakeGpu) -> None:
     assert len(known_calls._known) == 2
 
 
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_a_plan_names_the_kernel(gpu: FakeGpu, kernel: str) -> None:
+    arrays = packed(gpu, heads=128)
+    plan = plan_decode(**arrays, kernel=kernel)
+    assert plan.config is not None
+    assert plan.config.family.name == (kernel if kernel != AUTO else "narrow16")
+    gpu.take()
+    mla_decode(**arrays, plan=plan)
+    decode, combine = gpu.take()
+    rows = {"wide64": 64, "narrow32": 32}.get(kernel, 16)
+    assert combine.arguments[0]["rows"] == plan.config.rows == rows
+    assert decode.grid == (plan.shape.blocks_per_job, plan.shape.num_parts, 1)  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize(("kernel", "words"), [("wide", "one of auto, narrow16"), ("wide64", "rope widths of")])
+def test_a_kernel_that_cannot_serve_the_call_is_refused(gpu: FakeGpu, kernel: str, words: str) -> None:
+    q, kv_cache = gpu.array((4, 1, 16, 640)), gpu.array((64, 64, 1, 640))
+    arrays = {**packed(gpu), "q": q, "kv_cache": kv_cache}
+    gpu.take()
+    with pytest.raises(InvalidArgumentError, match=words) as caught:
+        plan_decode(**arrays, kernel=kernel)
+    assert caught.value.argument == "kernel"
+    assert gpu.take() == []
+    plan_decode(**arrays, kernel="narrow32")
+
+
 def test_a_change_of_the_settings_counts_at_once(
     gpu: FakeGpu, set_environment: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -482,7 +509,7 @@ def test_wrong_plans_in_arrays_are_refused_after_good_calls(gpu: FakeGpu) -> Non
             decode(wrong)
         assert caught.value.argument == "plan"
     with pytest.raises(PlanMismatchError):
-        decode(good, (*DEFAULTS[:-1], 256))
+        decode(good, (*DEFAULTS[:-2], 256, AUTO))
     assert gpu.take() == []
     decode(good)
     assert [launched.kernel for launched in gpu.take()] == ["decode", "combine"]
@@ -494,7 +521,7 @@ def test_a_call_that_plans_by_itself_keeps_to_options_of_a_plan(gpu: FakeGpu) ->
     for _ in range(2):
         gpu.take()
         gpu.allocated.clear()
-        run_decode((*arrays.values(), None, None, None, None), (*DEFAULTS[:-1], 256))
+        run_decode((*arrays.values(), None, None, None, None), (*DEFAULTS[:-2], 256, AUTO))
         assert fixed is not None
         assert gpu.allocated[-1].shape == (fixed.workspace_bytes,)
         assert [launched.kernel for launched in gpu.take()] == ["plan", "decode", "combine"]
@@ -566,9 +593,9 @@ def test_sizes_of_plan_arrays_tell_settings_apart(gpu: FakeGpu) -> None:
     sizes = {
         plan_array_bytes(replace(problem, queries=replace(queries, **change)), location, DecodeOptions(**options))
         for change in ({}, {"causal": True}, {"batch": 5}, {"num_heads_q": 15})
-        for options in ({}, {"max_seqlen_k": 512}, {"fixed_split_tokens": 256})
+        for options in ({}, {"max_seqlen_k": 512}, {"fixed_split_tokens": 256}, {"kernel": "wide64"})
     }
-    assert len(sizes) == 12
+    assert len(sizes) == 16
     wider = replace(problem, keys=replace(problem.keys, max_pages_per_seq=17))
     assert plan_array_bytes(wider, location, DecodeOptions()) not in sizes
 

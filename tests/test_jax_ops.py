@@ -114,7 +114,9 @@ def test_pairs() -> None:
     same(jax.jit(lambda arrays: jax_ops.mla_decode(**arrays))(arrays), mla_decode(**host))
 
 
-@pytest.mark.parametrize("options", [{}, {"fixed_split_tokens": 64}, {"max_seqlen_k": 128}], ids=str)
+@pytest.mark.parametrize(
+    "options", [{}, {"fixed_split_tokens": 64}, {"max_seqlen_k": 128}, {"kernel": "wide64"}], ids=str
+)
 def test_plan_for_several_layers(options: dict[str, Any]) -> None:
     host = make()
     arrays = {name: jnp.asarray(array) for name, array in host.items()}
@@ -131,7 +133,9 @@ def test_plan_for_several_layers(options: dict[str, Any]) -> None:
     same(second, mla_decode(**{**host, "q": -host["q"]}, causal=True))
 
 
-@pytest.mark.parametrize("other", [{"causal": True}, {"fixed_split_tokens": 64}, {"max_seqlen_k": 64}], ids=str)
+@pytest.mark.parametrize(
+    "other", [{"causal": True}, {"fixed_split_tokens": 64}, {"max_seqlen_k": 64}, {"kernel": "wide64"}], ids=str
+)
 def test_a_plan_of_other_settings_is_refused(other: dict[str, Any]) -> None:
     arrays = make()
     plan = jax_ops.plan_decode(**arrays)
@@ -151,6 +155,7 @@ BAD: dict[str, tuple[str, dict[str, Any]]] = {
     "q of three": ("q", {"q": (np.zeros(1),) * 3}),
     "q that is no array": ("q", {"q": 3}),
     "split of no whole tile": ("fixed_split_tokens", {"fixed_split_tokens": 63}),
+    "kernel that there is not": ("kernel", {"kernel": "wide"}),
     "plan that is no array": ("plan", {"plan": 3}),
 }
 
@@ -161,7 +166,7 @@ def test_bad_arguments_are_refused_while_tracing(name: str) -> None:
     arrays = {**make(), **change}
     static = {
         key: arrays.pop(key)
-        for key in ("softmax_scale", "head_dim_v", "q", "fixed_split_tokens", "plan")
+        for key in ("softmax_scale", "head_dim_v", "q", "fixed_split_tokens", "kernel", "plan")
         if key in change
     }
     with pytest.raises(InvalidArgumentError) as caught:
@@ -239,6 +244,7 @@ def test_the_eager_function_says_what_to_call_inside_jit() -> None:
         {},
         {"softmax_scale": 0.25, "causal": True, "max_seqlen_q": 3, "empty_lse": np.inf, "validate": False},
         {"head_dim_v": 256, "max_seqlen_k": 4096, "fixed_split_tokens": 64, "validate": True},
+        {"kernel": "wide64"},
     ],
     ids=str,
 )

@@ -55,7 +55,7 @@ def test_options_know_their_types() -> None:
     assert described["softmax_scale"] == ("float", True, None)
     assert described["causal"] == ("bool", False, False)
     assert described["validate"] == ("bool", True, None)
-    assert {option.type for option in OPTIONS} <= {"int", "float", "bool"}
+    assert {option.type for option in OPTIONS} <= {"int", "float", "bool", "str"}
     # Hot calls give the leading ones by position.
     assert option_names(DECODE) == tuple(described)[: len(option_names(DECODE))]
 
@@ -74,6 +74,7 @@ def test_options_know_their_types() -> None:
         ({"fixed_split_tokens": np.uint8(64)}, 64),
         ({"empty_lse": np.float64(math.inf)}, math.inf),
         ({"validate": 1}, True),
+        ({"kernel": np.str_("wide64")}, "wide64"),
     ],
     ids=str,
 )
@@ -104,6 +105,8 @@ def test_values_become_those_of_python(given: dict[str, Any], value: Any) -> Non
         ("empty_lse", 0.0, "-inf or +inf"),
         ("empty_lse", math.nan, "-inf or +inf"),
         ("validate", "yes", "True or False"),
+        ("kernel", None, "a string"),
+        ("kernel", 64, "a string"),
     ],
 )
 def test_bad_options_are_refused(name: str, value: Any, expected: str) -> None:
@@ -115,7 +118,7 @@ def test_bad_options_are_refused(name: str, value: Any, expected: str) -> None:
 
 
 def test_what_a_plan_depends_on_alone() -> None:
-    assert DecodeOptions(max_seqlen_k=640, fixed_split_tokens=64, causal=True).of_plan_alone() == (640, 64)
+    assert DecodeOptions(max_seqlen_k=640, fixed_split_tokens=64, causal=True).of_plan_alone() == (640, 64, "auto")
 
 
 def test_parts_and_pairs() -> None:

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from cupy_mla import InvalidArgumentError, PlanMismatchError, append_tokens, merge_states, mla_decode
-from cupy_mla.call.options import DECODE, OPTIONS, PARTS, PLAN
+from cupy_mla.call.options import DECODE, OPTIONS, PARTS, PLAN, Option
 
 torch = pytest.importorskip("torch", reason="torch is not installed")
 torch_ops = pytest.importorskip("cupy_mla.torch_ops")
@@ -129,15 +129,19 @@ def test_a_plan_serves_a_pool_that_has_grown() -> None:
     same(OPS.mla_decode(**{**tensors, "kv_cache": grown}, plan=plan), expected)
 
 
+def operator_name(option: Option) -> str:
+    return "decode_kernel" if option.name == "kernel" else option.name
+
+
 def test_every_option_is_in_the_schemas() -> None:
     for name, function in (("plan_decode", PLAN), ("mla_decode", DECODE), ("mla_decode_out", DECODE)):
         arguments = {argument.name: argument for argument in getattr(OPS, name).default._schema.arguments}
-        described = {option.name for option in OPTIONS if function == DECODE or PLAN in option.functions}
+        described = {operator_name(option) for option in OPTIONS if function == DECODE or PLAN in option.functions}
         assert described <= arguments.keys()
         assert {argument for argument in arguments if argument not in described} <= set(PARTS)
         for option in OPTIONS:
-            if option.name in described:
-                default = arguments[option.name].default_value
+            if operator_name(option) in described:
+                default = arguments[operator_name(option)].default_value
                 assert default == (None if option.name == "empty_lse" else option.default)
         positional = [argument for argument in arguments.values() if not argument.kwarg_only]
         assert positional[-1].name == "max_seqlen_q"
@@ -162,7 +166,9 @@ def test_merge_states() -> None:
     same(merge_states(tuple(outs), list(lses)), expected)
 
 
-@pytest.mark.parametrize("other", [{"causal": True}, {"fixed_split_tokens": 64}, {"max_seqlen_k": 64}], ids=str)
+@pytest.mark.parametrize(
+    "other", [{"causal": True}, {"fixed_split_tokens": 64}, {"max_seqlen_k": 64}, {"decode_kernel": "wide64"}], ids=str
+)
 def test_a_plan_of_other_settings_is_refused(other: dict[str, Any]) -> None:
     tensors = make()
     plan = OPS.plan_decode(**tensors)

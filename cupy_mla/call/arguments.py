@@ -180,6 +180,19 @@ def as_boolean(value: Any, name: str) -> bool:
     raise InvalidArgumentError(name, "True or False", f"{type(value).__name__} {value!r}")
 
 
+def as_text(value: Any, name: str) -> str:
+    """A string.
+
+    Raises
+    ------
+    InvalidArgumentError
+        It is none; ``argument`` is ``name``.
+    """
+    if isinstance(value, str):
+        return str(value)  # of a type derived from it, too
+    raise InvalidArgumentError(name, "a string", f"{type(value).__name__} {value!r}")
+
+
 def validate_values(
     problem: DecodeProblem, inputs: DecodeInputs, stream: int | None = None, max_seqlen_k: int | None = None
 ) -> None:

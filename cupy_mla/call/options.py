@@ -14,9 +14,10 @@ from dataclasses import dataclass, field, fields
 from typing import Any
 
 from ..errors import InvalidArgumentError
-from .arguments import as_boolean, as_integer, as_number, check_softmax_scale
+from .arguments import as_boolean, as_integer, as_number, as_text, check_softmax_scale
 
 DECODE, PLAN = "mla_decode", "plan_decode"  # the functions that take an option
+AUTO = "auto"  # of ``kernel``: the one that should take the least time
 
 
 def _option(default: Any, *functions: str) -> Any:
@@ -27,14 +28,14 @@ def _option(default: Any, *functions: str) -> Any:
 class DecodeOptions:
     """What a call takes besides its arrays, checked; values of NumPy's types become Python's.
 
-    Types are ``int``, ``float`` or ``bool``, and ``| None`` where that has a meaning of its own: torch's schemas and
-    JAX's attributes know no others.
+    Types are ``int``, ``float``, ``bool`` or ``str``, and ``| None`` where that has a meaning of its own: torch's
+    schemas and JAX's attributes know no others.
 
     Attributes
     ----------
     head_dim_v, softmax_scale, causal, max_seqlen_q, empty_lse, validate
         As in `cupy_mla.mla_decode`.
-    max_seqlen_k, fixed_split_tokens
+    max_seqlen_k, fixed_split_tokens, kernel
         As in `cupy_mla.plan_decode`; of a decode call with a plan in an array, or without a plan.
 
     Raises
@@ -51,6 +52,7 @@ class DecodeOptions:
     validate: bool | None = _option(None, DECODE, PLAN)
     max_seqlen_k: int | None = _option(None, PLAN)
     fixed_split_tokens: int | None = _option(None, PLAN)
+    kernel: str = _option(AUTO, PLAN)
 
     def __post_init__(self) -> None:
         if not (isinstance(self.empty_lse, float) and math.isinf(self.empty_lse)):
@@ -107,13 +109,13 @@ class Option:
     """A field of `DecodeOptions`, as faces that are written from it need to know it."""
 
     name: str
-    type: str  # "int", "float" or "bool"
+    type: str  # "int", "float", "bool" or "str"
     optional: bool
     default: Any
     functions: tuple[str, ...]  # DECODE, PLAN
 
 
-_CONVERSIONS = {"int": as_integer, "float": as_number, "bool": as_boolean}
+_CONVERSIONS = {"int": as_integer, "float": as_number, "bool": as_boolean, "str": as_text}
 OPTIONS = tuple(
     Option(
         field.name,

@@ -10,10 +10,11 @@ import click
 import numpy as np
 import numpy.typing as npt
 
+from ..call.options import AUTO
 from ..call.problem import MAX_TOKENS, DecodeProblem, PagedKeys, Queries
 from ..decode.plan import schedule_shape
 from ..errors import InvalidArgumentError
-from ..kernels.choose import AUTO, KERNELS, choose_config
+from ..kernels.choose import KERNELS, choose_config
 from ..lab.presets import find_preset
 from ..layouts import DENSE_LAYOUTS
 from ..schedule.make import make_schedule

@@ -119,6 +119,7 @@ def plan_decode(
     max_seqlen_q: int | None = None,
     max_seqlen_k: int | None = None,
     fixed_split_tokens: int | None = None,
+    kernel: str = "auto",
     stream: int | None = None,
     validate: bool | None = None,
 ) -> DecodePlan:
@@ -136,6 +137,9 @@ def plan_decode(
     fixed_split_tokens
         Cut each request after every so many tokens (a multiple of 64), whatever the batch: the same request then gives
         the same bits in any batch. None: cut where it balances the GPU best.
+    kernel
+        The decode kernel: "narrow16", "narrow32" or "wide64" (16, 32 or 64 query rows a CTA), or "auto", the one that
+        should take the least time. On the CPU, where there is but one, the name is checked and changes nothing.
 
     Returns
     -------
@@ -157,6 +161,7 @@ def plan_decode(
         validate=validate,
         max_seqlen_k=max_seqlen_k,
         fixed_split_tokens=fixed_split_tokens,
+        kernel=kernel,
     )
     problem, inputs, kind = describe_plan(arrays, options, stream)
     first_q = q[0] if isinstance(q, (tuple, list)) else q

@@ -30,7 +30,7 @@ DECODE_TARGET = "cupy_mla.mla_decode"
 PLAN_TARGET = "cupy_mla.plan_decode"
 MERGE_TARGET = "cupy_mla.merge_states"
 _GIVEN = "given"
-# Attributes of custom calls are numbers, in this order.
+# Attributes of custom calls are numbers or strings, in this order.
 ATTRIBUTES = (*(option.name for option in OPTIONS), _GIVEN)
 _NO_INTEGER = -1  # an option that is None; of a float, NaN
 
@@ -57,7 +57,7 @@ class TracedCall:
 
     def attributes(self) -> dict[str, Any]:
         """As attributes of a custom call."""
-        values = {option.name: _number(option, getattr(self.options, option.name)) for option in OPTIONS}
+        values = {option.name: _attribute(option, getattr(self.options, option.name)) for option in OPTIONS}
         return {**values, _GIVEN: np.int64(self.given)}
 
     @classmethod
@@ -78,16 +78,20 @@ def bits_of(parts: Sequence[Any]) -> int:
     return sum(1 << index for index, part in enumerate(parts) if part is not None)
 
 
-def _number(option: Option, value: Any) -> Any:
+def _attribute(option: Option, value: Any) -> Any:
+    if option.type == "str":
+        return np.str_(value)
     if option.type == "float":
         return np.float64(np.nan if value is None else value)
     return np.int64(_NO_INTEGER if value is None else value)
 
 
-def _option(option: Option, number: Any) -> Any:
+def _option(option: Option, attribute: Any) -> Any:
+    if option.type == "str":
+        return attribute
     if option.type == "float":
-        return None if np.isnan(number) else float(number)
-    return None if number == _NO_INTEGER else (bool(number) if option.type == "bool" else int(number))
+        return None if np.isnan(attribute) else float(attribute)
+    return None if attribute == _NO_INTEGER else (bool(attribute) if option.type == "bool" else int(attribute))
 
 
 def decode_in_callback(call: TracedCall, *arrays: Any) -> tuple[np.ndarray, np.ndarray]:

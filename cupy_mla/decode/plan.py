@@ -20,7 +20,7 @@ from ..errors import InvalidArgumentError, PlanMismatchError
 from ..gpu.device import describe_device
 from ..gpu.jit.module import LoadedKernel, load
 from ..gpu.launch import Launch, is_capturing
-from ..kernels.choose import choose_config
+from ..kernels.choose import check_kernel, choose_config
 from ..kernels.combine import combine_source
 from ..kernels.family import KernelConfig
 from ..kernels.planner import PLAN_SOURCE, plan_geometry, plan_params, plan_sections
@@ -84,12 +84,17 @@ class Blueprint:
     """
 
     def __init__(
-        self, problem: DecodeProblem, device_id: int, max_seqlen_k: int | None, fixed_split_tokens: int | None
+        self,
+        problem: DecodeProblem,
+        device_id: int,
+        max_seqlen_k: int | None,
+        fixed_split_tokens: int | None,
+        kernel: str,
     ) -> None:
         self.problem = problem
         self.location = (CUDA, device_id)
         self.num_sms = describe_device(device_id).num_sms
-        self.config = choose_config(problem, self.num_sms, max_seqlen_k, fixed_split_tokens)
+        self.config = choose_config(problem, self.num_sms, max_seqlen_k, fixed_split_tokens, kernel)
         self.shape = schedule_shape(problem, self.config, self.num_sms, max_seqlen_k, fixed_split_tokens)
         sections = plan_sections(self.shape)
         self.merges_offset = sections.merges_offset
@@ -136,31 +141,34 @@ def plan_kind(problem: DecodeProblem, location: tuple[str, int], options: Decode
     Raises
     ------
     InvalidArgumentError
-        The plan would be too large, or ``fixed_split_tokens`` is no multiple of a tile.
+        The plan would be too large, ``fixed_split_tokens`` is no multiple of a tile, or ``kernel`` is the name of no
+        kernel or of one that cannot serve the call.
     UnsupportedDeviceError
         There is no such GPU.
     """
+    check_kernel(options.kernel)
     check_fixed_split(options.fixed_split_tokens)
     device, device_id = location
     if device != CUDA:
         return None
-    return blueprint(problem, device_id, options.max_seqlen_k, options.fixed_split_tokens)
+    return blueprint(problem, device_id, options.max_seqlen_k, options.fixed_split_tokens, options.kernel)
 
 
 @remembered(_BLUEPRINTS_KEPT)
 def blueprint(
-    problem: DecodeProblem, device_id: int, max_seqlen_k: int | None = None, fixed_split_tokens: int | None = None
+    problem: DecodeProblem, device_id: int, max_seqlen_k: int | None, fixed_split_tokens: int | None, kernel: str
 ) -> Blueprint:
     """The blueprint of a kind of call; the same object whenever it is asked for again.
 
     Raises
     ------
     InvalidArgumentError
-        The plan would be too large, or ``fixed_split_tokens`` is no multiple of a tile.
+        The plan would be too large, ``fixed_split_tokens`` is no multiple of a tile, or ``kernel`` is the name of no
+        kernel or of one that cannot serve the call.
     UnsupportedDeviceError
         There is no such GPU.
     """
-    return Blueprint(problem, device_id, max_seqlen_k, fixed_split_tokens)
+    return Blueprint(problem, device_id, max_seqlen_k, fixed_split_tokens, kernel)
 
 
 def _section(size: int) -> int:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from ..call.options import AUTO
 from ..errors import InvalidArgumentError
 from ..schedule.pieces import ceil_div
 from .cost import Load
@@ -14,7 +15,6 @@ from .wide import WIDE64
 if TYPE_CHECKING:
     from ..call.problem import DecodeProblem
 
-AUTO = "auto"  # the kernel that should take the least time
 FAMILIES: tuple[DecodeFamily, ...] = (NARROW16, NARROW32, WIDE64)  # by rows, as a fixed split goes through them
 KERNELS = (AUTO, *(family.name for family in FAMILIES))
 

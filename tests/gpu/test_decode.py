@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
-from functools import partial
 from typing import Any
 
 import numpy as np
@@ -15,9 +14,9 @@ from cases_dense import DTYPES, DenseCase, frobenius_error
 from cupy_mla import InvalidArgumentError, PlanMismatchError, merge_states, mla_decode, plan_decode
 from cupy_mla.arrays.exchange import empty_like
 from cupy_mla.arrays.view import view
-from cupy_mla.decode import known as known_calls
+from cupy_mla.call.options import AUTO
 from cupy_mla.decode import plan as plan_module
-from cupy_mla.kernels.choose import AUTO, KERNELS, choose_config
+from cupy_mla.kernels.choose import KERNELS
 
 from . import gpu_arrays as gpu
 
@@ -30,21 +29,17 @@ LENGTHS = (0, 1, 63, 64, 65, 140, 4096)
 
 
 @pytest.fixture(params=KERNELS)
-def kernel(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+def kernel(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     """Every test runs on the kernel that is chosen for its case, and on each of the kernels."""
-    monkeypatch.setattr(plan_module, "choose_config", partial(choose_config, kernel=request.param))
-    _forget_calls()
-    yield request.param
-    _forget_calls()
-
-
-def _forget_calls() -> None:
-    plan_module.blueprint.cache_clear()
-    known_calls._known.clear()
+    name: str = request.param
+    monkeypatch.setattr(OnGpu, "kernel", name)
+    return name
 
 
 class OnGpu:
     """A case with its arrays on the host and on the GPU."""
+
+    kernel = AUTO  # of the test that runs
 
     def __init__(self, case: DenseCase) -> None:
         self.case = case
@@ -63,7 +58,8 @@ class OnGpu:
 
     @property
     def plan_options(self) -> dict[str, Any]:
-        return {name: value for name, value in self.options.items() if name != "softmax_scale"}
+        of_plan = {name: value for name, value in self.options.items() if name != "softmax_scale"}
+        return {**of_plan, "kernel": self.kernel}
 
     @property
     def out_shape(self) -> tuple[int, ...]:
@@ -76,8 +72,12 @@ class OnGpu:
             return heads, self.host.q.shape[0]
         return self.host.q.shape[0], heads, self.host.q.shape[1]
 
-    def decode(self, **options: Any) -> tuple[Any, Any]:
-        return mla_decode(*self.tensors, **self.options, **options)
+    def decode(self, *tensors: Any, **options: Any) -> tuple[Any, Any]:
+        """Of these tensors instead of the case's, if any; with a plan where it takes one to name the kernel."""
+        tensors = tensors or self.tensors
+        if self.kernel != AUTO and "plan" not in options:
+            options["plan"] = plan_decode(*tensors, **self.plan_options)
+        return mla_decode(*tensors, **self.options, **options)
 
     def check(self, out: Any, lse: Any, lengths: tuple[int, ...] | None = None) -> None:
         check_results(self.case, gpu.expected(self.case, self.host, lengths), out, lse)
@@ -263,14 +263,14 @@ def test_pairs(heads: int, separate: bool) -> None:
         return device[..., :512], device[..., 512:]
 
     q, kv_cache = pair(on_gpu.q, on_gpu.host.q), pair(on_gpu.kv_cache, on_gpu.host.kv_cache)
-    out, lse = mla_decode(q, kv_cache, on_gpu.block_table, on_gpu.cache_seqlens, **on_gpu.options)
+    out, lse = on_gpu.decode(q, kv_cache, on_gpu.block_table, on_gpu.cache_seqlens)
     on_gpu.check(out, lse)
     assert np.array_equal(gpu.bits_of(out), gpu.bits_of(packed_out))
     assert np.array_equal(gpu.bits_of(lse), gpu.bits_of(packed_lse))
 
 
 @pytest.mark.parametrize("heads", [16, 128])
-def test_cache_beyond_32_bits(heads: int) -> None:
+def test_cache_beyond_32_bits(heads: int, kernel: str) -> None:
     num_pages, length = 60_000, 1000
     assert num_pages * 64 * 576 > 2**31
     used = -(-length // 64)
@@ -283,7 +283,8 @@ def test_cache_beyond_32_bits(heads: int) -> None:
     gpu.assign(kv_cache[num_pages - used :], gpu.upload(keys.reshape(used, 64, 1, 576)))
     block_table = np.arange(num_pages - used, num_pages, dtype=np.int32)[None, :]
     lengths = np.array([length], np.int32)
-    out, lse = mla_decode(gpu.upload(q), kv_cache, gpu.upload(block_table), gpu.upload(lengths))
+    tensors = gpu.upload(q), kv_cache, gpu.upload(block_table), gpu.upload(lengths)
+    out, lse = mla_decode(*tensors, plan=None if kernel == AUTO else plan_decode(*tensors, kernel=kernel))
     check_results(case, [gpu.attention(keys[:length], q[0], 512, case.scale, False)], out, lse)
 
 
@@ -295,7 +296,7 @@ def test_pages_outside_the_cache(page_size: int) -> None:
     num_pages = on_gpu.host.kv_cache.shape[0]
     for request, page in enumerate((-1, num_pages, 2**31 - 1, -(2**31))):
         table[request] = page
-    out, lse = mla_decode(on_gpu.q, on_gpu.kv_cache, gpu.upload(table), on_gpu.cache_seqlens, **on_gpu.options)
+    out, lse = on_gpu.decode(on_gpu.q, on_gpu.kv_cache, gpu.upload(table), on_gpu.cache_seqlens)
     gpu.synchronize()
     request_out, request_lse = gpu.download(out)[-1], gpu.download(lse)[-1].T
     check_request(
@@ -386,6 +387,7 @@ def test_graph_replayed_after_lengths_changed(heads: int) -> None:
         on_gpu.check(out, lse, lengths)
 
 
+@pytest.mark.parametrize("kernel", [AUTO], indirect=True)  # a plan names any other
 def test_workspace_of_a_call_without_plan_stays_with_the_given_stream(monkeypatch: pytest.MonkeyPatch) -> None:
     """The call frees it while the stream is still behind; the current stream must not get that memory meanwhile."""
     workspaces: list[tuple[int, int]] = []
@@ -427,7 +429,7 @@ def test_merge_states(heads: int, shards: int) -> None:
         table = on_gpu.host.block_table[:, shard * columns : (shard + 1) * columns]
         first = shard * columns * case.page_size
         lengths = np.clip(on_gpu.host.cache_seqlens - first, 0, table.shape[1] * case.page_size).astype(np.int32)
-        out, lse = mla_decode(on_gpu.q, on_gpu.kv_cache, gpu.upload(table), gpu.upload(lengths), **on_gpu.options)
+        out, lse = on_gpu.decode(on_gpu.q, on_gpu.kv_cache, gpu.upload(table), gpu.upload(lengths))
         outs.append(out)
         lses.append(lse)
     out, lse = merge_states(gpu.stack(outs), gpu.stack(lses))
@@ -496,5 +498,5 @@ def test_bad_argument_is_refused_and_nothing_written(name: str) -> None:
     gpu.synchronize()
     assert np.isnan(gpu.download(out)).all()
     assert np.isnan(gpu.download(lse)).all()
-    mla_decode(**arguments)
+    on_gpu.decode(out=out, lse=lse)
     check_results(replace(on_gpu.case), gpu.expected(on_gpu.case, on_gpu.host), out, lse)

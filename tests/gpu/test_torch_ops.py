@@ -54,7 +54,7 @@ def test_values(heads: int, ragged: bool) -> None:
 def test_given_outputs_and_fixed_splits() -> None:
     on_gpu = case()
     out, lse = gpu.empty(on_gpu.out_shape, "bfloat16"), gpu.empty(on_gpu.lse_shape, "float32")
-    for options in ({}, {"fixed_split_tokens": 256}, {"max_seqlen_k": 4096}):
+    for options in ({}, {"fixed_split_tokens": 256}, {"max_seqlen_k": 4096}, {"decode_kernel": "wide64"}):
         for plan in (None, OPS.plan_decode(*on_gpu.tensors, **plan_options(on_gpu), **options)):
             out.fill_(torch.nan)
             OPS.mla_decode_out(*on_gpu.tensors, **op_options(on_gpu), **options, plan=plan, out=out, lse=lse)
