@@ -34,7 +34,7 @@ from cupy_mla.arrays.dtypes import numpy_dtype
 from cupy_mla.arrays.view import ArrayView, Shared
 from cupy_mla.call.memo import forget
 from cupy_mla.call.options import AUTO, OPTIONS, PARTS, DecodeOptions
-from cupy_mla.decode import jax_calls
+from cupy_mla.decode import dense, jax_calls
 from cupy_mla.decode import known as known_calls
 from cupy_mla.decode import prepared as decode_call
 from cupy_mla.decode.dense import run_decode
@@ -343,6 +343,22 @@ def test_a_change_of_the_settings_counts_at_once(
     assert len(checked) == 1
     mla_decode(**arrays, validate=False)
     assert len(checked) == 1
+
+
+def test_calls_are_recognised_again_after_a_change_of_the_settings(
+    gpu: FakeGpu, set_environment: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    arrays, others = packed(gpu), packed(gpu, heads=32)
+    described: list[Any] = []
+    describe = dense.describe_decode
+    monkeypatch.setattr(dense, "describe_decode", lambda *given: described.append(given) or describe(*given))
+    for cache_dir, count in (("/a", 2), ("/b", 4), ("/a", 6)):
+        set_environment(CUPY_MLA_CACHE_DIR=cache_dir)
+        for _ in range(3):
+            mla_decode(**arrays)
+            mla_decode(**others)
+            mla_decode(**others)
+        assert len(described) == count
 
 
 def test_nothing_keeps_the_arrays_alive(gpu: FakeGpu) -> None:

@@ -235,9 +235,11 @@ def run_decode(
     if (validate is False or (validate is None and not settings.validate)) and (plan is None or kind is not None):
         identity = identify(arrays, options, kind)
     if identity is not None:
-        known = recall(*identity, settings)
+        key, pointers = identity
+        known = recall(key, pointers, settings)
         if known is not None:
-            return _launch(*known, plan, arrays, stream)
+            call, addresses = known
+            return _launch(call, addresses, plan, arrays, stream)
 
     if plan is not None and not isinstance(plan, DecodePlan):
         raise InvalidArgumentError("plan", "a DecodePlan from plan_decode, or None", type(plan).__name__)
@@ -262,7 +264,7 @@ def run_decode(
         return _decode_on_cpu(problem, inputs, scale, checked.empty_lse, given)
     call = prepare(kind, scale, checked.empty_lse, CallStrides.of(problem, inputs))
     if identity is not None:
-        remember(*identity, call, settings, inputs)
+        remember(key, pointers, call, settings, inputs)
     return _launch(call, inputs.addresses(), plan, arrays, stream, inputs)
 
 

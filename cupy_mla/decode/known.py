@@ -94,9 +94,8 @@ def recall(key: Key, pointers: tuple[int, ...], settings: Settings) -> tuple[Dec
     if known is None or known.settings is not settings:
         return None
     q, q_rope, kv, kv_rope, table, lengths, starts, plan, out, lse = pointers
-    if (q | q_rope | kv | kv_rope | out) & _COPY_MASK or (table | lengths | starts | lse) & _INDEX_MASK:
-        return None
-    if plan & _PLAN_MASK:
+    index_bits = table | lengths | starts | lse
+    if (q | q_rope | kv | kv_rope | out) & _COPY_MASK or index_bits & _INDEX_MASK or plan & _PLAN_MASK:
         return None
     if known.q_rope_offset:
         q_rope = q + known.q_rope_offset
@@ -109,4 +108,5 @@ def remember(key: Key, pointers: tuple[int, ...], call: DecodeCall, settings: Se
     """Note a call that was checked and prepared; ``pointers`` are those that `identify` found."""
     q_rope = inputs.q_rope.pointer - pointers[0] if inputs.q_rope is not None and not pointers[1] else 0
     kv_rope = inputs.kv_rope.pointer - pointers[2] if inputs.kv_rope is not None and not pointers[3] else 0
-    _known.keep(key, KnownCall(call, settings, q_rope, kv_rope))
+    global _last
+    _last = key, _known.keep(key, KnownCall(call, settings, q_rope, kv_rope))
