@@ -89,6 +89,11 @@ def run_combine(tag: str, params: np.ndarray, grid: int, block: int) -> None:
     library(tag).host_combine(_address(params), grid, block)
 
 
+def run_combine_gathered(tag: str, params: np.ndarray, grid: int, block: int) -> None:
+    """mla_combine_gathered for bf16, with partial results of a type."""
+    library(tag).host_combine_gathered(_address(params), grid, block)
+
+
 def run_merge_states(tag: str, params: np.ndarray, grid: int, block: int = MERGE_STATES_THREADS) -> None:
     """mla_merge_states for a type."""
     library(tag).host_merge_states(_address(params), grid, block)

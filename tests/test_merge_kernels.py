@@ -7,12 +7,12 @@ import dataclasses
 import ml_dtypes
 import numpy as np
 import pytest
-from host_kernels import needs_compiler, run_combine, run_merge_states, run_plan
+from host_kernels import needs_compiler, run_combine, run_combine_gathered, run_merge_states, run_plan
 from test_schedule import dense
 
 from cupy_mla.kernels.combine import OCTET, merge_states_geometry
 from cupy_mla.kernels.planner import plan_sections
-from cupy_mla.kernels.structs import COMBINE_PARAMS, MERGE_STATES_PARAMS
+from cupy_mla.kernels.structs import COMBINE_PARAMS, GATHER_COMBINE_PARAMS, MERGE_STATES_PARAMS
 from cupy_mla.schedule.make import ScheduleShape, make_schedule
 
 pytestmark = needs_compiler
@@ -171,6 +171,47 @@ def test_combine(name: str, out_padding: int, tag: str) -> None:
     expected_lse[np.isneginf(expected_lse)] = np.inf
     np.testing.assert_allclose(lse, expected_lse, 1e-6, 1e-6)
     assert (wide_out[..., d_v:] == 99).all()
+
+
+@pytest.mark.parametrize("has_sinks", [False, True])
+@pytest.mark.parametrize("tag", TYPES)
+def test_combine_of_gathered_tokens(tag: str, has_sinks: bool) -> None:
+    """Requests are query tokens, two of a batch entry; a sink divides the output and is not in the lse."""
+    batch, seqlen_q, d_v = 3, 2, 8 * OCTET
+    shape = ScheduleShape(40, 2, 16, 20, 1, batch * seqlen_q, 1, 4096)
+    rng = np.random.default_rng(11)
+    lengths = rng.integers(1000, 4097, shape.batch)
+    plan = make_schedule(shape, lengths)
+    assert len(plan.merges) > 0
+    partial_out, partial_lse = random_states(rng, TYPES[tag][0], plan.num_slots, shape.rows_per_job, d_v)
+    sinks = (rng.standard_normal(shape.group_heads) * 6 + 3).astype(np.float32)
+    sinks[:2] = -np.inf, np.inf
+    out = np.full((batch, seqlen_q, shape.group_heads, d_v), 99, ml_dtypes.bfloat16)
+    lse = np.full((batch, shape.group_heads, seqlen_q), 99, np.float32)
+    expected_out, expected_lse = np.full(out.shape, 99.0), np.full(lse.shape, 99.0)
+    for request, _, _, _, begin, count, *_ in plan.merges.tolist():
+        merged_out, merged_lse = merge_exactly(partial_out[begin : begin + count], partial_lse[begin : begin + count])
+        place = divmod(request, seqlen_q)
+        for head in range(shape.group_heads):
+            with np.errstate(over="ignore", invalid="ignore"):
+                share = 1 / (1 + np.exp(np.float64(sinks[head]) - merged_lse[head])) if has_sinks else 1.0
+            expected_out[(*place, head)] = merged_out[head] * (share if np.isfinite(merged_lse[head]) else 0.0)
+            expected_lse[place[0], head, place[1]] = merged_lse[head]
+
+    params = np.zeros(1, GATHER_COMBINE_PARAMS)
+    buffer = device_plan(shape, lengths, None)
+    params["partial_out"], params["partial_lse"] = partial_out.ctypes.data, partial_lse.ctypes.data
+    params["plan"], params["out"], params["lse"] = buffer.ctypes.data, out.ctypes.data, lse.ctypes.data
+    params["out_strides"] = element_strides(out)[:3]
+    lse_strides = element_strides(lse)
+    params["lse_strides"] = (lse_strides[0], lse_strides[2], lse_strides[1])
+    params["merges_offset"] = plan_sections(shape).merges_offset
+    params["slot_rows"], params["rows"], params["group_heads"] = shape.rows_per_job, shape.rows, shape.group_heads
+    params["d_v"], params["aligned"], params["empty_lse"], params["seqlen_q"] = d_v, 1, -np.inf, seqlen_q
+    params["attn_sink"] = sinks.ctypes.data if has_sinks else 0
+    run_combine_gathered(tag, params, 5, BLOCK)
+    np.testing.assert_allclose(out.astype(np.float64), expected_out, 8e-3, 8e-3)
+    np.testing.assert_allclose(lse, expected_lse, 1e-6, 1e-6)
 
 
 def device_plan(shape: ScheduleShape, lengths: np.ndarray, offsets: np.ndarray | None) -> np.ndarray:

@@ -75,7 +75,17 @@ def test_arrays_may_hold_anything(values: list[int], fixed: bool) -> None:
 
 @pytest.mark.parametrize(
     "name",
-    ["PLAN_HEADER", "WORK_ITEM", "MERGE_ITEM", "PLAN_PARAMS", "DECODE_PARAMS", "COMBINE_PARAMS", "MERGE_STATES_PARAMS"],
+    [
+        "PLAN_HEADER",
+        "WORK_ITEM",
+        "MERGE_ITEM",
+        "PLAN_PARAMS",
+        "DECODE_PARAMS",
+        "GATHER_PARAMS",
+        "COMBINE_PARAMS",
+        "GATHER_COMBINE_PARAMS",
+        "MERGE_STATES_PARAMS",
+    ],
 )
 def test_structs_are_the_same_on_both_sides(name: str) -> None:
     dtype: np.dtype = getattr(structs, name)

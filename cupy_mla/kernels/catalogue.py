@@ -11,8 +11,9 @@ from ..arrays.dtypes import KERNEL_TYPES
 from ..gpu.jit.source import KernelSource
 from .append import APPEND_SOURCE
 from .choose import FAMILIES
-from .combine import MERGE_STATES_THREADS, combine_source, merge_states_source
+from .combine import MERGE_STATES_THREADS, combine_source, gathered_combine_source, merge_states_source
 from .family import KernelConfig
+from .gathered import GATHERED_FAMILIES
 from .halves import PROBE_SOURCE
 from .planner import PLAN_SOURCE, PLAN_THREADS
 
@@ -29,7 +30,7 @@ class NamedKernel:
 
 def standard_configs() -> list[KernelConfig]:
     """The standard configurations of all families."""
-    return [config for family in FAMILIES for config in family.standard_configs()]
+    return [config for family in (*FAMILIES, *GATHERED_FAMILIES) for config in family.standard_configs()]
 
 
 def all_kernels() -> list[NamedKernel]:
@@ -38,8 +39,13 @@ def all_kernels() -> list[NamedKernel]:
         NamedKernel(config.name, config.source(), config.threads, config.shared_memory) for config in standard_configs()
     ]
     sources = {
-        f"combine_{config.dtype}" + ("_float" if config.float_partials else ""): combine_source(config)
-        for config in standard_configs()
+        f"{name}_{config.dtype}" + ("_float" if config.float_partials else ""): source(config)
+        for name, source, families in (
+            ("combine", combine_source, FAMILIES),
+            ("gathered_combine", gathered_combine_source, GATHERED_FAMILIES),
+        )
+        for family in families
+        for config in family.standard_configs()
     }
     combine = [NamedKernel(name, source) for name, source in sources.items()]
     merge = [

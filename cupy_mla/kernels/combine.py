@@ -28,6 +28,11 @@ def combine_source(config: KernelConfig) -> KernelSource:
     return KernelSource("combine/combine.cu", "mla_combine", defines)
 
 
+def gathered_combine_source(config: KernelConfig) -> KernelSource:
+    """The same after a kernel of gathered tokens: its argument is a `structs.GATHER_COMBINE_PARAMS`."""
+    return KernelSource("combine/gathered.cu", "mla_combine_gathered", combine_source(config).defines)
+
+
 def merge_states_source(dtype: str) -> KernelSource:
     """The kernel that merges states in ordinary arrays, for "bfloat16", "float16" or "float32"."""
     return KernelSource("combine/merge_states.cu", "mla_merge_states", (("MLA_DTYPE", KERNEL_TYPES[dtype]),))

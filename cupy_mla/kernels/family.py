@@ -111,6 +111,7 @@ class DecodeFamily(ABC):
             *DENSE_LAYOUTS[config.dtype].defines,
             ("MLA_LATENT", str(config.latent_dim)),
             ("MLA_ROPE", str(config.rope_dim)),
+            ("MLA_GATHERED", "0"),
             ("MLA_PAGE_SIZE", str(config.page_size)),
             ("MLA_CAUSAL", str(int(config.causal))),
             ("MLA_ROWS", str(self.rows)),
@@ -160,8 +161,12 @@ class KernelConfig:
     @property
     def name(self) -> str:
         """A short unique name, e.g. ``wide64_bfloat16_512+64_page64``."""
-        suffix = ("_causal" if self.causal else "") + ("_float" if self.float_partials else "")
-        return f"{self.family.name}_{self.dtype}_{self.latent_dim}+{self.rope_dim}_page{self.page_size}{suffix}"
+        return f"{self.family.name}_{self.dtype}_{self.latent_dim}+{self.rope_dim}_page{self.page_size}{self.suffix}"
+
+    @property
+    def suffix(self) -> str:
+        """The end of the name: what besides type, widths and page size it is compiled for."""
+        return ("_causal" if self.causal else "") + ("_float" if self.float_partials else "")
 
     @property
     def rows(self) -> int:

@@ -1,8 +1,9 @@
 """The kernels' by-value parameters and the records of a plan, field by field as the C++ headers have them.
 
-DecodeParams is in kernels_cu/decode/params.h, PlanParams in plan/params.h, CombineParams and MergeStatesParams in
-combine/params.h, the records of a plan in core/plan_format.h, AppendParams in cache/append.cu; tests compare the two
-sides. Strides are in elements, those of AppendParams' segments in bytes.
+DecodeParams is in kernels_cu/decode/params.h, GatherParams in decode/gathered/params.h, PlanParams in plan/params.h,
+the parameters of merges in combine/params.h, the records of a plan in core/plan_format.h, AppendParams in
+cache/append.cu; tests compare the two sides. Strides are in elements unless said, those of AppendParams' segments in
+bytes.
 """
 
 from __future__ import annotations
@@ -38,6 +39,43 @@ DECODE_PARAMS = np.dtype(
         ("latent_head_step", np.int32),
         ("rope_page_step", np.int32),
         ("rope_head_step", np.int32),
+        ("scale_log2", np.float32),
+        ("empty_lse", np.float32),
+        ("plan_is_settled", np.int32),
+        ("second_half_share", np.int32),
+        ("second_half", np.uint32, SM_WORDS),
+    ],
+    align=True,
+)
+GATHER_PARAMS = np.dtype(
+    [
+        ("q", _POINTER),
+        ("q_strides", np.int64, 3),  # batch, seq, head
+        ("kv", _POINTER),
+        ("kv_stride_head", np.int64),  # bytes; 0 for one kv head
+        ("indices", _POINTER),
+        ("indices_strides", np.int64, 3),  # batch, seq, kv head
+        ("topk_length", _POINTER),
+        ("topk_length_stride", np.int64),
+        ("out", _POINTER),
+        ("out_strides", np.int64, 3),  # batch, seq, head
+        ("lse", _POINTER),
+        ("lse_strides", np.int64, 3),  # batch, seq, head
+        ("max_logits", _POINTER),
+        ("max_logits_strides", np.int64, 2),  # query token, head
+        ("attn_sink", _POINTER),
+        ("partial_out", _POINTER),
+        ("partial_lse", _POINTER),
+        ("plan", _POINTER),
+        ("kv_stride_page", np.uint32),  # 16 bytes
+        ("kv_stride_token", np.uint32),  # 16 bytes
+        ("num_slots", np.uint32),
+        ("topk", np.int32),
+        ("num_tokens", np.int32),
+        ("num_parts", np.int32),
+        ("blocks_per_job", np.int32),
+        ("group_heads", np.int32),
+        ("seqlen_q", np.int32),
         ("scale_log2", np.float32),
         ("empty_lse", np.float32),
         ("plan_is_settled", np.int32),
@@ -104,25 +142,25 @@ PLAN_PARAMS = np.dtype(
         ("table_in_shared", np.int32),
     ]
 )
-COMBINE_PARAMS = np.dtype(
-    [
-        ("partial_out", _POINTER),
-        ("partial_lse", _POINTER),
-        ("plan", _POINTER),
-        ("out", _POINTER),
-        ("out_strides", np.int64, 3),  # batch (0 when ragged), seq, head
-        ("lse", _POINTER),
-        ("lse_strides", np.int64, 3),  # batch (0 when ragged), seq, head
-        ("merges_offset", np.int32),
-        ("slot_rows", np.int32),
-        ("rows", np.int32),
-        ("group_heads", np.int32),
-        ("d_v", np.int32),
-        ("aligned", np.int32),
-        ("empty_lse", np.float32),
-        ("reserved", np.int32),
-    ]
-)
+_COMBINE_FIELDS: list[tuple[str, type] | tuple[str, type, int]] = [
+    ("partial_out", _POINTER),
+    ("partial_lse", _POINTER),
+    ("plan", _POINTER),
+    ("out", _POINTER),
+    ("out_strides", np.int64, 3),  # batch (0 when ragged), seq, head
+    ("lse", _POINTER),
+    ("lse_strides", np.int64, 3),  # batch (0 when ragged), seq, head
+    ("merges_offset", np.int32),
+    ("slot_rows", np.int32),
+    ("rows", np.int32),
+    ("group_heads", np.int32),
+    ("d_v", np.int32),
+    ("aligned", np.int32),
+    ("empty_lse", np.float32),
+    ("seqlen_q", np.int32),  # of GATHER_COMBINE_PARAMS only
+]
+COMBINE_PARAMS = np.dtype(_COMBINE_FIELDS)
+GATHER_COMBINE_PARAMS = np.dtype([*_COMBINE_FIELDS, ("attn_sink", _POINTER)])
 MERGE_STATES_PARAMS = np.dtype(
     [
         ("outs", _POINTER),

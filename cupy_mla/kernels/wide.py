@@ -29,7 +29,7 @@ _ROLES = (Role("scores", WARPGROUP_THREADS, 184), Role("values", 2 * WARPGROUP_T
 # Two warpgroups share the values' columns, in a width that wgmma has; a stage has one rope box, which P replaces.
 _LATENT_DIMS = (128, 256, 512)
 _ROPE_DIMS = (0, BOX_COLUMNS)
-_STAGES = 3
+STAGES = 3
 _MAX_REGISTER_STEPS = 31
 _STEP_COLUMNS = 16
 _LOADER_STATE_BYTES = 32
@@ -64,12 +64,15 @@ class WideFamily(DecodeFamily):
         boxes = config.latent_dim // BOX_COLUMNS + max(config.rope_dim // BOX_COLUMNS, 1)
         steps = (config.latent_dim + config.rope_dim) // _STEP_COLUMNS
         shared_steps = max(steps - _MAX_REGISTER_STEPS, 0)
-        ring = _STAGES * boxes * BOX_BYTES
+        ring = STAGES * boxes * BOX_BYTES
         query = shared_steps * self.rows * _STEP_COLUMNS * ELEMENT_BYTES
-        factors = _STAGES * self.rows * FLOAT_BYTES
-        barriers = 3 * _STAGES * BARRIER_BYTES
-        loader_warps = 1 if config.copies_whole_tokens else _LOADER_WARPS
-        return ring + query + factors + loader_warps * _LOADER_STATE_BYTES + barriers + CLAIM_BYTES
+        factors = STAGES * self.rows * FLOAT_BYTES
+        barriers = 3 * STAGES * BARRIER_BYTES
+        return ring + query + factors + self.loader_bytes(config) + barriers + CLAIM_BYTES
+
+    def loader_bytes(self, config: KernelConfig) -> int:
+        """What those who bring the tiles keep in shared memory."""
+        return (1 if config.copies_whole_tokens else _LOADER_WARPS) * _LOADER_STATE_BYTES
 
 
 WIDE64 = WideFamily(

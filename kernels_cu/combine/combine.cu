@@ -1,77 +1,7 @@
 // Merges the partial results of jobs that the plan cut into pieces. Leaves at once when it cut none.
-#include "combine/merge_octets.h"
-#include "combine/params.h"
-#include "core/plan_format.h"
-#include "ptx/launch.h"
+#include "combine/jobs.h"
 
-namespace mla {
-
-using Output = MLA_DTYPE;     // Bf16 or Fp16
-using Partial = MLA_PARTIAL;  // Fp32, or Output
-
-// As many as leave room for two warps in the quarter of an SM that holds two of the decode kernel's; cupy_mla/kernels/combine.py
-constexpr i32 kRegisters = MLA_REGISTERS;
-
-// A chunk of a row of a merge item: a warp's task.
-struct Task {
-    MergeItem item;
-    i32 row_in_slot, chunk;
-    const u8* outs;  // of the row's first state
-    const f32* lses;
-
-    MLA_DEVICE void find(const CombineParams& params, const MergeItem* merges, const RowChunks& chunks, u32 task) {
-        const u32 tasks_of_item = params.slot_rows * chunks.chunks_of_row;
-        const u32 index = task / tasks_of_item;
-        item = merges[index];
-        row_in_slot = (task - index * tasks_of_item) / chunks.chunks_of_row;
-        chunk = task - index * tasks_of_item - row_in_slot * chunks.chunks_of_row;
-        const i64 first = static_cast<i64>(item.slot_begin) * params.slot_rows + row_in_slot;
-        outs = static_cast<const u8*>(params.partial_out) + first * params.d_v * Partial::kBytes;
-        lses = params.partial_lse + first;
-    }
-
-    // Rows past the request's end do not exist: the decode kernel never wrote their partials.
-    MLA_DEVICE void merge(const CombineParams& params, const RowChunks& chunks, i32 lane) const {
-        const i32 row = first_row_block_of(item.head_block) * params.rows + row_in_slot;
-        if (row >= item.seqlen_q * params.group_heads) return;
-        const i64 slot_bytes = static_cast<i64>(params.slot_rows) * params.d_v * Partial::kBytes;
-        const RowStates states{outs, slot_bytes, lses, params.slot_rows, item.slot_count, true};
-        merge_chunk<Partial, Output>(states, chunks, chunk, params.d_v, lane, [&] {
-            const i32 token = row / params.group_heads;
-            const i32 head = kv_head_of(item.head_block) * params.group_heads + row - token * params.group_heads;
-            const i64 position = item.q_begin + token;
-            u16* const out = params.out + item.request * params.out_stride_batch + position * params.out_stride_seq +
-                             head * params.out_stride_head;
-            f32* const lse = params.lse + item.request * params.lse_stride_batch + position * params.lse_stride_seq +
-                             head * params.lse_stride_head;
-            return RowTarget{reinterpret_cast<u8*>(out), lse, params.aligned != 0, params.empty_lse};
-        });
-    }
-};
-
-}  // namespace mla
-
-// grid: one CTA per SM; block: as many threads as the decode kernel leaves registers for (DecodeFamily.combine_threads), so that
-// this kernel is in place when that one ends; no dynamic shared memory.
 extern "C" __global__ void __maxnreg__(mla::kRegisters)
 mla_combine(const __grid_constant__ mla::CombineParams params) {
-    using namespace mla;
-    const i32 lane = threadIdx.x % kWarpThreads;
-    const i32 warp = threadIdx.x / kWarpThreads;
-    // The plan is read before the wait: it was complete when the decode kernel let this one start. So the first task is
-    // known when the partial results are there.
-    const i32 num_merges = plan_header(params.plan)->num_merges;
-    const MergeItem* const merges = plan_merges(params.plan, params.merges_offset);
-    const u32 num_warps = gridDim.x * (blockDim.x / kWarpThreads);
-    const RowChunks chunks(static_cast<i64>(num_merges) * params.slot_rows, params.d_v, num_warps, kSectorOctets<Partial>);
-    const u32 num_tasks = num_merges * params.slot_rows * chunks.chunks_of_row;
-    u32 next = warp * gridDim.x + blockIdx.x;  // few tasks spread over all SMs
-    Task task = {};
-    if (next < num_tasks) task.find(params, merges, chunks, next);
-    pdl_launch_dependents();
-    pdl_wait();
-    for (; next < num_tasks; next += num_warps) {
-        if (next >= num_warps) task.find(params, merges, chunks, next);
-        task.merge(params, chunks, lane);
-    }
+    mla::merge_jobs(params);
 }

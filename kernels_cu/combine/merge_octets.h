@@ -133,6 +133,13 @@ struct RowStates {
     i32 count;
     bool aligned;
     i32 second = 0;
+    static constexpr bool kHasSink = false;
+};
+
+// The row has a sink, natural logarithm: one state more in the denominator, without output and not in the lse.
+struct SinkStates : RowStates {
+    f32 sink;
+    static constexpr bool kHasSink = true;
 };
 
 // What a lane has merged so far of its octets: sums of exp(lse_i - largest) and of the same times out_i.
@@ -220,8 +227,8 @@ struct PartialMerge {
 
 // All lanes of the warp call this with the same row; lanes with the same place in their groups name the same octets.
 // Every lane gets the merged octets of its columns, in type Out, and returns the row's lse.
-template <typename T, typename Out, i32 kOctets>
-MLA_DEVICE f32 merge_octets(const RowStates& states, i32 lane, LaneGroups groups, Octet<Out> (&merged)[kOctets]) {
+template <typename T, typename Out, i32 kOctets, typename States>
+MLA_DEVICE f32 merge_octets(const States& states, i32 lane, LaneGroups groups, Octet<Out> (&merged)[kOctets]) {
     constexpr i32 kBatch = kLaneOctets<T> / kOctets;
     PartialMerge<kOctets> merge{minus_infinity(), 0.0f, {}};
     i32 done = 0;
@@ -238,7 +245,9 @@ MLA_DEVICE f32 merge_octets(const RowStates& states, i32 lane, LaneGroups groups
         }
     }
     merge.join_lanes(groups.lanes());
-    const f32 scale = merge.weights == 0.0f ? 0.0f : 1.0f / merge.weights;
+    f32 denominator = merge.weights;
+    if constexpr (States::kHasSink) denominator += fast_exp2((states.sink - merge.largest) * kLog2e);
+    const f32 scale = merge.weights == 0.0f ? 0.0f : 1.0f / denominator;
 #pragma unroll
     for (i32 j = 0; j < kOctets; ++j) {
 #pragma unroll
@@ -272,8 +281,8 @@ struct RowTarget {
 
 // Merges the octets first, first + 1, ... of a row (as many as kOctets times the lanes of a group; those from `end` on are
 // left out) and stores them; octet 0 comes with the lse.
-template <typename T, typename Out, i32 kOctets, typename Target>
-MLA_DEVICE void merge_columns(RowStates states, i32 first, i32 end, i32 lane, LaneGroups groups, Target& target) {
+template <typename T, typename Out, i32 kOctets, typename States, typename Target>
+MLA_DEVICE void merge_columns(States states, i32 first, i32 end, i32 lane, LaneGroups groups, Target& target) {
     constexpr i32 kOctetBytes = kOctet * T::kBytes;
     constexpr i32 kOutBytes = kOctet * Out::kBytes;
     const i32 octet = first + groups.lane_in_group(lane);
@@ -292,8 +301,8 @@ MLA_DEVICE void merge_columns(RowStates states, i32 first, i32 end, i32 lane, La
 
 // Merges one chunk of a row of T and stores it as Out; the row's first chunk stores the lse. `states.outs` points at the
 // row's start. `target()` gives the RowTarget, asked for only when the loads are done: before, it would cost registers.
-template <typename T, typename Out, typename Target>
-MLA_DEVICE void merge_chunk(const RowStates& states, const RowChunks& chunks, i32 chunk, i32 d_v, i32 lane, Target target) {
+template <typename T, typename Out, typename States, typename Target>
+MLA_DEVICE void merge_chunk(const States& states, const RowChunks& chunks, i32 chunk, i32 d_v, i32 lane, Target target) {
     const LaneGroups groups = LaneGroups::of<T>(states.count);
     const i32 end = min_i32((chunk + 1) * chunks.octets_of_chunk, d_v / kOctet);
     i32 first = chunk * chunks.octets_of_chunk;

@@ -20,7 +20,11 @@ struct CombineParams {
     i32 d_v;            // a multiple of 8
     i32 aligned;        // 1: every row of out begins at a multiple of 16 bytes
     f32 empty_lse;      // lse of a row that sees no key
-    i32 reserved;
+    i32 seqlen_q;       // GatherCombineParams only: query tokens of a batch entry, each a request of the plan
+};
+
+struct GatherCombineParams : CombineParams {
+    const f32* attn_sink;  // [heads], natural logarithm: out becomes out * exp(lse) / (exp(lse) + exp(sink)). Null: none
 };
 
 // n partial states of rows that three indices name, whatever they mean to the caller. T is the kernel's type.
@@ -40,6 +44,7 @@ struct MergeStatesParams {
 };
 
 static_assert(sizeof(CombineParams) == 11 * sizeof(i64) + 8 * sizeof(i32), "no padding");
+static_assert(sizeof(GatherCombineParams) == sizeof(CombineParams) + sizeof(i64), "no padding");
 static_assert(sizeof(MergeStatesParams) == 18 * sizeof(i64) + 6 * sizeof(i32), "no padding");
 
 }  // namespace mla

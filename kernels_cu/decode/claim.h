@@ -16,7 +16,8 @@ constexpr u32 kClaimBytes = 8;  // of shared memory, for the part that is claime
 
 // Counts this CTA and returns its part. One thread of every CTA calls this once, before it lets the next kernel start:
 // when that one claims, all of this launch have, and the count is back at 0.
-MLA_DEVICE i32 claim_part(const DecodeParams& params, i32 parts) {
+template <class Params>
+MLA_DEVICE i32 claim_part(const Params& params, i32 parts) {
     constexpr u32 kHalfShift = 16;
     const u32 sm = current_sm();
     const bool second = sm < kMaxSms && (params.second_half[sm / 32] >> (sm % 32) & 1);
@@ -35,7 +36,8 @@ MLA_DEVICE i32 claim_part(const DecodeParams& params, i32 parts) {
 }
 
 // The part of this CTA. All threads call this; kClaimBytes of shared memory at `slot` are its own.
-MLA_DEVICE i32 take_part(const DecodeParams& params, u8* slot) {
+template <class Params>
+MLA_DEVICE i32 take_part(const Params& params, u8* slot) {
     i32 part = blockIdx.y;
     if (params.second_half_share > 0) {
         const i32 parts = plan_header(params.plan)->claimed_parts;

@@ -13,6 +13,8 @@ using Stored = Output;               // what the cache holds
 constexpr u32 kLatent = MLA_LATENT;  // also the width of V and of the output
 constexpr u32 kRope = MLA_ROPE;      // may be 0
 constexpr bool kCausal = MLA_CAUSAL;
+constexpr bool kGathered = MLA_GATHERED;  // tokens are named one by one (indices), not by pages and lengths
+constexpr u32 kPageSize = MLA_PAGE_SIZE;  // tokens; gathered: 1 also where all slots are equally far apart
 constexpr u32 kRows = MLA_ROWS;      // query rows of a CTA
 
 constexpr u32 kLatentBoxes = kLatent / kBoxColumns;

@@ -8,8 +8,8 @@ namespace mla {
 // Returns where the number of this CTA's first item lies; that of the first item past its own follows. All threads call
 // this, once; the first one runs `prepare`, which initialises the kernel's barriers. kClaimBytes of shared memory at
 // `claim_slot` are its own. Also lets the next kernel start, as soon as may be.
-template <class Prepare>
-MLA_DEVICE const i32* enter(const DecodeParams& params, u8* claim_slot, Prepare prepare) {
+template <class Params, class Prepare>
+MLA_DEVICE const i32* enter(const Params& params, u8* claim_slot, Prepare prepare) {
     if (threadIdx.x == 0) prepare();
     __syncthreads();
     // Work may be read while the kernel ahead still runs, unless that is the planner.

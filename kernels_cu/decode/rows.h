@@ -1,4 +1,5 @@
-// Where the query rows of a CTA lie: in q, in the output, in partial results.
+// Where the query rows of a CTA lie: in q, in the output, in partial results. Params: DecodeParams or GatherParams, whose
+// members for these have the same names.
 #pragma once
 #include "core/softmax.h"
 #include "decode/work_item.h"
@@ -11,7 +12,8 @@ struct RowPlace {
     bool exists;
 };
 
-MLA_DEVICE RowPlace locate_row(const DecodeParams& params, const BlockWork& work, i32 row_in_block) {
+template <class Params>
+MLA_DEVICE RowPlace locate_row(const Params& params, const BlockWork& work, i32 row_in_block) {
     const i32 row = work.first_row + row_in_block;
     const i32 token = row / params.group_heads;
     return {token, work.kv_head * params.group_heads + row - token * params.group_heads, row < work.num_rows};
@@ -37,7 +39,8 @@ private:
     }
 };
 
-MLA_DEVICE QueryRow query_row(const DecodeParams& params, const BlockWork& work, i32 row_in_block, u32 column) {
+template <class Params>
+MLA_DEVICE QueryRow query_row(const Params& params, const BlockWork& work, i32 row_in_block, u32 column) {
     const RowPlace place = locate_row(params, work, row_in_block);
     const i64 token = work.q_begin + place.token;
     QueryRow row;
@@ -50,22 +53,24 @@ MLA_DEVICE QueryRow query_row(const DecodeParams& params, const BlockWork& work,
 }
 
 // A row of D_v elements in a partial slot, which holds values of type T.
-template <class T>
-MLA_DEVICE T* partial_row(const DecodeParams& params, const BlockWork& work, i32 row_in_block) {
+template <class T, class Params>
+MLA_DEVICE T* partial_row(const Params& params, const BlockWork& work, i32 row_in_block) {
     const i64 slot_rows = static_cast<i64>(params.blocks_per_job) * kRows;
     const i64 row = work.slot * slot_rows + block_in_job() * static_cast<i32>(kRows) + row_in_block;
     return static_cast<T*>(params.partial_out) + row * kLatent;
 }
 
 // A row of D_v 16-bit elements: of the user's array, or of this job's partial slot.
-MLA_DEVICE u16* output_row(const DecodeParams& params, const BlockWork& work, i32 row_in_block) {
+template <class Params>
+MLA_DEVICE u16* output_row(const Params& params, const BlockWork& work, i32 row_in_block) {
     if (!kPartialIsFloat && work.is_partial()) return partial_row<u16>(params, work, row_in_block);
     const RowPlace place = locate_row(params, work, row_in_block);
     return params.out + work.request * params.out_stride_batch + (work.q_begin + place.token) * params.out_stride_seq +
            place.head * params.out_stride_head;
 }
 
-MLA_DEVICE f32* lse_row(const DecodeParams& params, const BlockWork& work, i32 row_in_block) {
+template <class Params>
+MLA_DEVICE f32* lse_row(const Params& params, const BlockWork& work, i32 row_in_block) {
     if (work.is_partial()) {
         const i64 slot_rows = static_cast<i64>(params.blocks_per_job) * kRows;
         return params.partial_lse + work.slot * slot_rows + block_in_job() * static_cast<i32>(kRows) + row_in_block;
@@ -76,12 +81,14 @@ MLA_DEVICE f32* lse_row(const DecodeParams& params, const BlockWork& work, i32 r
 }
 
 // The lse of a row that sees no key. In a partial result it is the merge's neutral element, whatever the user asks for.
-MLA_DEVICE f32 empty_lse(const DecodeParams& params, const BlockWork& work) {
+template <class Params>
+MLA_DEVICE f32 empty_lse(const Params& params, const BlockWork& work) {
     return work.is_partial() ? minus_infinity() : params.empty_lse;
 }
 
 // From a row's running maximum, in log2 units, and its sum of 2^(score - maximum).
-MLA_DEVICE f32 lse_of(const DecodeParams& params, const BlockWork& work, f32 maximum, f32 sum) {
+template <class Params>
+MLA_DEVICE f32 lse_of(const Params& params, const BlockWork& work, f32 maximum, f32 sum) {
     return sum == 0.0f ? empty_lse(params, work) : (maximum + fast_log2(sum)) * kLn2;
 }
 

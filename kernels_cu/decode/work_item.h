@@ -23,7 +23,8 @@ MLA_DEVICE i32 block_in_job() { return blockIdx.x; }
 
 // The planner leaves out tiles that the whole job may not see; a row block of a causal job may still be given a tile that
 // is hidden from all its rows, and masks it.
-MLA_DEVICE BlockWork load_block_work(const DecodeParams& params, i32 item_index) {
+template <class Params>
+MLA_DEVICE BlockWork planned_block_work(const Params& params, i32 item_index) {
     const int4* words = reinterpret_cast<const int4*>(plan_items(params.plan, params.num_parts) + item_index);
     const int4 a = words[0];
     const int4 b = words[1];
@@ -39,6 +40,10 @@ MLA_DEVICE BlockWork load_block_work(const DecodeParams& params, i32 item_index)
     work.slot = b.w;
     work.num_rows = work.seqlen_q * params.group_heads;
     return work;
+}
+
+MLA_DEVICE BlockWork load_block_work(const DecodeParams& params, i32 item_index) {
+    return planned_block_work(params, item_index);
 }
 
 }  // namespace mla

@@ -29,7 +29,8 @@ MLA_DEVICE bool named_barrier_or(u32 id, u32 threads, bool predicate) {
 MLA_DEVICE void fence_async_proxy() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
 
 // Fixes a value's place in program order: it is computed before, and used only after, this point.
-MLA_DEVICE void pin_register(u32& value) { asm volatile("" : "+r"(value)::"memory"); }
+template <class Word>
+MLA_DEVICE void pin_register(Word& value) { asm volatile("" : "+r"(value)::"memory"); }
 
 template <int Registers>
 MLA_DEVICE void registers_increase() {
@@ -39,6 +40,14 @@ MLA_DEVICE void registers_increase() {
 template <int Registers>
 MLA_DEVICE void registers_decrease() {
     asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(Registers) : "memory");
+}
+
+// Four 8x8 matrices of 16-bit values; lane l gives the row address of row l % 8 of matrix l / 8.
+MLA_DEVICE void load_matrix_x4(u32 row_address, u32 (&m)[4]) {
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(m[0]), "=r"(m[1]), "=r"(m[2]), "=r"(m[3])
+                 : "r"(row_address)
+                 : "memory");
 }
 
 // Four 8x8 matrices of 16-bit values; lane l gives the row address of row l % 8 of matrix l / 8.
@@ -60,6 +69,23 @@ MLA_DEVICE void store_shared_16b(u32 address, uint4 value) {
                  : "memory");
 }
 
+MLA_DEVICE void store_shared_u8(u32 address, u32 value) {
+    asm volatile("st.shared.u8 [%0], %1;" ::"r"(address), "r"(value) : "memory");
+}
+
+MLA_DEVICE uint2 load_shared_8b(u32 address) {
+    uint2 value;
+    asm volatile("ld.shared.v2.b32 {%0, %1}, [%2];" : "=r"(value.x), "=r"(value.y) : "r"(address) : "memory");
+    return value;
+}
+
+// To global memory, to be evicted from L2 first.
+MLA_DEVICE void store_streaming_16b(void* address, uint4 value) {
+    asm volatile("st.global.cs.v4.b32 [%0], {%1, %2, %3, %4};" ::"l"(address), "r"(value.x), "r"(value.y), "r"(value.z),
+                 "r"(value.w)
+                 : "memory");
+}
+
 MLA_DEVICE void store_shared_f32(u32 address, float value) {
     asm volatile("st.shared.f32 [%0], %1;" ::"r"(address), "f"(value) : "memory");
 }
@@ -70,7 +96,7 @@ MLA_DEVICE float load_shared_f32(u32 address) {
     return value;
 }
 
-// 2^x and log2(x) of the special-function unit (relative error about 2^-22; subnormals flushed).
+// 2^x, log2(x) and 1 / x of the special-function unit (relative error about 2^-22; subnormals flushed).
 MLA_DEVICE float fast_exp2(float x) {
     float y;
     asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
@@ -80,6 +106,12 @@ MLA_DEVICE float fast_exp2(float x) {
 MLA_DEVICE float fast_log2(float x) {
     float y;
     asm("lg2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+    return y;
+}
+
+MLA_DEVICE float fast_reciprocal(float x) {
+    float y;
+    asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
     return y;
 }
 

@@ -4,14 +4,19 @@
 #define MLA_PARTIAL MERGE_STATES_DTYPE
 #define MLA_REGISTERS 96
 #include "combine/combine.cu"
+#include "combine/gathered.cu"
 #undef MLA_DTYPE
 #define MLA_DTYPE MERGE_STATES_DTYPE
 #include "combine/merge_states.cu"
 #include "core/claimed_part.h"
+#include "decode/gathered/params.h"
 #include "decode/params.h"
 #include "plan/plan.cu"
 
 #include <cstddef>
+
+// A struct that extends another has no standard layout; its offsets are what they seem all the same.
+#pragma GCC diagnostic ignored "-Winvalid-offsetof"
 
 alignas(1024) unsigned char shared[64 * 1024];
 
@@ -25,6 +30,10 @@ void host_plan(const int* cache_seqlens, const int* cu_seqlens_q, int* plan, con
 
 void host_combine(const mla::CombineParams* params, unsigned grid, unsigned block) {
     host_cuda::launch(grid, block, false, [=] { mla_combine(*params); });
+}
+
+void host_combine_gathered(const mla::GatherCombineParams* params, unsigned grid, unsigned block) {
+    host_cuda::launch(grid, block, false, [=] { mla_combine_gathered(*params); });
 }
 
 void host_merge_states(const mla::MergeStatesParams* params, unsigned grid, unsigned block) {
@@ -80,7 +89,29 @@ int struct_layout(const char* name, int index) {
           offsetof(CombineParams, merges_offset),
           offsetof(CombineParams, slot_rows), offsetof(CombineParams, rows), offsetof(CombineParams, group_heads),
           offsetof(CombineParams, d_v), offsetof(CombineParams, aligned), offsetof(CombineParams, empty_lse),
-          offsetof(CombineParams, reserved)}},
+          offsetof(CombineParams, seqlen_q)}},
+        {"GATHER_COMBINE_PARAMS",
+         {sizeof(GatherCombineParams), offsetof(GatherCombineParams, partial_out), offsetof(GatherCombineParams, partial_lse),
+          offsetof(GatherCombineParams, plan), offsetof(GatherCombineParams, out),
+          offsetof(GatherCombineParams, out_stride_batch), offsetof(GatherCombineParams, lse),
+          offsetof(GatherCombineParams, lse_stride_batch), offsetof(GatherCombineParams, merges_offset),
+          offsetof(GatherCombineParams, slot_rows), offsetof(GatherCombineParams, rows),
+          offsetof(GatherCombineParams, group_heads), offsetof(GatherCombineParams, d_v),
+          offsetof(GatherCombineParams, aligned), offsetof(GatherCombineParams, empty_lse),
+          offsetof(GatherCombineParams, seqlen_q), offsetof(GatherCombineParams, attn_sink)}},
+        {"GATHER_PARAMS",
+         {sizeof(GatherParams), offsetof(GatherParams, q), offsetof(GatherParams, q_stride_batch), offsetof(GatherParams, kv),
+          offsetof(GatherParams, kv_stride_head), offsetof(GatherParams, indices),
+          offsetof(GatherParams, indices_stride_batch), offsetof(GatherParams, topk_length),
+          offsetof(GatherParams, topk_length_stride), offsetof(GatherParams, out), offsetof(GatherParams, out_stride_batch),
+          offsetof(GatherParams, lse), offsetof(GatherParams, lse_stride_batch), offsetof(GatherParams, max_logits),
+          offsetof(GatherParams, max_logits_stride_token), offsetof(GatherParams, attn_sink),
+          offsetof(GatherParams, partial_out), offsetof(GatherParams, partial_lse), offsetof(GatherParams, plan),
+          offsetof(GatherParams, kv_stride_page), offsetof(GatherParams, kv_stride_token), offsetof(GatherParams, num_slots),
+          offsetof(GatherParams, topk), offsetof(GatherParams, num_tokens), offsetof(GatherParams, num_parts),
+          offsetof(GatherParams, blocks_per_job), offsetof(GatherParams, group_heads), offsetof(GatherParams, seqlen_q),
+          offsetof(GatherParams, scale_log2), offsetof(GatherParams, empty_lse), offsetof(GatherParams, plan_is_settled),
+          offsetof(GatherParams, second_half_share), offsetof(GatherParams, second_half)}},
         {"MERGE_STATES_PARAMS",
          {sizeof(MergeStatesParams), offsetof(MergeStatesParams, outs), offsetof(MergeStatesParams, outs_stride_state),
           offsetof(MergeStatesParams, lses), offsetof(MergeStatesParams, lses_stride_state),

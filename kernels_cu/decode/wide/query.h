@@ -3,6 +3,7 @@
 #include "core/quad.h"
 #include "decode/rows.h"
 #include "decode/wide/schedule.h"
+#include "decode/wide/tile.h"
 #include "ptx/warp.h"
 
 namespace mla {
@@ -17,7 +18,8 @@ MLA_DEVICE u32 q_step_chunk_offset(u32 row, u32 chunk) {
 
 // For a thread whose fragment rows are `row` and row + 8 of the block: 16-byte loads of 8 columns a lane, transposed within
 // the quad to the fragment's column pairs. Steps past kRegisterSteps go to shared memory at `shared_steps`.
-MLA_DEVICE void load_query(const DecodeParams& params, const BlockWork& work, u32 row, u32 lane_in_quad, u32 shared_steps,
+template <class Params>
+MLA_DEVICE void load_query(const Params& params, const BlockWork& work, u32 row, u32 lane_in_quad, u32 shared_steps,
                            u32 (&q)[kRegisterSteps][4]) {
     QueryRow rows[2];
 #pragma unroll
@@ -48,6 +50,31 @@ MLA_DEVICE void load_query(const DecodeParams& params, const BlockWork& work, u3
                 q[block * 2 + s][2] = words[0][s * 2 + 1];
                 q[block * 2 + s][3] = words[1][s * 2 + 1];
             }
+        }
+    }
+}
+
+// The same from rows that lie in a stage like the tokens of a tile, by the whole scores warpgroup. Each warp reads and stores
+// its own 16 rows.
+MLA_DEVICE void load_staged_query(u32 stage, u32 shared_steps, u32 (&q)[kRegisterSteps][4]) {
+    const u32 warp = threadIdx.x / kWarpThreads;
+    const u32 lane = threadIdx.x % kWarpThreads;
+    const u32 row = warp * 16 + lane % 16;  // that this lane gives the address of, as of the chunk
+    const u32 chunk = lane / 16;
+    const u32 in_group = row % kAtomRows;
+#pragma unroll
+    for (u32 step = 0; step < kSteps; ++step) {
+        constexpr u32 kBoxSteps = kBoxRowBytes / kStepBytes;
+        const u32 box = step / kBoxSteps;
+        const u32 box_row = box < kLatentBoxes ? latent_row(row, box) : kStageRope + row * kBoxRowBytes;
+        const u32 address = stage + box_row + ((step % kBoxSteps * 2 + chunk ^ in_group) << 4);
+        if (step < kRegisterSteps) {
+            load_matrix_x4(address, q[step]);
+        } else {
+            u32 words[4];
+            load_matrix_x4(address, words);
+            store_matrix_x4(shared_steps + (step - kRegisterSteps) * kQStepBytes + q_step_chunk_offset(row, chunk), words[0],
+                            words[1], words[2], words[3]);
         }
     }
 }

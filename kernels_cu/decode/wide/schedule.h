@@ -29,6 +29,10 @@ constexpr u32 kStepsAfterRelease = kSteps > 20 ? 10 : 4;
 constexpr bool kCopiesWholeTokens = kGroupTokens == kAtomRows;
 constexpr u32 kLoaderWarps = kCopiesWholeTokens ? 1 : kWarpgroupWarps;
 
+// Gathered tokens: every values warp brings eight of a tile's, whose rows are one swizzle atom in every box.
+constexpr u32 kGatherWarps = kValueWarpgroups * kWarpgroupWarps;
+static_assert(kGatherWarps * kAtomRows == kTileTokens, "each values warp has an atom's tokens");
+
 constexpr u32 kScoresBarrier = 1;  // named barrier of the scores warpgroup
 
 }  // namespace mla

@@ -1,6 +1,6 @@
 // The scores warpgroup: S = Q K^T for one tile after the other, online softmax, P to shared memory.
 #pragma once
-#include "decode/masks.h"
+#include "decode/rows.h"
 #include "decode/wide/query.h"
 #include "decode/wide/smem.h"
 #include "decode/wide/softmax.h"
@@ -11,9 +11,29 @@
 
 namespace mla {
 
+// Nothing besides a row's output and lse.
+struct NoResults {
+    struct Sinks {
+        MLA_DEVICE float normalise(int, float sum, float) const { return 1.0f / sum; }
+    };
+    static MLA_DEVICE Sinks load_sinks(const DecodeParams&, bool, i32, u32) { return {}; }
+    MLA_DEVICE void see(int, float) {}
+    MLA_DEVICE void store(const DecodeParams&, const BlockWork&, i32, int) const {}
+};
+
+// Kernel names what it is part of:
+//   Params
+//   Mask      which keys the rows may see; it stands at one tile after the other
+//   Results   what rows are asked for besides their output and lse
+//   kStreamsOutput  whether the output is the first to leave L2, in favour of tokens that are read again
+template <class Kernel>
 class ScoresRole {
+    using Params = typename Kernel::Params;
+    using Mask = typename Kernel::Mask;
+    using Results = typename Kernel::Results;
+
 public:
-    MLA_DEVICE ScoresRole(const DecodeParams& params, u32 smem)
+    MLA_DEVICE ScoresRole(const Params& params, u32 smem)
         : params_(params), smem_(smem) {}
 
     MLA_DEVICE void run_item(i32 item) {
@@ -22,30 +42,33 @@ public:
         float sum[2] = {0.0f, 0.0f};
         u32 q[kRegisterSteps][4];
         i32 tiles;
-        VisibleEnds ends;
+        Mask mask;
+        Results results;
         {
             const BlockWork work = load_block_work(params_, item);
             if (!work.exists()) return;
             tiles = work.tile_end - work.tile_begin;
-            if (!kCausal) ends = visible_ends(work, row);
+            if (!kCausal) mask.open(params_, work, row);
             if (tiles > 0) read_query(work, row, q);
         }
         // A causal item is read again: no register is left to keep it, or what comes of it, in while Q is loaded.
-        if (kCausal) ends = visible_ends(load_block_work(params_, item), row);
+        if (kCausal) mask.open(params_, load_block_work(params_, item), row);
         float scores[kThreadScores];
         bool first = true;
         for (; tiles > 0; --tiles) {
             multiply(q, scores, !first);
             named_barrier_sync(kScoresBarrier, kWarpgroupThreads);  // all warps are done with this stage's rope box
-            mask(item, tiles, ends, scores);
-            ends.next_tile();
-            const RowFactors factors = softmax(tiles == 1, params_.scale_log2, scores, maximum, sum);
+            mask.apply(params_, item, tiles, smem_, ring_.stage, scores);
+            mask.next_tile();
+            const auto sinks = Results::load_sinks(params_, tiles == 1, item, row);
+            const RowFactors factors = softmax(tiles == 1, params_.scale_log2, scores, maximum, sum, results, sinks);
             store_probabilities(row, scores, factors);
             first = false;
             ring_.advance();
+            publish(tiles == 1);
         }
         if (!first) release_probabilities();
-        store_lse(load_block_work(params_, item), row, maximum, sum);
+        store_results(load_block_work(params_, item), row, maximum, sum, results);
     }
 
 private:
@@ -53,27 +76,18 @@ private:
     static MLA_DEVICE u32 lane() { return threadIdx.x % kWarpThreads; }
     static MLA_DEVICE u32 warp() { return threadIdx.x / kWarpThreads; }
 
-    // First key that each of this thread's two rows may not see, counted from the current tile.
-    struct VisibleEnds {
-        i32 row[2];
-
-        MLA_DEVICE void next_tile() {
-            row[0] -= kTileTokens;
-            row[1] -= kTileTokens;
-        }
-    };
-
-    MLA_DEVICE VisibleEnds visible_ends(const BlockWork& work, u32 row) {
-        const i32 first_key = work.tile_begin * kTileTokens;
-        VisibleEnds ends;
-#pragma unroll
-        for (int half = 0; half < 2; ++half)
-            ends.row[half] = row_visible_end(params_, work, row + half * 8) - first_key;
-        return ends;
-    }
-
     MLA_DEVICE void read_query(const BlockWork& work, u32 row, u32 (&q)[kRegisterSteps][4]) {
-        load_query(params_, work, row, lane() % 4, smem_ + WideSmem::q_steps, q);
+        if constexpr (kGathered) {
+            // They came through the ring, in the item's first stage, whose lap ends here.
+            mbarrier_wait(tile_full(smem_, ring_.stage), ring_.parity);
+            load_staged_query(stage_address(smem_, ring_.stage), smem_ + WideSmem::q_steps, q);
+            mbarrier_arrive(probabilities_full(smem_, ring_.stage));
+            __syncwarp();
+            if (lane() < kTileReleases / kWarpgroupWarps) mbarrier_arrive(tile_empty(smem_, ring_.stage));
+            ring_.advance();
+        } else {
+            load_query(params_, work, row, lane() % 4, smem_ + WideSmem::q_steps, q);
+        }
         if constexpr (kSharedSteps > 0) {
             fence_async_proxy();
             named_barrier_sync(kScoresBarrier, kWarpgroupThreads);
@@ -99,17 +113,24 @@ private:
         }
     }
 
-    // scores = Q K^T of the tile at ring_; releases the previous tile's P on the way.
-    MLA_DEVICE void multiply(const u32 (&q)[kRegisterSteps][4], float (&scores)[kThreadScores], bool release_previous) {
-        const u64 k = descriptor_at(0, stage_address(smem_, ring_.stage));
-        const u64 q_shared = descriptor_at(kQStepKMajor, smem_ + WideSmem::q_steps);
+    // Of the tile at ring_. If it is late there is no QK to keep the tensor pipe free for, and PV frees a stage for the
+    // loader: so P of the tile before is released at once, and not once more.
+    MLA_DEVICE void wait_for_tile(bool& release_previous) {
+        if (kGathered && tile_is_visible_) return;
         const u32 full = tile_full(smem_, ring_.stage);
         if (!mbarrier_test_wait(full, ring_.parity)) {
-            // The tile is late: no QK to keep the tensor pipe free for, and PV frees a stage for TMA.
             if (release_previous) release_probabilities();
             release_previous = false;
             mbarrier_wait(full, ring_.parity);
         }
+        if (kGathered) fence_async_proxy();
+    }
+
+    // scores = Q K^T of the tile at ring_; releases the previous tile's P on the way.
+    MLA_DEVICE void multiply(const u32 (&q)[kRegisterSteps][4], float (&scores)[kThreadScores], bool release_previous) {
+        const u64 k = descriptor_at(0, stage_address(smem_, ring_.stage));
+        const u64 q_shared = descriptor_at(kQStepKMajor, smem_ + WideSmem::q_steps);
+        wait_for_tile(release_previous);
         wgmma_pin(scores);
         wgmma_fence();
         issue_steps<0, kSteps - kStepsAfterRelease>(q, scores, k, q_shared);
@@ -121,39 +142,6 @@ private:
         wgmma_commit();
         wgmma_wait<0>();
         wgmma_pin(scores);
-    }
-
-    // Hides keys that a row may not see. The tile in which a row's keys end may hold the sequence's end too.
-    MLA_DEVICE void mask(i32 item, i32 tiles_left, const VisibleEnds& ends, float (&scores)[kThreadScores]) {
-        if (kTileTokens <= ends.row[0]) return;  // row[1] sees no less
-#pragma unroll
-        for (int half = 0; half < 2; ++half) {
-            const i32 end = ends.row[half] - static_cast<i32>(lane() % 4) * 2;
-#pragma unroll
-            for (int i = 0; i < 16; ++i) {
-                float& score = scores[score_index(half, i)];
-                score = i / 2 * 8 + i % 2 < end ? score : minus_infinity();
-            }
-        }
-        i32 sequence_end = ends.row[0];
-        if (kCausal) {  // rare, and no register is left to keep it in
-            const BlockWork work = load_block_work(params_, item);
-            sequence_end = work.seqlen_k - (work.tile_end - tiles_left) * kTileTokens;
-        }
-        clear_dead_values(sequence_end);
-    }
-
-    // V rows past the sequence's end may be NaN or left over from another tile, and 0 * NaN is NaN.
-    MLA_DEVICE void clear_dead_values(i32 first_dead) {
-        constexpr u32 kChunksPerRow = kBoxRowBytes / 16;
-        constexpr u32 kRowsPerPass = kWarpgroupThreads / kChunksPerRow;
-        const u32 thread = warp() * kWarpThreads + lane();
-        for (i32 dead = first_dead + static_cast<i32>(thread / kChunksPerRow); dead < kTileTokens; dead += kRowsPerPass) {
-            for (u32 box = 0; box < kLatentBoxes; ++box)
-                store_shared_16b(
-                    stage_address(smem_, ring_.stage) + latent_row(dead, box) + thread % kChunksPerRow * 16,
-                    uint4{0, 0, 0, 0});
-        }
     }
 
     // P of the tile at ring_, and the factor by which each row of O must be rescaled first.
@@ -178,6 +166,12 @@ private:
             store_shared_f32(rescale + row * sizeof(f32), factors.rescale[0]);
             store_shared_f32(rescale + (row + 8) * sizeof(f32), factors.rescale[1]);
         }
+    }
+
+    // Lets wgmma see P. Gathered tiles too are written by threads, not by TMA, and wgmma sees them only past a proxy fence:
+    // by now the next one has come, if it is not late, and the fence will do for both.
+    MLA_DEVICE void publish(bool is_last) {
+        if (kGathered) tile_is_visible_ = !is_last && mbarrier_test_wait(tile_full(smem_, ring_.stage), ring_.parity);
         fence_async_proxy();
         __syncwarp();
     }
@@ -188,17 +182,21 @@ private:
         mbarrier_arrive(probabilities_full(smem_, ring_.stage == 0 ? kStages - 1 : ring_.stage - 1));
     }
 
-    MLA_DEVICE void store_lse(const BlockWork& work, u32 row, const float (&maximum)[2], const float (&sum)[2]) {
+    MLA_DEVICE void store_results(const BlockWork& work, u32 row, const float (&maximum)[2], const float (&sum)[2],
+                                  const Results& results) {
         if (lane() % 4 != 0) return;
 #pragma unroll
-        for (int half = 0; half < 2; ++half)
-            if (row_exists(work, row + half * 8))
-                *lse_row(params_, work, row + half * 8) = lse_of(params_, work, maximum[half], sum[half]);
+        for (int half = 0; half < 2; ++half) {
+            if (!row_exists(work, row + half * 8)) continue;
+            *lse_row(params_, work, row + half * 8) = lse_of(params_, work, maximum[half], sum[half]);
+            results.store(params_, work, row + half * 8, half);
+        }
     }
 
-    const DecodeParams& params_;
+    const Params& params_;
     u32 smem_;
     RingPosition ring_;
+    bool tile_is_visible_ = false;  // gathered: the one at ring_, to wgmma
 };
 
 }  // namespace mla

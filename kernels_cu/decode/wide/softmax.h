@@ -20,9 +20,11 @@ struct RowFactors {
 
 // Scores to probabilities, in place, with the running maxima (log2 units, the same in the quad) and sums (of the thread's
 // columns) of the thread's two rows: arrays, as a struct of the two gets other registers. The last tile carries the division
-// by the sum in P and in the rescale factor, so O comes out normalised; the quad then has the whole sum.
+// by the sum in P and in the rescale factor, so O comes out normalised; the quad then has the whole sum. `results` sees every
+// tile's maxima; `sinks` divides.
+template <class Results>
 MLA_DEVICE RowFactors softmax(bool is_last, float scale_log2, float (&scores)[kThreadScores], float (&maximum)[2],
-                              float (&sum)[2]) {
+                              float (&sum)[2], Results& results, const typename Results::Sinks& sinks) {
     RowFactors factors;
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
@@ -30,6 +32,7 @@ MLA_DEVICE RowFactors softmax(bool is_last, float scale_log2, float (&scores)[kT
 #pragma unroll
         for (int i = 1; i < 16; ++i) tile_maximum = fmaxf(tile_maximum, scores[score_index(half, i)]);
         tile_maximum = quad_max(tile_maximum) * scale_log2;
+        results.see(half, tile_maximum);
         factors.rescale[half] = 1.0f;
         if (tile_maximum > maximum[half] + kRescaleThreshold) {
             factors.rescale[half] = fast_exp2(maximum[half] - tile_maximum);
@@ -46,7 +49,7 @@ MLA_DEVICE RowFactors softmax(bool is_last, float scale_log2, float (&scores)[kT
         sum[half] = sum[half] * factors.rescale[half] + tile_sum;
         if (is_last) {
             sum[half] = quad_sum(sum[half]);
-            factors.normalise[half] = sum[half] == 0.0f ? 0.0f : 1.0f / sum[half];  // NaN stays NaN
+            factors.normalise[half] = sum[half] == 0.0f ? 0.0f : sinks.normalise(half, sum[half], maximum[half]);  // NaN stays NaN
             factors.rescale[half] *= factors.normalise[half];
         }
     }

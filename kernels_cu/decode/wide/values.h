@@ -14,9 +14,13 @@ constexpr u32 kValueColumns = kLatent / kValueWarpgroups;
 static_assert(kLatent % (kValueWarpgroups * kBoxColumns) == 0, "each values warpgroup takes whole boxes");
 constexpr u32 kAccumulators = kRows * kValueColumns / kWarpgroupThreads;
 
+// Kernel: decode/wide/scores.h.
+template <class Kernel>
 class ValuesRole {
+    using Params = typename Kernel::Params;
+
 public:
-    MLA_DEVICE ValuesRole(const DecodeParams& params, u32 smem)
+    MLA_DEVICE ValuesRole(const Params& params, u32 smem)
         : params_(params), smem_(smem) {}
 
     // `after_tile(position)` runs when this warp is done with the tile at that ring position.
@@ -27,6 +31,10 @@ public:
             const BlockWork work = load_block_work(params_, item);
             if (!work.exists()) return;
             tiles = work.tile_end - work.tile_begin;
+        }
+        if (kGathered && tiles > 0) {  // the item's first stage has its queries
+            after_tile(ring_);
+            ring_.advance();
         }
         float output[kAccumulators];
 #pragma unroll
@@ -45,9 +53,14 @@ public:
 
 private:
     // From the special register each time: no registers are left to keep them in.
-    static MLA_DEVICE u32 lane() { return threadIdx.x % kWarpThreads; }
-    static MLA_DEVICE u32 warp() { return threadIdx.x % kWarpgroupThreads / kWarpThreads; }
-    static MLA_DEVICE u32 first_column() { return (threadIdx.x / kWarpgroupThreads - 1) * kValueColumns; }
+    static MLA_DEVICE u32 lane() { return thread() % kWarpThreads; }
+    static MLA_DEVICE u32 warp() { return thread() % kWarpgroupThreads / kWarpThreads; }
+    static MLA_DEVICE u32 first_column() { return (thread() / kWarpgroupThreads - 1) * kValueColumns; }
+    static MLA_DEVICE u32 thread() {
+        u32 thread = threadIdx.x;
+        if (kGathered) pin_register(thread);
+        return thread;
+    }
 
     MLA_DEVICE void rescale(float (&output)[kAccumulators]) {
         const u32 factors = smem_ + WideSmem::factors + (ring_.stage * kRows + warp() * 16 + lane() / 4) * sizeof(f32);
@@ -101,13 +114,14 @@ private:
 #pragma unroll
                 for (u32 j = 0; j < 4; ++j) words[j] = packed[(block * 4 + j) * 2 + half];
                 quad_transpose(words, lane_in_quad);
-                if (exists)
-                    *reinterpret_cast<uint4*>(destination + block * 32) = uint4{words[0], words[1], words[2], words[3]};
+                const uint4 chunk{words[0], words[1], words[2], words[3]};
+                if (exists && Kernel::kStreamsOutput) store_streaming_16b(destination + block * 32, chunk);
+                if (exists && !Kernel::kStreamsOutput) *reinterpret_cast<uint4*>(destination + block * 32) = chunk;
             }
         }
     }
 
-    const DecodeParams& params_;
+    const Params& params_;
     u32 smem_;
     RingPosition ring_;
 };

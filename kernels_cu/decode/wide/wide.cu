@@ -2,24 +2,24 @@
 //   0    scores: S = Q K^T, softmax, P
 //   1, 2 values: O += P V, half of the columns each; warps of the first also ask TMA for the KV tiles
 #include "decode/entry.h"
+#include "decode/wide/end_mask.h"
 #include "decode/wide/load.h"
 #include "decode/wide/scores.h"
 #include "decode/wide/values.h"
 
 namespace mla {
 
+// What the roles are part of: decode/wide/scores.h.
+struct DenseWide {
+    using Params = DecodeParams;
+    using Mask = EndMask;
+    using Results = NoResults;
+    static constexpr bool kStreamsOutput = false;
+};
+
 // The first warps of the first values warpgroup. From the special register each time: no register is left to keep it in.
 MLA_DEVICE bool is_loader_warp() {
     return threadIdx.x / kWarpThreads - kWarpgroupWarps < kLoaderWarps;
-}
-
-MLA_DEVICE void initialise_barriers(u32 smem) {
-    for (u32 stage = 0; stage < kStages; ++stage) {
-        mbarrier_init(tile_full(smem, stage), kLoaderWarps);  // with the bytes to come
-        mbarrier_init(tile_empty(smem, stage), kValueWarpgroups * kWarpgroupWarps);
-        mbarrier_init(probabilities_full(smem, stage), kWarpgroupThreads);
-    }
-    mbarrier_init_fence();
 }
 
 }  // namespace mla
@@ -31,7 +31,7 @@ mla_decode_wide(const __grid_constant__ mla::TensorMap kv_latent, const __grid_c
     extern __shared__ __align__(1024) u8 shared[];
     const u32 smem = shared_address(shared);
     const i32* part_begin = enter(params, shared + WideSmem::claim, [&] {
-        initialise_barriers(smem);
+        initialise_barriers(smem, kLoaderWarps);  // and the bytes to come
         prefetch_maps(&kv_latent, &kv_rope);
     });
     pdl_wait();
@@ -39,11 +39,11 @@ mla_decode_wide(const __grid_constant__ mla::TensorMap kv_latent, const __grid_c
 
     if (warpgroup == 0) {
         registers_increase<kScoresRegisters>();
-        ScoresRole scores(params, smem);
+        ScoresRole<DenseWide> scores(params, smem);
         for (i32 item = part_begin[0]; item < part_begin[1]; ++item) scores.run_item(item);
     } else {
         registers_decrease<kValuesRegisters>();
-        ValuesRole values(params, smem);
+        ValuesRole<DenseWide> values(params, smem);
         TileLoader loader(&kv_latent, &kv_rope, params, smem, reinterpret_cast<LoaderState*>(shared + WideSmem::loader));
         if (is_loader_warp()) {
             loader.start(part_begin[0], part_begin[1]);

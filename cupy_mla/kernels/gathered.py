@@ -1,0 +1,80 @@
+"""The kernels of gathered tokens: every query token attends to tokens of its own, which indices name.
+
+One kernel file serves two schedules. *Planned*: query tokens are requests of a plan, as for sparse decode, cut where
+the load asks for it and merged (`combine.gathered_combine_source`). *Static*: a CTA takes every so many-th query token,
+as for sparse prefill; the grid is (row blocks of a kv head, parts, kv heads), and any number of parts is right.
+"""
+
+from __future__ import annotations
+
+import itertools
+from dataclasses import dataclass
+
+from ..layouts import DENSE_LAYOUTS
+from ..schedule.pieces import TILE_TOKENS
+from .family import ATOM_TOKENS, STANDARD_DIMS, DecodeFamily, KernelConfig
+from .wide import STAGES, WIDE64, WideFamily
+
+# Of one token: slots that are all equally far apart, as in every contiguous cache whatever its pages.
+STANDARD_PAGES = ((1, True), (1, False), (64, True))  # page size, planned
+
+_VALUES_WARPS = TILE_TOKENS // ATOM_TOKENS  # each gathers an atom's rows of a tile
+_GATHER_STATE_BYTES = 16
+
+
+@dataclass(frozen=True, slots=True)
+class GatheredConfig(KernelConfig):
+    """One compiled form of a kernel of gathered tokens.
+
+    Attributes
+    ----------
+    planned : bool
+        Whether it takes its work from a plan.
+    """
+
+    planned: bool = True
+
+    @property
+    def suffix(self) -> str:
+        """The end of the name: its schedule."""
+        return "_planned" if self.planned else "_static"
+
+
+def gathered_defines(family: DecodeFamily, config: KernelConfig) -> tuple[tuple[str, str], ...]:
+    """The macros of decode/config.h and decode/gathered/work.h."""
+    assert isinstance(config, GatheredConfig)
+    defines = dict(DecodeFamily.defines(family, config))
+    return tuple({**defines, "MLA_GATHERED": "1", "MLA_PLANNED": str(int(config.planned))}.items())
+
+
+@dataclass(frozen=True, slots=True)
+class GatheredWideFamily(WideFamily):
+    """The family of the wide kernel of gathered tokens (kernels_cu/decode/gathered/wide.cu)."""
+
+    def loader_bytes(self, config: KernelConfig) -> int:
+        """A state of each values warp, and its byte of valid bits for each stage."""
+        return _VALUES_WARPS * (_GATHER_STATE_BYTES + STAGES)
+
+    def defines(self, config: KernelConfig) -> tuple[tuple[str, str], ...]:
+        """The macros of decode/config.h and decode/gathered/work.h."""
+        return gathered_defines(self, config)
+
+    def standard_configs(self) -> list[KernelConfig]:
+        """What `cupy-mla compile` prepares ahead of time and the tests compile."""
+        return [
+            GatheredConfig(self, latent, rope, dtype, page_size, causal=False, planned=planned)
+            for (latent, rope), dtype, (page_size, planned) in itertools.product(
+                STANDARD_DIMS, DENSE_LAYOUTS, STANDARD_PAGES
+            )
+        ]
+
+
+GATHERED_WIDE64 = GatheredWideFamily(
+    name="gathered_wide64",
+    entry="decode/gathered/wide.cu",
+    function="mla_gathered_wide",
+    rows=WIDE64.rows,
+    cost=WIDE64.cost,
+    combine_threads=WIDE64.combine_threads,
+)
+GATHERED_FAMILIES: tuple[DecodeFamily, ...] = (GATHERED_WIDE64,)

@@ -1,0 +1,91 @@
+// Work of the kernels of gathered tokens: which items a CTA takes and what an item is. With a plan, as in dense decode; or by a
+// static schedule, which deals out the query tokens to the parts in turn.
+#pragma once
+#include "decode/entry.h"
+#include "decode/gathered/params.h"
+#include "decode/rows.h"
+
+namespace mla {
+
+constexpr bool kIsPlanned = MLA_PLANNED;
+
+// A static item is a query token. The grid is (row blocks of a kv head, parts, kv heads): the CTAs of a token are neighbours.
+MLA_DEVICE BlockWork static_block_work(const GatherParams& params, i32 token) {
+    BlockWork work;
+    work.request = token;
+    work.q_begin = 0;
+    work.kv_head = blockIdx.z;
+    work.first_row = block_in_job() * static_cast<i32>(kRows);
+    // Else the compiler computes the rows' addresses once and keeps them, for which no registers are left.
+    pin_register(work.request);
+    pin_register(work.first_row);
+    work.num_rows = params.group_heads;
+    work.seqlen_q = 1;
+    work.seqlen_k = params.topk;
+    if (params.topk_length != nullptr)
+        work.seqlen_k = clamp_i32(__ldg(params.topk_length + token * params.topk_length_stride), 0, params.topk);
+    work.tile_begin = 0;
+    work.tile_end = ceil_div(work.seqlen_k, kTileTokens);
+    work.slot = kWholeJob;
+    return work;
+}
+
+MLA_DEVICE BlockWork load_block_work(const GatherParams& params, i32 item) {
+    if constexpr (kIsPlanned) {
+        pin_register(item);
+        BlockWork work = planned_block_work(params, item);
+        if (params.seqlen_q > 1) {
+            const i32 token = work.request;
+            work.request = token / params.seqlen_q;
+            work.q_begin = token - work.request * params.seqlen_q;
+        }
+        return work;
+    } else {
+        return static_block_work(params, item);
+    }
+}
+
+// Rows of a job are heads of one query token.
+MLA_DEVICE RowPlace locate_row(const GatherParams& params, const BlockWork& work, i32 row_in_block) {
+    const i32 row = work.first_row + row_in_block;
+    return {0, work.kv_head * params.group_heads + row, row < work.num_rows};
+}
+
+MLA_DEVICE QueryRow query_row(const GatherParams& params, const BlockWork& work, i32 row_in_block, u32 column) {
+    const RowPlace place = locate_row(params, work, row_in_block);
+    QueryRow row;
+    row.exists = place.exists;
+    row.latent = params.q + work.request * params.q_stride_batch + work.q_begin * params.q_stride_seq +
+                 place.head * params.q_stride_head + column;
+    row.rope = row.latent + kLatent;
+    return row;
+}
+
+// The items of this CTA: first(), first() + step(), ... below end(). From where they are written each time: no registers are
+// left to keep them in.
+class Items {
+public:
+    // All threads call this, once; the first one runs `prepare`. decode/entry.h
+    template <class Prepare>
+    MLA_DEVICE Items(const GatherParams& params, u8* slot, Prepare prepare)
+        : params_(params), part_(reinterpret_cast<volatile i32*>(slot) + 1) {
+        if constexpr (kIsPlanned) {
+            const i32 part = enter(params, slot, prepare) - plan_part_begin(params.plan);
+            if (threadIdx.x == 0) *part_ = part;
+            pdl_wait();
+        } else {
+            if (threadIdx.x == 0) prepare();
+        }
+        __syncthreads();
+    }
+
+    MLA_DEVICE i32 first() const { return kIsPlanned ? plan_part_begin(params_.plan)[*part_] : blockIdx.y; }
+    MLA_DEVICE i32 end() const { return kIsPlanned ? plan_part_begin(params_.plan)[*part_ + 1] : params_.num_tokens; }
+    MLA_DEVICE i32 step() const { return kIsPlanned ? 1 : gridDim.y; }
+
+private:
+    const GatherParams& params_;
+    volatile i32* part_;
+};
+
+}  // namespace mla
