@@ -362,6 +362,22 @@ def test_starts_must_be_contiguous():
     assert (error.argument, error.expected) == ("cu_seqlens_q", "a contiguous last dimension")
 
 
+@MAKERS
+@pytest.mark.parametrize(
+    ("dtype", "width", "layouts"),
+    [
+        ("float8_e4m3fn", 576, "fp8_e4m3"),
+        ("float8_e4m3fn", 656, "fp8_ds_mla"),
+        ("uint8", 528, "fp8_ds_mla_no_rope or fp8_v41"),
+        ("uint8", 288, "fp4_v41"),
+    ],
+)
+def test_a_layout_that_no_kernel_reads_is_named(make: Any, dtype: str, width: int, layouts: str):
+    error = dense_call(make).with_(kv_cache=make((10, 64, 1, width), dtype)).refused()
+    assert (error.argument, error.expected) == ("kv_cache", "bfloat16, the type of q")
+    assert error.got == f"{dtype} (layout {layouts}, which no kernel reads yet)"
+
+
 @pytest.mark.parametrize("name", ["q", "kv_cache", "block_table", "cache_seqlens"])
 def test_mixed_devices_are_refused(name: str):
     other_gpu = replace(getattr(dense_call(GpuArray), name), device_id=1)

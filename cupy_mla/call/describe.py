@@ -14,7 +14,7 @@ from typing import Any
 from ..arrays.frameworks import CUDA
 from ..arrays.view import ArrayView, view
 from ..errors import InvalidArgumentError
-from ..layouts import DENSE_LAYOUTS
+from ..layouts import DENSE_LAYOUTS, name_cache_type
 from .arguments import COPY_ALIGNMENT, check_output, check_rows, misaligned, place_name
 from .memo import shared_memo
 from .options import DecodeArrays, DecodeOptions
@@ -268,7 +268,8 @@ def _check_types(call: _Call) -> None:
         raise InvalidArgumentError(_named("q", call.q)[0][0], " or ".join(DENSE_LAYOUTS), dtype)
     for name, array in _named("q", call.q) + _named("kv_cache", call.kv):
         if array.dtype != dtype:
-            raise InvalidArgumentError(name, f"{dtype}, the type of q", array.dtype)
+            got = name_cache_type(array.dtype, array.shape[-1]) if name.startswith("kv_cache") else array.dtype
+            raise InvalidArgumentError(name, f"{dtype}, the type of q", got)
     for name, array in call.arrays():
         if not name.startswith(("q", "kv_cache")) and array.dtype != INDEX_DTYPE:
             raise InvalidArgumentError(name, INDEX_DTYPE, array.dtype)

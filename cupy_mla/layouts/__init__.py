@@ -14,6 +14,7 @@ from .table import (
     LAYOUTS,
     find_layout,
     infer_layout,
+    name_cache_type,
     require_readable,
 )
 
@@ -31,5 +32,6 @@ __all__ = [
     "CacheLayout",
     "find_layout",
     "infer_layout",
+    "name_cache_type",
     "require_readable",
 ]

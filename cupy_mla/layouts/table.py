@@ -84,7 +84,7 @@ def infer_layout(dtype: str, width: int, name: str = "kv_cache") -> CacheLayout:
     InvalidArgumentError
         No layout has such arrays (of ``name``), or several have (the argument is then ``layout``).
     """
-    fitting = [layout for layout in LAYOUTS.values() if layout.fits(dtype, width)]
+    fitting = _fitting(dtype, width)
     if not fitting:
         expected = "a cache in one of the layouts " + ", ".join(LAYOUTS)
         raise InvalidArgumentError(name, expected, f"{dtype} with {width} as the last dimension")
@@ -92,6 +92,13 @@ def infer_layout(dtype: str, width: int, name: str = "kv_cache") -> CacheLayout:
         expected = " or ".join(layout.name for layout in fitting)
         raise InvalidArgumentError("layout", expected, f"None, and {name} of {dtype} [..., {width}] may be either")
     return fitting[0]
+
+
+def name_cache_type(dtype: str, width: int) -> str:
+    """The element type of an array with this last dimension, for errors: with the layout that explains it, if no kernel
+    reads that."""
+    unread = " or ".join(layout.name for layout in _fitting(dtype, width) if layout.kernel_type is None)
+    return f"{dtype} (layout {unread}, which no kernel reads yet)" if unread else dtype
 
 
 def require_readable(layout: CacheLayout, name: str) -> CacheLayout:
@@ -107,3 +114,7 @@ def require_readable(layout: CacheLayout, name: str) -> CacheLayout:
         expected = f"a cache in the layout {readable}"
         raise InvalidArgumentError(name, expected, f"{layout.name}, which no kernel reads yet")
     return layout
+
+
+def _fitting(dtype: str, width: int) -> list[CacheLayout]:
+    return [layout for layout in LAYOUTS.values() if layout.fits(dtype, width)]
