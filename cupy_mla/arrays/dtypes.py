@@ -30,13 +30,13 @@ ITEM_SIZES = {
 # What kernels_cu/core/types.h calls those that kernels compute with.
 KERNEL_TYPES = {"bfloat16": "Bf16", "float16": "Fp16", "float32": "Fp32"}
 # Types that NumPy has only through ml_dtypes.
-_ML_DTYPES = frozenset({"bfloat16", "float8_e4m3fn", "float8_e5m2", "float8_e8m0fnu"})
+_ML_DTYPES = frozenset({"bfloat16", "float8_e4m3fn", "float8_e5m2", "float8_e8m0fnu", "float4_e2m1fn"})
 _NUMPY_DTYPES: dict[np.dtype[Any], str] = {}
 _NUMPY_OF_NAME: dict[str, np.dtype[Any]] = {}
 
 
 def numpy_dtype(name: str) -> np.dtype[Any]:
-    """The NumPy type of an element type name; bfloat16 and FP8 come from ml_dtypes."""
+    """The NumPy type of an element type name; bfloat16, FP8 and FP4 come from ml_dtypes."""
     dtype = _NUMPY_OF_NAME.get(name)
     if dtype is None:
         if name in _ML_DTYPES:

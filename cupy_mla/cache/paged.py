@@ -15,7 +15,7 @@ import numpy.typing as npt
 from ..arrays import view as arrays
 from ..arrays.dtypes import numpy_dtype
 from ..arrays.exchange import as_numpy
-from ..arrays.frameworks import current_stream
+from ..arrays.frameworks import CPU, CUDA, current_stream
 from ..call.arguments import as_integer, check_output
 from ..errors import InvalidArgumentError
 from ..gpu.device import require_backend, require_cuda
@@ -23,7 +23,6 @@ from ..layouts import BF16, DENSE_LAYOUTS, CacheLayout, find_layout, require_rea
 from .allocator import PageAllocator
 from .append import append_tokens
 
-DEVICES = ("cpu", "cuda")
 NUM_HEADS_KV = 1  # MLA keeps one latent vector per token, shared by all heads
 
 
@@ -98,8 +97,8 @@ class PagedKVCache:
         max_requests = _size(max_requests, "max_requests")
         max_pages = num_pages if max_pages_per_seq is None else _size(max_pages_per_seq, "max_pages_per_seq")
         stored_as = _settled_layout(dtype, layout)
-        if device not in DEVICES:
-            raise InvalidArgumentError("device", "one of " + ", ".join(DEVICES), repr(device))
+        if device not in (CPU, CUDA):
+            raise InvalidArgumentError("device", f"{CPU} or {CUDA}", repr(device))
         self.num_pages = num_pages
         self.page_size = page_size
         self.latent_dim = latent_dim
@@ -226,7 +225,7 @@ class PagedKVCache:
         if first is not kv_new and view.shape[-1] != self.latent_dim:
             raise InvalidArgumentError("kv_new[0]", f"{self.latent_dim} latent columns", str(view.shape[-1]))
         plan = self._allocator.plan_append(requests, counts, view.shape[0])
-        if view.device == "cuda" and stream is None:
+        if view.device == CUDA and stream is None:
             stream = current_stream(first, view.device_id)
         with self._on_stream(stream):
             # Copies go into pages that nobody holds yet, so a refusal after them leaves every request as it was.
@@ -270,14 +269,14 @@ class PagedKVCache:
         width = self.layout.width(self.latent_dim, self.rope_dim)
         shape = (self.num_pages, self.page_size, NUM_HEADS_KV, width)
         element = numpy_dtype(self.dtype)
-        if self.device == "cpu":
-            require_backend("cpu", 0, "the cache")
+        if self.device == CPU:
+            require_backend(CPU, 0, "the cache")
             return 0, np.empty(shape, element)
         require_cuda()
         import cupy
 
         device_id = int(cupy.cuda.runtime.getDevice())
-        require_backend("cuda", device_id, "the cache")
+        require_backend(CUDA, device_id, "the cache")
         return device_id, cupy.empty(shape, np.uint16).view(element)
 
     @property
@@ -288,7 +287,7 @@ class PagedKVCache:
     @contextmanager
     def _on_stream(self, stream: int | None) -> Iterator[None]:
         """CuPy allocates and copies on this stream: memory given back is then reused in stream order."""
-        if self.device == "cpu":
+        if self.device == CPU:
             yield
             return
         import cupy
@@ -302,7 +301,7 @@ class PagedKVCache:
 
     def _upload(self, host: npt.NDArray[Any], stream: int | None) -> Any:
         """A NumPy array on the cache's device. Called inside ``_on_stream``."""
-        if self.device == "cpu":
+        if self.device == CPU:
             return host
         import cupy
 
@@ -329,7 +328,7 @@ class PagedKVCache:
         # The stride of a dimension of one element means nothing.
         if any(size > 1 and a != b for size, a, b in zip(view.shape, view.strides, contiguous, strict=True)):
             raise InvalidArgumentError("out", "a contiguous array", f"strides {view.strides}")
-        if self.device == "cpu":
+        if self.device == CPU:
             as_numpy(view)[...] = host
         else:
             used = current_stream(out, view.device_id) if stream is None else stream

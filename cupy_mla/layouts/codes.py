@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cache
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+
+from ..arrays.dtypes import numpy_dtype
 
 Float32Array = npt.NDArray[np.float32]
 Bytes = npt.NDArray[np.uint8]
@@ -40,7 +41,7 @@ class Codes:
         NaN stays NaN in formats that have one.
         """
         limited = np.clip(values, -self.largest, self.largest)
-        codes: Bytes = limited.astype(_numpy_dtype(self.dtype)).view(np.uint8)
+        codes: Bytes = limited.astype(numpy_dtype(self.dtype)).view(np.uint8)
         return codes if self.per_byte == 1 else codes[..., ::2] | codes[..., 1::2] << np.uint8(4)
 
     def decode(self, stored: Bytes) -> Float32Array:
@@ -79,17 +80,9 @@ def e4m3_scales(largest: Float32Array) -> Float32Array:
 
 
 @cache
-def _numpy_dtype(name: str) -> np.dtype[Any]:
-    import ml_dtypes
-
-    dtype: np.dtype[Any] = np.dtype(getattr(ml_dtypes, name))
-    return dtype
-
-
-@cache
 def _numbers(dtype: str, per_byte: int) -> Float32Array:
     """What each byte means: [256], or [256, 2] where it is two numbers."""
     codes = np.arange(256, dtype=np.uint8)
     if per_byte == 2:
         codes = np.stack([codes & 0xF, codes >> 4], axis=-1)
-    return codes.view(_numpy_dtype(dtype)).astype(np.float32)
+    return codes.view(numpy_dtype(dtype)).astype(np.float32)

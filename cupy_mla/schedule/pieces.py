@@ -275,7 +275,7 @@ def _parts_with_cuts(tiles: Int64Array, budgets: Int64Array, cost: PieceCosts) -
         fits_here = price <= left
         fits_next = (head == 0) & (price <= budgets)
         rest = count - head
-        parts = -(-rest // per_part)
+        parts = ceil_div(rest, per_part)
         last = rest - (parts - 1) * per_part
         part += np.where(fits_here, 0, np.where(fits_next, 1, parts))
         after_cut = budgets - (last * TILE_COST + cost.split_overhead)
