@@ -6,6 +6,7 @@ The times behind the choice are measured; here, what must follow from them.
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -20,7 +21,7 @@ from cupy_mla.kernels.choose import FAMILIES, KERNELS, choose_config
 from cupy_mla.kernels.family import DecodeFamily, KernelConfig
 from cupy_mla.kernels.narrow import NARROW16, NARROW32
 from cupy_mla.kernels.wide import WIDE64
-from cupy_mla.layouts import BF16, DENSE_LAYOUTS
+from cupy_mla.layouts import BF16, DENSE_LAYOUTS, FP16, LAYOUTS, CacheLayout
 
 NUM_SMS = 132
 
@@ -197,6 +198,17 @@ def test_a_call_that_no_kernel_serves_is_refused_with_every_reason(changes: dict
     with pytest.raises(InvalidArgumentError) as error:
         choose_config(problem(4, 640, 128, **changes), NUM_SMS)
     assert all(f"{family.name} takes" in error.value.got for family in FAMILIES)
+
+
+@pytest.mark.parametrize("layout", [LAYOUTS[name] for name in list(LAYOUTS)[2:]], ids=lambda layout: layout.name)
+def test_every_kernel_reads_the_dense_layouts_only(layout: CacheLayout) -> None:
+    dense = problem(4, 640, 128)
+    for family in FAMILIES:
+        assert family.why_unsupported(dense) is None
+        reason = family.why_unsupported(replace(dense, layout=layout))
+        assert reason == f"takes a cache in the layout bf16 or fp16, not {layout.name}"
+        mixed = family.why_unsupported(replace(dense, layout=FP16))
+        assert mixed == "takes queries of float16 for the layout fp16, not bfloat16"
 
 
 @pytest.mark.parametrize("family", [NARROW16, NARROW32], ids=lambda family: family.name)

@@ -211,3 +211,14 @@ class KernelConfig:
     def source(self) -> KernelSource:
         """What the run-time compiler is given."""
         return KernelSource(self.family.entry, self.family.function, self.family.defines(self))
+
+
+def why_not_dense(problem: DecodeProblem) -> str | None:
+    """Why a kernel that multiplies tiles as the cache stores them cannot serve a problem; None when it can."""
+    layout, dtype = problem.layout, problem.queries.dtype
+    if layout not in DENSE_LAYOUTS.values():
+        dense = " or ".join(other.name for other in DENSE_LAYOUTS.values())
+        return f"takes a cache in the layout {dense}, not {layout.name}"
+    if dtype not in layout.query_dtypes:
+        return f"takes queries of {' or '.join(layout.query_dtypes)} for the layout {layout.name}, not {dtype}"
+    return None

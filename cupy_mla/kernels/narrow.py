@@ -6,7 +6,6 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from ..gpu import hopper
-from ..layouts import DENSE_LAYOUTS
 from ..schedule.pieces import TILE_COST, PieceCosts
 from .cost import CostModel
 from .family import (
@@ -19,6 +18,7 @@ from .family import (
     DecodeFamily,
     KernelConfig,
     Role,
+    why_not_dense,
 )
 
 if TYPE_CHECKING:
@@ -54,10 +54,8 @@ class NarrowFamily(DecodeFamily):
     float_registers: int | None
 
     def why_unsupported(self, problem: DecodeProblem) -> str | None:
-        """Widths that are not whole boxes, or of more boxes than there is room for."""
+        """Widths not of whole boxes, or of more boxes than there is room for; other layouts than the dense ones."""
         queries = problem.queries
-        if queries.dtype not in DENSE_LAYOUTS:
-            return f"takes elements of {' or '.join(DENSE_LAYOUTS)}, not {queries.dtype}"
         widths = queries.latent_dim, queries.rope_dim
         if any(width % BOX_COLUMNS for width in widths):
             return f"takes widths that are multiples of {BOX_COLUMNS}, not {widths[0]} and {widths[1]}"
@@ -65,7 +63,7 @@ class NarrowFamily(DecodeFamily):
             return f"takes latent widths up to {_MAX_LATENT_DIM}, not {queries.latent_dim}"
         if sum(widths) > self.max_boxes * BOX_COLUMNS:
             return f"takes latent and rope widths up to {self.max_boxes * BOX_COLUMNS} together, not {sum(widths)}"
-        return None
+        return why_not_dense(problem)
 
     def roles(self, config: KernelConfig) -> tuple[Role, ...]:
         """A consumer warpgroup and a producer warp, which share the registers evenly."""

@@ -6,7 +6,6 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from ..gpu.hopper import WARPGROUP_THREADS
-from ..layouts import DENSE_LAYOUTS
 from ..schedule.pieces import TILE_COST, PieceCosts
 from .cost import CostModel
 from .family import (
@@ -20,6 +19,7 @@ from .family import (
     DecodeFamily,
     KernelConfig,
     Role,
+    why_not_dense,
 )
 
 if TYPE_CHECKING:
@@ -41,15 +41,13 @@ class WideFamily(DecodeFamily):
     """The family of the wide kernel."""
 
     def why_unsupported(self, problem: DecodeProblem) -> str | None:
-        """Widths other than those that two warpgroups can share."""
+        """Widths other than those that two warpgroups can share; other layouts than the dense ones."""
         queries = problem.queries
-        if queries.dtype not in DENSE_LAYOUTS:
-            return f"takes elements of {' or '.join(DENSE_LAYOUTS)}, not {queries.dtype}"
         if queries.latent_dim not in _LATENT_DIMS:
             return f"takes latent widths of {_LATENT_DIMS}, not {queries.latent_dim}"
         if queries.rope_dim not in _ROPE_DIMS:
             return f"takes rope widths of {_ROPE_DIMS}, not {queries.rope_dim}"
-        return None
+        return why_not_dense(problem)
 
     def roles(self, config: KernelConfig) -> tuple[Role, ...]:
         """One warpgroup for the scores, two for the values; warps of these load the tiles."""

@@ -41,9 +41,9 @@ Int64Array = npt.NDArray[np.int64]
 @overload
 def ceil_div(a: int, b: int) -> int: ...
 @overload
-def ceil_div(a: Int64Array, b: int) -> Int64Array: ...
-def ceil_div(a: int | Int64Array, b: int) -> int | Int64Array:
-    """The quotient of two non-negative integers, or of each of an array and one, rounded up."""
+def ceil_div(a: Int64Array, b: int | Int64Array) -> Int64Array: ...
+def ceil_div(a: int | Int64Array, b: int | Int64Array) -> int | Int64Array:
+    """The quotient of two integers, or of each of two arrays', rounded up."""
     return -(-a // b)
 
 
