@@ -1,0 +1,132 @@
+"""Attention to chosen tokens on CPU arrays with NumPy: the backend where no Hopper GPU is, and the oracle in float64.
+
+Decode and prefill are the same arithmetic: every query token has its own list of keys. Only chosen tokens are ever
+gathered, so what lies in other slots cannot reach a result.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+Array = npt.NDArray[Any]
+# (slots [n], kv_head) to the keys of these slots, [n, d_qk] of the type of the arithmetic.
+Gather = Callable[[npt.NDArray[np.int64], int], Array]
+
+# Keys that are gathered at once: bounds the memory whatever the number of queries (75 MB of float32 at width 576).
+_KEYS_PER_STEP = 32_768
+
+
+@dataclass(frozen=True, slots=True)
+class ChosenKeys:
+    """One cache, and the tokens of it that each query attends to.
+
+    Attributes
+    ----------
+    gather
+        Reads keys.
+    num_slots
+        Tokens in the cache; an index that is negative or not below it names no token.
+    indices
+        [num_queries, num_heads_kv, topk] integers: slots of the cache.
+    lengths
+        [num_queries] integers: so many leading indices of a query count; None: all.
+    """
+
+    gather: Gather
+    num_slots: int
+    indices: Array
+    lengths: Array | None = None
+
+    def valid(self, begin: int, end: int, kv_head: int) -> Array:
+        """Which indices of queries begin..end name a token that counts: [queries, topk]."""
+        indices = self.indices[begin:end, kv_head]
+        valid = (indices >= 0) & (indices < self.num_slots)
+        if self.lengths is not None:
+            valid &= np.arange(indices.shape[1]) < self.lengths[begin:end, None]
+        return valid
+
+
+def sparse_attention_reference(
+    q: Array,
+    sources: Sequence[ChosenKeys],
+    softmax_scale: float,
+    *,
+    num_heads_kv: int,
+    head_dim_v: int,
+    out: Array,
+    lse: Array,
+    max_logits: Array | None = None,
+    attn_sink: Array | None = None,
+    dtype: npt.DTypeLike = np.float32,
+) -> None:
+    """``out = softmax(scale * q @ k^T) @ k[..., :head_dim_v]`` over the chosen tokens of all sources together.
+
+    A token that is chosen twice counts twice. With ``attn_sink``, out is scaled by exp(lse) / (exp(lse) + exp(sink)),
+    as if the softmax had one more score without a value; lse and max_logits are without it.
+
+    Parameters
+    ----------
+    q
+        [num_queries, num_heads_q, d_qk], any floating type.
+    sources
+        Caches and the tokens chosen of them.
+    softmax_scale
+        Factor on the scores.
+    num_heads_kv
+        Heads of the caches; it divides num_heads_q.
+    head_dim_v
+        Leading columns of a key that are its value.
+    out
+        [num_queries, num_heads_q, head_dim_v], written: 0 for a query without a token.
+    lse, max_logits
+        [num_queries, num_heads_q], written: natural logarithm of the sum of exponentials of the scaled scores, and
+        their largest; -inf for a query without a token.
+    attn_sink
+        [num_heads_q]; -inf has no effect, +inf gives out = 0.
+    dtype
+        Type of all arithmetic, ``numpy.float32`` or ``numpy.float64``.
+    """
+    compute = np.dtype(dtype)
+    num_queries, num_heads_q, _ = q.shape
+    group_heads = num_heads_q // num_heads_kv
+    keys_of_query = max(sum(source.indices.shape[2] for source in sources), 1)
+    step = max(_KEYS_PER_STEP // keys_of_query, 1)
+    sinks = None if attn_sink is None else attn_sink.astype(compute)
+    for kv_head in range(num_heads_kv):
+        heads = slice(kv_head * group_heads, (kv_head + 1) * group_heads)
+        for begin in range(0, num_queries, step):
+            rows = slice(begin, min(begin + step, num_queries))
+            keys, valid = _gather(sources, rows, kv_head, compute, q.shape[2])
+            with np.errstate(all="ignore"):  # infinities of empty queries, NaN of chosen tokens, float16's range
+                scores = (q[rows, heads].astype(compute) * softmax_scale) @ keys.swapaxes(1, 2)
+                scores = np.where(valid[:, None], scores, -np.inf)
+                highest = scores.max(axis=2, initial=-np.inf)
+                base = np.where(np.isneginf(highest), highest.dtype.type(0), highest)
+                weights = np.exp(scores - base[..., None])
+                total = weights.sum(axis=2)
+                row_lse = base + np.log(total)
+                divisor = total if sinks is None else total + np.exp(sinks[heads] - base)
+                summed = weights @ keys[..., :head_dim_v]
+                out[rows, heads] = np.where((total == 0)[..., None], total.dtype.type(0), summed / divisor[..., None])
+            lse[rows, heads] = row_lse
+            if max_logits is not None:
+                max_logits[rows, heads] = highest
+
+
+def _gather(
+    sources: Sequence[ChosenKeys], rows: slice, kv_head: int, compute: np.dtype[Any], width: int
+) -> tuple[Array, Array]:
+    """Keys [queries, tokens, width] of the queries ``rows``, 0 where there is none, and where there is one."""
+    all_keys, all_valid = [], []
+    for source in sources:
+        valid = source.valid(rows.start, rows.stop, kv_head)
+        keys = np.zeros((*valid.shape, width), compute)
+        keys[valid] = source.gather(source.indices[rows, kv_head][valid].astype(np.int64), kv_head)
+        all_keys.append(keys)
+        all_valid.append(valid)
+    return np.concatenate(all_keys, axis=1), np.concatenate(all_valid, axis=1)
