@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from cupy_mla.call.describe import CUDA_MAX_LATENT, CUDA_MAX_WIDTH, CUDA_WIDTH_MULTIPLE
+from cupy_mla.call.arguments import CUDA_MAX_LATENT, CUDA_MAX_WIDTH, CUDA_WIDTH_MULTIPLE
 from cupy_mla.call.problem import DecodeProblem, PagedKeys, Queries
 from cupy_mla.errors import InvalidArgumentError
 from cupy_mla.gpu import hopper

@@ -13,11 +13,16 @@ from ..arrays.exchange import as_numpy
 from ..arrays.frameworks import CUDA
 from ..arrays.view import ArrayView, source_of
 from ..errors import InvalidArgumentError
-from .problem import DecodeInputs, DecodeProblem, Queries
+from .problem import PLAN_ALIGNMENT, PLAN_DTYPE, DecodeInputs, DecodeProblem, Queries
 
+# What the CUDA kernels are written for.
+CUDA_WIDTH_MULTIPLE = 64
+CUDA_MAX_LATENT = 512
+CUDA_MAX_WIDTH = 1024  # latent and rope: 32 rows of queries and a tile have room in shared memory
 # What TMA asks of global addresses and strides, in bytes.
 COPY_ALIGNMENT = 16
 COPY_MAX_STRIDE = 2**40
+NUMPY_WAY_OUT = "on a GPU (the NumPy backend takes any: pass CPU arrays)"
 # Times log2(e), a softmax scale is a float32.
 _MIN_SCALE, _MAX_SCALE = 1e-37, 1e37
 
@@ -121,6 +126,57 @@ def check_rows(shape: tuple[int, ...], strides: tuple[int, ...], itemsize: int, 
                 f"not negative and below {COPY_MAX_STRIDE} bytes",
                 f"strides {strides}",
             )
+
+
+def check_cuda_widths(queries: Queries) -> None:
+    """Refuse widths that no CUDA kernel is written for.
+
+    Raises
+    ------
+    InvalidArgumentError
+        The latent or the rope width is no multiple of 64, or too large.
+    """
+    if queries.latent_dim % CUDA_WIDTH_MULTIPLE or queries.latent_dim > CUDA_MAX_LATENT:
+        raise InvalidArgumentError(
+            "head_dim_v",
+            f"a multiple of {CUDA_WIDTH_MULTIPLE} up to {CUDA_MAX_LATENT} {NUMPY_WAY_OUT}",
+            str(queries.latent_dim),
+        )
+    if queries.rope_dim % CUDA_WIDTH_MULTIPLE:
+        raise InvalidArgumentError(
+            "q", f"a rope width that is a multiple of {CUDA_WIDTH_MULTIPLE} {NUMPY_WAY_OUT}", str(queries.rope_dim)
+        )
+    if queries.head_dim_qk > CUDA_MAX_WIDTH:
+        raise InvalidArgumentError("q", f"a width up to {CUDA_MAX_WIDTH} {NUMPY_WAY_OUT}", str(queries.head_dim_qk))
+
+
+def settled_strides(array: ArrayView) -> tuple[int, ...]:
+    """The strides, with those of axes of extent 1 (which mean nothing, and may be anything) as if contiguous."""
+    strides = list(array.strides)
+    step = 1
+    for axis in range(array.ndim - 1, -1, -1):
+        if array.shape[axis] == 1:
+            strides[axis] = step
+        step = strides[axis] * array.shape[axis]
+    return tuple(strides)
+
+
+def check_plan_view(plan: ArrayView, location: tuple[str, int]) -> None:
+    """Refuse an array that cannot hold a plan.
+
+    Raises
+    ------
+    InvalidArgumentError
+        Its type, rank, strides, device or alignment are wrong.
+    """
+    if plan.dtype != PLAN_DTYPE or plan.ndim != 1 or plan.strides != (1,) or plan.location != location:
+        raise InvalidArgumentError(
+            "plan",
+            f"an array from plan_decode, {PLAN_DTYPE}, on {place_name(location)}",
+            f"{plan.dtype} {list(plan.shape)} on {place_name(plan.location)}",
+        )
+    if plan.device == CUDA and plan.pointer % PLAN_ALIGNMENT:
+        raise misaligned("plan", plan.pointer, PLAN_ALIGNMENT)
 
 
 def misaligned(name: str, pointer: int, alignment: int) -> InvalidArgumentError:

@@ -15,25 +15,30 @@ from ..arrays.frameworks import CUDA
 from ..arrays.view import ArrayView, view
 from ..errors import InvalidArgumentError
 from ..layouts import DENSE_LAYOUTS, name_cache_type
-from .arguments import COPY_ALIGNMENT, check_output, check_rows, misaligned, place_name
+from .arguments import (
+    COPY_ALIGNMENT,
+    NUMPY_WAY_OUT,
+    check_cuda_widths,
+    check_output,
+    check_plan_view,
+    check_rows,
+    misaligned,
+    place_name,
+    settled_strides,
+)
 from .memo import shared_memo
 from .options import DecodeArrays, DecodeOptions
 from .problem import (
     INDEX_DTYPE,
     LSE_DTYPE,
     MAX_TOKENS,
-    PLAN_ALIGNMENT,
-    PLAN_DTYPE,
     DecodeInputs,
     DecodeProblem,
     PagedKeys,
     Queries,
 )
 
-# What the CUDA kernels are written for.
-CUDA_WIDTH_MULTIPLE = 64
-CUDA_MAX_LATENT = 512
-CUDA_MAX_WIDTH = 1024  # latent and rope: 32 rows of queries and a tile have room in shared memory
+# What the CUDA kernels of dense decoding are written for.
 CUDA_PAGE_MULTIPLE = 16
 
 _KV_RANK = 4
@@ -133,7 +138,7 @@ def describe_decode(
         _view_of(arrays, "lse", stream),
     )
     if inputs.plan is not None:
-        _check_plan(inputs.plan, inputs.location)
+        check_plan_view(inputs.plan, inputs.location)
     if inputs.out is not None:
         check_output(inputs.out, "out", queries.out_shape, queries.dtype, inputs.location, contiguous_rows=True)
     if inputs.lse is not None:
@@ -249,7 +254,8 @@ def _check(call: _Call) -> _Checked:
         )
     _check_strides(call)
     if first_q.device == CUDA:
-        _check_cuda_widths(queries, page_size)
+        check_cuda_widths(queries)
+        _check_page_size(page_size)
     return _Checked(DecodeProblem(queries, keys, DENSE_LAYOUTS[first_q.dtype]), q_latent, q_rope, kv_latent, kv_rope)
 
 
@@ -288,7 +294,7 @@ def _split(views: Sequence[ArrayView], name: str, head_dim_v: int) -> tuple[int,
     """Widths and places of the latent and the rope columns."""
     first = views[0]
     width = first.shape[-1]
-    strides = _settled_strides(first)
+    strides = settled_strides(first)
     if len(views) == 1:
         if not 1 <= head_dim_v <= width:
             raise InvalidArgumentError("head_dim_v", f"1 to {width}, the width of {name}", str(head_dim_v))
@@ -308,18 +314,7 @@ def _split(views: Sequence[ArrayView], name: str, head_dim_v: int) -> tuple[int,
     latent = _Part(0, 0, first.shape, strides)
     if rope.shape[-1] == 0:
         return width, 0, latent, None
-    return width, rope.shape[-1], latent, _Part(1, 0, rope.shape, _settled_strides(rope))
-
-
-def _settled_strides(array: ArrayView) -> tuple[int, ...]:
-    """The strides, with those of axes of extent 1 (which mean nothing, and may be anything) as if contiguous."""
-    strides = list(array.strides)
-    step = 1
-    for axis in range(array.ndim - 1, -1, -1):
-        if array.shape[axis] == 1:
-            strides[axis] = step
-        step = strides[axis] * array.shape[axis]
-    return tuple(strides)
+    return width, rope.shape[-1], latent, _Part(1, 0, rope.shape, settled_strides(rope))
 
 
 def _query_counts(call: _Call) -> tuple[int, int]:
@@ -342,23 +337,10 @@ def _check_strides(call: _Call) -> None:
             raise InvalidArgumentError(name, "a contiguous last dimension", f"strides {array.strides}")
 
 
-def _check_cuda_widths(queries: Queries, page_size: int) -> None:
-    way_out = "on a GPU (the NumPy backend takes any: pass CPU arrays)"
-    if queries.latent_dim % CUDA_WIDTH_MULTIPLE or queries.latent_dim > CUDA_MAX_LATENT:
-        raise InvalidArgumentError(
-            "head_dim_v",
-            f"a multiple of {CUDA_WIDTH_MULTIPLE} up to {CUDA_MAX_LATENT} {way_out}",
-            str(queries.latent_dim),
-        )
-    if queries.rope_dim % CUDA_WIDTH_MULTIPLE:
-        raise InvalidArgumentError(
-            "q", f"a rope width that is a multiple of {CUDA_WIDTH_MULTIPLE} {way_out}", str(queries.rope_dim)
-        )
-    if queries.head_dim_qk > CUDA_MAX_WIDTH:
-        raise InvalidArgumentError("q", f"a width up to {CUDA_MAX_WIDTH} {way_out}", str(queries.head_dim_qk))
+def _check_page_size(page_size: int) -> None:
     if page_size != 1 and page_size % CUDA_PAGE_MULTIPLE:
         raise InvalidArgumentError(
-            "kv_cache", f"a page size of 1 or a multiple of {CUDA_PAGE_MULTIPLE} {way_out}", str(page_size)
+            "kv_cache", f"a page size of 1 or a multiple of {CUDA_PAGE_MULTIPLE} {NUMPY_WAY_OUT}", str(page_size)
         )
 
 
@@ -367,14 +349,3 @@ def _check_addresses(call: _Call) -> None:
         alignment = array.itemsize if array.dtype == INDEX_DTYPE else COPY_ALIGNMENT
         if array.pointer % alignment:
             raise misaligned(name, array.pointer, alignment)
-
-
-def _check_plan(plan: ArrayView, location: tuple[str, int]) -> None:
-    if plan.dtype != PLAN_DTYPE or plan.ndim != 1 or plan.strides != (1,) or plan.location != location:
-        raise InvalidArgumentError(
-            "plan",
-            f"an array from plan_decode, {PLAN_DTYPE}, on {place_name(location)}",
-            f"{plan.dtype} {list(plan.shape)} on {place_name(plan.location)}",
-        )
-    if plan.device == CUDA and plan.pointer % PLAN_ALIGNMENT:
-        raise misaligned("plan", plan.pointer, PLAN_ALIGNMENT)
