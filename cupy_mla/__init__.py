@@ -6,6 +6,7 @@ from .cache.paged import PagedKVCache
 from .decode.dense import mla_decode, plan_decode
 from .decode.merge import merge_states
 from .decode.plan import DecodePlan
+from .decode.prefill import mla_sparse_prefill
 from .errors import (
     CompilationError,
     DriverError,
@@ -33,5 +34,6 @@ __all__ = [
     "append_tokens",
     "merge_states",
     "mla_decode",
+    "mla_sparse_prefill",
     "plan_decode",
 ]

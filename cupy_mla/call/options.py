@@ -20,7 +20,8 @@ DECODE, PLAN = "mla_decode", "plan_decode"  # the functions that take an option
 AUTO = "auto"  # of ``kernel``: the one that should take the least time
 
 
-def _option(default: Any, *functions: str) -> Any:
+def option(default: Any, *functions: str) -> Any:
+    """A field that is an option: its default, and the functions that take it."""
     return field(default=default, metadata={"functions": functions})
 
 
@@ -44,25 +45,18 @@ class DecodeOptions:
         An option is of another type, or outside of its range; ``argument`` is its name.
     """
 
-    head_dim_v: int = _option(512, DECODE, PLAN)
-    softmax_scale: float | None = _option(None, DECODE)
-    causal: bool = _option(False, DECODE, PLAN)
-    max_seqlen_q: int | None = _option(None, DECODE, PLAN)
-    empty_lse: float = _option(-math.inf, DECODE)
-    validate: bool | None = _option(None, DECODE, PLAN)
-    max_seqlen_k: int | None = _option(None, PLAN)
-    fixed_split_tokens: int | None = _option(None, PLAN)
-    kernel: str = _option(AUTO, PLAN)
+    head_dim_v: int = option(512, DECODE, PLAN)
+    softmax_scale: float | None = option(None, DECODE)
+    causal: bool = option(False, DECODE, PLAN)
+    max_seqlen_q: int | None = option(None, DECODE, PLAN)
+    empty_lse: float = option(-math.inf, DECODE)
+    validate: bool | None = option(None, DECODE, PLAN)
+    max_seqlen_k: int | None = option(None, PLAN)
+    fixed_split_tokens: int | None = option(None, PLAN)
+    kernel: str = option(AUTO, PLAN)
 
     def __post_init__(self) -> None:
-        if not (isinstance(self.empty_lse, float) and math.isinf(self.empty_lse)):
-            raise InvalidArgumentError("empty_lse", "-inf or +inf", repr(self.empty_lse))
-        for option in OPTIONS:
-            given = getattr(self, option.name)
-            if given is not None or not option.optional:
-                object.__setattr__(self, option.name, _CONVERSIONS[option.type](given, option.name))
-        if self.softmax_scale is not None:
-            check_softmax_scale(self.softmax_scale)
+        settle_options(self, OPTIONS)
         if self.max_seqlen_q is not None and self.max_seqlen_q < 1:
             raise InvalidArgumentError("max_seqlen_q", "1 or more", str(self.max_seqlen_q))
         if self.max_seqlen_k is not None and self.max_seqlen_k < 0:
@@ -106,26 +100,49 @@ class DecodeArrays:
 
 @dataclass(frozen=True, slots=True)
 class Option:
-    """A field of `DecodeOptions`, as faces that are written from it need to know it."""
+    """An option of a call, as faces that are written from it need to know it."""
 
     name: str
     type: str  # "int", "float", "bool" or "str"
     optional: bool
     default: Any
-    functions: tuple[str, ...]  # DECODE, PLAN
+    functions: tuple[str, ...]  # e.g. DECODE, PLAN
+
+
+def options_of(described: type) -> tuple[Option, ...]:
+    """The options that a dataclass describes."""
+    return tuple(
+        Option(
+            field.name,
+            str(field.type).partition(" | ")[0],
+            "None" in str(field.type),
+            field.default,
+            field.metadata["functions"],
+        )
+        for field in fields(described)
+    )
+
+
+def settle_options(given: Any, options: Sequence[Option]) -> None:
+    """Turn the values of an object that describes a call into Python's types, and check those that all calls have.
+
+    Raises
+    ------
+    InvalidArgumentError
+        A value is of another type, or ``empty_lse`` or ``softmax_scale`` out of range; ``argument`` is its name.
+    """
+    if not (isinstance(given.empty_lse, float) and math.isinf(given.empty_lse)):
+        raise InvalidArgumentError("empty_lse", "-inf or +inf", repr(given.empty_lse))
+    for option in options:
+        value = getattr(given, option.name)
+        if value is not None or not option.optional:
+            object.__setattr__(given, option.name, _CONVERSIONS[option.type](value, option.name))
+    if given.softmax_scale is not None:
+        check_softmax_scale(given.softmax_scale)
 
 
 _CONVERSIONS = {"int": as_integer, "float": as_number, "bool": as_boolean, "str": as_text}
-OPTIONS = tuple(
-    Option(
-        field.name,
-        str(field.type).partition(" | ")[0],
-        "None" in str(field.type),
-        field.default,
-        field.metadata["functions"],
-    )
-    for field in fields(DecodeOptions)
-)
+OPTIONS = options_of(DecodeOptions)
 ARRAYS = tuple(field.name for field in fields(DecodeArrays))
 OPTIONAL_ARRAYS = ("cu_seqlens_q", "plan", "out", "lse")
 OUTPUTS = ("out", "lse")

@@ -13,6 +13,9 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from ..arrays.exchange import as_numpy
+from ..call.sparse_problem import SparseInputs, SparseProblem
+
 Array = npt.NDArray[Any]
 # (slots [n], kv_head) to the keys of these slots, [n, d_qk] of the type of the arithmetic.
 Gather = Callable[[npt.NDArray[np.int64], int], Array]
@@ -130,3 +133,66 @@ def _gather(
         all_keys.append(keys)
         all_valid.append(valid)
     return np.concatenate(all_keys, axis=1), np.concatenate(all_valid, axis=1)
+
+
+def sparse_reference(
+    problem: SparseProblem,
+    inputs: SparseInputs,
+    softmax_scale: float,
+    *,
+    out: Array,
+    lse: Array,
+    max_logits: Array | None = None,
+    empty_lse: float = -np.inf,
+    dtype: npt.DTypeLike = np.float32,
+) -> None:
+    """`sparse_attention_reference` on a call that was described. CUDA arrays are copied to the host first.
+
+    Parameters
+    ----------
+    problem, inputs
+        What `describe_sparse_decode` or `describe_sparse_prefill` returned.
+    softmax_scale
+        Factor on the scores.
+    out
+        [batch, seqlen_q, num_heads_q, d_v] of any floating type and strides, written. It may lie where q does.
+    lse, max_logits
+        [batch, num_heads_q, seqlen_q] and [batch * seqlen_q, num_heads_q] of any floating type, written.
+    empty_lse
+        The lse of a query without a token.
+    dtype
+        Type of all arithmetic.
+    """
+    queries, keys = problem.queries, problem.keys
+    total, heads, compute = queries.total_q, queries.num_heads_q, np.dtype(dtype)
+    cache = as_numpy(inputs.kv)
+    page_size = cache.shape[1]
+    lengths = None
+    if inputs.topk_length is not None and keys.tokens_per_length is not None:
+        lengths = np.repeat(as_numpy(inputs.topk_length).reshape(-1), keys.tokens_per_length)
+    source = ChosenKeys(
+        gather=lambda slots, kv_head: cache[slots // page_size, slots % page_size, kv_head].astype(compute),
+        num_slots=inputs.num_slots,
+        indices=as_numpy(inputs.indices).reshape(total, queries.num_heads_kv, keys.topk),
+        lengths=lengths,
+    )
+    results = np.empty((total, heads, queries.head_dim_v), compute)
+    sums, largest = np.empty((total, heads), compute), np.empty((total, heads), compute)
+    sparse_attention_reference(
+        as_numpy(inputs.q).reshape(total, heads, queries.head_dim_qk),
+        [source],
+        softmax_scale,
+        num_heads_kv=queries.num_heads_kv,
+        head_dim_v=queries.head_dim_v,
+        out=results,
+        lse=sums,
+        max_logits=largest,
+        attn_sink=None if inputs.attn_sink is None else as_numpy(inputs.attn_sink),
+        dtype=compute,
+    )
+    sums[np.isneginf(sums)] = empty_lse
+    with np.errstate(over="ignore"):  # beyond float16's range, as on the GPU
+        out[...] = results.reshape(out.shape)
+    lse[...] = sums.reshape(queries.batch, queries.seqlen_q, heads).swapaxes(1, 2)
+    if max_logits is not None:
+        max_logits[...] = largest

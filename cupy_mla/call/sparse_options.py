@@ -1,0 +1,96 @@
+"""Sparse calls as users write them, described once: their options and their arrays, as `options` has those of dense
+decoding. Decode and prefill share their options."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, fields
+from typing import Any
+
+from .options import option, options_of, settle_options
+
+# The functions that take an option.
+SPARSE_DECODE, PLAN_SPARSE, SPARSE_PREFILL = "mla_sparse_decode", "plan_sparse_decode", "mla_sparse_prefill"
+
+
+@dataclass(frozen=True, slots=True)
+class SparseOptions:
+    """What a sparse call takes besides its arrays, checked; values of NumPy's types become Python's.
+
+    Attributes
+    ----------
+    head_dim_v, softmax_scale, empty_lse, validate
+        As in `cupy_mla.mla_sparse_decode`.
+    fixed_split_tokens
+        As in `cupy_mla.plan_sparse_decode`; of a decode call with a plan in an array, or without a plan.
+
+    Raises
+    ------
+    InvalidArgumentError
+        An option is of another type, or outside of its range; ``argument`` is its name.
+    """
+
+    head_dim_v: int = option(512, SPARSE_DECODE, SPARSE_PREFILL, PLAN_SPARSE)
+    softmax_scale: float | None = option(None, SPARSE_DECODE, SPARSE_PREFILL)
+    empty_lse: float = option(-math.inf, SPARSE_DECODE, SPARSE_PREFILL)
+    validate: bool | None = option(None, SPARSE_DECODE, SPARSE_PREFILL, PLAN_SPARSE)
+    fixed_split_tokens: int | None = option(None, PLAN_SPARSE)
+
+    def __post_init__(self) -> None:
+        settle_options(self, SPARSE_OPTIONS)
+
+    def of_plan_alone(self) -> tuple[Any, ...]:
+        """Those that a plan depends on beside the problem."""
+        return (self.fixed_split_tokens,)
+
+
+@dataclass(slots=True, eq=False)
+class SparseDecodeArrays:
+    """The arrays of a decode call as given: of any framework, or views; None for one that is not there.
+
+    Attributes
+    ----------
+    q, kv_cache, indices, topk_length, attn_sink
+        As in `cupy_mla.mla_sparse_decode`.
+    plan
+        A plan in an array (see `cupy_mla.decode.plan_arrays`): uint8.
+    out, lse
+        To be written to.
+    """
+
+    q: Any
+    kv_cache: Any
+    indices: Any
+    topk_length: Any = None
+    attn_sink: Any = None
+    plan: Any = None
+    out: Any = None
+    lse: Any = None
+
+
+@dataclass(slots=True, eq=False)
+class SparsePrefillArrays:
+    """The arrays of a prefill call as given: of any framework, or views; None for one that is not there.
+
+    Attributes
+    ----------
+    q, kv, indices, topk_length, attn_sink
+        As in `cupy_mla.mla_sparse_prefill`.
+    out, max_logits, lse
+        To be written to.
+    """
+
+    q: Any
+    kv: Any
+    indices: Any
+    topk_length: Any = None
+    attn_sink: Any = None
+    out: Any = None
+    max_logits: Any = None
+    lse: Any = None
+
+
+SPARSE_OPTIONS = options_of(SparseOptions)
+SPARSE_DECODE_ARRAYS = tuple(field.name for field in fields(SparseDecodeArrays))
+SPARSE_PREFILL_ARRAYS = tuple(field.name for field in fields(SparsePrefillArrays))
+SPARSE_OUTPUTS = ("out", "max_logits", "lse")

@@ -1,0 +1,152 @@
+"""Sparse MLA prefill: every query token attends to tokens of its own."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+from ..arrays.exchange import as_numpy, empty_like, finish
+from ..arrays.frameworks import check_stream
+from ..call.problem import LSE_DTYPE
+from ..call.sparse import describe_sparse_prefill, validate_lengths
+from ..call.sparse_options import SparseOptions, SparsePrefillArrays
+from ..call.sparse_problem import SparseInputs, SparseProblem
+from ..errors import UnsupportedDeviceError
+from ..gpu.device import require_backend
+from ..settings import wants_validation
+from .reference_sparse import sparse_reference
+
+Results = tuple[Any, Any, Any]
+
+
+def mla_sparse_prefill(
+    q: Any,
+    kv: Any,
+    indices: Any,
+    *,
+    softmax_scale: float | None = None,
+    head_dim_v: int = 512,
+    attn_sink: Any = None,
+    topk_length: Any = None,
+    out: Any = None,
+    max_logits: Any = None,
+    lse: Any = None,
+    empty_lse: float = -math.inf,
+    stream: int | None = None,
+    validate: bool | None = None,
+) -> Results:
+    """Attention of each query token to the tokens that its indices name.
+
+    ``out = softmax(scale * q @ k^T) @ k[..., :head_dim_v]`` over the keys ``k`` of these tokens. CUDA arrays run on the
+    Hopper kernel, on the caller's current stream and without a host synchronisation; CPU arrays run on the NumPy
+    reference backend.
+
+    Parameters
+    ----------
+    q
+        [s_q, num_heads_q, d_qk] bfloat16 or float16. Any strides with a contiguous last dimension. s_q may be 0.
+    kv
+        [s_kv, num_heads_kv, d_qk] of q's type, or pages of a cache [num_pages, page_size, num_heads_kv, d_qk]. The
+        first ``head_dim_v`` columns are also the value.
+    indices
+        [s_q, num_heads_kv, topk] int32: tokens of ``kv``, of pages the slots ``page * page_size + offset``; or
+        [s_q, topk], the same for all kv heads. -1 and every other number outside of ``kv`` name no token. A token named
+        twice counts twice. topk may be any number, also 0.
+    softmax_scale
+        Factor on the scores; None: ``d_qk ** -0.5``.
+    head_dim_v
+        Width of the output.
+    attn_sink
+        [num_heads_q] float32, natural logarithm: one more score of each head, of a key without a value. ``out`` is
+        multiplied by exp(lse) / (exp(lse) + exp(sink)); max_logits and lse are without it. -inf has no effect, +inf
+        gives out = 0. None: no sinks.
+    topk_length
+        [s_q] int32: so many leading indices of a query token count, the others are not read. None: all.
+    out, max_logits, lse
+        Arrays to write to, of the shapes returned; None: new ones of q's framework.
+    empty_lse
+        The lse of a query token without a token: -inf, the neutral element of a merge, or +inf, as FlashMLA has it.
+    stream
+        ``cudaStream_t`` to run on; None: the current stream of q's framework.
+    validate
+        Read topk_length back and check it (synchronises). None: the setting CUPY_MLA_VALIDATE. Without it, a length is
+        taken as clamped to 0 and topk.
+
+    Returns
+    -------
+    out
+        [s_q, num_heads_q, head_dim_v] of q's type; 0 for a query token without a token.
+    max_logits
+        [s_q, num_heads_q] float32: the largest scaled score; -inf without a token.
+    lse
+        [s_q, num_heads_q] float32: natural logarithm of the sum of exponentials of the scaled scores.
+
+    Raises
+    ------
+    InvalidArgumentError
+        An argument has a wrong rank, shape, type, device, stride, alignment or value. Nothing was written.
+    UnsupportedDeviceError
+        The arrays are on a GPU that is not Hopper, or the backend that the settings ask for cannot take them.
+    """
+    arrays = (q, kv, indices, topk_length, attn_sink, out, max_logits, lse)
+    return run_prefill(arrays, (head_dim_v, softmax_scale, empty_lse, validate), stream)
+
+
+def run_prefill(arrays: tuple[Any, ...], options: tuple[Any, ...], stream: int | None = None) -> Results:
+    """`mla_sparse_prefill` on what it was given, unchecked; on the way of every interface but XLA's.
+
+    Parameters
+    ----------
+    arrays
+        One for each field of `SparsePrefillArrays`, in their order.
+    options
+        One for each of the leading fields of `SparseOptions`, in their order.
+    stream
+        As in `mla_sparse_prefill`.
+
+    Returns
+    -------
+    out, max_logits, lse
+        As in `mla_sparse_prefill`.
+
+    Raises
+    ------
+    InvalidArgumentError
+        An argument has a wrong rank, shape, type, device, stride, alignment or value. Nothing was written.
+    UnsupportedDeviceError
+        The arrays are on a GPU that is not Hopper, or the backend that the settings ask for cannot take them.
+    """
+    check_stream(stream)
+    given, checked = SparsePrefillArrays(*arrays), SparseOptions(*options)
+    problem, inputs = describe_sparse_prefill(given, checked, stream)
+    if require_backend(*inputs.location, "q"):
+        raise UnsupportedDeviceError("sparse prefill runs on the NumPy backend so far: pass CPU arrays")
+    if wants_validation(checked.validate):
+        validate_lengths(problem, inputs, stream)
+    scale = problem.queries.default_softmax_scale if checked.softmax_scale is None else checked.softmax_scale
+    return _prefill_on_cpu(problem, inputs, scale, checked.empty_lse, given)
+
+
+def prefill_shapes(problem: SparseProblem) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Shapes of out, and of max_logits and lse."""
+    queries = problem.queries
+    return (queries.batch, queries.num_heads_q, queries.head_dim_v), (queries.batch, queries.num_heads_q)
+
+
+def _prefill_on_cpu(
+    problem: SparseProblem, inputs: SparseInputs, scale: float, empty_lse: float, given: SparsePrefillArrays
+) -> Results:
+    q = given.q
+    out_shape, row_shape = prefill_shapes(problem)
+    out = empty_like(q, out_shape, problem.queries.dtype) if given.out is None else given.out
+    max_logits = empty_like(q, row_shape, LSE_DTYPE) if given.max_logits is None else given.max_logits
+    lse = empty_like(q, row_shape, LSE_DTYPE) if given.lse is None else given.lse
+    sparse_reference(
+        problem, inputs, scale, out=as_numpy(out)[:, None], lse=as_numpy(lse)[..., None],
+        max_logits=as_numpy(max_logits), empty_lse=empty_lse,
+    )  # fmt: skip
+    return (
+        out if given.out is not None else finish(q, out),
+        max_logits if given.max_logits is not None else finish(q, max_logits),
+        lse if given.lse is not None else finish(q, lse),
+    )
