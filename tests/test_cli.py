@@ -319,6 +319,16 @@ def test_an_output_that_takes_nothing_is_one_line(arguments: list[str]) -> None:
     assert result.stderr.decode().splitlines() == ["Error: [Errno 28] No space left on device"]
 
 
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="there is no /dev/full")
+def test_a_result_is_kept_although_the_report_cannot_be_printed(tmp_path: Path) -> None:
+    target = tmp_path / "result.npz"
+    with open("/dev/full", "wb") as full:
+        result = run_process("decode", *QUICK, "--save", str(target), stdout=full)
+    assert result.returncode == 3
+    assert b"Traceback" not in result.stderr
+    assert set(read_arrays(target)) == {"out", "lse"}
+
+
 @pytest.mark.parametrize("name", ["ü.npz".encode(), b"\xff.npz"])
 @pytest.mark.parametrize("encoding", ["ascii", "utf-8"])
 def test_names_that_the_output_cannot_show_are_escaped(name: bytes, encoding: str, tmp_path: Path) -> None:
