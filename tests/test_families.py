@@ -19,6 +19,7 @@ from cupy_mla.gpu.jit.source import kernels_root
 from cupy_mla.kernels.catalogue import standard_configs
 from cupy_mla.kernels.choose import FAMILIES, KERNELS, choose_config
 from cupy_mla.kernels.family import DecodeFamily, KernelConfig
+from cupy_mla.kernels.gathered_narrow import GATHERED_NARROW16, GATHERED_NARROW32
 from cupy_mla.kernels.narrow import NARROW16, NARROW32
 from cupy_mla.kernels.wide import WIDE64
 from cupy_mla.layouts import BF16, DENSE_LAYOUTS, FP16, LAYOUTS, CacheLayout
@@ -233,3 +234,21 @@ def test_the_wide_kernel_s_roles_have_the_registers_that_the_kernel_gives_them()
     for role in WIDE64.roles(standard_configs()[-1]):
         [registers] = re.findall(rf"\bk{role.name.capitalize()}Registers = (\d+);", text)
         assert int(registers) == role.registers
+
+
+def test_the_roles_of_gathered_rows_have_the_registers_that_the_kernel_gives_them() -> None:
+    text = (kernels_root() / "decode/gathered/narrow_schedule.h").read_text()
+    pairs = zip(*(f.roles(f.standard_configs()[0]) for f in (GATHERED_NARROW16, GATHERED_NARROW32)), strict=True)
+    for at_16, at_32 in pairs:
+        [registers] = re.findall(rf"\bk{at_16.name.capitalize()}Registers = kRows == 16 \? (\d+) : (\d+);", text)
+        assert tuple(map(int, registers)) == (at_16.registers, at_32.registers)
+
+
+@pytest.mark.parametrize("family", [GATHERED_NARROW16, GATHERED_NARROW32], ids=lambda family: family.name)
+def test_the_narrow_kernel_of_gathered_tokens_says_which_widths_it_serves(family: DecodeFamily) -> None:
+    for latent_dim, rope_dim in ((512, 64), (512, 0), (64, 0), (320, 64)):
+        assert family.why_unsupported(problem(4, 640, 16, latent_dim=latent_dim, rope_dim=rope_dim)) is None
+    for latent_dim, rope_dim, reason in ((576, 0, "up to 512"), (500, 64, "multiples of 64"), (512, 1536, "no room")):
+        why = family.why_unsupported(problem(4, 640, 16, latent_dim=latent_dim, rope_dim=rope_dim))
+        assert why is not None
+        assert reason in why

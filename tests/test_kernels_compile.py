@@ -20,6 +20,8 @@ from cupy_mla.gpu.jit.module import get_cubin
 from cupy_mla.gpu.jit.source import kernels_root
 from cupy_mla.kernels.catalogue import all_kernels, standard_configs
 from cupy_mla.kernels.family import KernelConfig
+from cupy_mla.kernels.gathered import GatheredConfig
+from cupy_mla.kernels.gathered_narrow import GATHERED_NARROW16, GATHERED_NARROW32
 from cupy_mla.kernels.narrow import NARROW16, NARROW32
 from cupy_mla.kernels.wide import WIDE64
 from cupy_mla.schedule.pieces import ceil_div
@@ -29,7 +31,7 @@ needs_nvrtc = pytest.mark.skipif(
 )
 
 # What a GPU compiles when it meets them: the ends of what `describe_decode` lets pass.
-OTHER_CONFIGS = [
+OTHER_CONFIGS: list[KernelConfig] = [
     KernelConfig(family, latent, rope, "bfloat16", 64, True)
     for family, latent, rope in (
         (WIDE64, 128, 64),
@@ -39,6 +41,17 @@ OTHER_CONFIGS = [
         (NARROW32, 64, 960),
         (NARROW32, 384, 64),
         (NARROW32, 512, 512),
+    )
+]
+# The same of gathered tokens, with pages that have gaps between them.
+OTHER_CONFIGS += [
+    GatheredConfig(family, latent, rope, "bfloat16", page_size, causal=False, planned=planned)
+    for family, latent, rope, page_size, planned in (
+        (GATHERED_NARROW16, 512, 64, 61, True),
+        (GATHERED_NARROW16, 64, 0, 1, False),
+        (GATHERED_NARROW16, 512, 256, 64, True),
+        (GATHERED_NARROW32, 384, 64, 2, False),
+        (GATHERED_NARROW32, 512, 128, 256, True),
     )
 ]
 STANDARD = {config.name: config for config in standard_configs()}

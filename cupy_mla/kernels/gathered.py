@@ -37,7 +37,7 @@ class GatheredConfig(KernelConfig):
     @property
     def suffix(self) -> str:
         """The end of the name: its schedule."""
-        return "_planned" if self.planned else "_static"
+        return ("_planned" if self.planned else "_static") + ("_float" if self.float_partials else "")
 
 
 def gathered_defines(family: DecodeFamily, config: KernelConfig) -> tuple[tuple[str, str], ...]:
@@ -77,4 +77,3 @@ GATHERED_WIDE64 = GatheredWideFamily(
     cost=WIDE64.cost,
     combine_threads=WIDE64.combine_threads,
 )
-GATHERED_FAMILIES: tuple[DecodeFamily, ...] = (GATHERED_WIDE64,)

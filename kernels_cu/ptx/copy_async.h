@@ -16,6 +16,12 @@ MLA_DEVICE void copy_async_16b(u32 destination, const void* source, u32 bytes) {
                      : "memory");
 }
 
+// Until everything that this thread has asked for is there.
+MLA_DEVICE void copy_async_wait() { asm volatile("cp.async.wait_all;" ::: "memory"); }
+
+// A hint: brings the line of an address to L2.
+MLA_DEVICE void prefetch_to_l2(const void* address) { asm volatile("prefetch.global.L2 [%0];" ::"l"(address) : "memory"); }
+
 // Arrives on the barrier once everything this thread has asked for is in shared memory. The barrier counts this arrival like
 // any other.
 MLA_DEVICE void copy_async_arrive(u32 barrier) {

@@ -86,6 +86,16 @@ MLA_DEVICE void store_streaming_16b(void* address, uint4 value) {
                  : "memory");
 }
 
+MLA_DEVICE void store_shared_u32(u32 address, u32 value) {
+    asm volatile("st.shared.u32 [%0], %1;" ::"r"(address), "r"(value) : "memory");
+}
+
+MLA_DEVICE u32 load_shared_u32(u32 address) {
+    u32 value;
+    asm volatile("ld.shared.u32 %0, [%1];" : "=r"(value) : "r"(address) : "memory");
+    return value;
+}
+
 MLA_DEVICE void store_shared_f32(u32 address, float value) {
     asm volatile("st.shared.f32 [%0], %1;" ::"r"(address), "f"(value) : "memory");
 }

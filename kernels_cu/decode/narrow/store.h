@@ -21,7 +21,8 @@ MLA_DEVICE uint4 load_shared_16b(u32 address) {
 // Q of the block, latent boxes first; zero for rows that do not exist.
 class QueryRows {
 public:
-    MLA_DEVICE void read(const DecodeParams& params, const BlockWork& work, u32 thread) {
+    template <class Params>
+    MLA_DEVICE void read(const Params& params, const BlockWork& work, u32 thread) {
         const u32 column = thread % kChunksPerBoxRow * kChunkColumns;
 #pragma unroll
         for (u32 pass = 0; pass < kRowPasses; ++pass) {
@@ -63,9 +64,9 @@ MLA_DEVICE void store_fragment_transposed(u32 box, u32 warp, u32 lane, const flo
     }
 }
 
-// Writes the rows that exist; `chunk(box, row, index)` gives 16 bytes of the output.
-template <class Chunk>
-MLA_DEVICE void store_output_rows(const DecodeParams& params, const BlockWork& work, u32 thread, Chunk chunk) {
+// Writes the rows that exist; `chunk(box, row, index)` gives 16 bytes of the output. kStreams: it is the first to leave L2.
+template <bool kStreams = false, class Params, class Chunk>
+MLA_DEVICE void store_output_rows(const Params& params, const BlockWork& work, u32 thread, Chunk chunk) {
     const u32 index = thread % kChunksPerBoxRow;
 #pragma unroll
     for (u32 pass = 0; pass < kRowPasses; ++pass) {
@@ -73,23 +74,31 @@ MLA_DEVICE void store_output_rows(const DecodeParams& params, const BlockWork& w
         if (!row_exists(work, row)) continue;
         u16* destination = output_row(params, work, row) + index * kChunkColumns;
 #pragma unroll
-        for (u32 box = 0; box < kLatentBoxes; ++box)
-            *reinterpret_cast<uint4*>(destination + box * kBoxColumns) = chunk(box, row, index);
+        for (u32 box = 0; box < kLatentBoxes; ++box) {
+            const uint4 values = chunk(box, row, index);
+            if constexpr (kStreams)
+                store_streaming_16b(destination + box * kBoxColumns, values);
+            else
+                *reinterpret_cast<uint4*>(destination + box * kBoxColumns) = values;
+        }
     }
 }
 
-MLA_DEVICE void store_staged_output(const DecodeParams& params, const BlockWork& work, u32 staged, u32 thread) {
+template <class Params>
+MLA_DEVICE void store_staged_output(const Params& params, const BlockWork& work, u32 staged, u32 thread) {
     store_output_rows(params, work, thread, [staged](u32 box, u32 row, u32 index) {
         return load_shared_16b(staged + box * kRowBoxBytes + box_chunk_offset(row, index));
     });
 }
 
-MLA_DEVICE void store_lse(const DecodeParams& params, const BlockWork& work, i32 row, float lse) {
+template <class Params>
+MLA_DEVICE void store_lse(const Params& params, const BlockWork& work, i32 row, float lse) {
     if (row_exists(work, row)) *lse_row(params, work, row) = lse;
 }
 
 // Straight from the fragments into a float32 partial result: eight lanes write 32 bytes of a row.
-MLA_DEVICE void store_float_partial(const DecodeParams& params, const BlockWork& work, u32 warp, u32 lane,
+template <class Params>
+MLA_DEVICE void store_float_partial(const Params& params, const BlockWork& work, u32 warp, u32 lane,
                                     const float (&output)[kLatentBoxes][kFragment]) {
     f32* const column = partial_row<f32>(params, work, 0) + warp * kWarpTokens + lane / 4;
 #pragma unroll
@@ -106,7 +115,8 @@ MLA_DEVICE void store_float_partial(const DecodeParams& params, const BlockWork&
 }
 
 // No key is visible to any row: out = 0, lse = -inf or what the user asked for. Only a whole job is without tiles.
-MLA_DEVICE void store_empty(const DecodeParams& params, const BlockWork& work, u32 thread) {
+template <class Params>
+MLA_DEVICE void store_empty(const Params& params, const BlockWork& work, u32 thread) {
     store_output_rows(params, work, thread, [](u32, u32, u32) { return uint4{0, 0, 0, 0}; });
     if (thread < kRows) store_lse(params, work, thread, empty_lse(params, work));
 }

@@ -1,0 +1,159 @@
+"""The narrow kernel of gathered tokens: 16 or 32 query rows a CTA (kernels_cu/decode/gathered/narrow.cu)."""
+
+from __future__ import annotations
+
+import itertools
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from ..gpu import hopper
+from ..layouts import DENSE_LAYOUTS
+from ..schedule.pieces import TILE_COST, PieceCosts
+from .cost import CostModel
+from .family import (
+    BARRIER_BYTES,
+    BOX_BYTES,
+    BOX_COLUMNS,
+    CLAIM_BYTES,
+    ELEMENT_BYTES,
+    FLOAT_BYTES,
+    STANDARD_DIMS,
+    DecodeFamily,
+    KernelConfig,
+    Role,
+)
+from .gathered import GatheredConfig, gathered_defines
+
+if TYPE_CHECKING:
+    from ..call.problem import DecodeProblem
+
+_ENTRY, _FUNCTION = "decode/gathered/narrow.cu", "mla_gathered_narrow"
+_ROLES = ("scores", "values", "loaders")  # a warpgroup each
+_MAX_LATENT_DIM = 512  # of the output, in the registers of the values warpgroup
+_MAX_GROUP_BOXES = 4
+_BUFFERS = 2  # of P and of what goes with it
+_WARPS = 4  # of a warpgroup
+_WORD_BYTES = 4
+_FLOAT_PARTIAL_ROWS = 4  # as in the dense narrow kernel
+# Beside a CTA of 16 rows, 96 registers a thread on average, there is room for them; beside one of 32 rows there is not.
+_COMBINE_THREADS = 256
+# Slots that are all equally far apart, as in every contiguous cache: pages of one token. Planned, float32 partials.
+_STANDARD_FORMS = ((False, False), (True, False), (True, True))
+
+
+@dataclass(frozen=True, slots=True)
+class GatheredNarrowFamily(DecodeFamily):
+    """The family of the narrow kernel of gathered tokens, for one number of rows.
+
+    Attributes
+    ----------
+    registers : tuple of int
+        Of a thread of the scores, values and loader warpgroup.
+    float_partials : bool
+        Whether few rows leave float32 partial results.
+    """
+
+    registers: tuple[int, int, int]
+    float_partials: bool
+
+    def why_unsupported(self, problem: DecodeProblem) -> str | None:
+        """Widths that are not whole boxes, or of more boxes than there is room for."""
+        queries = problem.queries
+        if queries.dtype not in DENSE_LAYOUTS:
+            return f"takes elements of {' or '.join(DENSE_LAYOUTS)}, not {queries.dtype}"
+        widths = queries.latent_dim, queries.rope_dim
+        if any(width % BOX_COLUMNS for width in widths):
+            return f"takes widths that are multiples of {BOX_COLUMNS}, not {widths[0]} and {widths[1]}"
+        if widths[0] > _MAX_LATENT_DIM:
+            return f"takes latent widths up to {_MAX_LATENT_DIM}, not {widths[0]}"
+        boxes = sum(widths) // BOX_COLUMNS
+        if self._groups(boxes) * _group_boxes(boxes) < boxes:
+            return f"has no room for a tile of widths {widths[0]} and {widths[1]}"
+        return None
+
+    def roles(self, config: KernelConfig) -> tuple[Role, ...]:
+        """Three warpgroups."""
+        return tuple(
+            Role(name, hopper.WARPGROUP_THREADS, registers)
+            for name, registers in zip(_ROLES, self.registers, strict=True)
+        )
+
+    def has_float_partials(self, rows: int) -> bool:
+        """For few rows, where the kernel has registers for it."""
+        return self.float_partials and rows <= _FLOAT_PARTIAL_ROWS
+
+    def shared_memory(self, config: KernelConfig) -> int:
+        """The total of decode/gathered/narrow_smem.h: as many groups of KV boxes as fit beside a CTA of the merge."""
+        boxes = (config.latent_dim + config.rope_dim) // BOX_COLUMNS
+        return self._fixed_bytes(boxes) + self._groups(boxes) * _group_bytes(boxes)
+
+    def defines(self, config: KernelConfig) -> tuple[tuple[str, str], ...]:
+        """The macros of decode/config.h and decode/gathered/work.h."""
+        return gathered_defines(self, config)
+
+    def standard_configs(self) -> list[KernelConfig]:
+        """What `cupy-mla compile` prepares ahead of time and the tests compile."""
+        return [
+            GatheredConfig(self, latent, rope, dtype, 1, causal=False, float_partials=float_partials, planned=planned)
+            for (planned, float_partials), (latent, rope), dtype in itertools.product(
+                _STANDARD_FORMS, STANDARD_DIMS, DENSE_LAYOUTS
+            )
+            if self.float_partials or not float_partials
+        ]
+
+    def _fixed_bytes(self, boxes: int) -> int:
+        """All but the ring: queries, P, what goes between warps and between warpgroups."""
+        row_box = self.rows * BOX_COLUMNS * ELEMENT_BYTES
+        exchange = _WARPS * self.rows * FLOAT_BYTES
+        of_buffer = row_box + 2 * self.rows * FLOAT_BYTES + 3 * BARRIER_BYTES + _WORD_BYTES
+        return boxes * row_box + exchange + _BUFFERS * of_buffer + CLAIM_BYTES
+
+    def _groups(self, boxes: int) -> int:
+        """Groups in the ring."""
+        room = hopper.MAX_SHARED_BYTES - hopper.CTA_SHARED_BYTES - self._fixed_bytes(boxes)
+        return max(room, 0) // _group_bytes(boxes)
+
+
+def _group_boxes(boxes: int) -> int:
+    """Boxes of a tile that are announced and freed together."""
+    return next(divisor for divisor in range(_MAX_GROUP_BOXES, 0, -1) if boxes % divisor == 0)
+
+
+def _group_bytes(boxes: int) -> int:
+    """Of a group, its barriers and the bits of its tile's tokens."""
+    return _group_boxes(boxes) * BOX_BYTES + 2 * BARRIER_BYTES + _WARPS * _WORD_BYTES
+
+
+# Start, tile and merge from 1, 16 and 128 requests of 2048 tokens; the rest as in the dense narrow kernel.
+GATHERED_NARROW16 = GatheredNarrowFamily(
+    name="gathered_narrow16",
+    entry=_ENTRY,
+    function=_FUNCTION,
+    rows=16,
+    cost=CostModel(
+        start=4.0,
+        tile=2.2,
+        item=3.4,
+        merge=2.2,
+        pieces=PieceCosts(piece_overhead=3 * TILE_COST // 2, split_overhead=3 * TILE_COST // 2),
+    ),
+    combine_threads=_COMBINE_THREADS,
+    registers=(96, 136, 56),
+    float_partials=True,
+)
+GATHERED_NARROW32 = GatheredNarrowFamily(
+    name="gathered_narrow32",
+    entry=_ENTRY,
+    function=_FUNCTION,
+    rows=32,
+    cost=CostModel(
+        start=6.0,
+        tile=2.3,
+        item=5.6,
+        merge=2.2,
+        pieces=PieceCosts(piece_overhead=2 * TILE_COST, split_overhead=3 * TILE_COST),
+    ),
+    combine_threads=_COMBINE_THREADS,
+    registers=(184, 240, 80),
+    float_partials=False,
+)

@@ -1,0 +1,112 @@
+// The loader warps of the narrow kernel for gathered tokens: they walk the items tile by tile, ahead of the arithmetic and
+// across items, and ask for the rows of each tile's tokens with cp.async, eight lanes to 128 bytes of a row.
+#pragma once
+#include "decode/gathered/narrow_smem.h"
+#include "decode/gathered/narrow_work.h"
+#include "decode/rows.h"
+#include "ptx/copy_async.h"
+#include "ptx/warp.h"
+#include "source/gathered.h"
+
+namespace mla {
+
+// Bits of the 16 tokens that scores warp `warp` has scores of, written by the loader warp of the same number before it arrives
+// for the tile's first group.
+MLA_DEVICE u32 valid_word(u32 smem, const GroupRing& ring, u32 warp) {
+    return smem + Smem::valid + ring.first * Smem::valid_bytes + warp * static_cast<u32>(sizeof(u32));
+}
+constexpr u32 kAllValid = (1u << kWarpTokens) - 1;
+
+class TokenLoader {
+public:
+    // `thread` counts the loader threads.
+    MLA_DEVICE TokenLoader(const GatherParams& params, const Items& items, u32 smem, u32 thread)
+        : params_(params), items_(items), smem_(smem), warp_(thread / kWarpThreads), lane_(thread % kWarpThreads) {
+        const u32 row = warp_ * kWarpTokens + lane_ / kLineLanes;
+        even_row_ = box_chunk_offset(row, lane_ % kLineLanes);
+        odd_row_ = box_chunk_offset(row + kPassTokens, lane_ % kLineLanes);
+    }
+
+    // Indices are read one tile ahead, also across items: their latency hides behind the copies of a tile.
+    MLA_DEVICE void run() {
+        i32 item = items_.first();
+        BlockWork work = next_work(params_, items_, item);
+        i32 slot = read(work, work.tile_begin);
+        while (work.has_tiles()) {
+            const BlockWork next = next_work(params_, items_, item);
+            if (next.has_tiles()) prefetch_query(next);
+            for (i32 tile = work.tile_begin; tile < work.tile_end; ++tile) {
+                const bool is_last = tile + 1 == work.tile_end;
+                const i32 next_slot = is_last ? read(next, next.tile_begin) : read(work, tile + 1);
+                load_tile(work.kv_head, slot);
+                slot = next_slot;
+            }
+            work = next;
+        }
+    }
+
+private:
+    static constexpr u32 kLineLanes = kBoxRowBytes / 16;  // lanes that copy one row of a box
+    static constexpr u32 kPassTokens = kWarpThreads / kLineLanes;
+    static constexpr u32 kPasses = kWarpTokens / kPassTokens;
+    static_assert(2 * kPassTokens == kAtomRows, "the swizzle of a lane's rows is one of two");
+
+    // A hint: Q of the next item to L2, which the scores warpgroup waits for between two items.
+    MLA_DEVICE void prefetch_query(const BlockWork& work) const {
+        for (u32 line = warp_ * kWarpThreads + lane_; line < kRows * kTileBoxes; line += kLoaderWarps * kWarpThreads) {
+            const u32 box = line % kTileBoxes;
+            const QueryRow row = query_row(params_, work, line / kTileBoxes, 0);
+            if (row.exists)
+                prefetch_to_l2(box < kLatentBoxes ? row.latent + box * kBoxColumns
+                                                  : row.rope + (box - kLatentBoxes) * kBoxColumns);
+        }
+    }
+
+    // The slot of token lane % 16 of this warp's share of a tile. Indices past the last that counts are not read.
+    MLA_DEVICE i32 read(const BlockWork& work, i32 tile) const {
+        const i32 place = tile * kTileTokens + static_cast<i32>(warp_ * kWarpTokens + lane_ % kWarpTokens);
+        return work.has_tiles() && place < work.seqlen_k ? __ldg(indices_of(params_, work) + place) : -1;
+    }
+
+    MLA_DEVICE void load_tile(i32 kv_head, i32 slot) {
+        const bool is_valid = is_token(params_, slot);
+        const u32 valid = __ballot_sync(kFullWarp, is_valid) & kAllValid;
+        // Of a token that there is not, any place within the cache: nothing is read, but an address outside might be checked.
+        const u64 address =
+            reinterpret_cast<u64>(token_address(params_, is_valid ? slot : 0) + kv_head * params_.kv_stride_head);
+        const u8* rows[kPasses];  // of this lane's token in each pass, from its chunk on
+        u32 bytes[kPasses];
+#pragma unroll
+        for (u32 pass = 0; pass < kPasses; ++pass) {
+            const u32 source = pass * kPassTokens + lane_ / kLineLanes;
+            rows[pass] = reinterpret_cast<const u8*>(__shfl_sync(kFullWarp, address, source)) + lane_ % kLineLanes * 16;
+            bytes[pass] = (valid >> source & 1) * 16;  // a token that there is not is zeros
+        }
+#pragma unroll
+        for (u32 group = 0; group < kTileGroups; ++group) {
+            const GroupRing::Place place = ring_.place(group);
+            mbarrier_wait(empty_barrier(smem_, place.index), place.parity ^ 1);  // passes at once in the first lap
+            if (group == 0 && lane_ == 0) store_shared_u32(valid_word(smem_, ring_, warp_), valid);
+            const u32 boxes = box_address(smem_, ring_, group * kGroupBoxes);
+#pragma unroll
+            for (u32 pass = 0; pass < kPasses; ++pass) {
+                const u32 destination = boxes + (pass % 2 ? odd_row_ : even_row_) + pass / 2 * kSwizzleAtomBytes;
+#pragma unroll
+                for (u32 box = 0; box < kGroupBoxes; ++box)
+                    copy_async_16b<kWholeLines>(destination + box * kBoxBytes,
+                                                rows[pass] + (group * kGroupBoxes + box) * kBoxRowBytes, bytes[pass]);
+            }
+            copy_async_arrive(full_barrier(smem_, place.index));
+            if (lane_ == 0) mbarrier_arrive(full_barrier(smem_, place.index));
+        }
+        ring_.advance();
+    }
+
+    const GatherParams& params_;
+    const Items& items_;
+    u32 smem_, warp_, lane_;
+    u32 even_row_, odd_row_;  // where this lane's chunk lies in a box, in even and odd passes
+    GroupRing ring_;
+};
+
+}  // namespace mla

@@ -1,0 +1,106 @@
+// Shared memory of the narrow kernel for gathered tokens. cupy_mla/kernels adds up the same sizes.
+#pragma once
+#include "decode/claim.h"
+#include "decode/gathered/narrow_schedule.h"
+#include "ptx/mbarrier.h"
+
+namespace mla {
+
+struct GatheredNarrowSmem {
+    static constexpr u32 query_bytes = kTileBoxes * kRowBoxBytes;
+    static constexpr u32 probability_bytes = kBuffers * kRowBoxBytes;
+    static constexpr u32 exchange_bytes = kWarpgroupWarps * kRows * sizeof(f32);
+    static constexpr u32 factor_bytes = kBuffers * kRows * sizeof(f32);
+    static constexpr u32 buffer_barriers = 3 * kBuffers;
+    static constexpr u32 fixed_bytes = query_bytes + probability_bytes + exchange_bytes + 2 * factor_bytes +
+                                       buffer_barriers * sizeof(u64) + kBuffers * sizeof(u32) + kClaimBytes;
+    static constexpr u32 valid_bytes = kLoaderWarps * sizeof(u32);
+    static constexpr u32 group_bytes = kGroupBytes + 2 * sizeof(u64) + valid_bytes;
+    static constexpr u32 groups = (kSharedBytes - fixed_bytes) / group_bytes;
+
+    static constexpr u32 ring = 0;
+    static constexpr u32 query = ring + groups * kGroupBytes;
+    static constexpr u32 probabilities = query + query_bytes;          // P^T [kRows][64 tokens] of each buffer
+    static constexpr u32 exchange = probabilities + probability_bytes;  // one value per (scores warp, row)
+    static constexpr u32 factors = exchange + exchange_bytes;  // by which O is rescaled before a tile's PV, for each buffer
+    static constexpr u32 inverse_sums = factors + factor_bytes;  // after an item's last tile, for the buffer of that tile
+    static constexpr u32 full = inverse_sums + factor_bytes;
+    static constexpr u32 empty = full + groups * sizeof(u64);
+    static constexpr u32 probabilities_full = empty + groups * sizeof(u64);
+    static constexpr u32 probabilities_empty = probabilities_full + kBuffers * sizeof(u64);
+    static constexpr u32 sums_full = probabilities_empty + kBuffers * sizeof(u64);
+    static constexpr u32 valid = sums_full + kBuffers * sizeof(u64);  // bits of each loader warp's tokens, at a tile's first group
+    static constexpr u32 rescales = valid + groups * valid_bytes;     // whether any factor of a buffer is not 1
+    static constexpr u32 claim = rescales + kBuffers * sizeof(u32);
+    static constexpr u32 total = claim + kClaimBytes;
+};
+using Smem = GatheredNarrowSmem;
+static_assert(Smem::total <= kSharedBytes && Smem::groups >= kTileGroups, "a tile must fit in the ring");
+static_assert(Smem::query % kSwizzleAtomBytes == 0 && Smem::probabilities % kSwizzleAtomBytes == 0,
+              "the swizzle is a function of the address: boxes start at its period");
+static_assert(Smem::total == MLA_SHARED_BYTES, "cupy_mla/kernels adds up other sizes");
+
+// Position in the ring of groups. All roles walk the same sequence of tiles; a tile's groups follow one another and may wrap
+// round.
+struct GroupRing {
+    u32 first = 0;   // place of the tile's first group
+    u32 parity = 0;  // of the lap that place is in
+
+    struct Place {
+        u32 index, parity;
+    };
+    MLA_DEVICE Place place(u32 group) const {
+        const u32 index = first + group;
+        return index < Smem::groups ? Place{index, parity} : Place{index - Smem::groups, parity ^ 1};
+    }
+    MLA_DEVICE void advance() {
+        const Place next = place(kTileGroups);
+        first = next.index;
+        parity = next.parity;
+    }
+};
+
+// The buffer of the tile at hand.
+struct Buffers {
+    u32 index = 0;
+    u32 parity = 0;
+
+    MLA_DEVICE void advance() {
+        parity ^= index;
+        index ^= 1;
+    }
+};
+
+MLA_DEVICE u32 box_address(u32 smem, const GroupRing& ring, u32 box) {
+    return smem + Smem::ring + ring.place(box / kGroupBoxes).index * kGroupBytes + box % kGroupBoxes * kBoxBytes;
+}
+
+// Barriers of a group's place, of a buffer. Who arrives, who waits:
+// full: every loader thread's copies (cp.async.mbarrier.arrive) and one lane of each loader warp, for the bits; scores.
+MLA_DEVICE u32 full_barrier(u32 smem, u32 place) { return smem + Smem::full + place * sizeof(u64); }
+constexpr u32 kFullArrivals = kLoaderWarps * (kWarpThreads + 1);
+// empty: one lane of each values warp, once its PV has read the group (QK has before, or there would be no P); loaders.
+MLA_DEVICE u32 empty_barrier(u32 smem, u32 place) { return smem + Smem::empty + place * sizeof(u64); }
+// kRowLanes threads of the scores warpgroup, after a barrier of all of them: P is there, and the factors; values.
+MLA_DEVICE u32 probabilities_full_barrier(u32 smem, u32 buffer) { return smem + Smem::probabilities_full + buffer * sizeof(u64); }
+// One lane of each values warp: PV is done, and in an item's last tile its inverse sums have been read; scores.
+MLA_DEVICE u32 probabilities_empty_barrier(u32 smem, u32 buffer) {
+    return smem + Smem::probabilities_empty + buffer * sizeof(u64);
+}
+// The same threads: the inverse sums of the item that ended with this buffer's tile are there; values.
+MLA_DEVICE u32 sums_full_barrier(u32 smem, u32 buffer) { return smem + Smem::sums_full + buffer * sizeof(u64); }
+
+MLA_DEVICE void initialise_barriers(u32 smem) {
+    for (u32 group = 0; group < Smem::groups; ++group) {
+        mbarrier_init(full_barrier(smem, group), kFullArrivals);
+        mbarrier_init(empty_barrier(smem, group), kWarpgroupWarps);
+    }
+    for (u32 buffer = 0; buffer < kBuffers; ++buffer) {
+        mbarrier_init(probabilities_full_barrier(smem, buffer), kRowLanes);
+        mbarrier_init(probabilities_empty_barrier(smem, buffer), kWarpgroupWarps);
+        mbarrier_init(sums_full_barrier(smem, buffer), kRowLanes);
+    }
+    mbarrier_init_fence();
+}
+
+}  // namespace mla
