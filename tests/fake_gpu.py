@@ -21,12 +21,12 @@ from cupy_mla.arrays import view as arrays
 from cupy_mla.arrays.view import ArrayView, contiguous_strides
 from cupy_mla.call.memo import forget
 from cupy_mla.decode import dense as decode
-from cupy_mla.decode import plan
+from cupy_mla.decode import gathered, plan, prefill
 from cupy_mla.decode import prepared as decode_call
 from cupy_mla.gpu import device, driver
 from cupy_mla.gpu.device import DeviceInfo
 from cupy_mla.gpu.jit.source import KernelSource
-from cupy_mla.kernels.structs import COMBINE_PARAMS, DECODE_PARAMS, PLAN_PARAMS
+from cupy_mla.kernels.structs import COMBINE_PARAMS, DECODE_PARAMS, GATHER_COMBINE_PARAMS, GATHER_PARAMS, PLAN_PARAMS
 from cupy_mla.kernels.tensor_maps import TENSOR_MAP
 
 BASE = 1 << 40
@@ -35,6 +35,8 @@ HALF = np.array([0, 0, 2**32 - 1, 2**32 - 1, 3], np.uint32)  # half of the SMs: 
 MAP_WORDS = 16
 # By-value arguments of the kernels, by the name of their functions without what tells them apart.
 ARGUMENTS: dict[str, tuple[Any, ...]] = {
+    "combine_gathered": (GATHER_COMBINE_PARAMS,),  # the longer name first
+    "gathered": (GATHER_PARAMS,),
     "decode": (TENSOR_MAP, TENSOR_MAP, DECODE_PARAMS),
     "combine": (COMBINE_PARAMS,),
     "plan": (np.uint64, np.uint64, np.uint64, PLAN_PARAMS),
@@ -172,11 +174,12 @@ def fake_gpu(patch: pytest.MonkeyPatch) -> FakeGpu:
     patch.setattr(sketches, "_POINTERS", type(sketches._POINTERS)())
     patch.setitem(frameworks._FRAMEWORKS, FakeArray, "cupy")
     info = DeviceInfo(0, "fake", (9, 0), NUM_SMS, 2**36, 2**25, 232448)
-    patch.setattr(plan, "describe_device", lambda device_id: info)
-    patch.setattr(plan, "load", gpu.load)
+    for module in (plan, gathered):
+        patch.setattr(module, "describe_device", lambda device_id: info)
+        patch.setattr(module, "load", gpu.load)
     patch.setattr(device, "require_supported", lambda device_id: info)
     patch.setattr(decode_call, "second_half", lambda device_id: HALF)
-    for module in (plan, decode):
+    for module in (plan, decode, prefill):
         patch.setattr(module, "empty_like", gpu.empty_like)
         patch.setattr(module, "current_stream", lambda array, device_id: 77)
     forget()

@@ -94,3 +94,8 @@ SPARSE_OPTIONS = options_of(SparseOptions)
 SPARSE_DECODE_ARRAYS = tuple(field.name for field in fields(SparseDecodeArrays))
 SPARSE_PREFILL_ARRAYS = tuple(field.name for field in fields(SparsePrefillArrays))
 SPARSE_OUTPUTS = ("out", "max_logits", "lse")
+
+
+def sparse_option_names(function: str) -> tuple[str, ...]:
+    """The options of a function, `SPARSE_DECODE`, `PLAN_SPARSE` or `SPARSE_PREFILL`."""
+    return tuple(option.name for option in SPARSE_OPTIONS if function in option.functions)

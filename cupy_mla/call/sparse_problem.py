@@ -107,3 +107,8 @@ class SparseInputs:
     def views(self) -> tuple[ArrayView | None, ...]:
         """All of them, None for one that is not there."""
         return tuple(getattr(self, field.name) for field in dataclasses.fields(self))
+
+    def addresses(self, *names: str) -> tuple[int, ...]:
+        """Where those of these fields lie; 0 for one that is not there."""
+        arrays = (getattr(self, name) for name in names)
+        return tuple(0 if array is None else array.pointer for array in arrays)

@@ -5,18 +5,32 @@ from __future__ import annotations
 import math
 from typing import Any
 
-from ..arrays.exchange import as_numpy, empty_like, finish
-from ..arrays.frameworks import check_stream
+from ..arrays.exchange import as_numpy, empty_like, finish, keep_imported
+from ..arrays.frameworks import check_stream, current_stream
+from ..arrays.sketch import pointer_of
 from ..call.problem import LSE_DTYPE
 from ..call.sparse import describe_sparse_prefill, validate_lengths
-from ..call.sparse_options import SparseOptions, SparsePrefillArrays
+from ..call.sparse_options import (
+    SPARSE_PREFILL,
+    SPARSE_PREFILL_ARRAYS,
+    SparseOptions,
+    SparsePrefillArrays,
+    sparse_option_names,
+)
 from ..call.sparse_problem import SparseInputs, SparseProblem
-from ..errors import UnsupportedDeviceError
 from ..gpu.device import require_backend
-from ..settings import wants_validation
+from ..settings import get_settings, wants_validation
+from .gathered import PrefillCall, SparseStrides, prepare_prefill
+from .known_sparse import KnownCalls
 from .reference_sparse import sparse_reference
 
 Results = tuple[Any, Any, Any]
+
+# Places in the tuples that calls are recognised by.
+_FIRST_OUTPUT = SPARSE_PREFILL_ARRAYS.index("out")
+_VALIDATE = sparse_option_names(SPARSE_PREFILL).index("validate")
+
+_known: KnownCalls[PrefillCall] = KnownCalls(SPARSE_PREFILL_ARRAYS)
 
 
 def mla_sparse_prefill(
@@ -116,15 +130,29 @@ def run_prefill(arrays: tuple[Any, ...], options: tuple[Any, ...], stream: int |
     UnsupportedDeviceError
         The arrays are on a GPU that is not Hopper, or the backend that the settings ask for cannot take them.
     """
-    check_stream(stream)
+    if stream is not None:
+        check_stream(stream)
+    settings = get_settings()
+    recognised = None
+    if options[_VALIDATE] is False or (options[_VALIDATE] is None and not settings.validate):
+        recognised = _known.find(arrays, options, None, settings)
+        if recognised is not None and recognised.call is not None:
+            return _launch(recognised.call, recognised.addresses, arrays, stream)
     given, checked = SparsePrefillArrays(*arrays), SparseOptions(*options)
     problem, inputs = describe_sparse_prefill(given, checked, stream)
-    if require_backend(*inputs.location, "q"):
-        raise UnsupportedDeviceError("sparse prefill runs on the NumPy backend so far: pass CPU arrays")
+    on_gpu = require_backend(*inputs.location, "q")
     if wants_validation(checked.validate):
         validate_lengths(problem, inputs, stream)
     scale = problem.queries.default_softmax_scale if checked.softmax_scale is None else checked.softmax_scale
-    return _prefill_on_cpu(problem, inputs, scale, checked.empty_lse, given)
+    if not on_gpu:
+        return _prefill_on_cpu(problem, inputs, scale, checked.empty_lse, arrays)
+    if problem.queries.total_q == 0:
+        return _finished(arrays, _outputs(problem, arrays, stream), stream)
+    strides = SparseStrides.of(problem, inputs)
+    call = prepare_prefill(problem, inputs.location[1], scale, checked.empty_lse, strides)
+    if recognised is not None:
+        _known.remember(recognised, call, settings)
+    return _launch(call, inputs.addresses(*SPARSE_PREFILL_ARRAYS), arrays, stream, inputs)
 
 
 def prefill_shapes(problem: SparseProblem) -> tuple[tuple[int, ...], tuple[int, ...]]:
@@ -134,19 +162,55 @@ def prefill_shapes(problem: SparseProblem) -> tuple[tuple[int, ...], tuple[int, 
 
 
 def _prefill_on_cpu(
-    problem: SparseProblem, inputs: SparseInputs, scale: float, empty_lse: float, given: SparsePrefillArrays
+    problem: SparseProblem, inputs: SparseInputs, scale: float, empty_lse: float, arrays: tuple[Any, ...]
 ) -> Results:
-    q = given.q
-    out_shape, row_shape = prefill_shapes(problem)
-    out = empty_like(q, out_shape, problem.queries.dtype) if given.out is None else given.out
-    max_logits = empty_like(q, row_shape, LSE_DTYPE) if given.max_logits is None else given.max_logits
-    lse = empty_like(q, row_shape, LSE_DTYPE) if given.lse is None else given.lse
+    out, max_logits, lse = results = _outputs(problem, arrays)
     sparse_reference(
         problem, inputs, scale, out=as_numpy(out)[:, None], lse=as_numpy(lse)[..., None],
         max_logits=as_numpy(max_logits), empty_lse=empty_lse,
     )  # fmt: skip
-    return (
-        out if given.out is not None else finish(q, out),
-        max_logits if given.max_logits is not None else finish(q, max_logits),
-        lse if given.lse is not None else finish(q, lse),
+    return _finished(arrays, results)
+
+
+def _launch(
+    call: PrefillCall,
+    addresses: tuple[int, ...],
+    arrays: tuple[Any, ...],
+    given_stream: int | None,
+    inputs: SparseInputs | None = None,
+) -> Results:
+    """Queue a prepared call; makes the outputs that were not given."""
+    stream = current_stream(arrays[0], call.device_id) if given_stream is None else given_stream
+    results = arrays[_FIRST_OUTPUT:]
+    if 0 in addresses[_FIRST_OUTPUT:]:
+        results = _outputs(call.problem, arrays, given_stream)
+        addresses = (*addresses[:_FIRST_OUTPUT], *map(pointer_of, results))
+    call(addresses, stream)
+    if inputs is None:  # recognised, which only arrays of torch and CuPy are
+        return results
+    keep_imported(inputs.views(), stream)
+    return _finished(arrays, results, stream)
+
+
+def _outputs(problem: SparseProblem, arrays: tuple[Any, ...], stream: int | None = None) -> Results:
+    """out, max_logits and lse as given, or new ones."""
+    out_shape, row_shape = prefill_shapes(problem)
+    out, max_logits, lse = (
+        empty_like(arrays[0], shape, dtype, stream) if given is None else given
+        for given, shape, dtype in zip(
+            arrays[_FIRST_OUTPUT:],
+            (out_shape, row_shape, row_shape),
+            (problem.queries.dtype, LSE_DTYPE, LSE_DTYPE),
+            strict=True,
+        )
     )
+    return out, max_logits, lse
+
+
+def _finished(arrays: tuple[Any, ...], results: Results, stream: int | None = None) -> Results:
+    """Those that were not given in the framework of q."""
+    out, max_logits, lse = (
+        result if given is not None else finish(arrays[0], result, stream)
+        for given, result in zip(arrays[_FIRST_OUTPUT:], results, strict=True)
+    )
+    return out, max_logits, lse

@@ -19,12 +19,11 @@ from ..call.problem import Addresses, DecodeInputs, DecodeProblem
 from ..gpu.launch import Launch, is_capturing
 from ..kernels.combine import STORE_ALIGNMENT, combine_geometry
 from ..kernels.halves import second_half
-from ..kernels.structs import COMBINE_PARAMS, DECODE_PARAMS, HALF_SHARE_UNIT
+from ..kernels.structs import COMBINE_PARAMS, DECODE_PARAMS, HALF_SHARE_UNIT, words_of
 from ..kernels.tensor_maps import TENSOR_MAP, PageSteps, TensorMap, kv_tensor_map
 from .plan import Blueprint, PlanMemory
 
 _LOG2_E = math.log2(math.e)
-_WORD_BYTES = 8
 _FLAG_BYTES = 4
 _ELEMENT_BYTES = 2
 # CTAs of a job read the same tiles; two of them on neighbouring SMs take up to 3% less time (kernels_cu/TRIED.md). SMs
@@ -34,16 +33,10 @@ _CALLS_KEPT = 4096  # as many as describe.py remembers good combinations
 _CACHES_KEPT = 512  # KV caches (one a layer) whose tensor maps a prepared call has at hand
 
 
-def _words_of(dtype: np.dtype[np.void], *names: str) -> tuple[int, ...]:
-    """Where fields of 8 bytes lie in a struct, in words."""
-    assert dtype.fields is not None
-    return tuple(dtype.fields[name][1] // _WORD_BYTES for name in names)
-
-
-_Q_LATENT, _Q_ROPE, _BLOCK_TABLE, _OUT, _LSE, _PARTIAL_OUT, _PARTIAL_LSE, _PLAN = _words_of(
+_Q_LATENT, _Q_ROPE, _BLOCK_TABLE, _OUT, _LSE, _PARTIAL_OUT, _PARTIAL_LSE, _PLAN = words_of(
     DECODE_PARAMS, "q_latent", "q_rope", "block_table", "out", "lse", "partial_out", "partial_lse", "plan"
 )
-_C_OUT, _C_LSE, _C_PARTIAL_OUT, _C_PARTIAL_LSE, _C_PLAN = _words_of(
+_C_OUT, _C_LSE, _C_PARTIAL_OUT, _C_PARTIAL_LSE, _C_PLAN = words_of(
     COMBINE_PARAMS, "out", "lse", "partial_out", "partial_lse", "plan"
 )
 assert DECODE_PARAMS.fields is not None

@@ -10,15 +10,11 @@ from dataclasses import dataclass
 from ..arrays.dtypes import KERNEL_TYPES
 from ..gpu.jit.source import KernelSource
 from .append import APPEND_SOURCE
-from .choose import FAMILIES
+from .choose import FAMILIES, GATHERED_FAMILIES
 from .combine import MERGE_STATES_THREADS, combine_source, gathered_combine_source, merge_states_source
-from .family import DecodeFamily, KernelConfig
-from .gathered import GATHERED_WIDE64
-from .gathered_narrow import GATHERED_NARROW16, GATHERED_NARROW32
+from .family import KernelConfig
 from .halves import PROBE_SOURCE
 from .planner import PLAN_SOURCE, PLAN_THREADS
-
-GATHERED_FAMILIES: tuple[DecodeFamily, ...] = (GATHERED_NARROW16, GATHERED_NARROW32, GATHERED_WIDE64)
 
 
 @dataclass(frozen=True, slots=True)

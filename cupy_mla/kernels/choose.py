@@ -9,13 +9,17 @@ from ..errors import InvalidArgumentError
 from ..schedule.pieces import ceil_div
 from .cost import Load
 from .family import DecodeFamily, KernelConfig
+from .gathered import GATHERED_WIDE64, gathered_config
+from .gathered_narrow import GATHERED_NARROW16, GATHERED_NARROW32
 from .narrow import NARROW16, NARROW32
 from .wide import WIDE64
 
 if TYPE_CHECKING:
     from ..call.problem import DecodeProblem
+    from ..call.sparse_problem import SparseProblem
 
 FAMILIES: tuple[DecodeFamily, ...] = (NARROW16, NARROW32, WIDE64)  # by rows, as a fixed split goes through them
+GATHERED_FAMILIES: tuple[DecodeFamily, ...] = (GATHERED_NARROW16, GATHERED_NARROW32, GATHERED_WIDE64)
 KERNELS = (AUTO, *(family.name for family in FAMILIES))
 
 
@@ -63,7 +67,7 @@ def choose_config(
     InvalidArgumentError
         ``kernel`` is none of them or cannot serve the problem, or none of them can.
     """
-    families = _supporting(problem, check_kernel(kernel))
+    families = _supporting(FAMILIES, problem, check_kernel(kernel))
     if fixed_split_tokens is not None:
         rows = problem.queries.group_heads * (1 if problem.queries.ragged else problem.queries.seqlen_q)
         family = next((family for family in families if rows <= family.rows), families[-1])
@@ -73,10 +77,43 @@ def choose_config(
     return family.configure(problem, load.rows)
 
 
-def _supporting(problem: DecodeProblem, kernel: str) -> list[DecodeFamily]:
+def choose_gathered_config(
+    problem: SparseProblem, num_sms: int, *, planned: bool, fixed_split_tokens: int | None = None
+) -> KernelConfig:
+    """The configuration that serves a sparse problem. Rows are the query heads that share a kv head.
+
+    Parameters
+    ----------
+    problem
+        Shapes and settings.
+    num_sms
+        Multiprocessors of the GPU.
+    planned
+        Whether a plan cuts the work; else query tokens are dealt out to the CTAs.
+    fixed_split_tokens
+        The fixed split, if there is one: rows alone decide then.
+
+    Raises
+    ------
+    InvalidArgumentError
+        No kernel can serve the problem.
+    """
+    families = _supporting(GATHERED_FAMILIES, problem, AUTO)
+    queries = problem.queries
+    load = Load(queries.group_heads, queries.total_q * queries.num_heads_kv, problem.keys.topk)
+    if fixed_split_tokens is not None:
+        family = next((family for family in families if load.rows <= family.rows), families[-1])
+    else:
+        family = min(families, key=lambda family: family.cost.call_time(load, family.rows, num_sms))
+    return gathered_config(family, problem, planned)
+
+
+def _supporting(
+    families: tuple[DecodeFamily, ...], problem: DecodeProblem | SparseProblem, kernel: str
+) -> list[DecodeFamily]:
     """The families that can serve a problem, all or the one of this name; at least one."""
-    reasons = {family.name: family.why_unsupported(problem) for family in FAMILIES}
-    chosen = [family for family in FAMILIES if reasons[family.name] is None and kernel in (AUTO, family.name)]
+    reasons = {family.name: family.why_unsupported(problem) for family in families}
+    chosen = [family for family in families if reasons[family.name] is None and kernel in (AUTO, family.name)]
     if chosen:
         return chosen
     able = [name for name, reason in reasons.items() if reason is None]

@@ -20,6 +20,7 @@ from .cost import CostModel
 
 if TYPE_CHECKING:
     from ..call.problem import DecodeProblem
+    from ..call.sparse_problem import SparseProblem
 
 # Of core/smem_descriptor.h and decode/config.h.
 BOX_COLUMNS = 64  # columns of one swizzled box that TMA writes
@@ -70,7 +71,7 @@ class DecodeFamily(ABC):
     combine_threads: int
 
     @abstractmethod
-    def why_unsupported(self, problem: DecodeProblem) -> str | None:
+    def why_unsupported(self, problem: DecodeProblem | SparseProblem) -> str | None:
         """Why the kernel cannot serve a problem, in words for the user; None when it can."""
 
     @abstractmethod
@@ -213,7 +214,7 @@ class KernelConfig:
         return KernelSource(self.family.entry, self.family.function, self.family.defines(self))
 
 
-def why_not_dense(problem: DecodeProblem) -> str | None:
+def why_not_dense(problem: DecodeProblem | SparseProblem) -> str | None:
     """Why a kernel that multiplies tiles as the cache stores them cannot serve a problem; None when it can."""
     layout, dtype = problem.layout, problem.queries.dtype
     if layout not in DENSE_LAYOUTS.values():

@@ -9,11 +9,15 @@ from __future__ import annotations
 
 import itertools
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from ..layouts import DENSE_LAYOUTS
 from ..schedule.pieces import TILE_TOKENS
 from .family import ATOM_TOKENS, STANDARD_DIMS, DecodeFamily, KernelConfig
 from .wide import STAGES, WIDE64, WideFamily
+
+if TYPE_CHECKING:
+    from ..call.sparse_problem import SparseProblem
 
 # Of one token: slots that are all equally far apart, as in every contiguous cache whatever its pages.
 STANDARD_PAGES = ((1, True), (1, False), (64, True))  # page size, planned
@@ -38,6 +42,21 @@ class GatheredConfig(KernelConfig):
     def suffix(self) -> str:
         """The end of the name: its schedule."""
         return ("_planned" if self.planned else "_static") + ("_float" if self.float_partials else "")
+
+
+def gathered_config(family: DecodeFamily, problem: SparseProblem, planned: bool) -> GatheredConfig:
+    """The configuration of a family for a problem."""
+    queries = problem.queries
+    return GatheredConfig(
+        family,
+        latent_dim=queries.latent_dim,
+        rope_dim=queries.rope_dim,
+        dtype=queries.dtype,
+        page_size=problem.keys.page_size,
+        causal=False,
+        float_partials=planned and family.has_float_partials(queries.group_heads),
+        planned=planned,
+    )
 
 
 def gathered_defines(family: DecodeFamily, config: KernelConfig) -> tuple[tuple[str, str], ...]:

@@ -26,6 +26,7 @@ from .gathered import GatheredConfig, gathered_defines
 
 if TYPE_CHECKING:
     from ..call.problem import DecodeProblem
+    from ..call.sparse_problem import SparseProblem
 
 _ENTRY, _FUNCTION = "decode/gathered/narrow.cu", "mla_gathered_narrow"
 _ROLES = ("scores", "values", "loaders")  # a warpgroup each
@@ -56,7 +57,7 @@ class GatheredNarrowFamily(DecodeFamily):
     registers: tuple[int, int, int]
     float_partials: bool
 
-    def why_unsupported(self, problem: DecodeProblem) -> str | None:
+    def why_unsupported(self, problem: DecodeProblem | SparseProblem) -> str | None:
         """Widths that are not whole boxes, or of more boxes than there is room for."""
         queries = problem.queries
         if queries.dtype not in DENSE_LAYOUTS:

@@ -23,6 +23,7 @@ from .family import (
 
 if TYPE_CHECKING:
     from ..call.problem import DecodeProblem
+    from ..call.sparse_problem import SparseProblem
 
 _ENTRY, _FUNCTION = "decode/narrow/narrow.cu", "mla_decode_narrow"
 _CONSUMER_WARPS = 4
@@ -53,7 +54,7 @@ class NarrowFamily(DecodeFamily):
     registers: int
     float_registers: int | None
 
-    def why_unsupported(self, problem: DecodeProblem) -> str | None:
+    def why_unsupported(self, problem: DecodeProblem | SparseProblem) -> str | None:
         """Widths not of whole boxes, or of more boxes than there is room for; other layouts than the dense ones."""
         queries = problem.queries
         widths = queries.latent_dim, queries.rope_dim

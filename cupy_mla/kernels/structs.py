@@ -208,3 +208,9 @@ APPEND_PARAMS = np.dtype(
         ("reserved", np.int32),
     ]
 )
+
+
+def words_of(struct: np.dtype[np.void], *names: str) -> tuple[int, ...]:
+    """Where fields of 8 bytes lie in a struct, in words: to write addresses takes a third of the time by these."""
+    assert struct.fields is not None
+    return tuple(struct.fields[name][1] // np.dtype(_POINTER).itemsize for name in names)

@@ -24,6 +24,7 @@ from .family import (
 
 if TYPE_CHECKING:
     from ..call.problem import DecodeProblem
+    from ..call.sparse_problem import SparseProblem
 
 _ROLES = (Role("scores", WARPGROUP_THREADS, 184), Role("values", 2 * WARPGROUP_THREADS, 160))
 # Two warpgroups share the values' columns, in a width that wgmma has; a stage has one rope box, which P replaces.
@@ -40,7 +41,7 @@ _LOADER_WARPS = 4  # where a page does not hold a swizzle atom's tokens
 class WideFamily(DecodeFamily):
     """The family of the wide kernel."""
 
-    def why_unsupported(self, problem: DecodeProblem) -> str | None:
+    def why_unsupported(self, problem: DecodeProblem | SparseProblem) -> str | None:
         """Widths other than those that two warpgroups can share; other layouts than the dense ones."""
         queries = problem.queries
         if queries.latent_dim not in _LATENT_DIMS:

@@ -1,0 +1,169 @@
+"""What kernels of gathered tokens are given besides addresses, and prepared calls of prefill."""
+
+from __future__ import annotations
+
+import math
+import threading
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from ..arrays.view import contiguous_strides
+from ..call.memo import remembered
+from ..call.sparse_options import SPARSE_PREFILL_ARRAYS
+from ..call.sparse_problem import SparseInputs, SparseProblem
+from ..gpu.device import describe_device
+from ..gpu.jit.module import load
+from ..gpu.launch import Launch
+from ..kernels.choose import choose_gathered_config
+from ..kernels.structs import GATHER_PARAMS, words_of
+from ..schedule.pieces import ceil_div
+
+_LOG2_E = math.log2(math.e)
+_ELEMENT_BYTES = 2
+_KV_UNIT = 16  # bytes; strides of pages and tokens are counted in it
+_MAX_SLOTS = 2**31  # what an index can name, so that a negative one names nothing
+_CALLS_KEPT = 4096
+
+_PREFILL_WORDS = words_of(GATHER_PARAMS, *SPARSE_PREFILL_ARRAYS)
+
+Strides = tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class SparseStrides:
+    """Where elements of a call's arrays lie, in elements from one another; outputs that are not there are contiguous.
+
+    Attributes
+    ----------
+    q, out, lse
+        Of request, token and head.
+    kv
+        Of page, token and head; where slots are equally far apart (`GatheredKeys.page_size` 1), of a slot, 0 and head.
+    indices
+        Of request, token and kv head.
+    max_logits
+        Of query token and head.
+    num_slots
+        Tokens that the cache has room for.
+    """
+
+    q: Strides
+    kv: Strides
+    indices: Strides
+    out: Strides
+    lse: Strides
+    max_logits: Strides
+    num_slots: int
+
+    @staticmethod
+    def of(problem: SparseProblem, inputs: SparseInputs) -> SparseStrides:
+        """Those of inputs."""
+        queries = problem.queries
+        out = contiguous_strides(queries.out_shape) if inputs.out is None else inputs.out.strides
+        lse = contiguous_strides(queries.lse_shape) if inputs.lse is None else inputs.lse.strides
+        logits = (queries.num_heads_q, 1) if inputs.max_logits is None else inputs.max_logits.strides
+        page, token, head, _ = inputs.kv.strides
+        if problem.keys.page_size == 1:
+            page, token = (page if inputs.kv.shape[1] == 1 else token), 0
+        return SparseStrides(
+            q=inputs.q.strides[:3],
+            kv=(page, token, head),
+            indices=inputs.indices.strides[:3],
+            out=out[:3],
+            lse=(lse[0], lse[2], lse[1]),
+            max_logits=logits,
+            num_slots=inputs.num_slots,
+        )
+
+
+def gather_params(
+    problem: SparseProblem, softmax_scale: float, empty_lse: float, strides: SparseStrides
+) -> npt.NDArray[Any]:
+    """All of a GATHER_PARAMS but addresses and what depends on the schedule."""
+    queries = problem.queries
+    params = np.zeros(1, GATHER_PARAMS)
+    params["q_strides"], params["indices_strides"] = strides.q, strides.indices
+    params["out_strides"], params["lse_strides"] = strides.out, strides.lse
+    page, token, head = (step * _ELEMENT_BYTES for step in strides.kv)
+    params["kv_stride_page"], params["kv_stride_token"] = page // _KV_UNIT, token // _KV_UNIT
+    params["kv_stride_head"] = head if queries.num_heads_kv > 1 else 0
+    params["num_slots"] = min(strides.num_slots, _MAX_SLOTS)
+    params["topk"], params["group_heads"] = problem.keys.topk, queries.group_heads
+    params["scale_log2"], params["empty_lse"] = softmax_scale * _LOG2_E, empty_lse
+    return params
+
+
+class PrefillCall:
+    """The launch of one kind of prefill call: CTAs take the query tokens in turn.
+
+    Attributes
+    ----------
+    problem : SparseProblem
+        Shapes.
+    device_id : int
+        The GPU.
+
+    Parameters
+    ----------
+    softmax_scale
+        Factor on the scores.
+    empty_lse
+        The lse of a query token without a token.
+    strides
+        Of the arrays.
+    """
+
+    def __init__(
+        self, problem: SparseProblem, device_id: int, softmax_scale: float, empty_lse: float, strides: SparseStrides
+    ) -> None:
+        self.problem, self.device_id = problem, device_id
+        queries = problem.queries
+        num_sms = describe_device(device_id).num_sms
+        config = choose_gathered_config(problem, num_sms, planned=False)
+        params = gather_params(problem, softmax_scale, empty_lse, strides)
+        params["topk_length_stride"] = 1
+        params["max_logits_strides"] = strides.max_logits
+        params["num_tokens"] = queries.total_q
+        self.params = params
+        self._words = params.view(np.uint64).data
+        self._lock = threading.Lock()  # the packed arguments are shared by all threads
+        row_blocks = ceil_div(queries.group_heads, config.rows)
+        parts = min(max(num_sms // (row_blocks * queries.num_heads_kv), 1), queries.total_q)
+        self._launch = Launch(
+            load(config.source(), device_id),
+            (row_blocks, parts, queries.num_heads_kv),
+            (config.threads, 1, 1),
+            config.shared_memory,
+            (params,),
+        )
+
+    def __call__(self, addresses: tuple[int, ...], stream: int) -> None:
+        """Queue the kernel, given the address of each array of `SparsePrefillArrays`; 0 for one that is not there.
+
+        Raises
+        ------
+        DriverError
+            The driver refused the launch.
+        """
+        words = self._words
+        with self._lock:
+            for word, address in zip(_PREFILL_WORDS, addresses, strict=True):
+                words[word] = address
+            self._launch(stream)
+
+
+@remembered(_CALLS_KEPT)
+def prepare_prefill(
+    problem: SparseProblem, device_id: int, softmax_scale: float, empty_lse: float, strides: SparseStrides
+) -> PrefillCall:
+    """The prepared call of a kind; the same object whenever it is asked for again.
+
+    Raises
+    ------
+    CompilationError, UnsupportedDeviceError, DriverError, MissingDependencyError
+        The kernel cannot be compiled or loaded.
+    """
+    return PrefillCall(problem, device_id, softmax_scale, empty_lse, strides)
