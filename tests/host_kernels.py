@@ -66,7 +66,7 @@ GUARD = 0x5A5A5A5A
 
 def run_plan(
     shape: ScheduleShape,
-    cache_seqlens: np.ndarray,
+    cache_seqlens: np.ndarray | None,
     cu_seqlens_q: np.ndarray | None = None,
     reverse: bool = False,
     into: np.ndarray | None = None,
@@ -74,7 +74,7 @@ def run_plan(
     """mla_plan; fails when it writes past the plan. The whole buffer is copied to ``into`` if given."""
     total = plan_sections(shape).total_ints
     plan = np.full(total + GUARD_INTS, GUARD, np.int32)
-    lengths = np.asarray(cache_seqlens, np.int32)
+    lengths = None if cache_seqlens is None else np.asarray(cache_seqlens, np.int32)
     offsets = None if cu_seqlens_q is None else np.asarray(cu_seqlens_q, np.int32)
     params = plan_params(shape)
     library().host_plan(_address(lengths), _address(offsets), _address(plan), _address(params), ctypes.c_bool(reverse))

@@ -49,6 +49,25 @@ def test_lists_are_equal_at_full_size(batch: int, packs: bool, fixed_split_token
     assert_same(run_plan(shape, lengths, reverse=reverse), make_schedule(shape, lengths))
 
 
+@pytest.mark.parametrize("requests_per_length", [1, 3, 20])
+@pytest.mark.parametrize("packs", [False, True])
+def test_lengths_that_requests_share(packs: bool, requests_per_length: int) -> None:
+    shape = dense(60, cost=PieceCosts(packs=packs))
+    shape = dataclasses.replace(shape, requests_per_length=requests_per_length, max_seqlen_k=4096)
+    lengths = np.random.default_rng(7).integers(0, 5000, 60 // requests_per_length)
+    found = run_plan(shape, lengths)
+    assert_same(found, make_schedule(shape, lengths))
+    for request, seqlen_k in found.items[:, [0, 4]]:
+        assert seqlen_k == min(lengths[request // requests_per_length], 4096)
+
+
+def test_no_lengths_are_the_longest() -> None:
+    shape = dataclasses.replace(dense(60), max_seqlen_k=2000)
+    found = run_plan(shape, None)
+    assert_same(found, make_schedule(shape, None))
+    assert_same(found, make_schedule(shape, [2000] * 60))
+
+
 def test_long_requests_and_large_overheads() -> None:
     """More candidates than threads, and fixed pieces so long that the search takes several rounds."""
     cost = PieceCosts(piece_overhead=300, split_overhead=900, merge_overhead=1000)

@@ -85,6 +85,7 @@ def plan_params(shape: ScheduleShape) -> npt.NDArray[Any]:
         params[name] = getattr(shape, name)
     params["total_q"] = shape.batch * shape.seqlen_q if shape.total_q is None else shape.total_q
     params["max_seqlen_k"] = shape.max_seqlen_k
+    params["requests_per_length"] = shape.requests_per_length
     params["causal"] = shape.causal
     params["fixed_split_tiles"] = shape.fixed_split_tiles
     for name in ("piece_overhead", "split_overhead", "merge_overhead", "packs"):

@@ -130,6 +130,7 @@ PLAN_PARAMS = np.dtype(
         ("seqlen_q", np.int32),
         ("total_q", np.int32),
         ("max_seqlen_k", np.int32),
+        ("requests_per_length", np.int32),
         ("causal", np.int32),
         ("fixed_split_tiles", np.int32),
         ("piece_overhead", np.int32),

@@ -70,6 +70,8 @@ class ScheduleShape:
         Query tokens of all requests together; needed when ragged.
     cost
         What pieces cost besides their tiles.
+    requests_per_length
+        Requests, one after the other, that share a length.
 
     Raises
     ------
@@ -90,9 +92,10 @@ class ScheduleShape:
     fixed_split_tokens: int | None = None
     total_q: int | None = None
     cost: PieceCosts = _DEFAULT_COST
+    requests_per_length: int = 1
 
     def __post_init__(self) -> None:
-        for name in ("num_parts", "blocks_per_job", "rows", "group_heads", "num_heads_kv"):
+        for name in ("num_parts", "blocks_per_job", "rows", "group_heads", "num_heads_kv", "requests_per_length"):
             _require(name, "a positive integer", getattr(self, name), getattr(self, name) > 0)
         for name in ("batch", "seqlen_q", "max_seqlen_k"):
             _require(name, "a non-negative integer", getattr(self, name), getattr(self, name) >= 0)
@@ -290,7 +293,7 @@ def piece_costs(items: Int32Array, cost: PieceCosts) -> Int64Array:
 
 def make_schedule(
     shape: ScheduleShape,
-    cache_seqlens: npt.ArrayLike,
+    cache_seqlens: npt.ArrayLike | None,
     cu_seqlens_q: npt.ArrayLike | None = None,
 ) -> Schedule:
     """Divide the work of a batch among the parts.
@@ -308,7 +311,8 @@ def make_schedule(
     shape
         Bounds and settings.
     cache_seqlens
-        int [batch]: KV tokens of each request. Taken as 0 if negative, as ``shape.max_seqlen_k`` if larger.
+        int [batch], or so many that ``shape.requests_per_length`` requests share one: KV tokens of each request. Taken
+        as 0 if negative, as ``shape.max_seqlen_k`` if larger. None: all have so many.
     cu_seqlens_q
         int [batch + 1], when ``shape.ragged``: query tokens of request i are rows ``cu_seqlens_q[i]`` to
         ``cu_seqlens_q[i + 1]`` of q.
@@ -322,8 +326,10 @@ def make_schedule(
     InvalidArgumentError
         An array of the wrong length, or ``cu_seqlens_q`` given or missing against ``shape.ragged``.
     """
-    lengths = np.asarray(cache_seqlens, dtype=np.int64)
-    _require("cache_seqlens", f"shape ({shape.batch},)", lengths.shape, lengths.shape == (shape.batch,))
+    longest = np.full(ceil_div(shape.batch, shape.requests_per_length), shape.max_seqlen_k)
+    lengths = longest if cache_seqlens is None else np.asarray(cache_seqlens, dtype=np.int64)
+    _require("cache_seqlens", f"shape {longest.shape}", lengths.shape, lengths.shape == longest.shape)
+    lengths = np.repeat(lengths, shape.requests_per_length)[: shape.batch]
     _require("cu_seqlens_q", "an array if and only if ragged", cu_seqlens_q, (cu_seqlens_q is not None) == shape.ragged)
     offsets = np.zeros(0, np.int64) if cu_seqlens_q is None else np.asarray(cu_seqlens_q, dtype=np.int64)
     if shape.ragged:

@@ -27,7 +27,7 @@ struct JobTable {
 };
 
 struct PlanInputs {
-    const i32* cache_seqlens;  // [batch]
+    const i32* cache_seqlens;  // [batch / requests_per_length], or null: all are the longest
     const i32* cu_seqlens_q;   // [batch + 1], or null: every request has params.seqlen_q tokens
 };
 
@@ -35,9 +35,15 @@ struct Request {
     i32 seqlen_k, seqlen_q, q_begin;
 };
 
+MLA_DEVICE i32 load_length(const PlanParams& params, const PlanInputs& inputs, i32 index) {
+    if (inputs.cache_seqlens == nullptr) return params.max_seqlen_k;
+    const i32 entry = params.requests_per_length == 1 ? index : index / params.requests_per_length;
+    return clamp_i32(inputs.cache_seqlens[entry], 0, params.max_seqlen_k);
+}
+
 // Whatever the arrays hold, what comes out stays within the plan's maxima: nothing past an array is ever addressed.
 MLA_DEVICE Request load_request(const PlanParams& params, const PlanInputs& inputs, i32 index) {
-    Request request{clamp_i32(inputs.cache_seqlens[index], 0, params.max_seqlen_k), params.seqlen_q, 0};
+    Request request{load_length(params, inputs, index), params.seqlen_q, 0};
     if (inputs.cu_seqlens_q != nullptr) {
         request.q_begin = clamp_i32(inputs.cu_seqlens_q[index], 0, params.total_q);
         const i32 end = clamp_i32(inputs.cu_seqlens_q[index + 1], request.q_begin, params.total_q);

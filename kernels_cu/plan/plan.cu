@@ -4,7 +4,7 @@
 
 // grid 1, block kPlanThreads. Dynamic shared memory: PlanScratch, then the job table if params.table_in_shared.
 extern "C" __global__ void __launch_bounds__(mla::kPlanThreads, 1)
-mla_plan(const int* cache_seqlens /* [batch] */, const int* cu_seqlens_q /* [batch + 1] or null */,
+mla_plan(const int* cache_seqlens /* [batch / requests_per_length], or null: all are the longest */, const int* cu_seqlens_q /* [batch + 1] or null */,
          int* plan /* core/plan_format.h */, const __grid_constant__ mla::PlanParams params) {
     using namespace mla;
     extern __shared__ __align__(16) u8 shared[];

@@ -65,7 +65,7 @@ int struct_layout(const char* name, int index) {
          {sizeof(PlanParams), offsetof(PlanParams, batch), offsetof(PlanParams, num_parts),
           offsetof(PlanParams, blocks_per_job), offsetof(PlanParams, rows), offsetof(PlanParams, group_heads),
           offsetof(PlanParams, num_heads_kv), offsetof(PlanParams, seqlen_q), offsetof(PlanParams, total_q),
-          offsetof(PlanParams, max_seqlen_k), offsetof(PlanParams, causal), offsetof(PlanParams, fixed_split_tiles),
+          offsetof(PlanParams, max_seqlen_k), offsetof(PlanParams, requests_per_length), offsetof(PlanParams, causal), offsetof(PlanParams, fixed_split_tiles),
           offsetof(PlanParams, piece_overhead), offsetof(PlanParams, split_overhead),
           offsetof(PlanParams, merge_overhead), offsetof(PlanParams, packs), offsetof(PlanParams, max_jobs), offsetof(PlanParams, merges_offset),
           offsetof(PlanParams, workspace_offset), offsetof(PlanParams, table_in_shared)}},
