@@ -86,7 +86,7 @@ def mla_decode(
     call, arrays, problem, inputs = _trace(given, _options(mla_decode, options), platform)
     kind = plan_kind(problem, inputs.location, call.options)
     if inputs.plan is not None:
-        check_plan_array(inputs.plan.shape[0], problem, inputs.location, call.options)
+        check_plan_array(inputs.plan.shape[0], problem, call.options, kind)
     jax = _jax()
     results = [
         jax.ShapeDtypeStruct(problem.queries.out_shape, problem.queries.dtype),
@@ -118,7 +118,7 @@ def plan_decode(
     given = DecodeArrays(q, kv_cache, block_table, cache_seqlens, cu_seqlens_q)
     call, arrays, problem, inputs = _trace(given, _options(plan_decode, options), platform)
     jax = _jax()
-    size = plan_array_bytes(problem, inputs.location, call.options)
+    size = plan_array_bytes(problem, call.options, plan_kind(problem, inputs.location, call.options))
     if inputs.location[0] == CPU:
         return jax.numpy.zeros((size,), PLAN_DTYPE)
     register_calls(inputs.location[0])

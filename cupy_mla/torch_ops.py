@@ -40,6 +40,7 @@ from .call.options import (
 )
 from .decode.dense import describe_plan, run_decode
 from .decode.merge import merge_states
+from .decode.plan import plan_kind
 from .decode.plan_arrays import plan_array_bytes
 from .errors import InvalidArgumentError, MissingDependencyError
 
@@ -63,7 +64,7 @@ _NONE = "None"
 def _run_plan(arrays: tuple[Any, ...], options: tuple[Any, ...]) -> Any:
     given, checked = DecodeArrays(*arrays), DecodeOptions(*options)
     problem, inputs, kind = describe_plan(given, checked)
-    size = plan_array_bytes(problem, inputs.location, checked)
+    size = plan_array_bytes(problem, checked, kind)
     q = _first(given.q)
     if kind is None:
         return q.new_zeros((size,), dtype=_torch().uint8)
@@ -97,7 +98,7 @@ def _fake_plan(arrays: tuple[Any, ...], options: tuple[Any, ...]) -> Any:
     if all(type(size) is int for size in sizes):
         checked = DecodeOptions(*options)
         problem, inputs = describe_decode(DecodeArrays(*map(_view_of_fake, arrays)), checked)
-        size = plan_array_bytes(problem, inputs.location, checked)
+        size = plan_array_bytes(problem, checked, plan_kind(problem, inputs.location, checked))
     else:  # dynamic shapes: known when it runs
         size = _torch().library.get_ctx().new_dynamic_size()
     return _first(arrays[0]).new_empty((size,), dtype=_torch().uint8)

@@ -31,9 +31,9 @@ from cupy_mla.arrays import view as views
 from cupy_mla.call.describe import describe_decode
 from cupy_mla.call.options import DECODE, OPTIONS, read_call
 from cupy_mla.commands.command import Command
+from cupy_mla.decode import blueprint, plan
 from cupy_mla.decode import dense as decode
 from cupy_mla.decode import known as known_calls
-from cupy_mla.decode import plan
 from cupy_mla.gpu import device, driver
 from cupy_mla.gpu.device import DeviceInfo, why_unsupported
 from cupy_mla.lab.files import to_json, write_text
@@ -109,7 +109,7 @@ class NoGpu:
         for module in (plan, decode):
             module.current_stream = lambda array, device_id: 0  # type: ignore[attr-defined]
         plan.describe_device = lambda device_id: info  # type: ignore[attr-defined]
-        plan.load = lambda source, device_id: SimpleNamespace(handle=1, device_id=0)  # type: ignore[attr-defined]
+        blueprint.load = lambda source, device_id: SimpleNamespace(handle=1, device_id=0)  # type: ignore[attr-defined]
         device.require_supported = lambda device_id: info  # type: ignore[attr-defined]
 
 

@@ -20,8 +20,8 @@ from cupy_mla.arrays import sketch as sketches
 from cupy_mla.arrays import view as arrays
 from cupy_mla.arrays.view import ArrayView, contiguous_strides
 from cupy_mla.call.memo import forget
+from cupy_mla.decode import blueprint, gathered, plan, prefill
 from cupy_mla.decode import dense as decode
-from cupy_mla.decode import gathered, plan, prefill
 from cupy_mla.decode import prepared as decode_call
 from cupy_mla.gpu import device, driver
 from cupy_mla.gpu.device import DeviceInfo
@@ -176,11 +176,13 @@ def fake_gpu(patch: pytest.MonkeyPatch) -> FakeGpu:
     info = DeviceInfo(0, "fake", (9, 0), NUM_SMS, 2**36, 2**25, 232448)
     for module in (plan, gathered):
         patch.setattr(module, "describe_device", lambda device_id: info)
+    for module in (blueprint, gathered):
         patch.setattr(module, "load", gpu.load)
     patch.setattr(device, "require_supported", lambda device_id: info)
     patch.setattr(decode_call, "second_half", lambda device_id: HALF)
-    for module in (plan, decode, prefill):
+    for module in (blueprint, decode, prefill):
         patch.setattr(module, "empty_like", gpu.empty_like)
+    for module in (plan, decode, prefill):
         patch.setattr(module, "current_stream", lambda array, device_id: 77)
     forget()
     return gpu

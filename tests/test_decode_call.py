@@ -34,10 +34,12 @@ from cupy_mla.arrays.dtypes import numpy_dtype
 from cupy_mla.arrays.view import ArrayView, Shared
 from cupy_mla.call.memo import forget
 from cupy_mla.call.options import AUTO, OPTIONS, PARTS, DecodeOptions
+from cupy_mla.call.problem import DecodeProblem
 from cupy_mla.decode import dense, jax_calls
 from cupy_mla.decode import known as known_calls
 from cupy_mla.decode import prepared as decode_call
 from cupy_mla.decode.dense import run_decode
+from cupy_mla.decode.plan import plan_kind
 from cupy_mla.decode.plan_arrays import plan_array_bytes
 from cupy_mla.kernels.choose import KERNELS
 
@@ -482,7 +484,7 @@ def test_a_plan_in_an_array_of_its_own(gpu: FakeGpu) -> None:
     plain = packed(gpu)
     kind = plan_decode(**plain).blueprint
     assert kind is not None
-    size = plan_array_bytes(kind.problem, kind.location, DecodeOptions())
+    size = plan_array_bytes(kind.problem, DecodeOptions(), kind)
     for _ in range(3):  # checked, recognised, recognised; each time at other addresses
         arrays, made = packed(gpu), gpu.array((size,), "uint8")
         gpu.take()
@@ -505,7 +507,7 @@ def test_wrong_plans_in_arrays_are_refused_after_good_calls(gpu: FakeGpu) -> Non
     plain = packed(gpu)
     kind = plan_decode(**plain).blueprint
     assert kind is not None
-    size = plan_array_bytes(kind.problem, kind.location, DecodeOptions())
+    size = plan_array_bytes(kind.problem, DecodeOptions(), kind)
 
     def decode(made: Any, options: tuple[Any, ...] = DEFAULTS) -> None:
         run_decode((*plain.values(), None, made, None, None), options)
@@ -605,15 +607,20 @@ def test_misaligned_arrays_of_merges_and_appends_are_refused(gpu: FakeGpu) -> No
 
 def test_sizes_of_plan_arrays_tell_settings_apart(gpu: FakeGpu) -> None:
     problem = plan_decode(**packed(gpu)).problem
-    queries, location = problem.queries, ("cuda", 0)
+    queries = problem.queries
+
+    def size(problem: DecodeProblem, **options: Any) -> int:
+        checked = DecodeOptions(**options)
+        return plan_array_bytes(problem, checked, plan_kind(problem, ("cuda", 0), checked))
+
     sizes = {
-        plan_array_bytes(replace(problem, queries=replace(queries, **change)), location, DecodeOptions(**options))
+        size(replace(problem, queries=replace(queries, **change)), **options)
         for change in ({}, {"causal": True}, {"batch": 5}, {"num_heads_q": 15})
         for options in ({}, {"max_seqlen_k": 512}, {"fixed_split_tokens": 256}, {"kernel": "wide64"})
     }
     assert len(sizes) == 16
     wider = replace(problem, keys=replace(problem.keys, max_pages_per_seq=17))
-    assert plan_array_bytes(wider, location, DecodeOptions()) not in sizes
+    assert size(wider) not in sizes
 
 
 def test_a_plan_serves_pools_of_any_size(gpu: FakeGpu) -> None:
@@ -621,7 +628,7 @@ def test_a_plan_serves_pools_of_any_size(gpu: FakeGpu) -> None:
     plan = plan_decode(**arrays)
     kind = plan.blueprint
     assert kind is not None
-    made = gpu.array((plan_array_bytes(kind.problem, kind.location, DecodeOptions()),), "uint8")
+    made = gpu.array((plan_array_bytes(kind.problem, DecodeOptions(), kind),), "uint8")
     for pages in (64, 640, 3, 64):
         arrays["kv_cache"] = gpu.array((pages, 64, 1, LATENT + ROPE))
         assert plan_decode(**arrays).blueprint is kind

@@ -16,8 +16,9 @@ from ..call.problem import LSE_DTYPE, PLAN_DTYPE, Addresses, DecodeInputs, Decod
 from ..errors import InvalidArgumentError
 from ..gpu.device import require_backend
 from ..settings import get_settings, wants_validation
+from .blueprint import DenseBlueprint, PlanMemory
 from .known import identify, recall, remember
-from .plan import Blueprint, DecodePlan, PlanMemory, plan_kind
+from .plan import DecodePlan, plan_kind
 from .plan_arrays import check_plan_array
 from .prepared import CallStrides, DecodeCall, prepare
 from .reference import mla_decode_reference
@@ -172,7 +173,7 @@ def plan_decode(
 
 def describe_plan(
     arrays: DecodeArrays, options: DecodeOptions, stream: int | None = None
-) -> tuple[DecodeProblem, DecodeInputs, Blueprint | None]:
+) -> tuple[DecodeProblem, DecodeInputs, DenseBlueprint | None]:
     """Check what a plan is to be made for.
 
     Returns
@@ -251,12 +252,12 @@ def run_decode(
     require_backend(*inputs.location, "q")
     most = checked.max_seqlen_k
     if plan is not None:
-        plan.check(problem, inputs)
+        plan.check(problem, inputs.location)
         most = plan.max_seqlen_k
     else:
         kind = plan_kind(problem, inputs.location, checked)
         if inputs.plan is not None:
-            check_plan_array(inputs.plan.shape[0], problem, inputs.location, checked)
+            check_plan_array(inputs.plan.shape[0], problem, checked, kind)
     if wants_validation(checked.validate):
         validate_values(problem, inputs, stream, most)
     scale = problem.queries.default_softmax_scale if checked.softmax_scale is None else checked.softmax_scale

@@ -21,8 +21,9 @@ from ..call.options import OPTIONS, PARTS, DecodeArrays, DecodeOptions, Option
 from ..call.problem import DecodeInputs, DecodeProblem
 from ..errors import InvalidArgumentError
 from ..settings import wants_validation
+from .blueprint import DenseBlueprint, PlanMemory
 from .merge import check_states, merge_views
-from .plan import Blueprint, PlanMemory, plan_kind
+from .plan import plan_kind
 from .prepared import CallStrides, prepare
 from .reference import mla_decode_reference
 
@@ -160,7 +161,7 @@ def _validate(problem: DecodeProblem, inputs: DecodeInputs, options: DecodeOptio
         validate_values(problem, inputs, stream, options.max_seqlen_k)
 
 
-def _place(kind: Blueprint, workspace: list[ArrayView], plan: int) -> PlanMemory:
+def _place(kind: DenseBlueprint, workspace: list[ArrayView], plan: int) -> PlanMemory:
     """A plan in XLA's memory."""
     size = kind.partial_bytes if plan else kind.workspace_bytes
     if not workspace or workspace[0].shape[0] < size:

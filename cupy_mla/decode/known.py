@@ -17,7 +17,7 @@ from ..call.memo import on_forget, shared_memo
 from ..call.options import ROPE_OF
 from ..call.problem import INDEX_DTYPE, PLAN_ALIGNMENT, Addresses, DecodeInputs
 from ..settings import Settings
-from .plan import Blueprint
+from .blueprint import DenseBlueprint
 from .prepared import DecodeCall
 
 _CALLS_KEPT = 4096
@@ -60,7 +60,7 @@ def _forget_last() -> None:
 
 
 def identify(
-    arrays: tuple[Any, ...], options: tuple[Any, ...], kind: Blueprint | None
+    arrays: tuple[Any, ...], options: tuple[Any, ...], kind: DenseBlueprint | None
 ) -> tuple[Key, tuple[int, ...]] | None:
     """The key of a call and its arrays' addresses; None for a call that cannot be recognised.
 

@@ -2,34 +2,24 @@
 
 from __future__ import annotations
 
-import functools
-import threading
 from typing import Any
 
-import numpy as np
-
-from ..arrays.dtypes import ITEM_SIZES
-from ..arrays.exchange import empty_like, keep_imported
+from ..arrays.exchange import keep_imported
 from ..arrays.frameworks import CUDA, check_stream, current_stream
-from ..arrays.sketch import pointer_of
-from ..arrays.view import ArrayView, view
+from ..arrays.view import view
 from ..call.memo import remembered
 from ..call.options import DecodeOptions
-from ..call.problem import DecodeInputs, DecodeProblem
-from ..errors import InvalidArgumentError, PlanMismatchError
+from ..call.problem import DecodeProblem
+from ..errors import InvalidArgumentError
 from ..gpu.device import describe_device
-from ..gpu.jit.module import LoadedKernel, load
-from ..gpu.launch import Launch, is_capturing
+from ..gpu.launch import is_capturing
 from ..kernels.choose import check_kernel, choose_config
 from ..kernels.combine import combine_source
 from ..kernels.family import KernelConfig
-from ..kernels.planner import PLAN_SOURCE, plan_geometry, plan_params, plan_sections
 from ..schedule.make import ScheduleShape, check_fixed_split, choose_parts
 from ..schedule.pieces import ceil_div
-from ..shown.html import facts_table
+from .blueprint import Blueprint, DenseBlueprint, Plan, check_index
 
-_PARTIAL_ALIGNMENT = 256  # bytes; sections of the workspace
-_WORD_BYTES = 4  # int32 of the plan, float32 of the lse
 _BLUEPRINTS_KEPT = 1024  # ragged batches may bring a new one every step
 
 
@@ -61,81 +51,7 @@ def schedule_shape(
     )
 
 
-class Blueprint:
-    """What all plans of one kind of call on one GPU have in common; made once, by `blueprint`. Holds no device memory.
-
-    Attributes
-    ----------
-    problem : DecodeProblem
-        Shapes and settings.
-    location : (str, int)
-        Device and its number.
-    num_sms : int
-        Streaming multiprocessors of the GPU.
-    config : KernelConfig
-        The decode kernel.
-    shape : ScheduleShape
-        What the schedule depends on besides the lengths.
-    merges_offset : int
-        Where the merges lie in the plan, in ints.
-    plan_bytes, partial_out_bytes, partial_bytes, workspace_bytes : int
-        Sizes of the plan, of the room for partial outputs and for all partial results, and of all together; rounded up
-        so that one may follow the other.
-    """
-
-    def __init__(
-        self,
-        problem: DecodeProblem,
-        device_id: int,
-        max_seqlen_k: int | None,
-        fixed_split_tokens: int | None,
-        kernel: str,
-    ) -> None:
-        self.problem = problem
-        self.location = (CUDA, device_id)
-        self.num_sms = describe_device(device_id).num_sms
-        self.config = choose_config(problem, self.num_sms, max_seqlen_k, fixed_split_tokens, kernel)
-        self.shape = schedule_shape(problem, self.config, self.num_sms, max_seqlen_k, fixed_split_tokens)
-        sections = plan_sections(self.shape)
-        self.merges_offset = sections.merges_offset
-        rows = self.shape.max_slots * self.shape.rows_per_job
-        self.plan_bytes = _section(sections.total_ints * _WORD_BYTES)
-        self.partial_out_bytes = _section(rows * problem.queries.head_dim_v * ITEM_SIZES[self.config.partial_dtype])
-        self.partial_bytes = self.partial_out_bytes + _section(rows * _WORD_BYTES)
-        self.workspace_bytes = self.plan_bytes + self.partial_bytes
-        self._lock = threading.Lock()
-        self._pointers = np.zeros(3, np.uint64)  # cache_seqlens, cu_seqlens_q, plan
-
-    @functools.cached_property
-    def decode_kernel(self) -> LoadedKernel:
-        """Compiled and loaded when first needed, like the others."""
-        return load(self.config.source(), self.location[1])
-
-    @functools.cached_property
-    def combine_kernel(self) -> LoadedKernel | None:
-        """The kernel that merges partial results; None when no schedule of this shape has any."""
-        return load(combine_source(self.config), self.location[1]) if self.shape.max_merges > 0 else None
-
-    @functools.cached_property
-    def _planner(self) -> Launch:
-        geometry = plan_geometry(self.shape)
-        return Launch(
-            load(PLAN_SOURCE, self.location[1]),
-            geometry.grid,
-            geometry.block,
-            geometry.shared_memory,
-            (*(self._pointers[index : index + 1] for index in range(3)), plan_params(self.shape)),
-        )
-
-    def launch_planner(self, cache_seqlens: int, cu_seqlens_q: int, plan: int, stream: int) -> None:
-        """Queue the planner, given addresses (0 for no cu_seqlens_q)."""
-        planner = self._planner
-        with self._lock:
-            self._pointers[:] = cache_seqlens, cu_seqlens_q, plan
-            planner(stream)
-
-
-def plan_kind(problem: DecodeProblem, location: tuple[str, int], options: DecodeOptions) -> Blueprint | None:
+def plan_kind(problem: DecodeProblem, location: tuple[str, int], options: DecodeOptions) -> DenseBlueprint | None:
     """What a plan for a call is; None on the CPU, where nothing is planned but the same options are refused.
 
     Raises
@@ -157,7 +73,7 @@ def plan_kind(problem: DecodeProblem, location: tuple[str, int], options: Decode
 @remembered(_BLUEPRINTS_KEPT)
 def blueprint(
     problem: DecodeProblem, device_id: int, max_seqlen_k: int | None, fixed_split_tokens: int | None, kernel: str
-) -> Blueprint:
+) -> DenseBlueprint:
     """The blueprint of a kind of call; the same object whenever it is asked for again.
 
     Raises
@@ -168,73 +84,30 @@ def blueprint(
     UnsupportedDeviceError
         There is no such GPU.
     """
-    return Blueprint(problem, device_id, max_seqlen_k, fixed_split_tokens, kernel)
+    num_sms = describe_device(device_id).num_sms
+    config = choose_config(problem, num_sms, max_seqlen_k, fixed_split_tokens, kernel)
+    shape = schedule_shape(problem, config, num_sms, max_seqlen_k, fixed_split_tokens)
+    return Blueprint(problem, device_id, num_sms, config, shape, combine_source(config))
 
 
-def _section(size: int) -> int:
-    return ceil_div(size, _PARTIAL_ALIGNMENT) * _PARTIAL_ALIGNMENT
-
-
-class PlanMemory:
-    """Where a plan lies on a GPU, with the room for the partial results of its calls.
-
-    Attributes
-    ----------
-    pointer, partial_out, partial_lse : int
-        Addresses of the plan and of the room for partial results.
-    is_settled : bool
-        Whether a decode was queued since the plan was written: later ones may read it before their predecessor ends.
-    updated_in_capture : bool or None
-        Whether `DecodePlan.update` was captured in a CUDA graph; None if the plan was written otherwise. Only a decode
-        that runs, or is captured, as the update was settles the plan: what is captured does not run after what is not.
-
-    Parameters
-    ----------
-    kind
-        What all plans of this kind share.
-    workspace
-        Address of ``kind.workspace_bytes``, or without those of the plan where it lies elsewhere.
-    plan
-        Address of a plan that was made already, ``kind.plan_bytes`` or more; 0: there is room for one in the workspace.
-    """
-
-    __slots__ = ("is_settled", "partial_lse", "partial_out", "pointer", "updated_in_capture")
-
-    def __init__(self, kind: Blueprint, workspace: int, plan: int = 0) -> None:
-        self.pointer = plan or workspace
-        self.partial_out = workspace if plan else workspace + kind.plan_bytes
-        self.partial_lse = self.partial_out + kind.partial_out_bytes
-        self.is_settled = False
-        self.updated_in_capture: bool | None = None
-
-
-class DecodePlan(PlanMemory):
+class DecodePlan(Plan[DecodeProblem]):
     """How the work of one kind of call is cut, on the device; made by `cupy_mla.plan_decode`.
 
-    A plan belongs to the shapes and settings it was made with, and to the lengths it was last updated with. It also
-    owns the workspace for partial results, so that a call with a plan and given outputs allocates nothing, and a count
-    of the CTAs that have claimed their part; calls that share a plan must therefore follow one another on one stream.
+    A plan belongs to the shapes and settings it was made with, and to the lengths it was last updated with. Calls that
+    share a plan must follow one another on one stream, as they share its workspace.
 
     Attributes
     ----------
-    problem : DecodeProblem
-        Shapes and settings.
-    location : (str, int)
-        Device and its number.
-    blueprint : Blueprint or None
-        What all plans of this kind share; None on the CPU, where nothing is planned.
     max_seqlen_k : int
         Largest length of a request, in tokens.
 
     Parameters
     ----------
-    owner
-        An array whose framework and device the workspace comes from.
+    problem, location, owner, kind, stream
+        As in `Plan`.
     max_seqlen_k
         Largest length that updates may bring, in tokens, where ``kind`` does not say so; None: what the block table can
         hold.
-    stream
-        CUDA stream that the plan will be used on; None: the current one.
     """
 
     def __init__(
@@ -242,31 +115,13 @@ class DecodePlan(PlanMemory):
         problem: DecodeProblem,
         location: tuple[str, int],
         owner: Any,
-        kind: Blueprint | None,
+        kind: DenseBlueprint | None,
         *,
         max_seqlen_k: int | None = None,
         stream: int | None = None,
     ) -> None:
-        self.problem = problem
-        self.location = location
-        self.blueprint = kind
-        if kind is None:
-            self.max_seqlen_k = problem.keys.bound(max_seqlen_k)
-            return
-        self.max_seqlen_k = kind.shape.max_seqlen_k
-        # From q's framework, whose allocator knows its streams and its graph captures.
-        self._workspace = empty_like(owner, (kind.workspace_bytes,), "uint8", stream)
-        super().__init__(kind, pointer_of(self._workspace))
-
-    @property
-    def config(self) -> KernelConfig | None:
-        """The kernel; None on the CPU, where nothing is planned."""
-        return None if self.blueprint is None else self.blueprint.config
-
-    @property
-    def shape(self) -> ScheduleShape | None:
-        """What the schedule depends on besides the lengths; None on the CPU."""
-        return None if self.blueprint is None else self.blueprint.shape
+        super().__init__(problem, location, owner, kind, stream)
+        self.max_seqlen_k = problem.keys.bound(max_seqlen_k) if kind is None else kind.shape.max_seqlen_k
 
     def update(self, cache_seqlens: Any, cu_seqlens_q: Any = None, *, stream: int | None = None) -> None:
         """Plan again for new lengths: one small kernel, no host synchronisation; may be captured in a CUDA graph.
@@ -288,7 +143,7 @@ class DecodePlan(PlanMemory):
         check_stream(stream)
         queries = self.problem.queries
         lengths = view(cache_seqlens, "cache_seqlens", stream)
-        _check_index(lengths, "cache_seqlens", queries.batch, self.location)
+        check_index(lengths, "cache_seqlens", queries.batch, self.location)
         if (cu_seqlens_q is not None) != queries.ragged:
             expected = "an array, as the plan is ragged" if queries.ragged else "None, as the plan is not ragged"
             raise InvalidArgumentError("cu_seqlens_q", expected, type(cu_seqlens_q).__name__)
@@ -297,73 +152,9 @@ class DecodePlan(PlanMemory):
         starts = None
         if cu_seqlens_q is not None:
             starts = view(cu_seqlens_q, "cu_seqlens_q", stream)
-            _check_index(starts, "cu_seqlens_q", queries.batch + 1, self.location)
+            check_index(starts, "cu_seqlens_q", queries.batch + 1, self.location)
         if stream is None or self.blueprint is None:
             return  # nothing is planned on the CPU
         self.launch(lengths.pointer, 0 if starts is None else starts.pointer, stream)
         self.updated_in_capture = is_capturing(stream)
         keep_imported((lengths, starts), stream)
-
-    def launch(self, cache_seqlens: int, cu_seqlens_q: int, stream: int) -> None:
-        """Queue the planner, given addresses (0 for no cu_seqlens_q)."""
-        assert self.blueprint is not None  # a plan on a GPU has one
-        self.is_settled = False
-        self.updated_in_capture = None
-        self.blueprint.launch_planner(cache_seqlens, cu_seqlens_q, self.pointer, stream)
-
-    def check(self, problem: DecodeProblem, inputs: DecodeInputs) -> None:
-        """Refuse a call that this plan was not made for.
-
-        Raises
-        ------
-        PlanMismatchError
-            Shapes or settings differ from the plan's.
-        """
-        if problem is not self.problem and problem != self.problem:
-            made_for = self.problem.facts()
-            name, came = next((name, came) for name, came in problem.facts().items() if came != made_for[name])
-            raise PlanMismatchError("plan", f"a plan for {name} = {came}", f"one for {name} = {made_for[name]}")
-        if inputs.location != self.location:
-            raise PlanMismatchError("plan", f"a plan on {inputs.location}", f"one on {self.location}")
-
-    def __reduce_ex__(self, protocol: Any) -> Any:
-        if self.blueprint is not None:
-            raise TypeError("a plan owns memory of its GPU and cannot be copied or pickled: make another (plan_decode)")
-        return super().__reduce_ex__(protocol)
-
-    def __repr__(self) -> str:
-        kind = self.blueprint
-        if kind is None:
-            return f"DecodePlan(batch={self.problem.queries.batch}, NumPy backend)"
-        return (
-            f"DecodePlan(batch={self.problem.queries.batch}, kernel={kind.config.name}, parts={kind.shape.num_parts}, "
-            f"blocks_per_job={kind.shape.blocks_per_job}, workspace={kind.workspace_bytes / 2**20:.1f} MiB)"
-        )
-
-    def _repr_html_(self) -> str:
-        """Tables for notebooks: what the plan is, and what it is for."""
-        device, number = self.location
-        facts: dict[str, object] = {"device": f"{device}:{number}"}
-        kind = self.blueprint
-        if kind is None:
-            facts["kernel"] = "none: the NumPy backend plans nothing"
-        else:
-            facts |= {
-                "kernel": kind.config.name,
-                "SMs": kind.num_sms,
-                "parts": f"{kind.shape.num_parts}, CTAs of each: {kind.shape.blocks_per_job}",
-                "most pieces": kind.shape.max_items,
-                "most partial results": kind.shape.max_slots,
-                "fixed split, tokens": kind.shape.fixed_split_tokens or "none",
-                "workspace": f"{kind.workspace_bytes / 2**20:.1f} MiB",
-            }
-        return facts_table("DecodePlan", facts) + self.problem._repr_html_()
-
-
-def _check_index(array: ArrayView, name: str, length: int, location: tuple[str, int]) -> None:
-    if array.shape != (length,) or array.dtype != "int32" or (length > 1 and array.strides != (1,)):
-        raise InvalidArgumentError(name, f"contiguous int32 [{length}]", f"{array.dtype} {list(array.shape)}")
-    if array.location != location:
-        raise InvalidArgumentError(name, f"an array on {location}", f"one on {array.location}")
-    if array.device == CUDA and array.pointer % array.itemsize:
-        raise InvalidArgumentError(name, f"an address that is a multiple of {array.itemsize} bytes", hex(array.pointer))

@@ -12,42 +12,39 @@ from __future__ import annotations
 import zlib
 
 from ..call.options import DecodeOptions
-from ..call.problem import DecodeProblem
+from ..call.sparse_options import SparseOptions
 from ..errors import PlanMismatchError
-from .plan import plan_kind
+from .blueprint import Blueprint, P
 
 _FINGERPRINTS = 1 << 15  # at most 32 KiB more; a wrong plan of the same size otherwise passes once in so many cases
 
 
-def plan_array_bytes(problem: DecodeProblem, location: tuple[str, int], options: DecodeOptions) -> int:
+def plan_array_bytes(problem: P, options: DecodeOptions | SparseOptions, kind: Blueprint[P] | None) -> int:
     """Size of the uint8 array that holds the plan of a call; the same in every process.
 
-    Raises
-    ------
-    InvalidArgumentError
-        The plan would be too large, or ``fixed_split_tokens`` is no multiple of a tile.
-    UnsupportedDeviceError
-        There is no such GPU.
+    Parameters
+    ----------
+    problem, options
+        Of the call.
+    kind
+        What its plans are; None on the CPU.
     """
-    kind = plan_kind(problem, location, options)
     settings = (problem.facts(), *options.of_plan_alone())
     fingerprint = zlib.crc32(repr(settings).encode()) % _FINGERPRINTS
     return (0 if kind is None else kind.plan_bytes) + fingerprint + 1
 
 
-def check_plan_array(size: int, problem: DecodeProblem, location: tuple[str, int], options: DecodeOptions) -> None:
+def check_plan_array(
+    size: int, problem: P, options: DecodeOptions | SparseOptions, kind: Blueprint[P] | None
+) -> None:
     """Refuse a plan whose array has another size than one for this call has.
 
     Raises
     ------
     PlanMismatchError
         The sizes differ: the plan is for other shapes or options.
-    InvalidArgumentError
-        The plan would be too large, or ``fixed_split_tokens`` is no multiple of a tile.
-    UnsupportedDeviceError
-        There is no such GPU.
     """
-    expected = plan_array_bytes(problem, location, options)
+    expected = plan_array_bytes(problem, options, kind)
     if size != expected:
         raise PlanMismatchError(
             "plan",

@@ -21,7 +21,7 @@ from ..kernels.combine import STORE_ALIGNMENT, combine_geometry
 from ..kernels.halves import second_half
 from ..kernels.structs import COMBINE_PARAMS, DECODE_PARAMS, HALF_SHARE_UNIT, words_of
 from ..kernels.tensor_maps import TENSOR_MAP, PageSteps, TensorMap, kv_tensor_map
-from .plan import Blueprint, PlanMemory
+from .blueprint import DenseBlueprint, PlanMemory
 
 _LOG2_E = math.log2(math.e)
 _FLAG_BYTES = 4
@@ -104,7 +104,7 @@ class DecodeCall:
         Strides of the arrays.
     """
 
-    def __init__(self, kind: Blueprint, softmax_scale: float, empty_lse: float, strides: CallStrides) -> None:
+    def __init__(self, kind: DenseBlueprint, softmax_scale: float, empty_lse: float, strides: CallStrides) -> None:
         config, shape, problem = kind.config, kind.shape, kind.problem
         self.kind = kind
         self._strides = strides
@@ -207,7 +207,7 @@ class DecodeCall:
 
 
 @remembered(_CALLS_KEPT)
-def prepare(kind: Blueprint, softmax_scale: float, empty_lse: float, strides: CallStrides) -> DecodeCall:
+def prepare(kind: DenseBlueprint, softmax_scale: float, empty_lse: float, strides: CallStrides) -> DecodeCall:
     """The prepared call of a kind and of these strides; the same object whenever it is asked for again.
 
     Raises
