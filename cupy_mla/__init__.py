@@ -7,6 +7,8 @@ from .decode.dense import mla_decode, plan_decode
 from .decode.merge import merge_states
 from .decode.plan import DecodePlan
 from .decode.prefill import mla_sparse_prefill
+from .decode.sparse import mla_sparse_decode, plan_sparse_decode
+from .decode.sparse_plan import SparsePlan
 from .errors import (
     CompilationError,
     DriverError,
@@ -30,10 +32,13 @@ __all__ = [
     "OutOfRequestsError",
     "PagedKVCache",
     "PlanMismatchError",
+    "SparsePlan",
     "UnsupportedDeviceError",
     "append_tokens",
     "merge_states",
     "mla_decode",
+    "mla_sparse_decode",
     "mla_sparse_prefill",
     "plan_decode",
+    "plan_sparse_decode",
 ]

@@ -20,7 +20,7 @@ from cupy_mla.arrays import sketch as sketches
 from cupy_mla.arrays import view as arrays
 from cupy_mla.arrays.view import ArrayView, contiguous_strides
 from cupy_mla.call.memo import forget
-from cupy_mla.decode import blueprint, gathered, plan, prefill
+from cupy_mla.decode import blueprint, gathered, gathered_decode, plan, prefill, sparse, sparse_plan
 from cupy_mla.decode import dense as decode
 from cupy_mla.decode import prepared as decode_call
 from cupy_mla.gpu import device, driver
@@ -174,15 +174,16 @@ def fake_gpu(patch: pytest.MonkeyPatch) -> FakeGpu:
     patch.setattr(sketches, "_POINTERS", type(sketches._POINTERS)())
     patch.setitem(frameworks._FRAMEWORKS, FakeArray, "cupy")
     info = DeviceInfo(0, "fake", (9, 0), NUM_SMS, 2**36, 2**25, 232448)
-    for module in (plan, gathered):
+    for module in (plan, sparse_plan, gathered):
         patch.setattr(module, "describe_device", lambda device_id: info)
     for module in (blueprint, gathered):
         patch.setattr(module, "load", gpu.load)
     patch.setattr(device, "require_supported", lambda device_id: info)
-    patch.setattr(decode_call, "second_half", lambda device_id: HALF)
-    for module in (blueprint, decode, prefill):
+    for module in (decode_call, gathered_decode):
+        patch.setattr(module, "second_half", lambda device_id: HALF)
+    for module in (blueprint, decode, prefill, sparse):
         patch.setattr(module, "empty_like", gpu.empty_like)
-    for module in (plan, decode, prefill):
+    for module in (plan, sparse_plan, decode, prefill, sparse):
         patch.setattr(module, "current_stream", lambda array, device_id: 77)
     forget()
     return gpu

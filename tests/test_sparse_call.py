@@ -11,9 +11,16 @@ import numpy as np
 import pytest
 from fake_gpu import NUM_SMS, FakeArray, FakeGpu, fake_gpu
 
-from cupy_mla import InvalidArgumentError, mla_sparse_prefill
+from cupy_mla import (
+    InvalidArgumentError,
+    PlanMismatchError,
+    mla_sparse_decode,
+    mla_sparse_prefill,
+    plan_sparse_decode,
+)
 from cupy_mla.call.memo import forget
 from cupy_mla.decode import prefill as prefill_module
+from cupy_mla.decode import sparse as sparse_module
 from cupy_mla.settings import reload_settings
 
 CURRENT_STREAM = 77  # what fake_gpu says
@@ -181,3 +188,155 @@ def test_widths_that_no_kernel_has_room_for(gpu: FakeGpu) -> None:
     q, kv = FakeArray((3, 16, 1088)), FakeArray((50, 1, 1088))
     with pytest.raises(InvalidArgumentError, match="NumPy backend"):
         mla_sparse_prefill(q, kv, FakeArray((3, 1, 64), "int32"))
+
+
+# --- decode
+
+
+def decode_arrays(gpu: FakeGpu, batch: int = 4, seqlen_q: int = 2, heads: int = 128) -> Arrays:
+    return {
+        "q": gpu.array((batch, seqlen_q, heads, 576)),
+        "kv_cache": gpu.array((64, 64, 1, 576)),
+        "indices": gpu.array((batch, seqlen_q, 2048), "int32"),
+        "topk_length": gpu.array((batch,), "int32"),
+    }
+
+
+def all_decode_arrays(gpu: FakeGpu) -> Arrays:
+    return {
+        "q": gpu.array((4, 2, 16, 576), strides=(40000, 20000, 640, 1)),
+        "kv_cache": gpu.array((40, 64, 2, 576), strides=(70 * 1280, 1280, 640, 1)),
+        "indices": gpu.array((4, 2, 2, 100), "int32", strides=(512, 256, 128, 1)),
+        "topk_length": gpu.array((4, 2), "int32"),
+        "attn_sink": gpu.array((16,), "float32"),
+        "out": gpu.array((4, 2, 16, 512), strides=(32 * 528, 16 * 528, 528, 1)),
+        "lse": gpu.array((4, 16, 2), "float32", strides=(64, 4, 2)),
+    }
+
+
+def without(arrays: Arrays, *names: str) -> Arrays:
+    return {name: array for name, array in arrays.items() if name not in names}
+
+
+OF_PLAN = ("attn_sink", "out", "lse")
+
+
+@pytest.mark.parametrize("make", [decode_arrays, all_decode_arrays])
+def test_a_decode_without_plan_plans_computes_and_merges(gpu: FakeGpu, make: Any) -> None:
+    arrays = make(gpu)
+    out, lse = mla_sparse_decode(**arrays, softmax_scale=0.25)
+    planner, kernel, merge = gpu.take()
+    assert [planner.kernel, kernel.kernel, merge.kernel] == ["plan", "gathered", "combine_gathered"]
+    lengths, starts, plan_address, [plan_params] = planner.arguments
+    assert (lengths[0], starts[0]) == (arrays["topk_length"].pointer, 0)
+    assert (plan_params["batch"], plan_params["seqlen_q"]) == (8, 1)
+    assert plan_params["max_seqlen_k"] == arrays["indices"].shape[-1]
+    assert plan_params["requests_per_length"] == (2 if make is decode_arrays else 1)
+    [params], [combined] = kernel.arguments[0], merge.arguments[0]
+    assert kernel.programmatic
+    assert merge.programmatic
+    assert params["plan"] == combined["plan"] == plan_address[0]
+    assert params["attn_sink"] == combined["attn_sink"] == (arrays["attn_sink"].pointer if "attn_sink" in arrays else 0)
+    assert params["out"] == combined["out"] == out.pointer
+    assert params["lse"] == combined["lse"] == lse.pointer
+    assert (params["q"], params["kv"]) == (arrays["q"].pointer, arrays["kv_cache"].pointer)
+    assert params["indices"] == arrays["indices"].pointer
+    assert params["seqlen_q"] == combined["seqlen_q"] == 2
+    assert params["scale_log2"] == np.float32(0.25 * math.log2(math.e))
+    assert params["plan_is_settled"] == 0
+    for name in ("partial_out", "partial_lse", "group_heads", "empty_lse"):
+        assert params[name] == combined[name]
+    for name in ("out_strides", "lse_strides"):
+        assert (params[name] == combined[name]).all()
+    if make is all_decode_arrays:
+        assert params["q_strides"].tolist() == [40000, 20000, 640]
+        assert params["indices_strides"].tolist() == [512, 256, 128]
+        assert params["lse_strides"].tolist() == [64, 2, 4]
+        assert (params["kv_stride_page"], params["kv_stride_token"]) == (70 * 160, 160)
+    else:
+        assert params["indices_strides"].tolist()[2] == 0
+        assert kernel.grid == (params["blocks_per_job"], params["num_parts"], 1)
+
+
+@pytest.mark.parametrize("make", [decode_arrays, all_decode_arrays])
+def test_a_plan_serves_many_calls(gpu: FakeGpu, make: Any) -> None:
+    arrays = make(gpu)
+    plan = plan_sparse_decode(**without(arrays, *OF_PLAN))
+    assert [launched.kernel for launched in gpu.take()] == ["plan"]
+    for settled in (0, 1, 1):
+        mla_sparse_decode(**arrays, plan=plan)
+        kernel, merge = gpu.take()
+        assert kernel.arguments[0][0]["plan"] == merge.arguments[0][0]["plan"] == plan.pointer
+        assert kernel.arguments[0][0]["plan_is_settled"] == settled
+    plan.update(arrays["topk_length"])
+    [launched] = gpu.take()
+    assert launched.arguments[0][0] == arrays["topk_length"].pointer
+    assert launched.stream == CURRENT_STREAM
+    mla_sparse_decode(**arrays, plan=plan)
+    assert gpu.take()[0].arguments[0][0]["plan_is_settled"] == 0
+
+
+def test_no_lengths_are_planned_as_all_indices(gpu: FakeGpu) -> None:
+    arrays = without(decode_arrays(gpu), "topk_length")
+    plan = plan_sparse_decode(**arrays)
+    [launched] = gpu.take()
+    assert launched.arguments[0][0] == 0
+    plan.update()
+    assert gpu.take() == []
+    mla_sparse_decode(**arrays)
+    assert gpu.take()[0].arguments[0][0] == 0
+
+
+@pytest.mark.parametrize("make", [decode_arrays, all_decode_arrays])
+@pytest.mark.parametrize("planned", [False, True])
+def test_a_known_decode_is_launched_without_checks(
+    gpu: FakeGpu, make: Any, planned: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plan = plan_sparse_decode(**without(make(gpu), *OF_PLAN)) if planned else None
+    mla_sparse_decode(**make(gpu), plan=plan)
+    gpu.take()
+
+    def refuse(*arguments: Any) -> None:
+        raise AssertionError("checked again")
+
+    monkeypatch.setattr(sparse_module, "describe_sparse_decode", refuse)
+    again = make(gpu)
+    out, lse = mla_sparse_decode(**again, plan=plan)
+    launches = gpu.take()
+    assert [launched.kernel for launched in launches] == ["plan"] * (not planned) + ["gathered", "combine_gathered"]
+    params = launches[-2].arguments[0][0]
+    for name, array in {**without(again, "topk_length"), "out": out, "lse": lse}.items():
+        assert params["kv" if name == "kv_cache" else name] == array.pointer
+    for name in again:
+        misaligned = replace(again[name], pointer=again[name].pointer + 2)
+        with pytest.raises(AssertionError, match="checked again"):
+            mla_sparse_decode(**{**again, name: misaligned}, plan=plan)
+    with pytest.raises(AssertionError, match="checked again"):
+        mla_sparse_decode(**again, plan=plan, softmax_scale=0.5)
+
+
+def test_a_plan_of_another_kind_is_refused(gpu: FakeGpu) -> None:
+    arrays = decode_arrays(gpu)
+    plan = plan_sparse_decode(**arrays)
+    mla_sparse_decode(**arrays, plan=plan)
+    gpu.take()
+    for other in ({"indices": gpu.array((4, 2, 1024), "int32")}, {"topk_length": gpu.array((4, 2), "int32")}):
+        with pytest.raises(PlanMismatchError):
+            mla_sparse_decode(**{**arrays, **other}, plan=plan)
+    gapped = gpu.array((64, 64, 1, 576), strides=(65 * 576, 576, 576, 1))
+    with pytest.raises(PlanMismatchError, match="page_size"):
+        mla_sparse_decode(**{**arrays, "kv_cache": gapped}, plan=plan)
+    mla_sparse_decode(**{**arrays, "kv_cache": gpu.array((640, 64, 1, 576))}, plan=plan)  # a pool that grew
+    assert gpu.take()[0].arguments[0][0]["num_slots"] == 640 * 64
+
+
+def test_a_fixed_split(gpu: FakeGpu) -> None:
+    arrays = decode_arrays(gpu)
+    plan_sparse_decode(**arrays, fixed_split_tokens=256)
+    assert gpu.take()[0].arguments[3][0]["fixed_split_tiles"] == 4
+
+
+def test_topk_0_needs_no_merge(gpu: FakeGpu) -> None:
+    arrays = {**without(decode_arrays(gpu), "topk_length"), "indices": gpu.array((4, 2, 0), "int32")}
+    mla_sparse_decode(**arrays)
+    assert [launched.kernel for launched in gpu.take()] == ["plan", "gathered"]

@@ -12,8 +12,9 @@ from ..arrays.dtypes import ITEM_SIZES
 from ..arrays.exchange import empty_like
 from ..arrays.frameworks import CUDA
 from ..arrays.sketch import pointer_of
-from ..arrays.view import ArrayView
-from ..call.problem import DecodeProblem
+from ..arrays.view import ArrayView, contiguous_strides
+from ..call.arguments import settled_strides
+from ..call.problem import INDEX_DTYPE, DecodeProblem
 from ..call.sparse_problem import SparseProblem
 from ..errors import InvalidArgumentError, PlanMismatchError
 from ..gpu.jit.module import LoadedKernel, load
@@ -255,7 +256,7 @@ class Plan(PlanMemory, Generic[P]):
         return facts_table(type(self).__name__, facts) + self.problem._repr_html_()
 
 
-def check_index(array: ArrayView, name: str, length: int, location: tuple[str, int]) -> None:
+def check_index(array: ArrayView, name: str, shape: tuple[int, ...], location: tuple[str, int]) -> None:
     """Refuse lengths or offsets of queries that a planner cannot read.
 
     Raises
@@ -263,8 +264,11 @@ def check_index(array: ArrayView, name: str, length: int, location: tuple[str, i
     InvalidArgumentError
         A wrong shape, type, device or alignment; ``argument`` is ``name``.
     """
-    if array.shape != (length,) or array.dtype != "int32" or (length > 1 and array.strides != (1,)):
-        raise InvalidArgumentError(name, f"contiguous int32 [{length}]", f"{array.dtype} {list(array.shape)}")
+    contiguous = array.shape == shape and settled_strides(array) == contiguous_strides(shape)
+    if not contiguous or array.dtype != INDEX_DTYPE:
+        raise InvalidArgumentError(
+            name, f"contiguous {INDEX_DTYPE} {list(shape)}", f"{array.dtype} {list(array.shape)}"
+        )
     if array.location != location:
         raise InvalidArgumentError(name, f"an array on {location}", f"one on {array.location}")
     if array.device == CUDA and array.pointer % array.itemsize:

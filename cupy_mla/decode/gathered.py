@@ -20,12 +20,11 @@ from ..gpu.launch import Launch
 from ..kernels.choose import choose_gathered_config
 from ..kernels.structs import GATHER_PARAMS, words_of
 from ..schedule.pieces import ceil_div
+from .prepared import CALLS_KEPT, ELEMENT_BYTES
 
 _LOG2_E = math.log2(math.e)
-_ELEMENT_BYTES = 2
 _KV_UNIT = 16  # bytes; strides of pages and tokens are counted in it
 _MAX_SLOTS = 2**31  # what an index can name, so that a negative one names nothing
-_CALLS_KEPT = 4096
 
 _PREFILL_WORDS = words_of(GATHER_PARAMS, *SPARSE_PREFILL_ARRAYS)
 
@@ -87,7 +86,7 @@ def gather_params(
     params = np.zeros(1, GATHER_PARAMS)
     params["q_strides"], params["indices_strides"] = strides.q, strides.indices
     params["out_strides"], params["lse_strides"] = strides.out, strides.lse
-    page, token, head = (step * _ELEMENT_BYTES for step in strides.kv)
+    page, token, head = (step * ELEMENT_BYTES for step in strides.kv)
     params["kv_stride_page"], params["kv_stride_token"] = page // _KV_UNIT, token // _KV_UNIT
     params["kv_stride_head"] = head if queries.num_heads_kv > 1 else 0
     params["num_slots"] = min(strides.num_slots, _MAX_SLOTS)
@@ -155,7 +154,7 @@ class PrefillCall:
             self._launch(stream)
 
 
-@remembered(_CALLS_KEPT)
+@remembered(CALLS_KEPT)
 def prepare_prefill(
     problem: SparseProblem, device_id: int, softmax_scale: float, empty_lse: float, strides: SparseStrides
 ) -> PrefillCall:

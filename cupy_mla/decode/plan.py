@@ -143,7 +143,7 @@ class DecodePlan(Plan[DecodeProblem]):
         check_stream(stream)
         queries = self.problem.queries
         lengths = view(cache_seqlens, "cache_seqlens", stream)
-        check_index(lengths, "cache_seqlens", queries.batch, self.location)
+        check_index(lengths, "cache_seqlens", (queries.batch,), self.location)
         if (cu_seqlens_q is not None) != queries.ragged:
             expected = "an array, as the plan is ragged" if queries.ragged else "None, as the plan is not ragged"
             raise InvalidArgumentError("cu_seqlens_q", expected, type(cu_seqlens_q).__name__)
@@ -152,7 +152,7 @@ class DecodePlan(Plan[DecodeProblem]):
         starts = None
         if cu_seqlens_q is not None:
             starts = view(cu_seqlens_q, "cu_seqlens_q", stream)
-            check_index(starts, "cu_seqlens_q", queries.batch + 1, self.location)
+            check_index(starts, "cu_seqlens_q", (queries.batch + 1,), self.location)
         if stream is None or self.blueprint is None:
             return  # nothing is planned on the CPU
         self.launch(lengths.pointer, 0 if starts is None else starts.pointer, stream)

@@ -24,12 +24,12 @@ from ..kernels.tensor_maps import TENSOR_MAP, PageSteps, TensorMap, kv_tensor_ma
 from .blueprint import DenseBlueprint, PlanMemory
 
 _LOG2_E = math.log2(math.e)
-_FLAG_BYTES = 4
-_ELEMENT_BYTES = 2
+FLAG_BYTES = 4
+ELEMENT_BYTES = 2
 # CTAs of a job read the same tiles; two of them on neighbouring SMs take up to 3% less time (kernels_cu/TRIED.md). SMs
 # come in pairs; larger clusters do not fill a GPU.
-_PAIR = 2
-_CALLS_KEPT = 4096  # as many as describe.py remembers good combinations
+PAIR = 2
+CALLS_KEPT = 4096  # as many as describe.py remembers good combinations
 _CACHES_KEPT = 512  # KV caches (one a layer) whose tensor maps a prepared call has at hand
 
 
@@ -40,7 +40,7 @@ _C_OUT, _C_LSE, _C_PARTIAL_OUT, _C_PARTIAL_LSE, _C_PLAN = words_of(
     COMBINE_PARAMS, "out", "lse", "partial_out", "partial_lse", "plan"
 )
 assert DECODE_PARAMS.fields is not None
-_PLAN_IS_SETTLED = DECODE_PARAMS.fields["plan_is_settled"][1] // _FLAG_BYTES
+_PLAN_IS_SETTLED = DECODE_PARAMS.fields["plan_is_settled"][1] // FLAG_BYTES
 
 Strides = tuple[int, ...]
 
@@ -139,7 +139,7 @@ class DecodeCall:
             config.shared_memory,
             (no_map, no_map, params),
             programmatic=True,
-            cluster=_PAIR if shape.blocks_per_job % _PAIR == 0 else 1,
+            cluster=PAIR if shape.blocks_per_job % PAIR == 0 else 1,
         )
         self.combine_params = np.zeros(1, COMBINE_PARAMS)
         self._combine_words = self.combine_params.view(np.uint64).data
@@ -155,7 +155,7 @@ class DecodeCall:
         params["rows"], params["group_heads"] = kind.config.rows, kind.problem.queries.group_heads
         params["d_v"] = kind.problem.queries.head_dim_v
         # The address of out is a multiple of it; `check_output` sees to that.
-        params["aligned"] = all(step * _ELEMENT_BYTES % STORE_ALIGNMENT == 0 for step in strides.out)
+        params["aligned"] = all(step * ELEMENT_BYTES % STORE_ALIGNMENT == 0 for step in strides.out)
         geometry = combine_geometry(kind.num_sms, kind.config.family.combine_threads)
         return Launch(
             kind.combine_kernel, geometry.grid, geometry.block, geometry.shared_memory, (params,), programmatic=True
@@ -206,7 +206,7 @@ class DecodeCall:
         )
 
 
-@remembered(_CALLS_KEPT)
+@remembered(CALLS_KEPT)
 def prepare(kind: DenseBlueprint, softmax_scale: float, empty_lse: float, strides: CallStrides) -> DecodeCall:
     """The prepared call of a kind and of these strides; the same object whenever it is asked for again.
 

@@ -1,0 +1,127 @@
+"""Plans of sparse decoding: to the planner every query token is a request, and its chosen tokens are the keys."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from ..arrays.exchange import keep_imported
+from ..arrays.frameworks import CUDA, check_stream, current_stream
+from ..arrays.view import ArrayView, view
+from ..call.memo import remembered
+from ..call.sparse_options import SparseOptions
+from ..call.sparse_problem import SparseProblem
+from ..errors import InvalidArgumentError
+from ..gpu.device import describe_device
+from ..gpu.launch import is_capturing
+from ..kernels.choose import choose_gathered_config
+from ..kernels.combine import gathered_combine_source
+from ..kernels.family import KernelConfig
+from ..schedule.make import ScheduleShape, check_fixed_split, choose_parts
+from ..schedule.pieces import ceil_div
+from .blueprint import Blueprint, Plan, SparseBlueprint, check_index
+
+_BLUEPRINTS_KEPT = 1024
+
+
+def sparse_schedule_shape(
+    problem: SparseProblem, config: KernelConfig, num_sms: int, fixed_split_tokens: int | None = None
+) -> ScheduleShape:
+    """What a schedule for a problem depends on besides the lengths."""
+    queries, keys = problem.queries, problem.keys
+    blocks_per_job, num_parts = choose_parts(num_sms, ceil_div(queries.group_heads, config.rows))
+    return ScheduleShape(
+        num_parts=num_parts,
+        blocks_per_job=blocks_per_job,
+        rows=config.rows,
+        group_heads=queries.group_heads,
+        num_heads_kv=queries.num_heads_kv,
+        batch=queries.total_q,
+        seqlen_q=1,
+        max_seqlen_k=keys.topk,
+        fixed_split_tokens=fixed_split_tokens,
+        cost=config.family.cost.pieces,
+        requests_per_length=keys.tokens_per_length or 1,
+    )
+
+
+def sparse_plan_kind(
+    problem: SparseProblem, location: tuple[str, int], options: SparseOptions
+) -> SparseBlueprint | None:
+    """What a plan for a call is; None on the CPU, where nothing is planned but the same options are refused.
+
+    Raises
+    ------
+    InvalidArgumentError
+        The plan would be too large, or ``fixed_split_tokens`` is no multiple of a tile.
+    UnsupportedDeviceError
+        There is no such GPU.
+    """
+    check_fixed_split(options.fixed_split_tokens)
+    device, device_id = location
+    return sparse_blueprint(problem, device_id, options.fixed_split_tokens) if device == CUDA else None
+
+
+@remembered(_BLUEPRINTS_KEPT)
+def sparse_blueprint(
+    problem: SparseProblem, device_id: int, fixed_split_tokens: int | None = None
+) -> SparseBlueprint:
+    """The blueprint of a kind of call; the same object whenever it is asked for again.
+
+    Raises
+    ------
+    InvalidArgumentError
+        The plan would be too large, or ``fixed_split_tokens`` is no multiple of a tile.
+    UnsupportedDeviceError
+        There is no such GPU.
+    """
+    num_sms = describe_device(device_id).num_sms
+    config = choose_gathered_config(problem, num_sms, planned=True, fixed_split_tokens=fixed_split_tokens)
+    shape = sparse_schedule_shape(problem, config, num_sms, fixed_split_tokens)
+    return Blueprint(problem, device_id, num_sms, config, shape, gathered_combine_source(config))
+
+
+class SparsePlan(Plan[SparseProblem]):
+    """How the work of one kind of sparse call is cut, on the device; made by `cupy_mla.plan_sparse_decode`.
+
+    A plan belongs to the shapes and settings it was made with, and to the topk_length it was last updated with; not to
+    the indices, which may differ from call to call. Calls that share a plan must follow one another on one stream, as
+    they share its workspace.
+    """
+
+    def update(self, topk_length: Any = None, *, stream: int | None = None) -> None:
+        """Plan again for new lengths: one small kernel, no host synchronisation; may be captured in a CUDA graph.
+
+        Parameters
+        ----------
+        topk_length
+            int32 on the plan's device, of the shape that the plan was made with; None if it was made without: then
+            there is nothing that could change.
+        stream
+            CUDA stream; None: the current stream of the framework of ``topk_length``.
+
+        Raises
+        ------
+        InvalidArgumentError
+            A wrong shape, type, device or alignment, or lengths given or missing against the plan.
+        """
+        check_stream(stream)
+        tokens = self.problem.keys.tokens_per_length
+        if (topk_length is None) != (tokens is None):
+            expected = "None, as the plan is for all indices" if tokens is None else "an array, as the plan has lengths"
+            raise InvalidArgumentError("topk_length", expected, type(topk_length).__name__)
+        if topk_length is None or tokens is None:
+            return
+        lengths = view(topk_length, "topk_length", stream)
+        queries = self.problem.queries
+        by_token = tokens == 1 and lengths.ndim > 1
+        shape = (queries.batch, queries.seqlen_q) if by_token else (queries.total_q // tokens,)
+        check_index(lengths, "topk_length", shape, self.location)
+        if self.blueprint is None:
+            return  # nothing is planned on the CPU
+        self.plan_for(lengths, current_stream(topk_length, self.location[1]) if stream is None else stream)
+
+    def plan_for(self, topk_length: ArrayView | None, stream: int) -> None:
+        """Queue the planner."""
+        self.launch(0 if topk_length is None else topk_length.pointer, 0, stream)
+        self.updated_in_capture = is_capturing(stream)
+        keep_imported((topk_length,), stream)
