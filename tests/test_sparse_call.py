@@ -18,9 +18,11 @@ from cupy_mla import (
     mla_sparse_prefill,
     plan_sparse_decode,
 )
+from cupy_mla.call.arguments import CUDA_MAX_LATENT, CUDA_MAX_WIDTH, CUDA_WIDTH_MULTIPLE
 from cupy_mla.call.memo import forget
 from cupy_mla.decode import prefill as prefill_module
 from cupy_mla.decode import sparse as sparse_module
+from cupy_mla.kernels.choose import GATHERED_FAMILIES
 from cupy_mla.settings import reload_settings
 
 CURRENT_STREAM = 77  # what fake_gpu says
@@ -334,6 +336,29 @@ def test_a_fixed_split(gpu: FakeGpu) -> None:
     arrays = decode_arrays(gpu)
     plan_sparse_decode(**arrays, fixed_split_tokens=256)
     assert gpu.take()[0].arguments[3][0]["fixed_split_tiles"] == 4
+
+
+@pytest.mark.parametrize("kernel", [family.name for family in GATHERED_FAMILIES])
+def test_a_plan_names_its_kernel(gpu: FakeGpu, kernel: str) -> None:
+    arrays = decode_arrays(gpu)
+    plan = plan_sparse_decode(**arrays, kernel=kernel)
+    assert plan.config is not None
+    assert plan.shape is not None
+    assert plan.config.family.name == kernel
+    gpu.take()
+    mla_sparse_decode(**arrays, plan=plan)
+    assert gpu.take()[0].arguments[0][0]["blocks_per_job"] == plan.shape.blocks_per_job
+
+
+def test_every_width_has_a_kernel(gpu: FakeGpu) -> None:
+    for latent_dim in range(CUDA_WIDTH_MULTIPLE, CUDA_MAX_LATENT + 1, CUDA_WIDTH_MULTIPLE):
+        for rope_dim in range(0, CUDA_MAX_WIDTH - latent_dim + 1, CUDA_WIDTH_MULTIPLE):
+            width = latent_dim + rope_dim
+            for heads in (1, 16, 40, 128):
+                q, kv = gpu.array((3, heads, width)), gpu.array((50, 1, width))
+                mla_sparse_prefill(q, kv, gpu.array((3, 1, 64), "int32"), head_dim_v=latent_dim)
+                plan_sparse_decode(gpu.array((3, 1, heads, width)), gpu.array((5, 10, 1, width)),
+                                   gpu.array((3, 1, 64), "int32"), head_dim_v=latent_dim)  # fmt: skip
 
 
 def test_topk_0_needs_no_merge(gpu: FakeGpu) -> None:

@@ -154,7 +154,10 @@ def test_a_plan_is_for_the_shapes_that_it_was_made_with() -> None:
     assert "topk" in plan._repr_html_()
 
 
-@pytest.mark.parametrize(("option", "value"), [("fixed_split_tokens", 100), ("fixed_split_tokens", 64.0)])
+@pytest.mark.parametrize(
+    ("option", "value"),
+    [("fixed_split_tokens", 100), ("fixed_split_tokens", 64.0), ("kernel", "wide64"), ("kernel", 64)],
+)
 def test_options_of_plans(option: str, value: Any) -> None:
     given = plan_arguments(arguments(CASE.build()))
     with pytest.raises(InvalidArgumentError) as caught:

@@ -7,7 +7,7 @@ import math
 from dataclasses import dataclass, fields
 from typing import Any
 
-from .options import option, options_of, settle_options
+from .options import AUTO, option, options_of, settle_options
 
 # The functions that take an option.
 SPARSE_DECODE, PLAN_SPARSE, SPARSE_PREFILL = "mla_sparse_decode", "plan_sparse_decode", "mla_sparse_prefill"
@@ -21,7 +21,7 @@ class SparseOptions:
     ----------
     head_dim_v, softmax_scale, empty_lse, validate
         As in `cupy_mla.mla_sparse_decode`.
-    fixed_split_tokens
+    fixed_split_tokens, kernel
         As in `cupy_mla.plan_sparse_decode`; of a decode call with a plan in an array, or without a plan.
 
     Raises
@@ -35,13 +35,14 @@ class SparseOptions:
     empty_lse: float = option(-math.inf, SPARSE_DECODE, SPARSE_PREFILL)
     validate: bool | None = option(None, SPARSE_DECODE, SPARSE_PREFILL, PLAN_SPARSE)
     fixed_split_tokens: int | None = option(None, PLAN_SPARSE)
+    kernel: str = option(AUTO, PLAN_SPARSE)
 
     def __post_init__(self) -> None:
         settle_options(self, SPARSE_OPTIONS)
 
     def of_plan_alone(self) -> tuple[Any, ...]:
         """Those that a plan depends on beside the problem."""
-        return (self.fixed_split_tokens,)
+        return self.fixed_split_tokens, self.kernel
 
 
 @dataclass(slots=True, eq=False)

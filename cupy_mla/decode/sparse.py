@@ -120,6 +120,7 @@ def plan_sparse_decode(
     topk_length: Any = None,
     head_dim_v: int = 512,
     fixed_split_tokens: int | None = None,
+    kernel: str = "auto",
     stream: int | None = None,
     validate: bool | None = None,
 ) -> SparsePlan:
@@ -132,6 +133,9 @@ def plan_sparse_decode(
     fixed_split_tokens
         Cut the tokens of each query token after every so many (a multiple of 64), whatever the batch: the same query
         token then gives the same bits in any batch. None: cut where it balances the GPU best.
+    kernel
+        The decode kernel: "gathered_narrow16", "gathered_narrow32" or "gathered_wide64" (16, 32 or 64 query heads a
+        CTA), or "auto", the one that should take the least time. On the CPU the name is checked and changes nothing.
 
     Returns
     -------
@@ -146,7 +150,9 @@ def plan_sparse_decode(
         The arrays are on a GPU that is not Hopper, or the backend that the settings ask for cannot take them.
     """
     arrays = SparseDecodeArrays(q, kv_cache, indices, topk_length)
-    options = SparseOptions(head_dim_v=head_dim_v, validate=validate, fixed_split_tokens=fixed_split_tokens)
+    options = SparseOptions(
+        head_dim_v=head_dim_v, validate=validate, fixed_split_tokens=fixed_split_tokens, kernel=kernel
+    )
     problem, inputs, kind = describe_sparse_plan(arrays, options, stream)
     plan = SparsePlan(problem, inputs.location, q, kind, stream)
     if kind is not None:

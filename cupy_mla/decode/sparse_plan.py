@@ -13,7 +13,7 @@ from ..call.sparse_problem import SparseProblem
 from ..errors import InvalidArgumentError
 from ..gpu.device import describe_device
 from ..gpu.launch import is_capturing
-from ..kernels.choose import choose_gathered_config
+from ..kernels.choose import GATHERED_FAMILIES, check_kernel, choose_gathered_config
 from ..kernels.combine import gathered_combine_source
 from ..kernels.family import KernelConfig
 from ..schedule.make import ScheduleShape, check_fixed_split, choose_parts
@@ -52,30 +52,37 @@ def sparse_plan_kind(
     Raises
     ------
     InvalidArgumentError
-        The plan would be too large, or ``fixed_split_tokens`` is no multiple of a tile.
+        The plan would be too large, ``fixed_split_tokens`` is no multiple of a tile, or ``kernel`` is the name of no
+        kernel or of one that cannot serve the call.
     UnsupportedDeviceError
         There is no such GPU.
     """
+    check_kernel(options.kernel, GATHERED_FAMILIES)
     check_fixed_split(options.fixed_split_tokens)
     device, device_id = location
-    return sparse_blueprint(problem, device_id, options.fixed_split_tokens) if device == CUDA else None
+    if device != CUDA:
+        return None
+    return sparse_blueprint(problem, device_id, options.fixed_split_tokens, options.kernel)
 
 
 @remembered(_BLUEPRINTS_KEPT)
 def sparse_blueprint(
-    problem: SparseProblem, device_id: int, fixed_split_tokens: int | None = None
+    problem: SparseProblem, device_id: int, fixed_split_tokens: int | None, kernel: str
 ) -> SparseBlueprint:
     """The blueprint of a kind of call; the same object whenever it is asked for again.
 
     Raises
     ------
     InvalidArgumentError
-        The plan would be too large, or ``fixed_split_tokens`` is no multiple of a tile.
+        The plan would be too large, ``fixed_split_tokens`` is no multiple of a tile, or ``kernel`` is the name of no
+        kernel or of one that cannot serve the call.
     UnsupportedDeviceError
         There is no such GPU.
     """
     num_sms = describe_device(device_id).num_sms
-    config = choose_gathered_config(problem, num_sms, planned=True, fixed_split_tokens=fixed_split_tokens)
+    config = choose_gathered_config(
+        problem, num_sms, planned=True, fixed_split_tokens=fixed_split_tokens, kernel=kernel
+    )
     shape = sparse_schedule_shape(problem, config, num_sms, fixed_split_tokens)
     return Blueprint(problem, device_id, num_sms, config, shape, gathered_combine_source(config))
 

@@ -23,7 +23,7 @@ GATHERED_FAMILIES: tuple[DecodeFamily, ...] = (GATHERED_NARROW16, GATHERED_NARRO
 KERNELS = (AUTO, *(family.name for family in FAMILIES))
 
 
-def check_kernel(kernel: str) -> str:
+def check_kernel(kernel: str, families: tuple[DecodeFamily, ...] = FAMILIES) -> str:
     """A kernel's name, if there is one of that name; the same are refused on every backend.
 
     Raises
@@ -31,8 +31,9 @@ def check_kernel(kernel: str) -> str:
     InvalidArgumentError
         No kernel has this name.
     """
-    if kernel not in KERNELS:
-        raise InvalidArgumentError("kernel", f"one of {', '.join(KERNELS)}", repr(kernel))
+    names = AUTO, *(family.name for family in families)
+    if kernel not in names:
+        raise InvalidArgumentError("kernel", f"one of {', '.join(names)}", repr(kernel))
     return kernel
 
 
@@ -78,7 +79,12 @@ def choose_config(
 
 
 def choose_gathered_config(
-    problem: SparseProblem, num_sms: int, *, planned: bool, fixed_split_tokens: int | None = None
+    problem: SparseProblem,
+    num_sms: int,
+    *,
+    planned: bool,
+    fixed_split_tokens: int | None = None,
+    kernel: str = AUTO,
 ) -> KernelConfig:
     """The configuration that serves a sparse problem. Rows are the query heads that share a kv head.
 
@@ -92,13 +98,15 @@ def choose_gathered_config(
         Whether a plan cuts the work; else query tokens are dealt out to the CTAs.
     fixed_split_tokens
         The fixed split, if there is one: rows alone decide then.
+    kernel
+        ``AUTO``, or the name of a family of ``GATHERED_FAMILIES``.
 
     Raises
     ------
     InvalidArgumentError
-        No kernel can serve the problem.
+        ``kernel`` is none of them or cannot serve the problem, or none of them can.
     """
-    families = _supporting(GATHERED_FAMILIES, problem, AUTO)
+    families = _supporting(GATHERED_FAMILIES, problem, check_kernel(kernel, GATHERED_FAMILIES))
     queries = problem.queries
     load = Load(queries.group_heads, queries.total_q * queries.num_heads_kv, problem.keys.topk)
     if fixed_split_tokens is not None:
