@@ -3,6 +3,7 @@
 from .cache.allocator import OutOfPagesError, OutOfRequestsError
 from .cache.append import append_tokens
 from .cache.paged import PagedKVCache
+from .cache.slots import slots_of
 from .decode.dense import mla_decode, plan_decode
 from .decode.merge import merge_states
 from .decode.plan import DecodePlan
@@ -41,4 +42,5 @@ __all__ = [
     "mla_sparse_prefill",
     "plan_decode",
     "plan_sparse_decode",
+    "slots_of",
 ]

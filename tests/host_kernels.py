@@ -97,3 +97,8 @@ def run_combine_gathered(tag: str, params: np.ndarray, grid: int, block: int) ->
 def run_merge_states(tag: str, params: np.ndarray, grid: int, block: int = MERGE_STATES_THREADS) -> None:
     """mla_merge_states for a type."""
     library(tag).host_merge_states(_address(params), grid, block)
+
+
+def run_slots(params: np.ndarray, grid: int, block: int) -> None:
+    """mla_slots."""
+    library().host_slots(_address(params), grid, block)

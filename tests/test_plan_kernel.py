@@ -99,6 +99,7 @@ def test_arrays_may_hold_anything(values: list[int], fixed: bool) -> None:
         "WORK_ITEM",
         "MERGE_ITEM",
         "PLAN_PARAMS",
+        "SLOTS_PARAMS",
         "DECODE_PARAMS",
         "GATHER_PARAMS",
         "COMBINE_PARAMS",

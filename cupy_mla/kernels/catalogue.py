@@ -15,6 +15,7 @@ from .combine import MERGE_STATES_THREADS, combine_source, gathered_combine_sour
 from .family import KernelConfig
 from .halves import PROBE_SOURCE
 from .planner import PLAN_SOURCE, PLAN_THREADS
+from .slots import SLOTS_SOURCE, SLOTS_THREADS
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,6 +55,7 @@ def all_kernels() -> list[NamedKernel]:
     others = [
         NamedKernel("plan", PLAN_SOURCE, PLAN_THREADS),
         NamedKernel("append", APPEND_SOURCE),
+        NamedKernel("slots", SLOTS_SOURCE, SLOTS_THREADS),
         NamedKernel("probe_latency", PROBE_SOURCE),
     ]
     return [*decode, *combine, *merge, *others]

@@ -2,8 +2,8 @@
 
 DecodeParams is in kernels_cu/decode/params.h, GatherParams in decode/gathered/params.h, PlanParams in plan/params.h,
 the parameters of merges in combine/params.h, the records of a plan in core/plan_format.h, AppendParams in
-cache/append.cu; tests compare the two sides. Strides are in elements unless said, those of AppendParams' segments in
-bytes.
+cache/append.cu, SlotsParams in cache/slots.cu; tests compare the two sides. Strides are in elements unless said, those
+of AppendParams' segments in bytes.
 """
 
 from __future__ import annotations
@@ -207,6 +207,20 @@ APPEND_PARAMS = np.dtype(
         ("max_pages_per_seq", np.int32),
         ("tokens_per_request", np.int32),
         ("reserved", np.int32),
+    ]
+)
+SLOTS_PARAMS = np.dtype(
+    [
+        ("tokens", _POINTER),
+        ("block_table", _POINTER),
+        ("requests", _POINTER),
+        ("slots", _POINTER),
+        ("block_table_stride", np.int64),
+        ("row_tokens", np.int64),
+        ("blocks_per_row", np.int32),
+        ("page_size", np.int32),
+        ("num_requests", np.int32),
+        ("max_pages_per_seq", np.int32),
     ]
 )
 

@@ -3,6 +3,7 @@
 #define MLA_DTYPE Bf16
 #define MLA_PARTIAL MERGE_STATES_DTYPE
 #define MLA_REGISTERS 96
+#include "cache/slots.cu"
 #include "combine/combine.cu"
 #include "combine/gathered.cu"
 #undef MLA_DTYPE
@@ -40,6 +41,10 @@ void host_merge_states(const mla::MergeStatesParams* params, unsigned grid, unsi
     host_cuda::launch(grid, block, false, [=] { mla_merge_states(*params); });
 }
 
+void host_slots(const mla::SlotsParams* params, unsigned grid, unsigned block) {
+    host_cuda::launch(grid, block, false, [=] { mla_slots(*params); });
+}
+
 int host_claimed_part(bool second, int half_parts, int other_parts, int spare, int half_before, int other_before) {
     return mla::claimed_part(second, half_parts, other_parts, spare, half_before, other_before);
 }
@@ -61,6 +66,11 @@ int struct_layout(const char* name, int index) {
           offsetof(MergeItem, seqlen_q), offsetof(MergeItem, q_begin), offsetof(MergeItem, slot_begin),
           offsetof(MergeItem, slot_count),
           offsetof(MergeItem, reserved)}},
+        {"SLOTS_PARAMS",
+         {sizeof(SlotsParams), offsetof(SlotsParams, tokens), offsetof(SlotsParams, block_table),
+          offsetof(SlotsParams, requests), offsetof(SlotsParams, slots), offsetof(SlotsParams, block_table_stride),
+          offsetof(SlotsParams, row_tokens), offsetof(SlotsParams, blocks_per_row), offsetof(SlotsParams, page_size),
+          offsetof(SlotsParams, num_requests), offsetof(SlotsParams, max_pages_per_seq)}},
         {"PLAN_PARAMS",
          {sizeof(PlanParams), offsetof(PlanParams, batch), offsetof(PlanParams, num_parts),
           offsetof(PlanParams, blocks_per_job), offsetof(PlanParams, rows), offsetof(PlanParams, group_heads),
