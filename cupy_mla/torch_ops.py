@@ -20,112 +20,29 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from .arrays.frameworks import CPU, CUDA, current_stream
-from .arrays.sketch import pointer_of
-from .arrays.view import ArrayView
 from .cache.append import append_tokens
-from .call.arguments import COPY_ALIGNMENT
-from .call.describe import describe_decode
-from .call.options import (
-    ARRAYS,
-    DECODE,
-    OPTIONAL_ARRAYS,
-    OPTIONS,
-    OUTPUTS,
-    PLAN,
-    ROPE_OF,
-    DecodeArrays,
-    DecodeOptions,
-    Option,
+from .cache.slots import slots_of
+from .call.options import DECODE, DECODE_FORM, PLAN, ROPE_OF, CallForm, Option
+from .call.sparse_options import (
+    PLAN_SPARSE,
+    SPARSE_DECODE,
+    SPARSE_DECODE_FORM,
+    SPARSE_PREFILL,
+    SPARSE_PREFILL_FORM,
 )
-from .decode.dense import describe_plan, run_decode
+from .decode import torch_calls as calls
+from .decode.dense import run_decode
 from .decode.merge import merge_states
-from .decode.plan import plan_kind
-from .decode.plan_arrays import plan_array_bytes
-from .errors import InvalidArgumentError, MissingDependencyError
+from .decode.prefill import run_prefill
+from .decode.sparse import run_sparse_decode
+from .errors import MissingDependencyError
 
 NAMESPACE = "cupy_mla"
 
-# What may be given without its name, in this order; everything else has to be named.
-_POSITIONAL = (
-    *("q", "kv_cache", "block_table", "cache_seqlens", "head_dim_v", "softmax_scale"),
-    *("causal", "cu_seqlens_q", "max_seqlen_q"),
-)
 # torch.compile calls a function that has a parameter of this name itself, with the options beside it.
 _OPERATOR_NAMES = {"kernel": "decode_kernel"}
 _APPEND_ROPES = {"kv_cache": "kv_rope", "kv_new": "kv_new_rope"}
 _NONE = "None"
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# What runs
-
-
-def _run_plan(arrays: tuple[Any, ...], options: tuple[Any, ...]) -> Any:
-    given, checked = DecodeArrays(*arrays), DecodeOptions(*options)
-    problem, inputs, kind = describe_plan(given, checked)
-    size = plan_array_bytes(problem, checked, kind)
-    q = _first(given.q)
-    if kind is None:
-        return q.new_zeros((size,), dtype=_torch().uint8)
-    plan = q.new_empty((size,), dtype=_torch().uint8)
-    addresses = inputs.addresses()
-    stream = current_stream(q, inputs.location[1])
-    kind.launch_planner(addresses.cache_seqlens, addresses.cu_seqlens_q, pointer_of(plan), stream)
-    return plan
-
-
-def _run_decode_out(arrays: tuple[Any, ...], options: tuple[Any, ...]) -> None:
-    run_decode(arrays, options)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# What comes out, for a compiler: shapes and types only
-
-
-def _fake_decode(arrays: tuple[Any, ...], options: tuple[Any, ...]) -> tuple[Any, Any]:
-    q, head_dim_v = _first(arrays[0]), options[0]
-    if q.dim() not in (3, 4):
-        raise InvalidArgumentError("q", "[batch, seqlen_q, heads, width] or [total_q, heads, width]", f"{q.dim()} dims")
-    *batch, tokens, heads, _width = q.shape
-    out = q.new_empty((*batch, tokens, heads, head_dim_v))
-    return out, q.new_empty((*batch, heads, tokens), dtype=_torch().float32)
-
-
-def _fake_plan(arrays: tuple[Any, ...], options: tuple[Any, ...]) -> Any:
-    tensors = [part for array in arrays for part in (array if isinstance(array, tuple) else (array,))]
-    sizes = [size for tensor in tensors if tensor is not None for size in (*tensor.shape, *tensor.stride())]
-    if all(type(size) is int for size in sizes):
-        checked = DecodeOptions(*options)
-        problem, inputs = describe_decode(DecodeArrays(*map(_view_of_fake, arrays)), checked)
-        size = plan_array_bytes(problem, checked, plan_kind(problem, inputs.location, checked))
-    else:  # dynamic shapes: known when it runs
-        size = _torch().library.get_ctx().new_dynamic_size()
-    return _first(arrays[0]).new_empty((size,), dtype=_torch().uint8)
-
-
-def _fake_nothing(*arguments: Any, **options: Any) -> None:
-    return None
-
-
-def _fake_merge(outs: Any, lses: Any) -> tuple[Any, Any]:
-    return outs[0].new_empty(outs[0].shape), lses[0].new_empty(lses[0].shape)
-
-
-def _view_of_fake(array: Any) -> Any:
-    """A view of a tensor without memory, as aligned as any; of a pair, a pair."""
-    if array is None:
-        return None
-    if isinstance(array, tuple):
-        return tuple(map(_view_of_fake, array))
-    device = CUDA if array.is_cuda else CPU
-    dtype = str(array.dtype).removeprefix("torch.")
-    device_id = (array.device.index or 0) if device == CUDA else 0
-    return ArrayView(COPY_ALIGNMENT, tuple(array.shape), tuple(array.stride()), dtype, device, device_id, array)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Schemas, and functions of their arguments
 
 
 @dataclass(frozen=True, slots=True)
@@ -186,21 +103,32 @@ def _pair(name: str, ropes: dict[str, str]) -> str:
     return f"{name} if {ropes[name]} is None else ({name}, {ropes[name]})" if name in ropes else name
 
 
-def _decode_operator(
-    function: str, outputs: Sequence[str], results: str, run: Callable[..., Any], fake: Callable[..., Any]
+def _call_operator(
+    form: CallForm,
+    functions: Sequence[str],
+    results: str,
+    run: Callable[..., Any],
+    fake: Callable[..., Any],
+    *,
+    outputs: Sequence[str] = (),
+    has_plan: bool = True,
 ) -> _Operator:
-    """An operator on a decode call: its arrays as one tuple, its options as another."""
-    left_out = {*OUTPUTS, *(("plan",) if function == PLAN else ())}
+    """An operator on a call of a form: its arrays as one tuple, its options as another.
+
+    It takes the options of ``functions``; ``outputs`` are those that it is given and writes to.
+    """
+    left_out = {*form.outputs, *(() if has_plan else ("plan",))}
     arguments = [
-        *(_Argument.of_array(name, optional=name in OPTIONAL_ARRAYS) for name in ARRAYS if name not in left_out),
-        *(_Argument.of_option(option) for option in OPTIONS if function == DECODE or PLAN in option.functions),
-        *(_Argument.of_array(rope, optional=True) for rope in ROPE_OF.values()),
+        *(_Argument.of_array(name, optional=name in form.optional) for name in form.arrays if name not in left_out),
+        *(_Argument.of_option(option) for option in form.options if {*functions} & {*option.functions}),
+        *(_Argument.of_array(rope, optional=True) for rope in ROPE_OF.values() if form.has_pairs),
         *(_Argument.of_array(name, optional=False, alias=f"({name}!)") for name in outputs),
     ]
     by_name = {argument.name: argument for argument in arguments}
-    arrays = [_pair(name, ROPE_OF) if name in by_name else _NONE for name in ARRAYS]
+    ropes = ROPE_OF if form.has_pairs else {}
+    arrays = [_pair(name, ropes) if name in by_name else _NONE for name in form.arrays]
     options = []
-    for option in OPTIONS:
+    for option in form.options:
         name = _OPERATOR_NAMES.get(option.name, option.name)
         if name not in by_name:
             options.append(repr(option.default))
@@ -208,7 +136,7 @@ def _decode_operator(
             options.append(f"{option.default!r} if {name} is None else {name}")
         else:
             options.append(name)
-    positional = [by_name.pop(name) for name in _POSITIONAL if name in by_name]
+    positional = [by_name.pop(name) for name in form.positional if name in by_name]
     call = f"run(({', '.join(arrays)}), ({', '.join(options)}))"
     return _Operator(positional, list(by_name.values()), call, results, run, fake)
 
@@ -232,19 +160,61 @@ def _append_operator() -> _Operator:
         call.append(f"{name}={name}" if by_name else _pair(name, _APPEND_ROPES))
         if name in _APPEND_ROPES:
             named.append(_Argument.of_array(_APPEND_ROPES[name], optional=True, alias="(b!)" if is_cache else ""))
-    return _Operator(positional, named, f"run({', '.join(call)})", "()", append_tokens, _fake_nothing)
+    return _Operator(positional, named, f"run({', '.join(call)})", "()", append_tokens, calls.fake_nothing)
 
 
 def _merge_operator(kind: str) -> _Operator:
     """Of stacked tensors or of lists of them."""
     arguments = [_Argument(name, kind) for name in ("outs", "lses")]
-    return _Operator(arguments, (), "run(outs, lses)", "(Tensor out, Tensor lse)", merge_states, _fake_merge)
+    return _Operator(arguments, (), "run(outs, lses)", "(Tensor out, Tensor lse)", merge_states, calls.fake_merge)
 
 
+_OUT_LSE, _OUT_LOGITS_LSE = "(Tensor out, Tensor lse)", "(Tensor out, Tensor max_logits, Tensor lse)"
+_ALL_DECODE, _ALL_SPARSE = (DECODE, PLAN), (SPARSE_DECODE, PLAN_SPARSE)
 _OPERATORS = {
-    "plan_decode": _decode_operator(PLAN, (), "Tensor", _run_plan, _fake_plan),
-    "mla_decode": _decode_operator(DECODE, (), "(Tensor out, Tensor lse)", run_decode, _fake_decode),
-    "mla_decode_out": _decode_operator(DECODE, OUTPUTS, "()", _run_decode_out, _fake_nothing),
+    "plan_decode": _call_operator(DECODE_FORM, [PLAN], "Tensor", calls.run_plan, calls.fake_plan, has_plan=False),
+    "mla_decode": _call_operator(DECODE_FORM, _ALL_DECODE, _OUT_LSE, run_decode, calls.fake_decode),
+    "mla_decode_out": _call_operator(
+        DECODE_FORM,
+        _ALL_DECODE,
+        "()",
+        calls.without_results(run_decode),
+        calls.fake_nothing,
+        outputs=DECODE_FORM.outputs,
+    ),
+    "plan_sparse_decode": _call_operator(
+        SPARSE_DECODE_FORM, [PLAN_SPARSE], "Tensor", calls.run_sparse_plan, calls.fake_sparse_plan, has_plan=False
+    ),
+    "mla_sparse_decode": _call_operator(
+        SPARSE_DECODE_FORM, _ALL_SPARSE, _OUT_LSE, run_sparse_decode, calls.fake_decode
+    ),
+    "mla_sparse_decode_out": _call_operator(
+        SPARSE_DECODE_FORM,
+        _ALL_SPARSE,
+        "()",
+        calls.without_results(run_sparse_decode),
+        calls.fake_nothing,
+        outputs=SPARSE_DECODE_FORM.outputs,
+    ),
+    "mla_sparse_prefill": _call_operator(
+        SPARSE_PREFILL_FORM, [SPARSE_PREFILL], _OUT_LOGITS_LSE, run_prefill, calls.fake_prefill
+    ),
+    "mla_sparse_prefill_out": _call_operator(
+        SPARSE_PREFILL_FORM,
+        [SPARSE_PREFILL],
+        "()",
+        calls.without_results(run_prefill),
+        calls.fake_nothing,
+        outputs=SPARSE_PREFILL_FORM.outputs,
+    ),
+    "slots_of": _Operator(
+        [_Argument("token_indices", "Tensor"), _Argument("block_table", "Tensor"), _Argument("page_size", "int")],
+        [_Argument.of_array("requests", optional=True)],
+        "run(token_indices, block_table, page_size, requests=requests)",
+        "Tensor",
+        slots_of,
+        calls.fake_slots,
+    ),
     "append_tokens": _append_operator(),
     "merge_states": _merge_operator("Tensor"),
     "merge_states.list": _merge_operator("Tensor[]"),
@@ -273,10 +243,6 @@ def register() -> None:
             library.impl(name, function, key)
         torch.library.register_fake(f"{NAMESPACE}::{name}", operator.function(operator.fake), lib=library)
     _library = library  # torch forgets operators whose library is gone
-
-
-def _first(array: Any) -> Any:
-    return array[0] if isinstance(array, tuple) else array
 
 
 def _torch() -> Any:

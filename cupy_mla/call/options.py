@@ -151,6 +151,42 @@ ROPE_OF = {"q": "q_rope", "kv_cache": "kv_rope"}
 PARTS = ("q", "q_rope", "kv_cache", "kv_rope", *ARRAYS[2:])
 
 
+@dataclass(frozen=True, slots=True)
+class CallForm:
+    """What a kind of call is written with, as faces that are written from it need to know it.
+
+    Attributes
+    ----------
+    options, arrays
+        All options of its functions, and all arrays, in the order in which they are handed on.
+    optional
+        The arrays that need not be there.
+    outputs
+        Those that are written to.
+    positional
+        What may be given without its name, in this order.
+    has_pairs
+        Whether q and the cache may be pairs (latent, rope).
+    """
+
+    options: tuple[Option, ...]
+    arrays: tuple[str, ...]
+    optional: tuple[str, ...]
+    outputs: tuple[str, ...]
+    positional: tuple[str, ...]
+    has_pairs: bool = False
+
+
+DECODE_FORM = CallForm(
+    options=OPTIONS,
+    arrays=ARRAYS,
+    optional=OPTIONAL_ARRAYS,
+    outputs=OUTPUTS,
+    positional=(*ARRAYS[:4], "head_dim_v", "softmax_scale", "causal", "cu_seqlens_q", "max_seqlen_q"),
+    has_pairs=True,
+)
+
+
 def pair_up(parts: Sequence[Any]) -> tuple[Any, ...]:
     """Values of `PARTS` as those of `ARRAYS`: a rope part makes a pair of what it belongs to."""
     q, q_rope, kv_cache, kv_rope, *others = parts

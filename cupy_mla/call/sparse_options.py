@@ -7,7 +7,7 @@ import math
 from dataclasses import dataclass, fields
 from typing import Any
 
-from .options import AUTO, option, options_of, settle_options
+from .options import AUTO, CallForm, option, options_of, settle_options
 
 # The functions that take an option.
 SPARSE_DECODE, PLAN_SPARSE, SPARSE_PREFILL = "mla_sparse_decode", "plan_sparse_decode", "mla_sparse_prefill"
@@ -94,7 +94,13 @@ class SparsePrefillArrays:
 SPARSE_OPTIONS = options_of(SparseOptions)
 SPARSE_DECODE_ARRAYS = tuple(field.name for field in fields(SparseDecodeArrays))
 SPARSE_PREFILL_ARRAYS = tuple(field.name for field in fields(SparsePrefillArrays))
-SPARSE_OUTPUTS = ("out", "max_logits", "lse")
+_OPTIONAL = ("topk_length", "attn_sink", "plan", "out", "max_logits", "lse")
+_POSITIONAL = ("q", "kv_cache", "kv", "indices", "head_dim_v", "softmax_scale", "topk_length", "attn_sink")
+
+SPARSE_DECODE_FORM = CallForm(SPARSE_OPTIONS, SPARSE_DECODE_ARRAYS, _OPTIONAL, ("out", "lse"), _POSITIONAL)
+SPARSE_PREFILL_FORM = CallForm(
+    SPARSE_OPTIONS, SPARSE_PREFILL_ARRAYS, _OPTIONAL, ("out", "max_logits", "lse"), _POSITIONAL
+)
 
 
 def sparse_option_names(function: str) -> tuple[str, ...]:
