@@ -31,7 +31,7 @@ from cupy_mla.arrays import view as views
 from cupy_mla.call.describe import describe_decode
 from cupy_mla.call.options import DECODE, OPTIONS, read_call
 from cupy_mla.commands.command import Command
-from cupy_mla.decode import blueprint, plan
+from cupy_mla.decode import blueprint, plan, torch_calls
 from cupy_mla.decode import dense as decode
 from cupy_mla.decode import known as known_calls
 from cupy_mla.gpu import device, driver
@@ -106,7 +106,7 @@ class NoGpu:
         views._READER_OF_FRAMEWORK["torch"] = read_as_cuda
         torch._C._cuda_getCurrentRawStream = lambda device_id: 0
         info = DeviceInfo(0, "none", (9, 0), 132, 2**37, 2**25, 232448)
-        for module in (plan, decode):
+        for module in (plan, decode, torch_calls):
             module.current_stream = lambda array, device_id: 0  # type: ignore[attr-defined]
         plan.describe_device = lambda device_id: info  # type: ignore[attr-defined]
         blueprint.load = lambda source, device_id: SimpleNamespace(handle=1, device_id=0)  # type: ignore[attr-defined]
@@ -227,7 +227,7 @@ def first_time_parts(given: Inputs) -> dict[str, Callable[[], object]]:
     return {
         "views of six arrays": lambda: [views.view(array, name) for name, array in named.items()],
         "checked and described (includes five views)": lambda: describe_decode(*read_call(**inputs)),
-        "plan checked": lambda: made.check(problem, described),
+        "plan checked": lambda: made.check(problem, described.location),
     }
 
 
