@@ -6,6 +6,7 @@
 namespace mla {
 
 constexpr u32 kSwizzle128B = 1;
+constexpr u32 kSwizzle64B = 2;
 constexpr u32 kSwizzle32B = 3;
 
 // A *box* is 64 rows of 64 16-bit values with the 128-byte swizzle: what one TMA box of a KV tile looks like.

@@ -28,6 +28,9 @@ struct Bf16 {
 struct Fp16 {
     static constexpr i32 kBytes = 2;
 };
+struct E4m3 {
+    static constexpr i32 kBytes = 1;
+};
 struct Fp32 {
     static constexpr i32 kBytes = 4;
 };

@@ -8,8 +8,14 @@
 namespace mla {
 
 using Output = MLA_DTYPE;            // of q, of out and of 16-bit partial results: Bf16 or Fp16
-using Operand = Output;              // what wgmma multiplies
-using Stored = Output;               // what the cache holds
+#ifdef MLA_STORED
+using Stored = MLA_STORED;           // what the cache holds
+using Operand = Fp16;                // what wgmma multiplies: it holds every e4m3 value
+static_assert(kSameType<Stored, E4m3>, "16-bit caches hold what q does");
+#else
+using Stored = Output;
+using Operand = Output;
+#endif
 constexpr u32 kLatent = MLA_LATENT;  // also the width of V and of the output
 constexpr u32 kRope = MLA_ROPE;      // may be 0
 constexpr bool kCausal = MLA_CAUSAL;

@@ -106,6 +106,26 @@ MLA_DEVICE float load_shared_f32(u32 address) {
     return value;
 }
 
+MLA_DEVICE void store_shared_8b(u32 address, uint2 value) {
+    asm volatile("st.shared.v2.b32 [%0], {%1, %2};" ::"r"(address), "r"(value.x), "r"(value.y) : "memory");
+}
+
+// As many words as the array has, in one access.
+MLA_DEVICE void load_shared_words(u32 address, u32 (&words)[1]) {
+    asm volatile("ld.shared.u32 %0, [%1];" : "=r"(words[0]) : "r"(address) : "memory");
+}
+
+MLA_DEVICE void load_shared_words(u32 address, u32 (&words)[2]) {
+    asm volatile("ld.shared.v2.u32 {%0, %1}, [%2];" : "=r"(words[0]), "=r"(words[1]) : "r"(address) : "memory");
+}
+
+MLA_DEVICE void load_shared_words(u32 address, u32 (&words)[4]) {
+    asm volatile("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(words[0]), "=r"(words[1]), "=r"(words[2]), "=r"(words[3])
+                 : "r"(address)
+                 : "memory");
+}
+
 // 2^x, log2(x) and 1 / x of the special-function unit (relative error about 2^-22; subnormals flushed).
 MLA_DEVICE float fast_exp2(float x) {
     float y;

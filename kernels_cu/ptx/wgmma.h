@@ -113,6 +113,22 @@ MLA_DEVICE void wgmma_ss(float (&d)[128], u64 a, u64 b, u32 accumulate) {
 
 // A in registers: the fragment of m64k16 (rows lane / 4 and lane / 4 + 8, columns 2 * (lane % 4) and + 8).
 template <class T, int TransposeB>
+MLA_DEVICE void wgmma_rs(float (&d)[8], u32 a0, u32 a1, u32 a2, u32 a3, u64 b, u32 accumulate) {
+    if constexpr (kSameType<T, Bf16>)
+        MLA_WGMMA_RS(16, "bf16.bf16", "%8", "%9", "%10", "%11", "%12", "%13", "%14");
+    else
+        MLA_WGMMA_RS(16, "f16.f16", "%8", "%9", "%10", "%11", "%12", "%13", "%14");
+}
+
+template <class T, int TransposeB>
+MLA_DEVICE void wgmma_rs(float (&d)[16], u32 a0, u32 a1, u32 a2, u32 a3, u64 b, u32 accumulate) {
+    if constexpr (kSameType<T, Bf16>)
+        MLA_WGMMA_RS(32, "bf16.bf16", "%16", "%17", "%18", "%19", "%20", "%21", "%22");
+    else
+        MLA_WGMMA_RS(32, "f16.f16", "%16", "%17", "%18", "%19", "%20", "%21", "%22");
+}
+
+template <class T, int TransposeB>
 MLA_DEVICE void wgmma_rs(float (&d)[32], u32 a0, u32 a1, u32 a2, u32 a3, u64 b, u32 accumulate) {
     if constexpr (kSameType<T, Bf16>)
         MLA_WGMMA_RS(64, "bf16.bf16", "%32", "%33", "%34", "%35", "%36", "%37", "%38");

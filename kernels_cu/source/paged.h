@@ -6,8 +6,6 @@
 
 namespace mla {
 
-static_assert(kSameType<Stored, Operand>, "TMA brings tiles as they are stored");
-
 constexpr MLA_DEVICE u32 greatest_common_divisor(u32 a, u32 b) { return b == 0 ? a : greatest_common_divisor(b, a % b); }
 // Tokens of a tile that surely lie in one page: what one TMA box takes.
 constexpr u32 kChunkTokens = greatest_common_divisor(kPageSize, kTileTokens);

@@ -11,6 +11,7 @@
 #include "combine/merge_states.cu"
 #include "core/claimed_part.h"
 #include "decode/gathered/params.h"
+#include "decode/fp8/params.h"
 #include "decode/params.h"
 #include "plan/plan.cu"
 
@@ -92,6 +93,21 @@ int struct_layout(const char* name, int index) {
           offsetof(DecodeParams, scale_log2), offsetof(DecodeParams, empty_lse),
           offsetof(DecodeParams, plan_is_settled), offsetof(DecodeParams, second_half_share),
           offsetof(DecodeParams, second_half)}},
+        {"FP8_PARAMS",
+         {sizeof(Fp8Params), offsetof(Fp8Params, q_latent), offsetof(Fp8Params, q_latent_stride_batch),
+          offsetof(Fp8Params, q_rope), offsetof(Fp8Params, q_rope_stride_batch),
+          offsetof(Fp8Params, block_table), offsetof(Fp8Params, block_table_stride),
+          offsetof(Fp8Params, out), offsetof(Fp8Params, out_stride_batch), offsetof(Fp8Params, lse),
+          offsetof(Fp8Params, lse_stride_batch), offsetof(Fp8Params, partial_out),
+          offsetof(Fp8Params, partial_lse), offsetof(Fp8Params, plan), offsetof(Fp8Params, num_parts),
+          offsetof(Fp8Params, blocks_per_job), offsetof(Fp8Params, group_heads),
+          offsetof(Fp8Params, latent_page_step), offsetof(Fp8Params, latent_head_step),
+          offsetof(Fp8Params, rope_page_step), offsetof(Fp8Params, rope_head_step),
+          offsetof(Fp8Params, scale_log2), offsetof(Fp8Params, empty_lse),
+          offsetof(Fp8Params, plan_is_settled), offsetof(Fp8Params, second_half_share),
+          offsetof(Fp8Params, second_half), offsetof(Fp8Params, latent_scale_at),
+          offsetof(Fp8Params, rope_scale_at), offsetof(Fp8Params, latent_scale_value),
+          offsetof(Fp8Params, rope_scale_value)}},
         {"COMBINE_PARAMS",
          {sizeof(CombineParams), offsetof(CombineParams, partial_out), offsetof(CombineParams, partial_lse),
           offsetof(CombineParams, plan), offsetof(CombineParams, out), offsetof(CombineParams, out_stride_batch),

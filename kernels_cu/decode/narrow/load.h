@@ -8,6 +8,8 @@
 
 namespace mla {
 
+static_assert(kSameType<Stored, Operand>, "TMA brings tiles as they are multiplied");
+
 class BoxLoader {
 public:
     MLA_DEVICE BoxLoader(const TensorMap* latent, const TensorMap* rope, const DecodeParams& params, u32 smem, u32 lane)

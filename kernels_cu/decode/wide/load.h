@@ -9,6 +9,8 @@
 
 namespace mla {
 
+static_assert(kSameType<Stored, Operand>, "TMA brings tiles as they are multiplied");
+
 // Where the loader stands, in shared memory: the values warpgroup it runs in has no registers to spare.
 struct alignas(16) LoaderState {
     i32 tile, tile_end;  // next tile of the current item

@@ -1,0 +1,268 @@
+// The scores warpgroup of the fp8 kernel: S^T = K Q^T for one tile after the other, online softmax, P in fp16 to shared
+// memory. Operands are swapped, as in the narrow kernel.
+#pragma once
+#include "decode/fp8/query.h"
+#include "decode/masks.h"
+#include "ptx/wgmma_fp8.h"
+
+namespace mla {
+
+class ScoresRole {
+public:
+    MLA_DEVICE ScoresRole(const Fp8Params& params, u32 smem)
+        : params_(params), smem_(smem), warp_(threadIdx.x / kWarpThreads), lane_(threadIdx.x % kWarpThreads) {}
+
+    // The item is read again where a mask or its end needs it: over its tiles it would cost registers.
+    MLA_DEVICE void run_item(i32 item) {
+        RowStatistics rows;
+        Tiles tiles;
+        bool split;
+        {
+            const BlockWork work = load_block_work(params_, item);
+            if (!work.exists()) return;
+            if (!work.has_tiles()) {  // only a whole job is without tiles
+                if (threadIdx.x < kRows) store_lse(params_, work, threadIdx.x, empty_lse(params_, work));
+                return;
+            }
+            const i32 first_key = work.tile_begin * kTileTokens;
+            tiles = {work.tile_end - work.tile_begin, block_visible_end(params_, work) - first_key, work.seqlen_k - first_key};
+            split = Fp8Query::load(params_, work, smem_, threadIdx.x);
+        }
+        fence_async_proxy();
+        barrier();  // Q and its factors are complete before any warp reads them
+        float scale[kThreadRows];  // of the rows' scores, to log2 units
+#pragma unroll
+        for (u32 i = 0; i < kThreadRows; ++i)
+            scale[i] = load_shared_f32(smem_ + Fp8Smem::row_scales + row_of_lane(lane_, i) * sizeof(f32));
+        if (kSplitQuery && split)
+            run_tiles<true>(item, tiles, scale, rows);
+        else
+            run_tiles<false>(item, tiles, scale, rows);
+        finish(load_block_work(params_, item), rows);
+    }
+
+private:
+    static MLA_DEVICE void barrier() { named_barrier_sync(kScoresBarrier, kWarpgroupThreads); }
+
+    // Of an item: tiles that are left, and keys, counted from the current tile, that all rows may see and that there are.
+    struct Tiles {
+        i32 left, visible_end, sequence_end;
+
+        MLA_DEVICE void next() {
+            --left;
+            visible_end -= kTileTokens;
+            sequence_end -= kTileTokens;
+        }
+    };
+
+    template <bool Split>
+    MLA_DEVICE void run_tiles(i32 item, Tiles tiles, const float (&scale)[kThreadRows], RowStatistics& rows) {
+        for (bool is_first = true; tiles.left > 0; tiles.next(), is_first = false) {
+            mbarrier_wait(barrier_of(smem_, Fp8Smem::tile_full, stage_.index), stage_.parity);
+            float scores[kFragment];
+            if constexpr (Split)
+                multiply_split(scores);
+            else
+                multiply_exact(scores);
+#pragma unroll
+            for (u32 i = 0; i < kThreadRows; ++i) {
+                scores[row_element(i)] *= scale[i];
+                scores[row_element(i) + 2] *= scale[i];
+            }
+            if (tiles.visible_end < kTileTokens) mask(item, tiles, scores);
+            __syncwarp();
+            if (lane_ == 0) mbarrier_arrive(barrier_of(smem_, Fp8Smem::tile_empty, stage_.index));
+            softmax(is_first, scores, rows);
+            stage_.advance();
+            buffer_.advance();
+        }
+    }
+
+    // On fp8 tensor cores, rows kRows.. of Q being the low parts. Two sets of accumulators take turns: while one is
+    // multiplied into, the other goes into float32 sums.
+    MLA_DEVICE void multiply_split(float (&scores)[kFragment]) const {
+        constexpr u32 kLatentSteps = kByteBoxes * kBoxSteps, kSteps = kLatentSteps + kRope / 32;
+        constexpr u32 kGroups = (kSteps + kPromotionSteps - 1) / kPromotionSteps;
+        const u32 stage = stage_address(smem_, stage_.index), query = smem_ + Fp8Smem::query;
+        const u64 k = descriptor_at(kLatentKMajor, stage), k_rope = descriptor_at(kRopeKMajor, stage + kStageRope);
+        const u64 q = descriptor_at(kBoxKMajor, query), q_rope = descriptor_at(kRopeKMajor, query + kByteBoxes * kSplitBoxBytes);
+        float part[2][2 * kFragment];
+#pragma unroll
+        for (u32 i = 0; i < kFragment; ++i) scores[i] = 0.0f;
+#pragma unroll
+        for (u32 group = 0; group < kGroups; ++group) {
+            float(&current)[2 * kFragment] = part[group % 2];
+            wgmma_pin(current);
+            wgmma_fence();
+#pragma unroll
+            for (u32 i = 0; i < kPromotionSteps; ++i) {
+                const u32 step = group * kPromotionSteps + i;
+                if (step >= kSteps) break;
+                const u32 box = step / kBoxSteps, in_box = step % kBoxSteps * kStepBytes;
+                if (step < kLatentSteps)
+                    wgmma_e4m3_ss(current, k + descriptor_offset(box * kSwizzleAtomBytes + in_box),
+                                  q + descriptor_offset(box * kSplitBoxBytes + in_box), i > 0);
+                else
+                    wgmma_e4m3_ss(current, k_rope + descriptor_offset(in_box), q_rope + descriptor_offset(in_box), i > 0);
+            }
+            wgmma_commit();
+            if (group > 0) {
+                wgmma_wait<1>();
+                promote(part[(group - 1) % 2], scores);
+            }
+        }
+        wgmma_wait<0>();
+        promote(part[(kGroups - 1) % 2], scores);
+    }
+
+    static MLA_DEVICE void promote(float (&part)[2 * kFragment], float (&scores)[kFragment]) {
+        wgmma_pin(part);
+#pragma unroll
+        for (u32 i = 0; i < kFragment; ++i) scores[i] += fmaf(part[kFragment + i], 1.0f / kLowPart, part[i]);
+    }
+
+    // On fp16 tensor cores, K made in registers. Four k16 steps at a time: 16 bytes of two tokens a thread.
+    MLA_DEVICE void multiply_exact(float (&scores)[kFragment]) const {
+        const u64 q = descriptor_at(kBoxKMajor, smem_ + Fp8Smem::query);
+        u32 raw[2][2][4];
+        u32 a[2][kBoxSteps][4];
+        wgmma_pin(scores);
+        load_keys(0, raw[0]);
+#pragma unroll
+        for (u32 box = 0; box < kTileBoxes; ++box) {
+            if (box + 1 < kTileBoxes) load_keys(box + 1, raw[(box + 1) % 2]);
+            if (box >= 2) wgmma_wait<1>();
+            const u32(&words)[2][4] = raw[box % 2];
+            u32(&fragment)[kBoxSteps][4] = a[box % 2];
+#pragma unroll
+            for (u32 step = 0; step < kBoxSteps; ++step) {
+                fragment[step][0] = e4m3_pair_low(words[0][step]);
+                fragment[step][1] = e4m3_pair_low(words[1][step]);
+                fragment[step][2] = e4m3_pair_high(words[0][step]);
+                fragment[step][3] = e4m3_pair_high(words[1][step]);
+            }
+            wgmma_fence();
+#pragma unroll
+            for (u32 step = 0; step < kBoxSteps; ++step)
+                wgmma_rs<Operand, 0>(scores, fragment[step][0], fragment[step][1], fragment[step][2], fragment[step][3],
+                                     q + descriptor_offset(box * kRowBoxBytes + step * kStepBytes), box + step > 0);
+            wgmma_commit();
+        }
+        wgmma_wait<0>();
+        wgmma_pin(scores);
+    }
+
+    // 16 stored bytes of tokens lane / 4 and lane / 4 + 8 of this warp; query.h says which columns they are.
+    MLA_DEVICE void load_keys(u32 box, u32 (&raw)[2][4]) const {
+        const u32 stage = stage_address(smem_, stage_.index);
+#pragma unroll
+        for (u32 half = 0; half < 2; ++half) {
+            const u32 token = warp_ * kWarpTokens + half * 8 + lane_ / 4;
+            const u32 offset = box < kLatentBoxes ? latent_chunk_offset(token, box / 2, lane_ % 4 * 2 + box % 2)
+                                                  : kStageRope + rope_chunk_offset(token, lane_ % 4);
+            load_shared_words(stage + offset, raw[half]);
+        }
+    }
+
+    // Hidden scores are overwritten, not added to: K past a sequence's end may be NaN. V past it may be too, or left over from
+    // another tile, and 0 * NaN is NaN: each warp clears the tokens that its own share of QK has read; the values warps read
+    // them after P, which follows.
+    MLA_DEVICE void mask(i32 item, const Tiles& tiles, float (&scores)[kFragment]) const {
+        const BlockWork work = load_block_work(params_, item);
+        const i32 key = work.seqlen_k - tiles.sequence_end + static_cast<i32>(warp_ * kWarpTokens + lane_ / 4);
+#pragma unroll
+        for (u32 i = 0; i < kThreadRows; ++i) {
+            const i32 end = row_visible_end(params_, work, row_of_lane(lane_, i));
+            float& upper = scores[row_element(i)];
+            float& lower = scores[row_element(i) + 2];
+            upper = key < end ? upper : minus_infinity();
+            lower = key + 8 < end ? lower : minus_infinity();
+        }
+        for (u32 row = lane_ / kChunksPerBoxRow; row < kWarpTokens; row += kWarpThreads / kChunksPerBoxRow) {
+            const u32 token = warp_ * kWarpTokens + row;
+            if (static_cast<i32>(token) < tiles.sequence_end) continue;
+#pragma unroll
+            for (u32 box = 0; box < kByteBoxes; ++box)
+                store_shared_16b(stage_address(smem_, stage_.index) + latent_chunk_offset(token, box, lane_ % kChunksPerBoxRow),
+                                 uint4{0, 0, 0, 0});
+        }
+    }
+
+    // Scores to P in shared memory, statistics, and the factors by which O is to be rescaled. P is first made with the old
+    // maxima, which nearly always stand; a vote tells whether any row outgrew its own.
+    MLA_DEVICE void softmax(bool is_first, const float (&scores)[kFragment], RowStatistics& rows) {
+        float probabilities[kFragment];
+        float maxima[kThreadRows];
+        mbarrier_wait(barrier_of(smem_, Fp8Smem::probabilities_empty, buffer_.index), buffer_.parity ^ 1);
+        column_maxima(scores, maxima);
+        bool move_maxima = is_first;
+        if (!is_first) {
+            bool outgrown = false;
+#pragma unroll
+            for (u32 i = 0; i < kThreadRows; ++i)
+                outgrown |= maxima[i] > rows.maximum[i] + kRescaleThreshold;  // from -inf any visible key moves it
+            store_probabilities(scores, rows, probabilities);
+            move_maxima = named_barrier_or(kScoresBarrier, kWarpgroupThreads, outgrown);
+        }
+        if (move_maxima) {
+            float factor[kThreadRows];
+            across_warps(maxima, [](float a, float b) { return fmaxf(a, b); });
+            rows.raise(maxima, factor);
+            store_probabilities(scores, rows, probabilities);
+            const u32 factors = smem_ + Fp8Smem::factors + buffer_.index * kRows * sizeof(f32);
+#pragma unroll
+            for (u32 i = 0; i < kThreadRows; ++i) {
+                rows.sum[i] *= factor[i];
+                if (warp_ == 0 && lane_ < 4) store_shared_f32(factors + row_of_lane(lane_, i) * sizeof(f32), factor[i]);
+            }
+        }
+        if (threadIdx.x == 0) {  // of an item's first tile there is nothing to rescale
+            store_shared_u32(smem_ + Fp8Smem::moved + buffer_.index * sizeof(u32), move_maxima && !is_first);
+        }
+        mbarrier_arrive(barrier_of(smem_, Fp8Smem::probabilities_full, buffer_.index));
+#pragma unroll
+        for (u32 i = 0; i < kThreadRows; ++i)
+            rows.sum[i] += probabilities[row_element(i)] + probabilities[row_element(i) + 2];
+    }
+
+    MLA_DEVICE void store_probabilities(const float (&scores)[kFragment], const RowStatistics& rows,
+                                        float (&probabilities)[kFragment]) const {
+        exponentiate(scores, rows, probabilities);
+        store_fragment_transposed<Operand>(smem_ + Fp8Smem::probabilities + buffer_.index * kRowBoxBytes, warp_, lane_,
+                                           probabilities);
+        fence_async_proxy();
+    }
+
+    template <class Reduce>
+    MLA_DEVICE void across_warps(float (&values)[kThreadRows], Reduce reduce) const {
+        reduce_across_warps(smem_ + Fp8Smem::exchange, warp_, lane_, kScoresBarrier, values, reduce);
+    }
+
+    // Hands the values warpgroups what O is to be multiplied by, and writes the lse. All warps know all rows: each serves
+    // some of them.
+    MLA_DEVICE void finish(const BlockWork& work, RowStatistics& rows) {
+        barrier();  // all have read the maxima
+        across_warps(rows.sum, [](float a, float b) { return a + b; });
+        mbarrier_wait(smem_ + Fp8Smem::sums_empty, items_parity_ ^ 1);
+        items_parity_ ^= 1;
+#pragma unroll
+        for (u32 i = 0; i < kThreadRows; ++i) {
+            if (i % kScoresWarps != warp_ || lane_ >= 4) continue;
+            const u32 row = row_of_lane(lane_, i);
+            const float sum = rows.sum[i];
+            store_shared_f32(smem_ + Fp8Smem::inverse_sums + row * sizeof(f32),
+                             sum == 0.0f ? 0.0f : params_.latent_scale() / sum);
+            store_lse(params_, work, row, lse_of(params_, work, rows.maximum[i], sum));
+        }
+        __syncwarp();
+        if (lane_ == 0) mbarrier_arrive(smem_ + Fp8Smem::sums_full);
+    }
+
+    const Fp8Params& params_;
+    u32 smem_, warp_, lane_;
+    u32 items_parity_ = 0;
+    RingPosition<kStages> stage_;
+    RingPosition<kProbabilityBuffers> buffer_;
+};
+
+}  // namespace mla

@@ -1,0 +1,185 @@
+// A values warpgroup: O^T += V^T P^T for half of the latent columns. V^T is made in registers: bytes of two tokens are
+// interleaved, which transposes them into pairs along the tokens, and converted to fp16.
+//
+// A warp has 64 columns (32 of a latent part of 256), of which lanes with lane / 4 = g have a run of eight (four). M block
+// 2 j + i holds columns 4 j + 2 i (accumulator rows g) and 4 j + 2 i + 1 (rows g + 8) of each run: a thread ends up with
+// neighbouring columns of each of its query rows.
+#pragma once
+#include "decode/fp8/params.h"
+#include "decode/fp8/smem.h"
+#include "decode/rows.h"
+#include "ptx/convert.h"
+#include "ptx/convert_fp8.h"
+#include "ptx/mbarrier.h"
+
+namespace mla {
+
+constexpr u32 kValueColumns = kLatent / kValueWarpgroups;
+constexpr u32 kWarpColumns = kValueColumns / kWarpgroupWarps;
+constexpr u32 kMBlocks = kValueColumns / 64;
+constexpr u32 kLaneColumns = kWarpColumns / 8;  // neighbouring columns of a thread
+constexpr u32 kLaneWords = kLaneColumns / 4;    // of four e4m3 values
+static_assert(kMBlocks == 2 * kLaneWords, "a word of four columns makes two M blocks");
+
+class ValuesRole {
+public:
+    MLA_DEVICE ValuesRole(const Fp8Params& params, u32 smem) : params_(params), smem_(smem) {}
+
+    // The item is read again for its stores: over its tiles it would cost registers.
+    MLA_DEVICE void run_item(i32 item) {
+        i32 tiles;
+        {
+            const BlockWork work = load_block_work(params_, item);
+            if (!work.exists()) return;
+            tiles = work.tile_end - work.tile_begin;
+            if (tiles <= 0) {
+                const float zeros[kLaneColumns] = {};
+#pragma unroll 1
+                for (u32 i = 0; i < kThreadRows; ++i) store_row(work, row_of_lane(lane(), i), zeros);
+                return;
+            }
+        }
+        float output[kMBlocks][kFragment];
+#pragma unroll
+        for (u32 block = 0; block < kMBlocks; ++block)
+#pragma unroll
+            for (u32 i = 0; i < kFragment; ++i) output[block][i] = 0.0f;
+        for (; tiles > 0; --tiles) {
+            mbarrier_wait(barrier_of(smem_, Fp8Smem::tile_full, stage_.index), stage_.parity);
+            mbarrier_wait(barrier_of(smem_, Fp8Smem::probabilities_full, buffer_.index), buffer_.parity);
+            rescale(output);
+            multiply(output);
+            __syncwarp();
+            if (lane() == 0) {
+                mbarrier_arrive(barrier_of(smem_, Fp8Smem::tile_empty, stage_.index));
+                mbarrier_arrive(barrier_of(smem_, Fp8Smem::probabilities_empty, buffer_.index));
+            }
+            stage_.advance();
+            buffer_.advance();
+        }
+        store(item, output);
+    }
+
+private:
+    static MLA_DEVICE u32 lane() { return threadIdx.x % kWarpThreads; }
+    // The first of this thread's columns.
+    static MLA_DEVICE u32 column() {
+        return (threadIdx.x / kWarpgroupThreads - 1) * kValueColumns +
+               threadIdx.x % kWarpgroupThreads / kWarpThreads * kWarpColumns + lane() / 4 * kLaneColumns;
+    }
+
+    MLA_DEVICE void rescale(float (&output)[kMBlocks][kFragment]) const {
+        u32 moved[1];
+        load_shared_words(smem_ + Fp8Smem::moved + buffer_.index * sizeof(u32), moved);
+        if (moved[0] == 0) return;
+        const u32 factors = smem_ + Fp8Smem::factors + buffer_.index * kRows * sizeof(f32);
+#pragma unroll
+        for (u32 i = 0; i < kThreadRows; ++i) {
+            const float factor = load_shared_f32(factors + row_of_lane(lane(), i) * sizeof(f32));
+#pragma unroll
+            for (u32 block = 0; block < kMBlocks; ++block) {
+                output[block][row_element(i)] *= factor;
+                output[block][row_element(i) + 2] *= factor;
+            }
+        }
+    }
+
+    // Units of one k16 step and one word of columns: eight registers of A, two M blocks. While one unit is multiplied, the
+    // next is made in the other registers.
+    MLA_DEVICE void multiply(float (&output)[kMBlocks][kFragment]) const {
+        constexpr u32 kSteps = kTileTokens / kStepTokens;
+        const u32 tokens[2] = {token_address(0), token_address(1)};
+        const u64 p = descriptor_at(kBoxKMajor, smem_ + Fp8Smem::probabilities + buffer_.index * kRowBoxBytes);
+        u32 raw[4][kLaneWords];
+        u32 a[2][8];
+#pragma unroll
+        for (u32 block = 0; block < kMBlocks; ++block) wgmma_pin(output[block]);
+#pragma unroll
+        for (u32 step = 0; step < kSteps; ++step) {
+#pragma unroll
+            for (u32 i = 0; i < 4; ++i)  // of tokens 2 t, 2 t + 1, 2 t + 8 and 2 t + 9 of the step
+                load_shared_words(tokens[i % 2] + (step * 2 + i / 2) * kLatentGroupBytes, raw[i]);
+#pragma unroll
+            for (u32 word = 0; word < kLaneWords; ++word) {
+                u32(&unit)[8] = a[(step * kLaneWords + word) % 2];
+                if (step * kLaneWords + word >= 2) wgmma_wait<1>();
+                transpose(raw, word, unit);
+                wgmma_fence();
+#pragma unroll
+                for (u32 i = 0; i < 2; ++i)
+                    wgmma_rs<Operand, 0>(output[word * 2 + i], unit[i * 4], unit[i * 4 + 1], unit[i * 4 + 2], unit[i * 4 + 3],
+                                         p + descriptor_offset(step * kStepBytes), 1);
+                wgmma_commit();
+            }
+        }
+        wgmma_wait<0>();
+#pragma unroll
+        for (u32 block = 0; block < kMBlocks; ++block) wgmma_pin(output[block]);
+    }
+
+    // Where this thread's columns of token 2 t + e lie, t = lane % 4; those of tokens 8 further are kLatentGroupBytes further.
+    MLA_DEVICE u32 token_address(u32 e) const {
+        return stage_address(smem_, stage_.index) + column() % 16 +
+               latent_chunk_offset(lane() % 4 * 2 + e, column() / kByteBoxColumns, column() % kByteBoxColumns / 16);
+    }
+
+    // Four columns of the four tokens to the A registers of two M blocks.
+    static MLA_DEVICE void transpose(const u32 (&raw)[4][kLaneWords], u32 word, u32 (&unit)[8]) {
+        constexpr u32 kFrontBytes = 0x5140, kBackBytes = 0x7362;  // bytes 0, 1 (2, 3) of two words in turn
+#pragma unroll
+        for (u32 pair = 0; pair < 2; ++pair) {
+            const u32 first = raw[pair * 2][word], second = raw[pair * 2 + 1][word];
+            const u32 front = __byte_perm(first, second, kFrontBytes), back = __byte_perm(first, second, kBackBytes);
+            unit[pair * 2] = e4m3_pair_low(front);
+            unit[pair * 2 + 1] = e4m3_pair_high(front);
+            unit[4 + pair * 2] = e4m3_pair_low(back);
+            unit[4 + pair * 2 + 1] = e4m3_pair_high(back);
+        }
+    }
+
+    // Normalises and stores one row after the other.
+    MLA_DEVICE void store(i32 item, const float (&output)[kMBlocks][kFragment]) {
+        mbarrier_wait(smem_ + Fp8Smem::sums_full, sums_parity_);
+        sums_parity_ ^= 1;
+        const BlockWork work = load_block_work(params_, item);
+#pragma unroll
+        for (u32 i = 0; i < kThreadRows; ++i) {
+            const u32 row = row_of_lane(lane(), i);
+            const float inverse = load_shared_f32(smem_ + Fp8Smem::inverse_sums + row * sizeof(f32));
+            float columns[kLaneColumns];
+#pragma unroll
+            for (u32 c = 0; c < kLaneColumns; ++c) columns[c] = output[c / 2][row_element(i) + c % 2 * 2] * inverse;
+            store_row(work, row, columns);
+        }
+        __syncwarp();
+        if (lane() == 0) mbarrier_arrive(smem_ + Fp8Smem::sums_empty);
+    }
+
+    // This thread's columns of a row, if the row exists.
+    MLA_DEVICE void store_row(const BlockWork& work, u32 row, const float (&columns)[kLaneColumns]) const {
+        if (!row_exists(work, row)) return;
+        if (kPartialIsFloat && work.is_partial()) {
+            f32* const destination = partial_row<f32>(params_, work, row) + column();
+#pragma unroll
+            for (u32 c = 0; c < kLaneColumns; c += 4)
+                *reinterpret_cast<float4*>(destination + c) = float4{columns[c], columns[c + 1], columns[c + 2], columns[c + 3]};
+            return;
+        }
+        u32 words[kLaneColumns / 2];
+#pragma unroll
+        for (u32 i = 0; i < kLaneColumns / 2; ++i) words[i] = pack2<Output>(columns[2 * i], columns[2 * i + 1]);
+        u16* const destination = output_row(params_, work, row) + column();
+        if constexpr (kLaneColumns == 8)
+            *reinterpret_cast<uint4*>(destination) = uint4{words[0], words[1], words[2], words[3]};
+        else
+            *reinterpret_cast<uint2*>(destination) = uint2{words[0], words[1]};
+    }
+
+    const Fp8Params& params_;
+    u32 smem_;
+    u32 sums_parity_ = 0;
+    RingPosition<kStages> stage_;
+    RingPosition<kProbabilityBuffers> buffer_;
+};
+
+}  // namespace mla

@@ -1,0 +1,27 @@
+// Between e4m3 and wider types. PTX ISA, "cvt".
+#pragma once
+#include "core/types.h"
+
+namespace mla {
+
+// The two e4m3 values in the low (high) half of a word as two fp16 values, which hold every e4m3 value exactly; NaN stays.
+MLA_DEVICE u32 e4m3_pair_low(u32 word) {
+    u32 pair;
+    asm("{\n.reg .b16 low, high;\nmov.b32 {low, high}, %1;\ncvt.rn.f16x2.e4m3x2 %0, low;\n}\n" : "=r"(pair) : "r"(word));
+    return pair;
+}
+
+MLA_DEVICE u32 e4m3_pair_high(u32 word) {
+    u32 pair;
+    asm("{\n.reg .b16 low, high;\nmov.b32 {low, high}, %1;\ncvt.rn.f16x2.e4m3x2 %0, high;\n}\n" : "=r"(pair) : "r"(word));
+    return pair;
+}
+
+// Two float32 rounded to e4m3, the first in the low byte. What is too large becomes 448; NaN stays.
+MLA_DEVICE u32 pack_e4m3(f32 first, f32 second) {
+    u16 pair;
+    asm("cvt.rn.satfinite.e4m3x2.f32 %0, %1, %2;" : "=h"(pair) : "f"(second), "f"(first));
+    return pair;
+}
+
+}  // namespace mla
