@@ -21,10 +21,10 @@ from .arrays.frameworks import CPU, CUDA
 from .arrays.view import ArrayView, contiguous_strides
 from .cache import jax_append
 from .cache.new_tokens import describe_append
-from .call.arguments import COPY_ALIGNMENT
+from .call.arguments import is_number
 from .call.describe import describe_decode
 from .call.options import DECODE, OPTIONS, PARTS, PLAN, DecodeArrays, DecodeOptions
-from .call.problem import LSE_DTYPE, PLAN_DTYPE, DecodeInputs, DecodeProblem
+from .call.problem import LSE_DTYPE, PLAN_ALIGNMENT, PLAN_DTYPE, DecodeInputs, DecodeProblem
 from .decode.jax_calls import (
     CALLS,
     DECODE_TARGET,
@@ -49,6 +49,7 @@ def mla_decode(
     cache_seqlens: Any,
     *,
     cu_seqlens_q: Any = None,
+    kv_scale: Any = None,
     plan: Any = None,
     platform: str | None = None,
     **options: Any,
@@ -57,7 +58,7 @@ def mla_decode(
 
     Parameters
     ----------
-    q, kv_cache, block_table, cache_seqlens, cu_seqlens_q
+    q, kv_cache, block_table, cache_seqlens, cu_seqlens_q, kv_scale
         As in `cupy_mla.mla_decode`.
     plan
         From `plan_decode`, made with the same options; None: the call plans by itself.
@@ -82,7 +83,7 @@ def mla_decode(
     MissingDependencyError
         The platform is CUDA and jax-tvm-ffi is not installed.
     """
-    given = DecodeArrays(q, kv_cache, block_table, cache_seqlens, cu_seqlens_q, plan)
+    given = DecodeArrays(q, kv_cache, block_table, cache_seqlens, cu_seqlens_q, _scale(kv_scale), plan)
     call, arrays, problem, inputs = _trace(given, _options(mla_decode, options), platform)
     kind = plan_kind(problem, inputs.location, call.options)
     if inputs.plan is not None:
@@ -108,6 +109,7 @@ def plan_decode(
     cache_seqlens: Any,
     *,
     cu_seqlens_q: Any = None,
+    kv_scale: Any = None,
     platform: str | None = None,
     **options: Any,
 ) -> Any:
@@ -115,7 +117,7 @@ def plan_decode(
 
     Arguments and errors are those of `cupy_mla.plan_decode` and of `mla_decode`. On the CPU it holds nothing.
     """
-    given = DecodeArrays(q, kv_cache, block_table, cache_seqlens, cu_seqlens_q)
+    given = DecodeArrays(q, kv_cache, block_table, cache_seqlens, cu_seqlens_q, _scale(kv_scale))
     call, arrays, problem, inputs = _trace(given, _options(plan_decode, options), platform)
     jax = _jax()
     size = plan_array_bytes(problem, call.options, plan_kind(problem, inputs.location, call.options))
@@ -288,6 +290,11 @@ def _parts(argument: Any, name: str) -> tuple[Any, Any]:
     return argument[0], argument[1]
 
 
+def _scale(kv_scale: Any) -> Any:
+    """A number as an array: a compiled program takes it like the others."""
+    return _jax().numpy.float32(kv_scale) if is_number(kv_scale) else kv_scale
+
+
 def _location(arrays: list[Any], platform: str | None) -> tuple[str, int]:
     """Where the program will run."""
     jax = _jax()
@@ -308,7 +315,7 @@ def _view_of_shape(array: Any, name: str, location: tuple[str, int]) -> ArrayVie
     if not hasattr(array, "shape") or not hasattr(array, "dtype"):
         raise InvalidArgumentError(name, "a JAX array", type(array).__name__)
     shape = tuple(array.shape)
-    return ArrayView(COPY_ALIGNMENT, shape, contiguous_strides(shape), str(array.dtype), *location, None)
+    return ArrayView(PLAN_ALIGNMENT, shape, contiguous_strides(shape), str(array.dtype), *location, None)
 
 
 def _jax() -> Any:

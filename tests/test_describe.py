@@ -366,7 +366,6 @@ def test_starts_must_be_contiguous():
 @pytest.mark.parametrize(
     ("dtype", "width", "layouts"),
     [
-        ("float8_e4m3fn", 576, "fp8_e4m3"),
         ("float8_e4m3fn", 656, "fp8_ds_mla"),
         ("uint8", 528, "fp8_ds_mla_no_rope or fp8_v41"),
         ("uint8", 288, "fp4_v41"),

@@ -17,12 +17,13 @@ from cupy_mla.errors import InvalidArgumentError
 from cupy_mla.gpu import hopper
 from cupy_mla.gpu.jit.source import kernels_root
 from cupy_mla.kernels.catalogue import standard_configs
-from cupy_mla.kernels.choose import FAMILIES, KERNELS, choose_config
+from cupy_mla.kernels.choose import FAMILIES, choose_config
 from cupy_mla.kernels.family import DecodeFamily, KernelConfig
+from cupy_mla.kernels.fp8 import FP8_SPLIT16, Fp8Family
 from cupy_mla.kernels.gathered_narrow import GATHERED_NARROW16, GATHERED_NARROW32
 from cupy_mla.kernels.narrow import NARROW16, NARROW32
 from cupy_mla.kernels.wide import WIDE64
-from cupy_mla.layouts import BF16, DENSE_LAYOUTS, FP16, LAYOUTS, CacheLayout
+from cupy_mla.layouts import BF16, DENSE_LAYOUTS, FP8_E4M3, FP16, LAYOUTS, CacheLayout
 
 NUM_SMS = 132
 
@@ -42,6 +43,10 @@ def problem(batch: int, tokens_k: int, heads: int, **changes: Any) -> DecodeProb
     }
     queries = Queries(**values | changes)
     return DecodeProblem(queries, PagedKeys(64, tokens_k // 64), DENSE_LAYOUTS.get(queries.dtype, BF16))
+
+
+def fp8(call: DecodeProblem, compute: str = "auto") -> DecodeProblem:
+    return replace(call, layout=FP8_E4M3, compute=compute)
 
 
 def name(config: KernelConfig) -> str:
@@ -167,11 +172,15 @@ def test_with_a_fixed_split_the_other_requests_of_a_ragged_batch_do_not_decide(h
 @pytest.mark.parametrize("family", FAMILIES, ids=lambda family: family.name)
 def test_the_kernel_that_is_asked_for_is_chosen(family: DecodeFamily, heads: int, split: int | None) -> None:
     call = problem(4, 8192, heads)
+    if isinstance(family, Fp8Family):
+        call = fp8(call)
     config = choose_config(call, NUM_SMS, None, split, kernel=family.name)
     assert config == family.configure(call, heads)
-    assert config.float_partials == (family is NARROW16 and heads == 4)
+    assert config.float_partials == (family.rows == 16 and heads == 4)
     assert choose_config(call, NUM_SMS, None, split) in [
-        choose_config(call, NUM_SMS, None, split, kernel=name) for name in KERNELS[1:]
+        choose_config(call, NUM_SMS, None, split, kernel=other.name)
+        for other in FAMILIES
+        if other.why_unsupported(call) is None
     ]
 
 
@@ -202,14 +211,39 @@ def test_a_call_that_no_kernel_serves_is_refused_with_every_reason(changes: dict
 
 
 @pytest.mark.parametrize("layout", [LAYOUTS[name] for name in list(LAYOUTS)[2:]], ids=lambda layout: layout.name)
-def test_every_kernel_reads_the_dense_layouts_only(layout: CacheLayout) -> None:
+def test_the_kernels_of_dense_caches_read_no_other_layout(layout: CacheLayout) -> None:
     dense = problem(4, 640, 128)
-    for family in FAMILIES:
+    for family in (NARROW16, NARROW32, WIDE64):
         assert family.why_unsupported(dense) is None
         reason = family.why_unsupported(replace(dense, layout=layout))
         assert reason == f"takes a cache in the layout bf16 or fp16, not {layout.name}"
         mixed = family.why_unsupported(replace(dense, layout=FP16))
         assert mixed == "takes queries of float16 for the layout fp16, not bfloat16"
+
+
+@pytest.mark.parametrize("split", [None, 256])
+@pytest.mark.parametrize("compute", ["auto", "split", "exact"])
+@pytest.mark.parametrize(("heads", "rows"), [(1, 16), (16, 16), (32, 32), (64, 32), (128, 32)])
+def test_fp8_caches_go_to_the_kernel_that_computes_as_asked(
+    heads: int, rows: int, compute: str, split: int | None
+) -> None:
+    config = choose_config(fp8(problem(132, 8192, heads), compute), NUM_SMS, None, split)
+    assert name(config) == f"fp8_{'split' if compute == 'auto' else compute}{rows}"
+
+
+@pytest.mark.parametrize(
+    ("changes", "keys", "reason"),
+    [
+        ({"latent_dim": 128}, PagedKeys(64, 10), "latent widths of (256, 512), not 128"),
+        ({"rope_dim": 128}, PagedKeys(64, 10), "rope widths of (0, 64), not 128"),
+        ({}, PagedKeys(1, 640), "page sizes that are multiples of 8, not 1"),
+    ],
+)
+def test_the_fp8_kernel_says_what_it_is_not_made_for(changes: dict[str, Any], keys: PagedKeys, reason: str) -> None:
+    call = replace(fp8(problem(4, 640, 16, **changes)), keys=keys)
+    with pytest.raises(InvalidArgumentError, match=re.escape(reason)):
+        choose_config(call, NUM_SMS)
+    assert FP8_SPLIT16.why_unsupported(fp8(problem(4, 640, 16))) is None
 
 
 @pytest.mark.parametrize("family", [NARROW16, NARROW32], ids=lambda family: family.name)

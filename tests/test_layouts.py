@@ -90,16 +90,17 @@ def test_the_16_bit_layouts_take_the_queries_and_kernels_of_their_type() -> None
     assert DENSE_LAYOUTS == {"bfloat16": BF16, "float16": FP16}
     assert (BF16.query_dtypes, FP16.query_dtypes) == (("bfloat16",), ("float16",))
     assert (BF16.defines, FP16.defines) == ((("MLA_DTYPE", "Bf16"),), (("MLA_DTYPE", "Fp16"),))
-    assert [name for name, layout in LAYOUTS.items() if layout.kernel_type is not None] == ["bf16", "fp16"]
+    assert [name for name, layout in LAYOUTS.items() if layout.kernel_type is not None] == ["bf16", "fp16", "fp8_e4m3"]
     assert [name for name, layout in LAYOUTS.items() if not layout.one_head] == ["bf16", "fp16"]
     assert [name for name, layout in LAYOUTS.items() if layout.needs_scale] == ["fp8_e4m3"]
-    for name in ("bf16", "fp16"):
+    for name in ("bf16", "fp16", "fp8_e4m3"):
         assert require_readable(LAYOUTS[name], "kv_cache") is LAYOUTS[name]
 
 
-@pytest.mark.parametrize("name", ["fp8_e4m3", *IN_BYTES])
+@pytest.mark.parametrize("name", IN_BYTES)
 def test_a_layout_without_a_kernel_is_refused(name: str) -> None:
-    message = f"kv_cache: expected a cache in the layout bf16 or fp16, got {name}, which no kernel reads yet"
+    expected = "a cache in the layout bf16 or fp16 or fp8_e4m3"
+    message = f"kv_cache: expected {expected}, got {name}, which no kernel reads yet"
     with pytest.raises(InvalidArgumentError, match=re.escape(message)):
         require_readable(LAYOUTS[name], "kv_cache")
     assert LAYOUTS[name].defines == ()

@@ -101,6 +101,7 @@ def test_arrays_may_hold_anything(values: list[int], fixed: bool) -> None:
         "PLAN_PARAMS",
         "SLOTS_PARAMS",
         "DECODE_PARAMS",
+        "FP8_PARAMS",
         "GATHER_PARAMS",
         "COMBINE_PARAMS",
         "GATHER_COMBINE_PARAMS",

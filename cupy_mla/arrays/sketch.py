@@ -25,7 +25,10 @@ _EXPRESSIONS: dict[tuple[str, str], tuple[str, str]] = {
     ("torch.nn.parameter", "Parameter"): _TORCH,
     ("cupy", "ndarray"): ("{a}.data.ptr", "{a}.shape, {a}.strides, {a}.dtype, {a}.data.device_id"),
     ("builtins", "NoneType"): ("0", "None"),
+    # A number in the place of an array has no address, and is part of what a call is.
+    ("builtins", "float"): ("0", "{a}"),
 }
+_NO_ARRAYS = (NoneType, float)
 # The type of an array, or of the arrays of a pair.
 _Type = Any
 
@@ -62,7 +65,7 @@ class Sketcher:
                     return
                 pointers.append(expressions[0].format(a=name))
                 forms.append(expressions[1].format(a=name))
-                self.not_there += part_type is NoneType
+                self.not_there += part_type in _NO_ARRAYS
         arguments = ", ".join(f"a{index}" for index in range(len(types)))
         self.of_arrays = eval(f"lambda {arguments}: (({', '.join(pointers)},), ({', '.join(forms)},))")
 
@@ -78,7 +81,7 @@ def sketch(
     Parameters
     ----------
     arrays
-        Arrays, or None for one that is not there.
+        Arrays, or None for one that is not there, or a float.
     others
         Values whose types are to be told apart too (Python holds 1, 1.0 and True for equal).
     pairs

@@ -19,7 +19,7 @@ from ..arrays.frameworks import CPU, CUDA, current_stream
 from ..call.arguments import as_integer, check_output
 from ..errors import InvalidArgumentError
 from ..gpu.device import require_backend, require_cuda
-from ..layouts import BF16, DENSE_LAYOUTS, CacheLayout, find_layout, require_readable
+from ..layouts import BF16, DENSE_LAYOUTS, CacheLayout, find_layout
 from .allocator import PageAllocator
 from .append import append_tokens
 
@@ -60,7 +60,7 @@ class PagedKVCache:
     Raises
     ------
     InvalidArgumentError
-        A size that is no positive integer, an unknown type, layout or device, a layout that no kernel reads yet, or a
+        A size that is no positive integer, an unknown type, layout or device, a layout that no kernel appends to, or a
         layout beside a type.
     UnsupportedDeviceError
         ``device`` is not what the setting CUPY_MLA_BACKEND asks for, or there is no Hopper GPU.
@@ -340,7 +340,11 @@ def _settled_layout(dtype: str | None, layout: CacheLayout | str | None) -> Cach
     if layout is not None:
         if dtype is not None:
             raise InvalidArgumentError("layout", f"None beside dtype={dtype!r}", repr(layout))
-        return require_readable(find_layout(layout), "layout")
+        found = find_layout(layout)
+        if found not in DENSE_LAYOUTS.values():
+            names = " or ".join(dense.name for dense in DENSE_LAYOUTS.values())
+            raise InvalidArgumentError("layout", names, f"{found.name}, which no kernel appends to yet")
+        return found
     if dtype is None:
         return BF16
     if dtype not in DENSE_LAYOUTS:

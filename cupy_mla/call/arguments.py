@@ -27,6 +27,11 @@ NUMPY_WAY_OUT = "on a GPU (the NumPy backend takes any: pass CPU arrays)"
 _MIN_SCALE, _MAX_SCALE = 1e-37, 1e37
 
 
+def is_number(value: Any) -> bool:
+    """Whether a value is a real number of Python's or NumPy's, and no array."""
+    return isinstance(value, numbers.Real) and not isinstance(value, bool)
+
+
 def check_softmax_scale(softmax_scale: float) -> None:
     """Refuse a scale that is not above 0 (the kernels take row maxima before they scale) and well within float32.
 

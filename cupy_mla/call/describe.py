@@ -14,7 +14,7 @@ from typing import Any
 from ..arrays.frameworks import CUDA
 from ..arrays.view import ArrayView, view
 from ..errors import InvalidArgumentError
-from ..layouts import DENSE_LAYOUTS, name_cache_type
+from ..layouts import DENSE_LAYOUTS, FP8_E4M3, CacheLayout, name_cache_type
 from .arguments import (
     COPY_ALIGNMENT,
     NUMPY_WAY_OUT,
@@ -22,12 +22,13 @@ from .arguments import (
     check_output,
     check_plan_view,
     check_rows,
+    is_number,
     misaligned,
     place_name,
     settled_strides,
 )
 from .memo import shared_memo
-from .options import DecodeArrays, DecodeOptions
+from .options import AUTO, EXACT, DecodeArrays, DecodeOptions
 from .problem import (
     INDEX_DTYPE,
     LSE_DTYPE,
@@ -44,6 +45,8 @@ CUDA_PAGE_MULTIPLE = 16
 _KV_RANK = 4
 _Q_RANK = 4
 _RAGGED_Q_RANK = 3
+_SCALE_DTYPE = "float32"
+_SMALLEST_SCALE, _LARGEST_SCALE = 1e-37, 1e37  # of a cache, well within float32
 # Engines use a few dozen combinations; ragged batches may bring a new one every step.
 _MAX_REMEMBERED = 4096
 
@@ -113,13 +116,15 @@ def describe_decode(
         view(arrays.block_table, "block_table", stream),
         view(arrays.cache_seqlens, "cache_seqlens", stream),
         _view_of(arrays, "cu_seqlens_q", stream),
+        None if is_number(arrays.kv_scale) else _view_of(arrays, "kv_scale", stream),
         options,
     )
     q, kv = call.q, call.kv
     key = (
         *map(_layout_key, (*q, *kv, call.table, call.lengths)),
         None if call.starts is None else _layout_key(call.starts),
-        (len(q), len(kv), options.head_dim_v, options.causal, options.max_seqlen_q),
+        None if call.kv_scale is None else _layout_key(call.kv_scale),
+        (len(q), len(kv), options.head_dim_v, options.causal, options.max_seqlen_q, options.compute),
     )
     checked: _Checked = _checked.get(key) or _checked.keep(key, _check(call))
     if q[0].device == CUDA:
@@ -133,9 +138,11 @@ def describe_decode(
         call.table,
         call.lengths,
         call.starts,
+        call.kv_scale,
         _view_of(arrays, "plan", stream),
         _view_of(arrays, "out", stream),
         _view_of(arrays, "lse", stream),
+        _scale_value(arrays.kv_scale, call, checked.problem.layout),
     )
     if inputs.plan is not None:
         check_plan_view(inputs.plan, inputs.location)
@@ -159,6 +166,7 @@ class _Call:
     table: ArrayView
     lengths: ArrayView
     starts: ArrayView | None
+    kv_scale: ArrayView | None
     options: DecodeOptions
 
     def arrays(self) -> list[tuple[str, ArrayView]]:
@@ -166,6 +174,8 @@ class _Call:
         named += [("block_table", self.table), ("cache_seqlens", self.lengths)]
         if self.starts is not None:
             named.append(("cu_seqlens_q", self.starts))
+        if self.kv_scale is not None:
+            named.append(("kv_scale", self.kv_scale))
         return named
 
 
@@ -208,7 +218,7 @@ def _check(call: _Call) -> _Checked:
     _check_rank(call.lengths, "cache_seqlens", 1, "[batch]")
     if call.starts is not None:
         _check_rank(call.starts, "cu_seqlens_q", 1, "[batch + 1]")
-    _check_types(call)
+    layout = _check_types(call)
     _check_devices(call)
 
     first_q = call.q[0]
@@ -256,7 +266,8 @@ def _check(call: _Call) -> _Checked:
     if first_q.device == CUDA:
         check_cuda_widths(queries)
         _check_page_size(page_size)
-    return _Checked(DecodeProblem(queries, keys, DENSE_LAYOUTS[first_q.dtype]), q_latent, q_rope, kv_latent, kv_rope)
+    problem = DecodeProblem(queries, keys, layout, call.options.compute)
+    return _Checked(problem, q_latent, q_rope, kv_latent, kv_rope)
 
 
 def _check_rank(array: ArrayView, name: str, rank: int, axes: str) -> None:
@@ -268,17 +279,47 @@ def _check_rank(array: ArrayView, name: str, rank: int, axes: str) -> None:
         raise InvalidArgumentError(name, f"{axes} with no extent of 0", str(list(array.shape)))
 
 
-def _check_types(call: _Call) -> None:
-    dtype = call.q[0].dtype
+def _check_types(call: _Call) -> CacheLayout:
+    """The layout that the types of the arrays mean."""
+    first_q = _named("q", call.q)[0][0]
+    dtype, stored = call.q[0].dtype, call.kv[0].dtype
     if dtype not in DENSE_LAYOUTS:
-        raise InvalidArgumentError(_named("q", call.q)[0][0], " or ".join(DENSE_LAYOUTS), dtype)
-    for name, array in _named("q", call.q) + _named("kv_cache", call.kv):
+        raise InvalidArgumentError(first_q, " or ".join(DENSE_LAYOUTS), dtype)
+    layout = FP8_E4M3 if FP8_E4M3.fits(stored, call.kv[0].shape[-1]) else DENSE_LAYOUTS[dtype]
+    if dtype not in layout.query_dtypes:
+        raise InvalidArgumentError(first_q, f"{' or '.join(layout.query_dtypes)} for a cache of {stored}", dtype)
+    for name, array in _named("q", call.q):
         if array.dtype != dtype:
-            got = name_cache_type(array.dtype, array.shape[-1]) if name.startswith("kv_cache") else array.dtype
-            raise InvalidArgumentError(name, f"{dtype}, the type of q", got)
+            raise InvalidArgumentError(name, f"{dtype}, the type of q", array.dtype)
+    for name, array in _named("kv_cache", call.kv):
+        if array.dtype != layout.dtype:
+            expected = f"{stored}, as the latent part" if layout is FP8_E4M3 else f"{dtype}, the type of q"
+            raise InvalidArgumentError(name, expected, name_cache_type(array.dtype, array.shape[-1]))
+    if not layout.needs_scale and call.options.compute not in (AUTO, EXACT):
+        raise InvalidArgumentError("compute", f"{AUTO} or {EXACT} for a cache of {stored}", call.options.compute)
+    if call.kv_scale is not None and (call.kv_scale.dtype != _SCALE_DTYPE or call.kv_scale.shape not in ((), (1,))):
+        got = f"{call.kv_scale.dtype} {list(call.kv_scale.shape)}"
+        raise InvalidArgumentError("kv_scale", f"a number, or one {_SCALE_DTYPE} in an array", got)
     for name, array in call.arrays():
-        if not name.startswith(("q", "kv_cache")) and array.dtype != INDEX_DTYPE:
+        if not name.startswith(("q", "kv_cache", "kv_scale")) and array.dtype != INDEX_DTYPE:
             raise InvalidArgumentError(name, INDEX_DTYPE, array.dtype)
+    return layout
+
+
+def _scale_value(kv_scale: Any, call: _Call, layout: CacheLayout) -> float:
+    """The scale where it is a number; refuses one that is missing, has no place, or is no scale."""
+    if layout.needs_scale:
+        if kv_scale is None:
+            expected = f"a number, or one {_SCALE_DTYPE}, for the layout {layout.name}"
+            raise InvalidArgumentError("kv_scale", expected, "None")
+    elif kv_scale is not None:
+        raise InvalidArgumentError("kv_scale", f"None: the layout {layout.name} has no scale", type(kv_scale).__name__)
+    if kv_scale is None or call.kv_scale is not None:
+        return 1.0
+    value = float(kv_scale)
+    if not _SMALLEST_SCALE <= value <= _LARGEST_SCALE:
+        raise InvalidArgumentError("kv_scale", f"{_SMALLEST_SCALE:.0e} to {_LARGEST_SCALE:.0e}", str(value))
+    return value
 
 
 def _check_devices(call: _Call) -> None:
@@ -346,6 +387,6 @@ def _check_page_size(page_size: int) -> None:
 
 def _check_addresses(call: _Call) -> None:
     for name, array in call.arrays():
-        alignment = array.itemsize if array.dtype == INDEX_DTYPE else COPY_ALIGNMENT
+        alignment = array.itemsize if array.dtype in (INDEX_DTYPE, _SCALE_DTYPE) else COPY_ALIGNMENT
         if array.pointer % alignment:
             raise misaligned(name, array.pointer, alignment)

@@ -17,7 +17,9 @@ from ..errors import InvalidArgumentError
 from .arguments import as_boolean, as_integer, as_number, as_text, check_softmax_scale
 
 DECODE, PLAN = "mla_decode", "plan_decode"  # the functions that take an option
-AUTO = "auto"  # of ``kernel``: the one that should take the least time
+AUTO = "auto"  # of ``kernel`` and ``compute``: what should take the least time
+EXACT, SPLIT = "exact", "split"
+COMPUTES = (AUTO, EXACT, SPLIT)
 
 
 def option(default: Any, *functions: str) -> Any:
@@ -34,7 +36,7 @@ class DecodeOptions:
 
     Attributes
     ----------
-    head_dim_v, softmax_scale, causal, max_seqlen_q, empty_lse, validate
+    head_dim_v, softmax_scale, causal, max_seqlen_q, empty_lse, validate, compute
         As in `cupy_mla.mla_decode`.
     max_seqlen_k, fixed_split_tokens, kernel
         As in `cupy_mla.plan_decode`; of a decode call with a plan in an array, or without a plan.
@@ -51,6 +53,7 @@ class DecodeOptions:
     max_seqlen_q: int | None = option(None, DECODE, PLAN)
     empty_lse: float = option(-math.inf, DECODE)
     validate: bool | None = option(None, DECODE, PLAN)
+    compute: str = option(AUTO, DECODE, PLAN)
     max_seqlen_k: int | None = option(None, PLAN)
     fixed_split_tokens: int | None = option(None, PLAN)
     kernel: str = option(AUTO, PLAN)
@@ -59,6 +62,8 @@ class DecodeOptions:
         settle_options(self, OPTIONS)
         if self.max_seqlen_q is not None and self.max_seqlen_q < 1:
             raise InvalidArgumentError("max_seqlen_q", "1 or more", str(self.max_seqlen_q))
+        if self.compute not in COMPUTES:
+            raise InvalidArgumentError("compute", "one of " + ", ".join(COMPUTES), repr(self.compute))
         if self.max_seqlen_k is not None and self.max_seqlen_k < 0:
             raise InvalidArgumentError("max_seqlen_k", "a non-negative integer", str(self.max_seqlen_k))
 
@@ -77,6 +82,8 @@ class DecodeArrays:
         As in `cupy_mla.mla_decode`: an array, or a pair (latent, rope).
     block_table, cache_seqlens, cu_seqlens_q
         As in `cupy_mla.mla_decode`.
+    kv_scale
+        As in `cupy_mla.mla_decode`: an array, or a number.
     plan
         A plan in an array (see `cupy_mla.decode.plan_arrays`): uint8.
     out, lse
@@ -88,6 +95,7 @@ class DecodeArrays:
     block_table: Any
     cache_seqlens: Any
     cu_seqlens_q: Any = None
+    kv_scale: Any = None
     plan: Any = None
     out: Any = None
     lse: Any = None
@@ -144,7 +152,7 @@ def settle_options(given: Any, options: Sequence[Option]) -> None:
 _CONVERSIONS = {"int": as_integer, "float": as_number, "bool": as_boolean, "str": as_text}
 OPTIONS = options_of(DecodeOptions)
 ARRAYS = tuple(field.name for field in fields(DecodeArrays))
-OPTIONAL_ARRAYS = ("cu_seqlens_q", "plan", "out", "lse")
+OPTIONAL_ARRAYS = ("cu_seqlens_q", "kv_scale", "plan", "out", "lse")
 OUTPUTS = ("out", "lse")
 # Interfaces that know no pairs have the rope part as an array of its own, under these names.
 ROPE_OF = {"q": "q_rope", "kv_cache": "kv_rope"}

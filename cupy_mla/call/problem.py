@@ -125,16 +125,19 @@ class DecodeProblem:
         What it attends to.
     layout
         How the cache stores a token.
+    compute
+        How products with an FP8 cache are computed, as in `cupy_mla.mla_decode`.
     """
 
     queries: Queries
     keys: PagedKeys
     layout: CacheLayout
+    compute: str = "auto"
 
     def facts(self) -> dict[str, Any]:
         """Every field of the parts by its name, and the layout by its own."""
         parts = {**dataclasses.asdict(self.queries), **dataclasses.asdict(self.keys)}
-        return {**parts, "layout": self.layout.name}
+        return {**parts, "layout": self.layout.name, "compute": self.compute}
 
     def _repr_html_(self) -> str:
         """A table for notebooks."""
@@ -153,6 +156,7 @@ class Addresses(NamedTuple):
     block_table: int
     cache_seqlens: int
     cu_seqlens_q: int
+    kv_scale: int
     plan: int
     out: int
     lse: int
@@ -175,10 +179,14 @@ class DecodeInputs:
         [batch] int32.
     cu_seqlens_q
         [batch + 1] int32, or None.
+    kv_scale
+        One float32 number for the whole cache, or None: then ``kv_scale_value`` counts.
     plan
         A plan in an array, uint8, or None.
     out, lse
         Of `Queries.out_shape` and `Queries.lse_shape`, to be written to; None: the callee makes them.
+    kv_scale_value
+        What stored values are multiplied by where no array says it.
     """
 
     q_latent: ArrayView
@@ -188,9 +196,11 @@ class DecodeInputs:
     block_table: ArrayView
     cache_seqlens: ArrayView
     cu_seqlens_q: ArrayView | None
+    kv_scale: ArrayView | None = None
     plan: ArrayView | None = None
     out: ArrayView | None = None
     lse: ArrayView | None = None
+    kv_scale_value: float = 1.0
 
     @property
     def location(self) -> tuple[str, int]:

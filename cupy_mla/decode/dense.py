@@ -39,6 +39,8 @@ def mla_decode(
     causal: bool = False,
     cu_seqlens_q: Any = None,
     max_seqlen_q: int | None = None,
+    kv_scale: Any = None,
+    compute: str = "auto",
     plan: DecodePlan | None = None,
     out: Any = None,
     lse: Any = None,
@@ -58,7 +60,8 @@ def mla_decode(
         or a pair (latent, rope). Any strides with a contiguous last dimension.
     kv_cache
         [num_pages, page_size, num_heads_kv, d_qk] of q's type, or a pair (latent, rope). The first ``head_dim_v``
-        columns are the latent part, which is key and value; the rest is the rope part of the key.
+        columns are the latent part, which is key and value; the rest is the rope part of the key. With bfloat16 queries
+        also float8_e4m3fn, the layout ``fp8_e4m3``: values are stored values times ``kv_scale``.
     block_table
         [batch, max_pages_per_seq] int32: pages of each request. Entries past its last page may hold anything.
     cache_seqlens
@@ -75,6 +78,13 @@ def mla_decode(
     max_seqlen_q
         Largest number of query tokens of a request when ragged; None: that of the plan, or total_q. Not read back: on a
         GPU a request that has more gets an output for the first so many only, and a wrong one if causal.
+    kv_scale
+        Of an FP8 cache, and only of one: a number, or one float32 in an array [] or [1] on q's device, which is read
+        when the call runs.
+    compute
+        How products with an FP8 cache are computed. ``"exact"``: K is converted to fp16, which holds every e4m3
+        value. ``"split"``: q is the sum of two e4m3 parts, multiplied by FP8 tensor cores; rows of q with outliers are
+        computed exactly. ``"auto"``: what should take less time. V is exact in all of them.
     plan
         From `plan_decode`, for calls that share their lengths. None: the call plans by itself.
     out, lse
@@ -103,8 +113,8 @@ def mla_decode(
     UnsupportedDeviceError
         The arrays are on a GPU that is not Hopper, or the backend that the settings ask for cannot take them.
     """
-    arrays = (q, kv_cache, block_table, cache_seqlens, cu_seqlens_q, None, out, lse)
-    options = (head_dim_v, softmax_scale, causal, max_seqlen_q, empty_lse, validate)
+    arrays = (q, kv_cache, block_table, cache_seqlens, cu_seqlens_q, kv_scale, None, out, lse)
+    options = (head_dim_v, softmax_scale, causal, max_seqlen_q, empty_lse, validate, compute)
     return run_decode(arrays, options, plan, stream)
 
 
@@ -118,6 +128,8 @@ def plan_decode(
     causal: bool = False,
     cu_seqlens_q: Any = None,
     max_seqlen_q: int | None = None,
+    kv_scale: Any = None,
+    compute: str = "auto",
     max_seqlen_k: int | None = None,
     fixed_split_tokens: int | None = None,
     kernel: str = "auto",
@@ -128,8 +140,8 @@ def plan_decode(
 
     Parameters
     ----------
-    q, kv_cache, block_table, cache_seqlens, head_dim_v, causal, cu_seqlens_q, stream, validate
-        As in `mla_decode`. Of q and kv_cache only shapes, types and strides count.
+    q, kv_cache, block_table, cache_seqlens, head_dim_v, causal, cu_seqlens_q, kv_scale, compute, stream, validate
+        As in `mla_decode`. Of q, kv_cache and kv_scale only shapes, types and strides count.
     max_seqlen_q
         Largest number of query tokens of a request when ragged; None: total_q.
     max_seqlen_k
@@ -139,7 +151,8 @@ def plan_decode(
         Cut each request after every so many tokens (a multiple of 64), whatever the batch: the same request then gives
         the same bits in any batch. None: cut where it balances the GPU best.
     kernel
-        The decode kernel: "narrow16", "narrow32" or "wide64" (16, 32 or 64 query rows a CTA), or "auto", the one that
+        The decode kernel: "narrow16", "narrow32" or "wide64" (16, 32 or 64 query rows a CTA), for FP8 caches
+        "fp8_split16", "fp8_split32", "fp8_exact16" or "fp8_exact32", or "auto", the one that
         should take the least time. On the CPU, where there is but one, the name is checked and changes nothing.
 
     Returns
@@ -154,7 +167,7 @@ def plan_decode(
     UnsupportedDeviceError
         The arrays are on a GPU that is not Hopper, or the backend that the settings ask for cannot take them.
     """
-    arrays = DecodeArrays(q, kv_cache, block_table, cache_seqlens, cu_seqlens_q)
+    arrays = DecodeArrays(q, kv_cache, block_table, cache_seqlens, cu_seqlens_q, kv_scale)
     options = DecodeOptions(
         head_dim_v=head_dim_v,
         causal=causal,
@@ -163,6 +176,7 @@ def plan_decode(
         max_seqlen_k=max_seqlen_k,
         fixed_split_tokens=fixed_split_tokens,
         kernel=kernel,
+        compute=compute,
     )
     problem, inputs, kind = describe_plan(arrays, options, stream)
     first_q = q[0] if isinstance(q, (tuple, list)) else q
@@ -263,7 +277,7 @@ def run_decode(
     scale = problem.queries.default_softmax_scale if checked.softmax_scale is None else checked.softmax_scale
     if kind is None:
         return _decode_on_cpu(problem, inputs, scale, checked.empty_lse, given)
-    call = prepare(kind, scale, checked.empty_lse, CallStrides.of(problem, inputs))
+    call = prepare(kind, scale, checked.empty_lse, CallStrides.of(problem, inputs), inputs.kv_scale_value)
     if identity is not None:
         remember(key, pointers, call, settings, inputs)
     return _launch(call, inputs.addresses(), plan, arrays, stream, inputs)

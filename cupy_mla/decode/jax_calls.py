@@ -130,7 +130,8 @@ def _run_decode(*values: Any) -> None:
     memory = _place(kind, workspace, addresses.plan)
     if not addresses.plan:
         kind.launch_planner(addresses.cache_seqlens, addresses.cu_seqlens_q, memory.pointer, stream)
-    prepare(kind, scale, options.empty_lse, CallStrides.of(problem, inputs))(addresses, memory, stream)
+    call_kernels = prepare(kind, scale, options.empty_lse, CallStrides.of(problem, inputs), inputs.kv_scale_value)
+    call_kernels(addresses, memory, stream)
 
 
 def _run_plan(*values: Any) -> None:

@@ -22,7 +22,7 @@ from .prepared import DecodeCall
 
 _CALLS_KEPT = 4096
 _COPY_MASK = COPY_ALIGNMENT - 1
-_INDEX_MASK = ITEM_SIZES[INDEX_DTYPE] - 1  # an lse has as many bytes
+_INDEX_MASK = ITEM_SIZES[INDEX_DTYPE] - 1  # an lse and a scale have as many bytes
 _PLAN_MASK = PLAN_ALIGNMENT - 1
 _PAIRS = len(ROPE_OF)  # q and kv_cache, the first arrays of a call
 _new_tuple = tuple.__new__  # a named tuple in a third of the time that its class takes
@@ -93,15 +93,15 @@ def recall(key: Key, pointers: tuple[int, ...], settings: Settings) -> tuple[Dec
             _last = key, known
     if known is None or known.settings is not settings:
         return None
-    q, q_rope, kv, kv_rope, table, lengths, starts, plan, out, lse = pointers
-    index_bits = table | lengths | starts | lse
+    q, q_rope, kv, kv_rope, table, lengths, starts, scale, plan, out, lse = pointers
+    index_bits = table | lengths | starts | scale | lse
     if (q | q_rope | kv | kv_rope | out) & _COPY_MASK or index_bits & _INDEX_MASK or plan & _PLAN_MASK:
         return None
     if known.q_rope_offset:
         q_rope = q + known.q_rope_offset
     if known.kv_rope_offset:
         kv_rope = kv + known.kv_rope_offset
-    return known.call, _new_tuple(Addresses, (q, q_rope, kv, kv_rope, table, lengths, starts, plan, out, lse))
+    return known.call, _new_tuple(Addresses, (q, q_rope, kv, kv_rope, table, lengths, starts, scale, plan, out, lse))
 
 
 def remember(key: Key, pointers: tuple[int, ...], call: DecodeCall, settings: Settings, inputs: DecodeInputs) -> None:

@@ -19,7 +19,7 @@ from ..call.problem import Addresses, DecodeInputs, DecodeProblem
 from ..gpu.launch import Launch, is_capturing
 from ..kernels.combine import STORE_ALIGNMENT, combine_geometry
 from ..kernels.halves import second_half
-from ..kernels.structs import COMBINE_PARAMS, DECODE_PARAMS, HALF_SHARE_UNIT, words_of
+from ..kernels.structs import COMBINE_PARAMS, DECODE_PARAMS, FP8_PARAMS, HALF_SHARE_UNIT, words_of
 from ..kernels.tensor_maps import TENSOR_MAP, PageSteps, TensorMap, kv_tensor_map
 from .blueprint import DenseBlueprint, PlanMemory
 
@@ -36,6 +36,7 @@ _CACHES_KEPT = 512  # KV caches (one a layer) whose tensor maps a prepared call 
 _Q_LATENT, _Q_ROPE, _BLOCK_TABLE, _OUT, _LSE, _PARTIAL_OUT, _PARTIAL_LSE, _PLAN = words_of(
     DECODE_PARAMS, "q_latent", "q_rope", "block_table", "out", "lse", "partial_out", "partial_lse", "plan"
 )
+_LATENT_SCALE, _ROPE_SCALE = words_of(FP8_PARAMS, "latent_scale_at", "rope_scale_at")
 _C_OUT, _C_LSE, _C_PARTIAL_OUT, _C_PARTIAL_LSE, _C_PLAN = words_of(
     COMBINE_PARAMS, "out", "lse", "partial_out", "partial_lse", "plan"
 )
@@ -102,16 +103,23 @@ class DecodeCall:
         The lse of a query that sees no key.
     strides
         Strides of the arrays.
+    kv_scale
+        What the values of an FP8 cache are multiplied by where a call has no address of it.
     """
 
-    def __init__(self, kind: DenseBlueprint, softmax_scale: float, empty_lse: float, strides: CallStrides) -> None:
+    def __init__(
+        self, kind: DenseBlueprint, softmax_scale: float, empty_lse: float, strides: CallStrides, kv_scale: float = 1.0
+    ) -> None:
         config, shape, problem = kind.config, kind.shape, kind.problem
         self.kind = kind
         self._strides = strides
         self._lock = threading.Lock()  # the packed arguments are shared by all threads
         self._maps: Memo[tuple[int, int], tuple[TensorMap, TensorMap]] = Memo(_CACHES_KEPT)
 
-        params = np.zeros(1, DECODE_PARAMS)
+        params = np.zeros(1, config.family.params)
+        self._is_scaled = problem.layout.needs_scale
+        if self._is_scaled:
+            params["latent_scale_value"] = params["rope_scale_value"] = kv_scale
         params["q_latent_strides"] = strides.q_latent
         if strides.q_rope is not None:
             params["q_rope_strides"] = strides.q_rope
@@ -169,7 +177,7 @@ class DecodeCall:
         DriverError
             The driver refused a launch.
         """
-        q_latent, q_rope, kv_latent, kv_rope, block_table, _, _, _, out, lse = addresses
+        q_latent, q_rope, kv_latent, kv_rope, block_table, _, _, kv_scale, _, out, lse = addresses
         maps = self._maps.get((kv_latent, kv_rope)) or self._make_maps(kv_latent, kv_rope)
         words, combine, combine_words = self._words, self._combine, self._combine_words
         with self._lock:
@@ -184,6 +192,8 @@ class DecodeCall:
             words[_PARTIAL_OUT] = combine_words[_C_PARTIAL_OUT] = plan.partial_out
             words[_PARTIAL_LSE] = combine_words[_C_PARTIAL_LSE] = plan.partial_lse
             words[_PLAN] = combine_words[_C_PLAN] = plan.pointer
+            if self._is_scaled:
+                words[_LATENT_SCALE] = words[_ROPE_SCALE] = kv_scale
             # What was captured may not have run yet when a call runs that is not.
             self._flags[_PLAN_IS_SETTLED] = plan.is_settled and (not plan.updated_in_capture or is_capturing(stream))
             self._decode(stream)
@@ -202,12 +212,14 @@ class DecodeCall:
 
     def _pages(self, pointer: int, pages: Pages) -> ArrayView:
         return ArrayView(
-            pointer, pages.shape, pages.strides, self.kind.problem.queries.dtype, CUDA, self.kind.location[1], None
+            pointer, pages.shape, pages.strides, self.kind.problem.layout.dtype, CUDA, self.kind.location[1], None
         )
 
 
 @remembered(CALLS_KEPT)
-def prepare(kind: DenseBlueprint, softmax_scale: float, empty_lse: float, strides: CallStrides) -> DecodeCall:
+def prepare(
+    kind: DenseBlueprint, softmax_scale: float, empty_lse: float, strides: CallStrides, kv_scale: float = 1.0
+) -> DecodeCall:
     """The prepared call of a kind and of these strides; the same object whenever it is asked for again.
 
     Raises
@@ -215,7 +227,7 @@ def prepare(kind: DenseBlueprint, softmax_scale: float, empty_lse: float, stride
     CompilationError, UnsupportedDeviceError, DriverError, MissingDependencyError
         A kernel cannot be compiled or loaded.
     """
-    return DecodeCall(kind, softmax_scale, empty_lse, strides)
+    return DecodeCall(kind, softmax_scale, empty_lse, strides, kv_scale)
 
 
 def _query_strides(strides: Strides, ragged: bool) -> Strides:

@@ -154,6 +154,7 @@ class _PagedKeys:
         self.num_pages = inputs.num_pages
         self.compute = compute
         self.block_table = as_numpy(inputs.block_table)
+        self.scale = inputs.kv_scale_value if inputs.kv_scale is None else float(as_numpy(inputs.kv_scale).reshape(()))
         self.parts = [as_numpy(inputs.kv_latent)]
         if inputs.kv_rope is not None:
             self.parts.append(as_numpy(inputs.kv_rope))
@@ -168,6 +169,8 @@ class _PagedKeys:
         for part in self.parts:
             values = part[pages, tokens % self.page_size].astype(self.compute)
             values[outside] = 0
+            if self.scale != 1:
+                values *= self.scale
             gathered.append(values.transpose(1, 0, 2))
         return gathered
 

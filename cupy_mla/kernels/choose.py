@@ -9,6 +9,7 @@ from ..errors import InvalidArgumentError
 from ..schedule.pieces import ceil_div
 from .cost import Load
 from .family import DecodeFamily, KernelConfig
+from .fp8 import FP8_EXACT16, FP8_EXACT32, FP8_SPLIT16, FP8_SPLIT32
 from .gathered import GATHERED_WIDE64, gathered_config
 from .gathered_narrow import GATHERED_NARROW16, GATHERED_NARROW32
 from .narrow import NARROW16, NARROW32
@@ -18,7 +19,10 @@ if TYPE_CHECKING:
     from ..call.problem import DecodeProblem
     from ..call.sparse_problem import SparseProblem
 
-FAMILIES: tuple[DecodeFamily, ...] = (NARROW16, NARROW32, WIDE64)  # by rows, as a fixed split goes through them
+FAMILIES: tuple[DecodeFamily, ...] = (
+    *(NARROW16, NARROW32, WIDE64),
+    *(FP8_SPLIT16, FP8_SPLIT32, FP8_EXACT16, FP8_EXACT32),
+)
 GATHERED_FAMILIES: tuple[DecodeFamily, ...] = (GATHERED_NARROW16, GATHERED_NARROW32, GATHERED_WIDE64)
 KERNELS = (AUTO, *(family.name for family in FAMILIES))
 
@@ -71,7 +75,10 @@ def choose_config(
     families = _supporting(FAMILIES, problem, check_kernel(kernel))
     if fixed_split_tokens is not None:
         rows = problem.queries.group_heads * (1 if problem.queries.ragged else problem.queries.seqlen_q)
-        family = next((family for family in families if rows <= family.rows), families[-1])
+        block_rows = min(
+            (family.rows for family in families if rows <= family.rows), default=max(family.rows for family in families)
+        )
+        family = min((family for family in families if family.rows == block_rows), key=lambda family: family.cost.tile)
         return family.configure(problem, rows)
     load = _load(problem, max_seqlen_k)
     family = min(families, key=lambda family: family.cost.call_time(load, family.rows, num_sms))

@@ -13,10 +13,13 @@ from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+import numpy as np
+
 from ..gpu.jit.source import KernelSource
 from ..layouts import DENSE_LAYOUTS
 from ..schedule.pieces import TILE_TOKENS
 from .cost import CostModel
+from .structs import DECODE_PARAMS
 
 if TYPE_CHECKING:
     from ..call.problem import DecodeProblem
@@ -81,6 +84,11 @@ class DecodeFamily(ABC):
     @abstractmethod
     def shared_memory(self, config: KernelConfig) -> int:
         """Bytes of dynamic shared memory of a CTA."""
+
+    @property
+    def params(self) -> np.dtype[np.void]:
+        """Its by-value parameters: a struct that begins with the fields of DecodeParams."""
+        return DECODE_PARAMS
 
     def copies_whole_tokens(self, config: KernelConfig) -> bool:
         """Whether one copy of a chunk brings all latent columns; else it brings one box."""

@@ -1,9 +1,9 @@
 """The kernels' by-value parameters and the records of a plan, field by field as the C++ headers have them.
 
-DecodeParams is in kernels_cu/decode/params.h, GatherParams in decode/gathered/params.h, PlanParams in plan/params.h,
-the parameters of merges in combine/params.h, the records of a plan in core/plan_format.h, AppendParams in
-cache/append.cu, SlotsParams in cache/slots.cu; tests compare the two sides. Strides are in elements unless said, those
-of AppendParams' segments in bytes.
+DecodeParams is in kernels_cu/decode/params.h, Fp8Params in decode/fp8/params.h, GatherParams in
+decode/gathered/params.h, PlanParams in plan/params.h, the parameters of merges in combine/params.h, the records of a
+plan in core/plan_format.h, AppendParams in cache/append.cu, SlotsParams in cache/slots.cu; tests compare the two sides.
+Strides are in elements unless said, those of AppendParams' segments in bytes.
 """
 
 from __future__ import annotations
@@ -44,6 +44,17 @@ DECODE_PARAMS = np.dtype(
         ("plan_is_settled", np.int32),
         ("second_half_share", np.int32),
         ("second_half", np.uint32, SM_WORDS),
+    ],
+    align=True,
+)
+assert DECODE_PARAMS.fields is not None
+FP8_PARAMS = np.dtype(
+    [
+        *((name, field[0]) for name, field in DECODE_PARAMS.fields.items()),
+        ("latent_scale_at", _POINTER),
+        ("rope_scale_at", _POINTER),
+        ("latent_scale_value", np.float32),
+        ("rope_scale_value", np.float32),
     ],
     align=True,
 )

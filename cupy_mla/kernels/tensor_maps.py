@@ -13,10 +13,12 @@ from ..arrays.view import ArrayView
 from ..call.memo import remembered
 from ..errors import InvalidArgumentError
 from ..gpu.driver import check, driver
-from ..layouts import DENSE_LAYOUTS
+from ..layouts import LAYOUTS
 from .family import BOX_COLUMNS, KernelConfig
 
 TENSOR_MAP = np.dtype("V128")  # CUtensorMap, opaque
+_BOX_ROW_BYTES = 128
+_TMA_TYPES = {layout.dtype: layout.tma_type for layout in LAYOUTS.values()}
 _MAX_STEPS = 2**31  # coordinates are int32
 _MAPS_KEPT = 1024  # layers * caches of a large model; 128 bytes each
 
@@ -89,16 +91,17 @@ def kv_tensor_map(pages: ArrayView, config: KernelConfig) -> TensorMap:
     Parameters
     ----------
     pages : ArrayView
-        [num_pages, page_size, num_heads_kv, width], bf16 or fp16; any strides that are multiples of 16 bytes but the
-        last, which is 1.
+        [num_pages, page_size, num_heads_kv, width], bf16, fp16 or e4m3; any strides that are multiples of 16 bytes but
+        the last, which is 1. Rows are multiples of 128 bytes, or 64 bytes.
     config : KernelConfig
         Says how many tokens and columns one copy takes.
 
     Returns
     -------
     TensorMap
-        The map has five dimensions, innermost first: 64 columns, tokens of a group, boxes of 64 columns, groups of a
-        page, `PageSteps`. A copy writes them in this order: boxes side by side for each group of tokens.
+        The map has five dimensions, innermost first: the columns of a box (128 bytes, or a whole row of 64), tokens of
+        a group, boxes, groups of a page, `PageSteps`. A copy writes them in this order: boxes side by side for each
+        group of tokens.
 
     Raises
     ------
@@ -107,10 +110,14 @@ def kv_tensor_map(pages: ArrayView, config: KernelConfig) -> TensorMap:
     DriverError
         The driver refused the description.
     """
-    width = pages.shape[-1]
-    boxes = width // BOX_COLUMNS if config.copies_whole_tokens else 1
+    boxes = pages.shape[-1] // _box_columns(pages.shape, pages.dtype) if config.copies_whole_tokens else 1
     groups = config.chunk_tokens // config.group_tokens
     return _encode(pages.pointer, pages.shape, pages.strides, pages.dtype, config.group_tokens, boxes, groups)
+
+
+def _box_columns(shape: tuple[int, ...], dtype: str) -> int:
+    """Columns of a box of rows of this shape and type."""
+    return min(_BOX_ROW_BYTES // ITEM_SIZES[dtype], shape[-1])
 
 
 @remembered(_MAPS_KEPT)
@@ -126,19 +133,21 @@ def _encode(
     cuda = driver()
     _, page_size, _, width = shape
     item_bytes = ITEM_SIZES[dtype]
-    data_type = getattr(cuda.CUtensorMapDataType, f"CU_TENSOR_MAP_DATA_TYPE_{DENSE_LAYOUTS[dtype].tma_type}")
+    box_columns = _box_columns(shape, dtype)
+    box_bytes = box_columns * item_bytes
+    data_type = getattr(cuda.CUtensorMapDataType, f"CU_TENSOR_MAP_DATA_TYPE_{_TMA_TYPES[dtype]}")
+    swizzle = getattr(cuda.CUtensorMapSwizzle, f"CU_TENSOR_MAP_SWIZZLE_{box_bytes}B")
     steps = PageSteps.of(shape, strides)
-    sizes = (BOX_COLUMNS, group_tokens, width // BOX_COLUMNS, page_size // group_tokens, steps.count)
+    sizes = (box_columns, group_tokens, width // box_columns, page_size // group_tokens, steps.count)
     # A dimension of size one may come with any stride, 0 included; the driver wants multiples of 16 bytes that are
     # larger than nothing, and never uses them.
-    box_bytes = BOX_COLUMNS * item_bytes
     byte_strides = tuple(
         step * item_bytes if size > 1 else box_bytes
         for step, size in zip(
-            (strides[1], BOX_COLUMNS, group_tokens * strides[1], steps.stride), sizes[1:], strict=True
+            (strides[1], box_columns, group_tokens * strides[1], steps.stride), sizes[1:], strict=True
         )
     )
-    box = (BOX_COLUMNS, group_tokens, boxes, groups, 1)
+    box = (box_columns, group_tokens, boxes, groups, 1)
     tensor_map = check(
         "cuTensorMapEncodeTiled",
         cuda.cuTensorMapEncodeTiled(
@@ -150,7 +159,7 @@ def _encode(
             [cuda.cuuint32_t(size) for size in box],
             [cuda.cuuint32_t(1)] * len(sizes),
             cuda.CUtensorMapInterleave.CU_TENSOR_MAP_INTERLEAVE_NONE,
-            cuda.CUtensorMapSwizzle.CU_TENSOR_MAP_SWIZZLE_128B,
+            swizzle,
             cuda.CUtensorMapL2promotion.CU_TENSOR_MAP_L2_PROMOTION_L2_128B,
             cuda.CUtensorMapFloatOOBfill.CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE,
         ),

@@ -21,6 +21,11 @@ class TensorScaled(CacheLayout):
 
     needs_scale: ClassVar[bool] = True
 
+    @property
+    def defines(self) -> tuple[tuple[str, str], ...]:
+        """The stored type, beside that of the queries."""
+        return () if self.kernel_type is None else (("MLA_STORED", self.kernel_type),)
+
     def supports(self, latent_dim: int, rope_dim: int) -> bool:
         """Any widths."""
         return True

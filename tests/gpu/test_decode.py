@@ -15,8 +15,10 @@ from cupy_mla import InvalidArgumentError, PlanMismatchError, merge_states, mla_
 from cupy_mla.arrays.exchange import empty_like
 from cupy_mla.arrays.view import view
 from cupy_mla.call.options import AUTO
-from cupy_mla.decode import dense as dense_module
-from cupy_mla.kernels.choose import KERNELS
+from cupy_mla.call.problem import PLAN_DTYPE
+from cupy_mla.decode import dense
+from cupy_mla.kernels.choose import FAMILIES
+from cupy_mla.kernels.fp8 import Fp8Family
 
 from . import gpu_arrays as gpu
 
@@ -28,7 +30,7 @@ RUNS = 10
 LENGTHS = (0, 1, 63, 64, 65, 140, 4096)
 
 
-@pytest.fixture(params=KERNELS)
+@pytest.fixture(params=[AUTO, *(family.name for family in FAMILIES if not isinstance(family, Fp8Family))])
 def kernel(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     """Every test runs on the kernel that is chosen for its case, and on each of the kernels."""
     name: str = request.param
@@ -392,13 +394,13 @@ def test_workspace_of_a_call_without_plan_stays_with_the_given_stream(monkeypatc
     """The call frees it while the stream is still behind; the current stream must not get that memory meanwhile."""
     workspaces: list[tuple[int, int]] = []
 
-    def recording_empty_like(*arguments: Any) -> Any:
-        array = empty_like(*arguments)
-        if arguments[2] == "uint8":  # not one of the outputs
+    def recording_empty_like(owner: Any, shape: tuple[int, ...], dtype: str, *stream: Any) -> Any:
+        array = empty_like(owner, shape, dtype, *stream)
+        if dtype == PLAN_DTYPE:  # not an output
             workspaces.append((view(array, "workspace").pointer, array.shape[0]))
         return array
 
-    monkeypatch.setattr(dense_module, "empty_like", recording_empty_like)
+    monkeypatch.setattr(dense, "empty_like", recording_empty_like)
     on_gpu = OnGpu(DenseCase(lengths=(4096,), num_heads_q=16))
     gpu.synchronize()
     with gpu.delayed_stream() as stream:

@@ -11,7 +11,7 @@ from cases_dense import DTYPES, DenseCase, frobenius_error
 
 import cupy_mla.flash_mla as flash_mla
 from cupy_mla import PlanMismatchError, mla_decode
-from cupy_mla.decode.plan import DecodePlan
+from cupy_mla.decode.plan import Blueprint
 from cupy_mla.lab.cases import Case
 
 from . import gpu_arrays as gpu
@@ -54,16 +54,16 @@ def check(
 
 
 @pytest.fixture
-def plan_launches(monkeypatch: pytest.MonkeyPatch) -> list[DecodePlan]:
-    """The plans whose planner was launched, one entry a launch."""
-    launches: list[DecodePlan] = []
-    launch = DecodePlan.launch
+def plan_launches(monkeypatch: pytest.MonkeyPatch) -> list[Blueprint]:
+    """What was planned, one entry for each launch of a planner."""
+    launches: list[Blueprint] = []
+    launch = Blueprint.launch_planner
 
-    def counted(self: DecodePlan, *arguments: Any) -> None:
+    def counted(self: Blueprint, *arguments: Any) -> None:
         launches.append(self)
         launch(self, *arguments)
 
-    monkeypatch.setattr(DecodePlan, "launch", counted)
+    monkeypatch.setattr(Blueprint, "launch_planner", counted)
     return launches
 
 
@@ -95,7 +95,7 @@ def test_other_calls(case: DenseCase) -> None:
     check(case, arrays, call(case, upload(arrays), flash_mla.get_mla_metadata()[0]))
 
 
-def test_metadata_plans_once_for_all_layers(plan_launches: list[DecodePlan]) -> None:
+def test_metadata_plans_once_for_all_layers(plan_launches: list[Blueprint]) -> None:
     case = DenseCase(lengths=LENGTHS, num_heads_q=128, seqlens_q=2, causal=True)
     meta, num_splits = flash_mla.get_mla_metadata()
     for layer in range(3):
@@ -104,7 +104,7 @@ def test_metadata_plans_once_for_all_layers(plan_launches: list[DecodePlan]) -> 
         result = call(case, upload(arrays), meta, num_splits=num_splits, out=out)
         assert result[0] is out
         check(case, arrays, result)
-    assert plan_launches == [meta.tile_scheduler_metadata]
+    assert plan_launches == [meta.tile_scheduler_metadata.blueprint]
 
 
 def test_metadata_of_other_shapes_is_refused() -> None:
@@ -117,7 +117,7 @@ def test_metadata_of_other_shapes_is_refused() -> None:
         call(other, upload(other.build()), meta)
 
 
-def test_metadata_tensors_of_an_older_flash_mla(plan_launches: list[DecodePlan]) -> None:
+def test_metadata_tensors_of_an_older_flash_mla(plan_launches: list[Blueprint]) -> None:
     case = DenseCase(lengths=LENGTHS, num_heads_q=128)
     arrays = case.build()
     tensors = upload(arrays)
@@ -130,7 +130,7 @@ def test_metadata_tensors_of_an_older_flash_mla(plan_launches: list[DecodePlan])
 @pytest.mark.parametrize("tensors_instead", [False, True])
 @pytest.mark.parametrize("heads", [16, 128])
 def test_graph_replayed_after_lengths_changed(
-    heads: int, tensors_instead: bool, plan_launches: list[DecodePlan]
+    heads: int, tensors_instead: bool, plan_launches: list[Blueprint]
 ) -> None:
     most = (4096, 300, 2000, 64)
     case = DenseCase(lengths=most, num_heads_q=heads, seqlens_q=2, causal=True)
@@ -159,7 +159,7 @@ def test_graph_replayed_after_lengths_changed(
             check(case, arrays, result, lengths)
 
 
-def test_graph_that_reuses_metadata_captures_no_planner(plan_launches: list[DecodePlan]) -> None:
+def test_graph_that_reuses_metadata_captures_no_planner(plan_launches: list[Blueprint]) -> None:
     case = DenseCase(lengths=(4096, 0, 140), num_heads_q=16)
     arrays = case.build()
     tensors = upload(arrays)

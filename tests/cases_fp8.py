@@ -1,0 +1,97 @@
+"""Decodes over an e4m3 cache, with what float64 makes of them. Bytes that no request owns are NaN."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+
+LATENT, ROPE = 512, 64
+NAN_CODE = 0x7F
+OUTLIER_COLUMNS = slice(7, None, 200)
+E4M3 = np.dtype(ml_dtypes.float8_e4m3fn)
+BF16 = np.dtype(ml_dtypes.bfloat16)
+# How queries and keys are drawn beside normal values: errors of FP8 tensor cores depend on it.
+KINDS = ("normal", "mean", "outliers in k", "outliers in q", "outliers in both", "peaked", "q and k with a mean")
+
+
+@dataclass(frozen=True)
+class Fp8Case:
+    """One decode: ``lengths`` tokens of each request, ``heads`` query heads over one KV head."""
+
+    lengths: tuple[int, ...]
+    heads: int
+    seqlen_q: int = 1
+    page_size: int = 64
+    causal: bool = False
+    kind: str = "normal"
+    kv_scale: float = 0.5
+    seed: int = 0
+
+    def build(self) -> dict[str, Any]:
+        """Arguments of `mla_decode` as NumPy arrays, without the scale."""
+        rng = np.random.default_rng(self.seed)
+        pages = [-(-length // self.page_size) for length in self.lengths]
+        num_pages = sum(pages) + 2
+        order = rng.permutation(num_pages)
+        table = np.full((len(self.lengths), max(*pages, 1) + 1), 2**31 - 1, np.int32)
+        cache = np.full((num_pages, self.page_size, 1, LATENT + ROPE), NAN_CODE, np.uint8)
+        used = 0
+        for request, (length, count) in enumerate(zip(self.lengths, pages, strict=True)):
+            table[request, :count] = order[used : used + count]
+            used += count
+            values = rng.standard_normal((length, LATENT + ROPE), np.float32)
+            if "mean" in self.kind:
+                values += 2 if "q" in self.kind else 1
+            if self.kind in ("outliers in k", "outliers in both"):
+                values[:, OUTLIER_COLUMNS] *= 20
+            codes = (values / self.kv_scale).astype(E4M3).view(np.uint8)
+            for page in range(count):
+                part = codes[page * self.page_size : (page + 1) * self.page_size]
+                cache[table[request, page], : len(part), 0] = part
+        q = rng.standard_normal((len(self.lengths), self.seqlen_q, self.heads, LATENT + ROPE), np.float32)
+        if self.kind in ("outliers in q", "outliers in both"):
+            q[..., OUTLIER_COLUMNS] *= 20
+        if self.kind == "q and k with a mean":
+            q += 1
+        if self.kind == "peaked":
+            q *= 4
+        return {
+            "q": q.astype(BF16),
+            "kv_cache": cache.view(E4M3),
+            "block_table": table,
+            "cache_seqlens": np.array(self.lengths, np.int32),
+        }
+
+    def exact(self, arrays: dict[str, Any]) -> tuple[np.ndarray, np.ndarray]:
+        """out [batch, seqlen_q, heads, d_v] and lse [batch, heads, seqlen_q] in float64."""
+        q = arrays["q"].astype(np.float64) * (LATENT + ROPE) ** -0.5
+        out = np.zeros((*q.shape[:-1], LATENT))
+        lse = np.full((len(self.lengths), self.heads, self.seqlen_q), -np.inf)
+        for request, length in enumerate(self.lengths):
+            tokens = np.arange(length)
+            pages = arrays["block_table"][request, tokens // self.page_size]
+            keys = arrays["kv_cache"][pages, tokens % self.page_size, 0]
+            keys = keys.astype(np.float64) * self.kv_scale
+            for token in range(self.seqlen_q):
+                seen = max(length - self.seqlen_q + token + 1, 0) if self.causal else length
+                if not seen:
+                    continue
+                scores = q[request, token] @ keys[:seen].T
+                highest = scores.max(axis=1, keepdims=True)
+                weights = np.exp(scores - highest)
+                total = weights.sum(axis=1, keepdims=True)
+                out[request, token] = weights @ keys[:seen, :LATENT] / total
+                lse[request, :, token] = (highest + np.log(total))[:, 0]
+        return out, lse
+
+
+def relative_error(out: np.ndarray, exact: np.ndarray) -> float:
+    """Of the worst request, by the Frobenius norm; NaN where there is any."""
+    errors = [0.0]
+    for ours, theirs in zip(out.astype(np.float64), exact, strict=True):
+        size = np.linalg.norm(theirs)
+        errors.append(float(np.linalg.norm(ours - theirs) / size) if size else float(np.abs(ours).max()))
+    return float(np.max(errors))
