@@ -29,7 +29,7 @@ from cupy_mla import mla_decode, plan_decode
 from cupy_mla.arrays import sketch as sketches
 from cupy_mla.arrays import view as views
 from cupy_mla.call.describe import describe_decode
-from cupy_mla.call.options import DECODE, OPTIONS, read_call
+from cupy_mla.call.options import ARRAYS, DECODE, OPTIONS, read_call
 from cupy_mla.commands.command import Command
 from cupy_mla.decode import blueprint, plan, torch_calls
 from cupy_mla.decode import dense as decode
@@ -171,10 +171,8 @@ def parts(arrays: Inputs) -> dict[str, Callable[[], object]]:
     inputs, outputs = arrays.inputs, arrays.outputs
     made = plan_decode(**inputs)
     mla_decode(**inputs, plan=made, **outputs)
-    given = (*inputs.values(), None, None, *outputs.values())
+    given = tuple({**inputs, **outputs}.get(name) for name in ARRAYS)
     options = tuple(option.default for option in OPTIONS if DECODE in option.functions)
-
-
 
     def identify() -> Any:
         return known_calls.identify(given, options, made.blueprint)

@@ -81,9 +81,11 @@ def test_jax_outputs_are_refused():
 
 def built(case: DenseCase) -> tuple[Any, problem.DecodeProblem, problem.DecodeInputs]:
     made = case.build()
-    described, inputs = describe_decode(*read_call(
-        made.q, made.kv_cache, made.block_table, made.cache_seqlens, cu_seqlens_q=made.cu_seqlens_q, **case.options
-    ))
+    described, inputs = describe_decode(
+        *read_call(
+            made.q, made.kv_cache, made.block_table, made.cache_seqlens, cu_seqlens_q=made.cu_seqlens_q, **case.options
+        )
+    )
     return made, described, inputs
 
 
@@ -134,14 +136,16 @@ def test_bad_starts_name_the_request(starts: list[int], argument: str):
 
 def test_more_queries_than_promised():
     made, _, _ = built(replace(SMALL, seqlens_q=(2, 0, 3)))
-    described, inputs = describe_decode(*read_call(
-        made.q,
-        made.kv_cache,
-        made.block_table,
-        made.cache_seqlens,
-        head_dim_v=8,
-        cu_seqlens_q=made.cu_seqlens_q,
-        max_seqlen_q=2,
-    ))
+    described, inputs = describe_decode(
+        *read_call(
+            made.q,
+            made.kv_cache,
+            made.block_table,
+            made.cache_seqlens,
+            head_dim_v=8,
+            cu_seqlens_q=made.cu_seqlens_q,
+            max_seqlen_q=2,
+        )
+    )
     with pytest.raises(InvalidArgumentError, match="request 2 may have 0 to 2 queries"):
         validate_values(described, inputs)

@@ -479,16 +479,18 @@ def test_what_the_kernels_can_take(page_size: int, latent_dim: int, rope_dim: in
 
 def test_torch_arguments():
     torch = pytest.importorskip("torch")
-    described, inputs = describe_decode(*read_call(
-        torch.zeros(4, 2, 16, 576, dtype=torch.bfloat16),
-        torch.zeros(10, 80, 2, 640, dtype=torch.bfloat16)[:, :64, :, :576],
-        torch.zeros(4, 9, dtype=torch.int32)[:, :6],
-        torch.zeros(4, dtype=torch.int32),
-        head_dim_v=512,
-        softmax_scale=0.1,
-        causal=True,
-        cu_seqlens_q=None,
-    ))
+    described, inputs = describe_decode(
+        *read_call(
+            torch.zeros(4, 2, 16, 576, dtype=torch.bfloat16),
+            torch.zeros(10, 80, 2, 640, dtype=torch.bfloat16)[:, :64, :, :576],
+            torch.zeros(4, 9, dtype=torch.int32)[:, :6],
+            torch.zeros(4, dtype=torch.int32),
+            head_dim_v=512,
+            softmax_scale=0.1,
+            causal=True,
+            cu_seqlens_q=None,
+        )
+    )
     assert described == dense_call().with_(causal=True).describe()[0]
     assert inputs.kv_latent.strides == (80 * 2 * 640, 2 * 640, 640, 1)
 

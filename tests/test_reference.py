@@ -24,14 +24,16 @@ LSE_ERROR = {"float32": 1e-5, "float64": 1e-13}
 
 
 def run(case: DenseCase, arrays: Case, **options: Any) -> tuple[np.ndarray, np.ndarray]:
-    described, inputs = describe_decode(*read_call(
-        arrays.q,
-        arrays.kv_cache,
-        arrays.block_table,
-        arrays.cache_seqlens,
-        cu_seqlens_q=arrays.cu_seqlens_q,
-        **case.options,
-    ))
+    described, inputs = describe_decode(
+        *read_call(
+            arrays.q,
+            arrays.kv_cache,
+            arrays.block_table,
+            arrays.cache_seqlens,
+            cu_seqlens_q=arrays.cu_seqlens_q,
+            **case.options,
+        )
+    )
     return mla_decode_reference(described, inputs, case.scale, **options)
 
 
@@ -142,13 +144,15 @@ def test_given_outputs_are_written():
 
 def test_pairs_give_the_same_as_packed_arrays():
     arrays = SMALL.build()
-    described, inputs = describe_decode(*read_call(
-        (arrays.q[..., :24].copy(), arrays.q[..., 24:].copy()),
-        (arrays.kv_cache[..., :24].copy(), arrays.kv_cache[..., 24:].copy()),
-        arrays.block_table,
-        arrays.cache_seqlens,
-        **SMALL.options,
-    ))
+    described, inputs = describe_decode(
+        *read_call(
+            (arrays.q[..., :24].copy(), arrays.q[..., 24:].copy()),
+            (arrays.kv_cache[..., :24].copy(), arrays.kv_cache[..., 24:].copy()),
+            arrays.block_table,
+            arrays.cache_seqlens,
+            **SMALL.options,
+        )
+    )
     out, lse = mla_decode_reference(described, inputs, SMALL.scale)
     expected_out, expected_lse = run(SMALL, arrays)
     assert np.array_equal(out, expected_out)

@@ -135,9 +135,7 @@ def test_no_query_tokens_launch_nothing(gpu: FakeGpu) -> None:
 
 
 @pytest.mark.parametrize("make", [plain, everything])
-def test_a_known_call_is_launched_without_checks(
-    gpu: FakeGpu, make: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_known_call_is_launched_without_checks(gpu: FakeGpu, make: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     mla_sparse_prefill(**make(gpu))
     first = launched_params(gpu)
 

@@ -269,9 +269,7 @@ def _settled(array: ArrayView) -> ArrayView:
 def _with_axis(array: ArrayView, axis: int, extent: int = 1) -> ArrayView:
     """A view with one more axis, along which nothing changes."""
     shape, strides = array.shape, settled_strides(array)
-    return _of_shape(
-        array, (*shape[:axis], extent, *shape[axis:]), (*strides[:axis], 0, *strides[axis:])
-    )
+    return _of_shape(array, (*shape[:axis], extent, *shape[axis:]), (*strides[:axis], 0, *strides[axis:]))
 
 
 def _of_shape(array: ArrayView, shape: tuple[int, ...], strides: tuple[int, ...]) -> ArrayView:

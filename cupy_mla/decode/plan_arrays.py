@@ -34,9 +34,7 @@ def plan_array_bytes(problem: P, options: DecodeOptions | SparseOptions, kind: B
     return (0 if kind is None else kind.plan_bytes) + fingerprint + 1
 
 
-def check_plan_array(
-    size: int, problem: P, options: DecodeOptions | SparseOptions, kind: Blueprint[P] | None
-) -> None:
+def check_plan_array(size: int, problem: P, options: DecodeOptions | SparseOptions, kind: Blueprint[P] | None) -> None:
     """Refuse a plan whose array has another size than one for this call has.
 
     Raises

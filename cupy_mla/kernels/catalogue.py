@@ -49,8 +49,7 @@ def all_kernels() -> list[NamedKernel]:
     }
     combine = [NamedKernel(name, source) for name, source in sources.items()]
     merge = [
-        NamedKernel(f"merge_states_{dtype}", merge_states_source(dtype), MERGE_STATES_THREADS)
-        for dtype in KERNEL_TYPES
+        NamedKernel(f"merge_states_{dtype}", merge_states_source(dtype), MERGE_STATES_THREADS) for dtype in KERNEL_TYPES
     ]
     others = [
         NamedKernel("plan", PLAN_SOURCE, PLAN_THREADS),

@@ -34,9 +34,7 @@ def call(case: DenseCase, tensors: tuple[Any, ...], meta: Any, **options: Any) -
     )
 
 
-def check(
-    case: DenseCase, arrays: Case, result: tuple[Any, Any], lengths: tuple[int, ...] | None = None
-) -> None:
+def check(case: DenseCase, arrays: Case, result: tuple[Any, Any], lengths: tuple[int, ...] | None = None) -> None:
     """Out and lse of every request against float64; rows that see nothing have out = 0 and lse = +inf."""
     gpu.synchronize()
     outs, lses = gpu.download(result[0]), gpu.download(result[1])
