@@ -1,25 +1,23 @@
 """FlashMLA's functions over ours, name by name: ``import cupy_mla.flash_mla as flash_mla`` is the whole migration.
 
-The interface is the one of FlashMLA with dense decoding (https://github.com/deepseek-ai/FlashMLA): scheduling metadata
-is an object that is filled by the first call that uses it. What differs: arrays may come from any framework, more page
-sizes and widths are taken, errors are this package's, and what this package does not have raises `MissingFeatureError`,
-a NotImplementedError.
+The interface is the one of FlashMLA with dense and sparse decoding and sparse prefill
+(https://github.com/deepseek-ai/FlashMLA): scheduling metadata is an object that is filled by the first call that uses
+it. What differs: arrays may come from any framework, more page sizes and widths are taken, errors are this package's,
+and what this package does not have raises `MissingFeatureError`, a NotImplementedError.
 """
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
 from typing import Any, NoReturn
 
-import numpy as np
-
-from .arrays.exchange import as_numpy
-from .arrays.view import view
 from .decode.dense import mla_decode, plan_decode
+from .decode.flash_mla_meta import FlashMLASchedMeta, fill, meta_of, plan_of
 from .decode.plan import DecodePlan
-from .errors import InvalidArgumentError, MlaError, PlanMismatchError
-from .settings import get_settings
+from .decode.prefill import mla_sparse_prefill
+from .decode.sparse import mla_sparse_decode, plan_sparse_decode
+from .decode.sparse_plan import SparsePlan
+from .errors import InvalidArgumentError, MlaError
 
 __all__ = [
     "FlashMLASchedMeta",
@@ -34,64 +32,24 @@ __all__ = [
 
 # What FlashMLA calls the arguments that have another name here.
 _FLASH_MLA_NAMES = {"kv_cache": "k_cache", "plan": "tile_scheduler_metadata"}
+_PREFILL_NAMES = {"softmax_scale": "sm_scale", "head_dim_v": "d_v"}
+_LOG2_E = math.log2(math.e)
 _MULTI_HEAD = "multi-head attention for prefill and training"
-# Arguments of flash_mla_with_kvcache that ask for what is not there, and what that is.
+# Arguments of flash_mla_with_kvcache that ask for what is not there, and what that is. Beside indices into a 16-bit
+# cache, attn_sink and topk_length are served.
 _MISSING_FEATURES = {
     "is_fp8_kvcache": "FP8 caches",
-    "indices": "sparse attention",
-    "attn_sink": "attention sinks",
+    "indices": "sparse attention to FP8 caches",
+    "attn_sink": "attention sinks in dense attention",
     "extra_k_cache": "a second cache",
     "extra_indices_in_kvcache": "sparse attention to a second cache",
-    "topk_length": "sparse attention with lengths",
+    "topk_length": "lengths of indices without indices",
     "extra_topk_length": "sparse attention to a second cache with lengths",
 }
 
 
 class MissingFeatureError(MlaError, NotImplementedError):
     """A call asks for a part of FlashMLA that this package does not have; the message names it."""
-
-
-@dataclass
-class FlashMLASchedMeta:
-    """Scheduling metadata: empty until its first call, which plans the batch on the device and keeps the plan here.
-
-    One object serves all calls that have the same shapes and the same lengths, e.g. all layers of a step. For a step
-    with other lengths, take a new one from `get_mla_metadata`. Calls that share one must follow one another on one
-    stream, as they share the plan's workspace.
-
-    Attributes
-    ----------
-    have_initialized
-        Whether a call has filled it.
-    config
-        Shapes and settings that it belongs to; None before.
-    tile_scheduler_metadata
-        The plan (FlashMLA: a tensor); None before.
-    num_splits
-        Always None: the plan holds the splits too.
-    """
-
-    @dataclass
-    class Config:
-        """What has to be the same in every call, by FlashMLA's names."""
-
-        b: int
-        s_q: int
-        h_q: int
-        page_block_size: int
-        h_k: int
-        causal: bool
-        is_fp8_kvcache: bool
-        topk: int | None
-        extra_page_block_size: int | None
-        extra_topk: int | None
-
-    have_initialized: bool = False
-    config: Config | None = None
-    tile_scheduler_metadata: DecodePlan | None = None
-    num_splits: None = None
-    # The lengths that were planned for, on the host; kept only where the settings ask for validation.
-    _lengths: np.ndarray | None = field(default=None, init=False, repr=False, compare=False)
 
 
 def get_mla_metadata(*args: Any, **kwargs: Any) -> tuple[FlashMLASchedMeta, None]:
@@ -141,7 +99,7 @@ def flash_mla_with_kvcache(
     k_cache
         [num_pages, page_size, num_heads_k, head_dim] of q's type. Any page size that `cupy_mla.mla_decode` takes.
     block_table
-        [batch, max_pages_per_seq] int32.
+        [batch, max_pages_per_seq] int32; not looked at in sparse attention, as the next.
     cache_seqlens
         [batch] int32: tokens of each request.
     head_dim_v
@@ -156,9 +114,12 @@ def flash_mla_with_kvcache(
     softmax_scale
         Factor on the scores; None: ``head_dim ** -0.5``.
     causal
-        Query i of s_q sees keys up to ``cache_seqlen - s_q + i`` only.
-    is_fp8_kvcache, indices, attn_sink, extra_k_cache, extra_indices_in_kvcache, topk_length, extra_topk_length
-        FP8 caches and sparse attention: not there yet, refused unless left out.
+        Query i of s_q sees keys up to ``cache_seqlen - s_q + i`` only; of dense attention.
+    indices, attn_sink, topk_length
+        Sparse attention to a 16-bit cache, as in `cupy_mla.mla_sparse_decode`; the last two only together with the
+        first.
+    is_fp8_kvcache, extra_k_cache, extra_indices_in_kvcache, extra_topk_length
+        FP8 caches and a second cache: not there yet, refused unless left out.
     out
         Array to write to, of the shape and type returned; None: a new one of q's framework.
 
@@ -181,21 +142,24 @@ def flash_mla_with_kvcache(
     UnsupportedDeviceError
         The arrays are on a GPU that is not Hopper, or the backend that the settings ask for cannot take them.
     """
-    features = (indices, attn_sink, extra_k_cache, extra_indices_in_kvcache, topk_length, extra_topk_length)
+    sparse = indices is not None and not is_fp8_kvcache
+    features = (None, None, extra_k_cache, extra_indices_in_kvcache, None, extra_topk_length)
+    if not sparse:
+        features = (indices, attn_sink, *features[2:4], topk_length, extra_topk_length)
     if is_fp8_kvcache or any(feature is not None for feature in features):
         _refuse_features((is_fp8_kvcache or None, *features))
+    meta = meta_of(tile_scheduler_metadata, num_splits)
+    if sparse:
+        if causal:
+            raise InvalidArgumentError("causal", "False in sparse attention", "True")
+        arrays = (q, k_cache, indices, topk_length, attn_sink)
+        return _attend_to_chosen(arrays, meta, head_dim_v, softmax_scale, out)
     for name, array in (("block_table", block_table), ("cache_seqlens", cache_seqlens)):
         if array is None:
             raise InvalidArgumentError(name, "an array (only sparse attention goes without)", "None")
-    meta = _meta_of(tile_scheduler_metadata, num_splits)
     try:
-        if meta is None:
-            plan = None
-        elif meta.have_initialized:
-            plan = meta.tile_scheduler_metadata
-            if meta._lengths is not None:
-                _check_lengths(cache_seqlens, meta._lengths)
-        else:
+        plan = plan_of(meta, DecodePlan, "cache_seqlens", cache_seqlens)
+        if meta is not None and plan is None:
             plan = plan_decode(q, k_cache, block_table, cache_seqlens, head_dim_v=head_dim_v, causal=causal)
         result, lse = mla_decode(
             q,
@@ -210,12 +174,37 @@ def flash_mla_with_kvcache(
             empty_lse=math.inf,
         )
     except InvalidArgumentError as error:
-        name, bracket, index = error.argument.partition("[")
-        if name not in _FLASH_MLA_NAMES:
-            raise
-        raise type(error)(_FLASH_MLA_NAMES[name] + bracket + index, error.expected, error.got) from error
+        raise _in_words_of_flash_mla(error, _FLASH_MLA_NAMES) from error
     if meta is not None and plan is not None and not meta.have_initialized:
-        _fill(meta, plan, cache_seqlens)  # only now: a call that was refused leaves it empty
+        fill(meta, plan, plan.problem.keys.page_size, cache_seqlens)  # a call that was refused leaves it empty
+    return result, lse
+
+
+def _attend_to_chosen(
+    arrays: tuple[Any, ...], meta: FlashMLASchedMeta | None, head_dim_v: int, softmax_scale: float | None, out: Any
+) -> tuple[Any, Any]:
+    """The sparse half of `flash_mla_with_kvcache`."""
+    q, k_cache, indices, topk_length, attn_sink = arrays
+    try:
+        plan = plan_of(meta, SparsePlan, "topk_length", topk_length)
+        if meta is not None and plan is None:
+            plan = plan_sparse_decode(q, k_cache, indices, topk_length=topk_length, head_dim_v=head_dim_v)
+        result, lse = mla_sparse_decode(
+            q,
+            k_cache,
+            indices,
+            topk_length=topk_length,
+            attn_sink=attn_sink,
+            head_dim_v=head_dim_v,
+            softmax_scale=softmax_scale,
+            plan=plan,
+            out=out,
+            empty_lse=math.inf,
+        )
+    except InvalidArgumentError as error:
+        raise _in_words_of_flash_mla(error, _FLASH_MLA_NAMES) from error
+    if meta is not None and plan is not None and not meta.have_initialized:
+        fill(meta, plan, k_cache.shape[1], topk_length)
     return result, lse
 
 
@@ -228,9 +217,60 @@ def flash_mla_sparse_fwd(
     attn_sink: Any = None,
     topk_length: Any = None,
     out: Any = None,
+    return_log2_lse: bool = False,
 ) -> tuple[Any, Any, Any]:
-    """Sparse attention for prefill: not there yet, always raises MissingFeatureError."""
-    _refuse("flash_mla_sparse_fwd", "sparse prefill")
+    """Sparse attention for prefill, called as in FlashMLA.
+
+    Parameters
+    ----------
+    q
+        [s_q, num_heads_q, d_qk] bfloat16 or float16, of any framework.
+    kv
+        [s_kv, num_heads_kv, d_qk] of q's type.
+    indices
+        [s_q, num_heads_kv, topk] int32; -1 and every other number outside of ``kv`` name no token. Any topk.
+    sm_scale
+        Factor on the scores.
+    d_v
+        Width of the value: the first ``d_v`` columns of a key.
+    attn_sink, topk_length
+        As in `cupy_mla.mla_sparse_prefill`.
+    out
+        Array to write to, of the shape and type returned; None: a new one of q's framework.
+    return_log2_lse
+        Whether lse is a logarithm to base 2.
+
+    Returns
+    -------
+    out
+        [s_q, num_heads_q, d_v] of q's type.
+    max_logits
+        [s_q, num_heads_q] float32: the largest scaled score; -inf for a query token without a token.
+    lse
+        [s_q, num_heads_q] float32, natural logarithm; +inf for a query token without a token, as in FlashMLA.
+
+    Raises
+    ------
+    InvalidArgumentError
+        An argument has a wrong rank, shape, type, device, stride, alignment or value; ``argument`` is FlashMLA's name.
+    UnsupportedDeviceError
+        The arrays are on a GPU that is not Hopper, or the backend that the settings ask for cannot take them.
+    """
+    try:
+        result, max_logits, lse = mla_sparse_prefill(
+            q,
+            kv,
+            indices,
+            softmax_scale=sm_scale,
+            head_dim_v=d_v,
+            attn_sink=attn_sink,
+            topk_length=topk_length,
+            out=out,
+            empty_lse=math.inf,
+        )
+    except InvalidArgumentError as error:
+        raise _in_words_of_flash_mla(error, _PREFILL_NAMES) from error
+    return result, max_logits, lse * _LOG2_E if return_log2_lse else lse
 
 
 def flash_attn_varlen_func(*args: Any, **kwargs: Any) -> NoReturn:
@@ -262,51 +302,7 @@ def _refuse_features(values: tuple[Any, ...]) -> NoReturn:
     _refuse("flash_mla_with_kvcache", ", ".join(asked))
 
 
-def _meta_of(metadata: Any, num_splits: Any) -> FlashMLASchedMeta | None:
-    """The metadata object of a call, or None for one with the tensors of an older FlashMLA."""
-    if isinstance(metadata, FlashMLASchedMeta):
-        if num_splits is not None:
-            raise InvalidArgumentError(
-                "num_splits", "None, as tile_scheduler_metadata is a FlashMLASchedMeta", type(num_splits).__name__
-            )
-        return metadata
-    # How the tensors cut the batch suits FlashMLA's kernel, and they do not tell the lengths.
-    for name, tensor in (("tile_scheduler_metadata", metadata), ("num_splits", num_splits)):
-        if not hasattr(tensor, "__dlpack__"):
-            expected = "a FlashMLASchedMeta from get_mla_metadata, or two metadata tensors of an older FlashMLA"
-            raise InvalidArgumentError(name, expected, type(tensor).__name__)
-    return None
-
-
-def _fill(meta: FlashMLASchedMeta, plan: DecodePlan, cache_seqlens: Any) -> None:
-    problem = plan.problem
-    meta.config = FlashMLASchedMeta.Config(
-        b=problem.queries.batch,
-        s_q=problem.queries.seqlen_q,
-        h_q=problem.queries.num_heads_q,
-        page_block_size=problem.keys.page_size,
-        h_k=problem.queries.num_heads_kv,
-        causal=problem.queries.causal,
-        is_fp8_kvcache=False,
-        topk=None,
-        extra_page_block_size=None,
-        extra_topk=None,
-    )
-    meta.tile_scheduler_metadata = plan
-    if get_settings().validate:
-        meta._lengths = as_numpy(cache_seqlens).copy()
-    meta.have_initialized = True
-
-
-def _check_lengths(cache_seqlens: Any, planned: np.ndarray) -> None:
-    lengths = as_numpy(view(cache_seqlens, "cache_seqlens"))
-    if lengths.shape != planned.shape:
-        return  # mla_decode says so
-    changed = np.flatnonzero(lengths != planned)
-    if changed.size:
-        request = int(changed[0])
-        raise PlanMismatchError(
-            f"cache_seqlens[{request}]",
-            f"{planned[request]}, as in the call that filled tile_scheduler_metadata",
-            f"{lengths[request]}",
-        )
+def _in_words_of_flash_mla(error: InvalidArgumentError, names: dict[str, str]) -> InvalidArgumentError:
+    """The same error under the argument's name in FlashMLA."""
+    name, bracket, index = error.argument.partition("[")
+    return type(error)(names.get(name, name) + bracket + index, error.expected, error.got)

@@ -56,6 +56,7 @@ SIGNATURES: dict[str, list[tuple[str, Any]]] = {
         ("attn_sink", None),
         ("topk_length", None),
         ("out", None),
+        ("return_log2_lse", False),
     ],
 }
 META_FIELDS = ["have_initialized", "config", "tile_scheduler_metadata", "num_splits"]
@@ -339,13 +340,16 @@ ANY_ARRAY = np.zeros(3, np.int32)
     ("options", "words"),
     [
         ({"is_fp8_kvcache": True}, ["FP8 caches"]),
-        ({"indices": ANY_ARRAY}, ["sparse attention", "indices"]),
+        ({"indices": ANY_ARRAY, "extra_k_cache": ANY_ARRAY}, ["second cache", "extra_k_cache"]),
         ({"attn_sink": ANY_ARRAY}, ["attn_sink"]),
         ({"extra_k_cache": ANY_ARRAY}, ["second cache", "extra_k_cache"]),
         ({"extra_indices_in_kvcache": ANY_ARRAY}, ["extra_indices_in_kvcache"]),
         ({"topk_length": ANY_ARRAY}, ["topk_length"]),
         ({"extra_topk_length": ANY_ARRAY}, ["extra_topk_length"]),
-        ({"is_fp8_kvcache": True, "indices": ANY_ARRAY}, ["FP8 caches (is_fp8_kvcache), sparse attention (indices)"]),
+        (
+            {"is_fp8_kvcache": True, "indices": ANY_ARRAY},
+            ["FP8 caches (is_fp8_kvcache), sparse attention to FP8 caches (indices)"],
+        ),
     ],
 )
 def test_missing_features_are_named(options: dict[str, Any], words: list[str]):
@@ -358,7 +362,8 @@ def test_missing_features_are_named(options: dict[str, Any], words: list[str]):
     for word in words:
         assert word in str(caught.value)
     named = [name for name, _ in SIGNATURES["flash_mla_with_kvcache"] if f"({name})" in str(caught.value)]
-    assert named == [name for name, _ in SIGNATURES["flash_mla_with_kvcache"] if name in options]
+    missing = options if options.get("is_fp8_kvcache") else options.keys() - {"indices"}
+    assert named == [name for name, _ in SIGNATURES["flash_mla_with_kvcache"] if name in missing]
     assert not meta.have_initialized
     assert str(pickle.loads(pickle.dumps(caught.value))) == str(caught.value)
 
@@ -366,7 +371,6 @@ def test_missing_features_are_named(options: dict[str, Any], words: list[str]):
 @pytest.mark.parametrize(
     ("name", "arguments", "feature"),
     [
-        ("flash_mla_sparse_fwd", (ANY_ARRAY, ANY_ARRAY, ANY_ARRAY, 1.0), "sparse prefill"),
         ("flash_attn_varlen_func", (ANY_ARRAY,) * 5, "multi-head attention"),
         ("flash_attn_varlen_qkvpacked_func", (ANY_ARRAY, ANY_ARRAY, 3, 192), "multi-head attention"),
         ("flash_attn_varlen_kvpacked_func", (), "multi-head attention"),
