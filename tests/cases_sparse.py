@@ -87,23 +87,25 @@ class SparseArrays:
 
 
 def exact_sparse(arrays: SparseArrays, scale: float | None = None) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """out [batch, seqlen_q, heads, d_v], max_logits and lse [batch, seqlen_q, heads] in float64, head by head."""
+    """out [batch, seqlen_q, heads, d_v], max_logits and lse [batch, seqlen_q, heads] in float64, kv head by kv head."""
     case = arrays.case
-    queries = (case.batch, case.seqlen_q)
+    queries, group = (case.batch, case.seqlen_q), case.num_heads_q // case.num_heads_kv
     out = np.zeros((*queries, case.num_heads_q, case.latent_dim))
     largest, lse = np.full((2, *queries, case.num_heads_q), -np.inf)
+    sinks = np.full(case.num_heads_q, -np.inf) if arrays.sinks is None else arrays.sinks.astype(np.float64)
     flat = arrays.kv.reshape(case.num_slots, case.num_heads_kv, -1)
-    for *query, head in np.ndindex(*queries, case.num_heads_q):
-        kv_head = head // (case.num_heads_q // case.num_heads_kv)
+    for *query, kv_head in np.ndindex(*queries, case.num_heads_kv):
         keys = flat[arrays.chosen(*query, kv_head), kv_head].astype(np.float64)
         if not len(keys):
             continue
-        place = (*query, head)
-        scores = (case.softmax_scale if scale is None else scale) * (keys @ arrays.q[place].astype(np.float64))
-        largest[place] = top = scores.max()
-        weights = np.exp(scores - top)
-        lse[place] = top + np.log(weights.sum())
+        place = (*query, slice(kv_head * group, (kv_head + 1) * group))
+        q = arrays.q[place].astype(np.float64)
+        scores = (case.softmax_scale if scale is None else scale) * (q @ keys.T)
+        largest[place] = top = scores.max(axis=1)
+        weights = np.exp(scores - top[:, None])
+        total = weights.sum(axis=1)
+        lse[place] = top + np.log(total)
         with np.errstate(over="ignore"):
-            sink = 0.0 if arrays.sinks is None else np.exp(np.float64(arrays.sinks[head]) - top)
-        out[place] = weights @ keys[:, : case.latent_dim] / (weights.sum() + sink)
+            denominator = total + np.exp(sinks[place[-1]] - top)
+        out[place] = weights @ keys[:, : case.latent_dim] / denominator[:, None]
     return out, largest, lse
