@@ -11,20 +11,19 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 
 from .arrays import xla
-from .arrays.frameworks import CPU, CUDA
-from .arrays.view import ArrayView, contiguous_strides
+from .arrays.frameworks import CPU
 from .cache import jax_append
 from .cache.new_tokens import describe_append
 from .call.arguments import is_number
 from .call.describe import describe_decode
 from .call.options import DECODE, OPTIONS, PARTS, PLAN, DecodeArrays, DecodeOptions
-from .call.problem import LSE_DTYPE, PLAN_ALIGNMENT, PLAN_DTYPE, DecodeInputs, DecodeProblem
+from .call.problem import LSE_DTYPE, PLAN_DTYPE, DecodeInputs, DecodeProblem
+from .call.traced import jax_module, views_of_parts
 from .decode.jax_calls import (
     CALLS,
     DECODE_TARGET,
@@ -35,11 +34,22 @@ from .decode.jax_calls import (
     decode_in_callback,
     merge_in_callback,
 )
+from .decode.jax_sparse import mla_sparse_decode, mla_sparse_prefill, plan_sparse_decode
 from .decode.merge import check_states
 from .decode.plan import plan_kind
 from .decode.plan_arrays import check_plan_array, plan_array_bytes
-from .errors import InvalidArgumentError, MissingDependencyError, UnsupportedDeviceError
+from .errors import InvalidArgumentError
 from .gpu.device import require_backend
+
+__all__ = [
+    "append_tokens",
+    "merge_states",
+    "mla_decode",
+    "mla_sparse_decode",
+    "mla_sparse_prefill",
+    "plan_decode",
+    "plan_sparse_decode",
+]
 
 
 def mla_decode(
@@ -88,7 +98,7 @@ def mla_decode(
     kind = plan_kind(problem, inputs.location, call.options)
     if inputs.plan is not None:
         check_plan_array(inputs.plan.shape[0], problem, call.options, kind)
-    jax = _jax()
+    jax = jax_module()
     results = [
         jax.ShapeDtypeStruct(problem.queries.out_shape, problem.queries.dtype),
         jax.ShapeDtypeStruct(problem.queries.lse_shape, LSE_DTYPE),
@@ -119,7 +129,7 @@ def plan_decode(
     """
     given = DecodeArrays(q, kv_cache, block_table, cache_seqlens, cu_seqlens_q, _scale(kv_scale))
     call, arrays, problem, inputs = _trace(given, _options(plan_decode, options), platform)
-    jax = _jax()
+    jax = jax_module()
     size = plan_array_bytes(problem, call.options, plan_kind(problem, inputs.location, call.options))
     if inputs.location[0] == CPU:
         return jax.numpy.zeros((size,), PLAN_DTYPE)
@@ -164,7 +174,7 @@ def append_tokens(
     MissingDependencyError
         The platform is CUDA and jax-tvm-ffi is not installed.
     """
-    jax = _jax()
+    jax = jax_module()
     parts = (*_parts(kv_cache, "kv_cache"), *_parts(kv_new, "kv_new"), slot_mapping)
     names_of_places = jax_append.PARTS[len(parts) :]
     for name in places:
@@ -180,7 +190,7 @@ def append_tokens(
             places = {"block_table": pages[None], "positions": slots, "requests": jax.numpy.zeros_like(slots)}
     parts += tuple(places.get(name) for name in names_of_places)
     names = ("kv_cache", "kv_cache[1]", "kv_new", "kv_new[1]", *jax_append.PARTS[4:])
-    arrays, views, location = _views(parts, names, platform)
+    arrays, views, location = views_of_parts(parts, names, platform)
     describe_append(jax_append.arrays_of(views))
     given = bits_of(parts)
     caches = [part for part in parts[:2] if part is not None]
@@ -197,10 +207,10 @@ def append_tokens(
 def merge_states(outs: Any, lses: Any, *, platform: str | None = None) -> tuple[Any, Any]:
     """`cupy_mla.merge_states`: its arguments, returns and errors; ``platform`` as in `mla_decode`."""
     outs, lses = _stacked(outs, "outs"), _stacked(lses, "lses")
-    arrays, views, location = _views((outs, lses), ("outs", "lses"), platform)
+    arrays, views, location = views_of_parts((outs, lses), ("outs", "lses"), platform)
     out_shape, lse_shape = check_states(*views)
     require_backend(*location, "outs")
-    jax = _jax()
+    jax = jax_module()
     results = jax.ShapeDtypeStruct(out_shape, views[0].dtype), jax.ShapeDtypeStruct(lse_shape, LSE_DTYPE)
     if not register_calls(location[0]):
         return tuple(jax.pure_callback(merge_in_callback, results, *arrays))
@@ -254,22 +264,10 @@ def _trace(
     q_latent, q_rope = _parts(given.q, "q")
     kv_latent, kv_rope = _parts(given.kv_cache, "kv_cache")
     parts = (q_latent, q_rope, kv_latent, kv_rope, *(getattr(given, name) for name in PARTS[4:]))
-    arrays, views, _ = _views(parts, ("q", "q[1]", "kv_cache", "kv_cache[1]", *PARTS[4:]), platform)
+    arrays, views, _ = views_of_parts(parts, ("q", "q[1]", "kv_cache", "kv_cache[1]", *PARTS[4:]), platform)
     problem, inputs = describe_decode(DecodeArrays.of_parts(views), options)
     require_backend(*inputs.location, "q")
     return TracedCall.of(parts, options), arrays, problem, inputs
-
-
-def _views(
-    parts: Sequence[Any], names: Sequence[str], platform: str | None
-) -> tuple[list[Any], list[Any], tuple[str, int]]:
-    """Those of the arrays that are there, views of all of them (None for one that is not), and where they will be."""
-    arrays = [part for part in parts if part is not None]
-    location = _location(arrays, platform)
-    views = [
-        None if part is None else _view_of_shape(part, name, location) for name, part in zip(names, parts, strict=True)
-    ]
-    return arrays, views, location
 
 
 def _stacked(arrays: Any, name: str) -> Any:
@@ -279,7 +277,7 @@ def _stacked(arrays: Any, name: str) -> Any:
     said = [(str(getattr(array, "dtype", type(array))), getattr(array, "shape", None)) for array in arrays]
     if not arrays or said != said[:1] * len(said):
         raise InvalidArgumentError(name, "an array, or arrays of one shape and type", str(said))
-    return _jax().numpy.stack(arrays)
+    return jax_module().numpy.stack(arrays)
 
 
 def _parts(argument: Any, name: str) -> tuple[Any, Any]:
@@ -292,35 +290,4 @@ def _parts(argument: Any, name: str) -> tuple[Any, Any]:
 
 def _scale(kv_scale: Any) -> Any:
     """A number as an array: a compiled program takes it like the others."""
-    return _jax().numpy.float32(kv_scale) if is_number(kv_scale) else kv_scale
-
-
-def _location(arrays: list[Any], platform: str | None) -> tuple[str, int]:
-    """Where the program will run."""
-    jax = _jax()
-    if platform is None:
-        concrete = [
-            array for array in arrays if isinstance(array, jax.Array) and not isinstance(array, jax.core.Tracer)
-        ]
-        platform = next(iter(concrete[0].devices())).platform if concrete else jax.default_backend()
-    if platform == CPU:
-        return CPU, 0
-    if platform not in (CUDA, "gpu"):
-        raise UnsupportedDeviceError(f"JAX runs on {platform}; the kernels need CUDA, the NumPy backend the CPU")
-    return CUDA, 0  # all GPUs of a program are of one kind
-
-
-def _view_of_shape(array: Any, name: str, location: tuple[str, int]) -> ArrayView:
-    """A view of an array that may not exist yet; XLA's arrays are contiguous and aligned."""
-    if not hasattr(array, "shape") or not hasattr(array, "dtype"):
-        raise InvalidArgumentError(name, "a JAX array", type(array).__name__)
-    shape = tuple(array.shape)
-    return ArrayView(PLAN_ALIGNMENT, shape, contiguous_strides(shape), str(array.dtype), *location, None)
-
-
-def _jax() -> Any:
-    try:
-        import jax
-    except ImportError as error:
-        raise MissingDependencyError("jax", "jax", "cupy_mla.jax_ops") from error
-    return jax
+    return jax_module().numpy.float32(kv_scale) if is_number(kv_scale) else kv_scale

@@ -58,14 +58,14 @@ class TracedCall:
 
     def attributes(self) -> dict[str, Any]:
         """As attributes of a custom call."""
-        values = {option.name: _attribute(option, getattr(self.options, option.name)) for option in OPTIONS}
+        values = {option.name: attribute_of(option, getattr(self.options, option.name)) for option in OPTIONS}
         return {**values, _GIVEN: np.int64(self.given)}
 
     @classmethod
     def of_attributes(cls, values: tuple[Any, ...]) -> TracedCall:
         """What `attributes` told."""
         *options, given = values
-        return cls(DecodeOptions(*map(_option, OPTIONS, options)), int(given))
+        return cls(DecodeOptions(*map(option_of, OPTIONS, options)), int(given))
 
     def arrays(self, buffers: list[ArrayView]) -> DecodeArrays:
         """The arrays that the first buffers are; takes them off the list."""
@@ -79,7 +79,8 @@ def bits_of(parts: Sequence[Any]) -> int:
     return sum(1 << index for index, part in enumerate(parts) if part is not None)
 
 
-def _attribute(option: Option, value: Any) -> Any:
+def attribute_of(option: Option, value: Any) -> Any:
+    """The value of an option as an attribute of a custom call."""
     if option.type == "str":
         return np.str_(value)
     if option.type == "float":
@@ -87,7 +88,8 @@ def _attribute(option: Option, value: Any) -> Any:
     return np.int64(_NO_INTEGER if value is None else value)
 
 
-def _option(option: Option, attribute: Any) -> Any:
+def option_of(option: Option, attribute: Any) -> Any:
+    """What `attribute_of` was given."""
     if option.type == "str":
         return attribute
     if option.type == "float":

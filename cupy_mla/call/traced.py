@@ -1,0 +1,69 @@
+"""Arrays of a program that JAX traces: only their shapes and types are known, and where the program will run."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from ..arrays.frameworks import CPU, CUDA
+from ..arrays.view import ArrayView, contiguous_strides
+from ..errors import InvalidArgumentError, MissingDependencyError, UnsupportedDeviceError
+from .problem import PLAN_ALIGNMENT
+
+
+def views_of_parts(
+    parts: Sequence[Any], names: Sequence[str], platform: str | None
+) -> tuple[list[Any], list[Any], tuple[str, int]]:
+    """Those of the arrays that are there, views of all of them (None for one that is not), and where they will be.
+
+    Raises
+    ------
+    InvalidArgumentError
+        One is no JAX array; the error has its name of ``names``.
+    UnsupportedDeviceError
+        The platform is neither CPU nor CUDA.
+    """
+    arrays = [part for part in parts if part is not None]
+    location = _location(arrays, platform)
+    views = [
+        None if part is None else _view_of_shape(part, name, location) for name, part in zip(names, parts, strict=True)
+    ]
+    return arrays, views, location
+
+
+def _location(arrays: list[Any], platform: str | None) -> tuple[str, int]:
+    """Where the program will run."""
+    jax = jax_module()
+    if platform is None:
+        concrete = [
+            array for array in arrays if isinstance(array, jax.Array) and not isinstance(array, jax.core.Tracer)
+        ]
+        platform = next(iter(concrete[0].devices())).platform if concrete else jax.default_backend()
+    if platform == CPU:
+        return CPU, 0
+    if platform not in (CUDA, "gpu"):
+        raise UnsupportedDeviceError(f"JAX runs on {platform}; the kernels need CUDA, the NumPy backend the CPU")
+    return CUDA, 0  # all GPUs of a program are of one kind
+
+
+def _view_of_shape(array: Any, name: str, location: tuple[str, int]) -> ArrayView:
+    """A view of an array that may not exist yet; XLA's arrays are contiguous and aligned."""
+    if not hasattr(array, "shape") or not hasattr(array, "dtype"):
+        raise InvalidArgumentError(name, "a JAX array", type(array).__name__)
+    shape = tuple(array.shape)
+    return ArrayView(PLAN_ALIGNMENT, shape, contiguous_strides(shape), str(array.dtype), *location, None)
+
+
+def jax_module() -> Any:
+    """JAX, imported now.
+
+    Raises
+    ------
+    MissingDependencyError
+        It is not installed.
+    """
+    try:
+        import jax
+    except ImportError as error:
+        raise MissingDependencyError("jax", "jax", "cupy_mla.jax_ops") from error
+    return jax
