@@ -39,7 +39,7 @@ CI = ROOT / ".ci" / "run"  # not in a source distribution
 EXAMPLES = dict(re.findall(r"```python\n# ([^\n]+)\n(.*?)```", TEXT, re.DOTALL))
 TITLES = {
     *("torch", "torch.compile", "JAX", "CuPy", "NumPy", "FlashMLA", "benchmark", "paged cache"),
-    *("sparse decode", "sparse prefill"),
+    *("sparse decode", "sparse prefill", "FP8"),
 }
 
 PROGRAMS = ("cupy-mla", "./scripts/", ".ci/run", "python ", ".venv/bin/python ", "pip ", "jupyter ")
