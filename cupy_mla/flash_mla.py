@@ -129,7 +129,7 @@ def flash_mla_with_kvcache(
         [batch, seqlen_q, num_heads_q, head_dim_v] of q's type.
     lse
         [batch, num_heads_q, seqlen_q] float32, natural logarithm. A query with no visible key gives out = 0 and
-        lse = +inf, as in FlashMLA (`cupy_mla.mla_decode` returns -inf there, which merges).
+        lse = +inf, as in FlashMLA (`cupy_mla.mla_decode` returns -inf there; `merge_states` takes both).
 
     Raises
     ------

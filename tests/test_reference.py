@@ -244,10 +244,11 @@ def test_merging_parts_gives_the_whole(parts: int, dtype: type, error: float):
     np.testing.assert_allclose(lse, whole_lse, error, error)
 
 
-def test_parts_that_saw_nothing_are_neutral():
+@pytest.mark.parametrize("nothing", [-np.inf, np.inf])
+def test_parts_that_saw_nothing_are_neutral(nothing: float):
     outs, lses, whole_out, whole_lse = split_states(2, np.float64)
     outs = np.concatenate([outs, np.full_like(outs[:1], np.nan)])
-    lses = np.concatenate([lses, np.full_like(lses[:1], -np.inf)])
+    lses = np.concatenate([lses, np.full_like(lses[:1], nothing)])
     out, lse = merge_states_reference(outs, lses, dtype=np.float64)
     np.testing.assert_allclose(out, whole_out, 1e-13, 1e-13)
     np.testing.assert_allclose(lse, whole_lse, 1e-13)

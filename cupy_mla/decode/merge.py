@@ -33,8 +33,8 @@ def merge_states(outs: Any, lses: Any, *, stream: int | None = None) -> tuple[An
         `mla_decode` returned for each of n shards of the KV, stacked. Or a list or tuple of n such arrays of one
         framework, which are then copied into one.
     lses
-        [n, batch, num_heads_q, seqlen_q] or [n, num_heads_q, total_q] float32, natural logarithms; -inf: nothing seen.
-        Or a list or tuple of n.
+        [n, batch, num_heads_q, seqlen_q] or [n, num_heads_q, total_q] float32, natural logarithms. -inf, or
+        FlashMLA's +inf: nothing seen, and ``outs`` are not looked at. Or a list or tuple of n.
     stream
         ``cudaStream_t``; None: the current stream of the framework of ``outs``.
 

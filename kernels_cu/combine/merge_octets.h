@@ -134,6 +134,7 @@ struct RowStates {
     bool aligned;
     i32 second = 0;
     static constexpr bool kHasSink = false;
+    MLA_DEVICE f32 lse_of(i32 state) const { return lses[state * lse_stride]; }
 };
 
 // The row has a sink, natural logarithm: one state more in the denominator, without output and not in the lse.
@@ -165,14 +166,14 @@ struct PartialMerge {
 
     // States first, first + step, ... (kBatch of them), all loads in flight at once. Past the end the last state is
     // loaded again and not counted: a load without a condition leaves the compiler free to issue it early.
-    template <typename T, i32 kBatch>
-    MLA_DEVICE void take(const RowStates& states, i32 first, i32 step) {
+    template <typename T, i32 kBatch, typename States>
+    MLA_DEVICE void take(const States& states, i32 first, i32 step) {
         f32 lses[kBatch];
         Octet<T> octets[kBatch][kOctets];
 #pragma unroll
         for (i32 i = 0; i < kBatch; ++i) {
             const i32 state = min_i32(first + i * step, states.count - 1);
-            lses[i] = states.lses[state * states.lse_stride];
+            lses[i] = states.lse_of(state);
 #pragma unroll
             for (i32 j = 0; j < kOctets; ++j)
                 octets[i][j].load(states.outs + state * states.out_stride + j * states.second, states.aligned);

@@ -8,6 +8,14 @@ using Element = MLA_DTYPE;  // Bf16, Fp16 or Fp32
 
 constexpr i32 kMergeStatesThreads = 256;
 
+// +inf is FlashMLA's lse of a row that has seen nothing; no row that has seen something can have it.
+struct ShardStates : RowStates {
+    MLA_DEVICE f32 lse_of(i32 state) const {
+        const f32 lse = RowStates::lse_of(state);
+        return lse == -minus_infinity() ? minus_infinity() : lse;
+    }
+};
+
 }  // namespace mla
 
 // grid: one CTA per SM (fewer for few rows), block kMergeStatesThreads, no dynamic shared memory.
@@ -30,12 +38,12 @@ mla_merge_states(const __grid_constant__ mla::MergeStatesParams params) {
         const i64 lses_offset =
             index0 * params.lses_stride0 + index1 * params.lses_stride1 + index2 * params.lses_stride2;
         const bool aligned = params.aligned != 0;
-        const RowStates states{params.outs + outs_offset * Element::kBytes,
-                               params.outs_stride_state * Element::kBytes,
-                               params.lses + lses_offset,
-                               params.lses_stride_state,
-                               params.num_states,
-                               aligned};
+        const ShardStates states{{params.outs + outs_offset * Element::kBytes,
+                                  params.outs_stride_state * Element::kBytes,
+                                  params.lses + lses_offset,
+                                  params.lses_stride_state,
+                                  params.num_states,
+                                  aligned}};
         const i32 chunk = static_cast<i32>(task - row * chunks.chunks_of_row);
         merge_chunk<Element, Element>(states, chunks, chunk, params.d_v, lane, [&] {
             const i64 out = index0 * params.out_stride0 + index1 * params.out_stride1 + index2 * params.out_stride2;

@@ -422,8 +422,9 @@ def test_plan_of_other_shapes_is_refused() -> None:
 # Merging -------------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("empty_lse", [-math.inf, math.inf])
 @pytest.mark.parametrize(("heads", "shards"), [(16, 2), (128, 3)])
-def test_merge_states(heads: int, shards: int) -> None:
+def test_merge_states(heads: int, shards: int, empty_lse: float) -> None:
     case = DenseCase(lengths=(960, 1000, 64, 0), num_heads_q=heads, seqlens_q=2)
     on_gpu = OnGpu(case)
     columns = -(-on_gpu.host.block_table.shape[1] // shards)
@@ -432,7 +433,8 @@ def test_merge_states(heads: int, shards: int) -> None:
         table = on_gpu.host.block_table[:, shard * columns : (shard + 1) * columns]
         first = shard * columns * case.page_size
         lengths = np.clip(on_gpu.host.cache_seqlens - first, 0, table.shape[1] * case.page_size).astype(np.int32)
-        out, lse = on_gpu.decode(on_gpu.q, on_gpu.kv_cache, gpu.upload(table), gpu.upload(lengths))
+        tensors = on_gpu.q, on_gpu.kv_cache, gpu.upload(table), gpu.upload(lengths)
+        out, lse = on_gpu.decode(*tensors, empty_lse=empty_lse)
         outs.append(out)
         lses.append(lse)
     out, lse = merge_states(gpu.stack(outs), gpu.stack(lses))
