@@ -29,8 +29,8 @@ class Settings:
         Where compiled kernels are kept. ``CUPY_MLA_CACHE_DIR``; by default ``$XDG_CACHE_HOME/cupy_mla`` or
         ``~/.cache/cupy_mla``.
     validate
-        Whether calls that do not say so themselves read lengths and page numbers back and check them.
-        ``CUPY_MLA_VALIDATE``: 1/true/yes/on or 0/false/no/off; off by default.
+        Whether calls on a GPU that do not say so themselves read lengths and page numbers back and check them; those on
+        the CPU always do. ``CUPY_MLA_VALIDATE``: 1/true/yes/on or 0/false/no/off; off by default.
     backend
         ``CUPY_MLA_BACKEND``: ``auto`` (the default: the kernels for CUDA arrays, NumPy for CPU arrays), ``cuda``
         or ``numpy``.
@@ -53,9 +53,10 @@ def get_settings() -> Settings:
     return read_settings(os.environ)
 
 
-def wants_validation(asked: bool | None) -> bool:
-    """Whether a call that asked for validation, asked for none, or did not say (None) is validated."""
-    return get_settings().validate if asked is None else asked
+def wants_validation(asked: bool | None, on_gpu: bool) -> bool:
+    """Whether a call that asked for validation, asked for none, or did not say (None) is validated. It costs nothing to
+    speak of where values need not be read back from a GPU."""
+    return (not on_gpu or get_settings().validate) if asked is None else asked
 
 
 def reload_settings() -> Settings:

@@ -182,11 +182,12 @@ def test_the_backend_of_the_settings_counts(set_environment: Callable[..., Any])
         jax_ops.plan_decode(**make())
 
 
-def test_values_are_validated_where_the_settings_ask_for_it(set_environment: Callable[..., Any]) -> None:
+@pytest.mark.parametrize("setting", [None, "1"])
+def test_values_are_validated_on_the_cpu(setting: str | None, set_environment: Callable[..., Any]) -> None:
     arrays = make()
     arrays["cache_seqlens"][0] = 10**6
-    jax.block_until_ready(jax_ops.mla_decode(**arrays))
-    set_environment(CUPY_MLA_VALIDATE="1")
+    set_environment(CUPY_MLA_VALIDATE=setting)
+    jax.block_until_ready(jax_ops.mla_decode(**arrays, validate=False))
     with pytest.raises(Exception, match=r"cache_seqlens\[0\]"):  # JAX's own exception, with our message
         jax.block_until_ready(jax_ops.mla_decode(**arrays))
 

@@ -114,9 +114,7 @@ def test_a_plan_of_another_call_is_refused() -> None:
     plan = jax_ops.plan_sparse_decode(**of_plan, fixed_split_tokens=64)
     with pytest.raises(PlanMismatchError, match="plan"):
         jax_ops.mla_sparse_decode(**arrays, plan=plan)
-    same(
-        jax_ops.mla_sparse_decode(**arrays, plan=plan, fixed_split_tokens=64), cupy_mla.mla_sparse_decode(**arrays)
-    )
+    same(jax_ops.mla_sparse_decode(**arrays, plan=plan, fixed_split_tokens=64), cupy_mla.mla_sparse_decode(**arrays))
 
 
 def test_what_validation_finds_is_raised_when_the_program_runs() -> None:

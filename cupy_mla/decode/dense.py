@@ -94,7 +94,8 @@ def mla_decode(
     stream
         ``cudaStream_t`` to run on; None: the current stream of q's framework.
     validate
-        Read lengths and pages back and check them (synchronises). None: the setting CUPY_MLA_VALIDATE.
+        Check lengths and pages; on a GPU they are read back for it (synchronises). None: on the CPU yes, on a GPU as
+        the setting CUPY_MLA_VALIDATE says.
 
     Returns
     -------
@@ -208,7 +209,7 @@ def describe_plan(
     problem, inputs = describe_decode(arrays, options, stream)
     require_backend(*inputs.location, "q")
     kind = plan_kind(problem, inputs.location, options)
-    if wants_validation(options.validate):
+    if wants_validation(options.validate, kind is not None):
         validate_values(problem, inputs, stream, options.max_seqlen_k)
     return problem, inputs, kind
 
@@ -272,7 +273,7 @@ def run_decode(
         kind = plan_kind(problem, inputs.location, checked)
         if inputs.plan is not None:
             check_plan_array(inputs.plan.shape[0], problem, checked, kind)
-    if wants_validation(checked.validate):
+    if wants_validation(checked.validate, kind is not None):
         validate_values(problem, inputs, stream, most)
     scale = problem.queries.default_softmax_scale if checked.softmax_scale is None else checked.softmax_scale
     if kind is None:

@@ -256,7 +256,7 @@ def _run_plan(*values: Any) -> None:
 
 
 def _validate(problem: Any, inputs: Any, options: SparseOptions, stream: int) -> None:
-    if wants_validation(options.validate):  # the setting counts when the program runs
+    if wants_validation(options.validate, inputs.location[0] != CPU):  # the setting counts when the program runs
         validate_lengths(problem, inputs, stream)
 
 

@@ -83,8 +83,8 @@ def mla_sparse_prefill(
     stream
         ``cudaStream_t`` to run on; None: the current stream of q's framework.
     validate
-        Read topk_length back and check it (synchronises). None: the setting CUPY_MLA_VALIDATE. Without it, a length is
-        taken as clamped to 0 and topk.
+        Check topk_length; on a GPU it is read back for it (synchronises). None: on the CPU yes, on a GPU as the setting
+        CUPY_MLA_VALIDATE says. Without it, a length is taken as clamped to 0 and topk.
 
     Returns
     -------
@@ -141,7 +141,7 @@ def run_prefill(arrays: tuple[Any, ...], options: tuple[Any, ...], stream: int |
     given, checked = SparsePrefillArrays(*arrays), SparseOptions(*options)
     problem, inputs = describe_sparse_prefill(given, checked, stream)
     on_gpu = require_backend(*inputs.location, "q")
-    if wants_validation(checked.validate):
+    if wants_validation(checked.validate, on_gpu):
         validate_lengths(problem, inputs, stream)
     scale = problem.queries.default_softmax_scale if checked.softmax_scale is None else checked.softmax_scale
     if not on_gpu:

@@ -122,7 +122,8 @@ def merge_states_reference(outs: Array, lses: Array, *, dtype: npt.DTypeLike = n
     outs
         [n, ..., d]: n partial results of any floating type.
     lses
-        [n, ...]: their log-sum-exps, natural logarithm; -inf or +inf where a part saw no key (its out is not looked at).
+        [n, ...]: their log-sum-exps, natural logarithm; -inf or +inf where a part saw no key, whose out is not looked
+        at.
     dtype
         Type of the arithmetic, ``numpy.float32`` or ``numpy.float64``.
 
@@ -134,7 +135,8 @@ def merge_states_reference(outs: Array, lses: Array, *, dtype: npt.DTypeLike = n
         [...] of type ``dtype``; -inf where no part saw a key.
     """
     compute = np.dtype(dtype)
-    parts = np.where(np.isposinf(lses), compute.type(-np.inf), lses.astype(compute))
+    parts = lses.astype(compute)
+    parts[np.isposinf(parts)] = -np.inf
     highest = parts.max(axis=0)
     with np.errstate(invalid="ignore", divide="ignore"):
         weights = np.exp(parts - _finite(highest))

@@ -89,8 +89,8 @@ def mla_sparse_decode(
     stream
         ``cudaStream_t`` to run on; None: the current stream of q's framework.
     validate
-        Read topk_length back and check it (synchronises). None: the setting CUPY_MLA_VALIDATE. Without it, a length is
-        taken as clamped to 0 and topk.
+        Check topk_length; on a GPU it is read back for it (synchronises). None: on the CPU yes, on a GPU as the setting
+        CUPY_MLA_VALIDATE says. Without it, a length is taken as clamped to 0 and topk.
 
     Returns
     -------
@@ -183,7 +183,7 @@ def describe_sparse_plan(
     problem, inputs = describe_sparse_decode(arrays, options, stream)
     require_backend(*inputs.location, "q")
     kind = sparse_plan_kind(problem, inputs.location, options)
-    if wants_validation(options.validate):
+    if wants_validation(options.validate, kind is not None):
         validate_lengths(problem, inputs, stream)
     return problem, inputs, kind
 
@@ -237,7 +237,7 @@ def run_sparse_decode(
         kind = sparse_plan_kind(problem, inputs.location, checked)
         if inputs.plan is not None:
             check_plan_array(inputs.plan.shape[0], problem, checked, kind)
-    if wants_validation(checked.validate):
+    if wants_validation(checked.validate, kind is not None):
         validate_lengths(problem, inputs, stream)
     scale = problem.queries.default_softmax_scale if checked.softmax_scale is None else checked.softmax_scale
     if kind is None:
