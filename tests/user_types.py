@@ -24,6 +24,6 @@ def bench() -> Results:
     return run_bench(expand_grid(batches=[1], lengths=[64], heads=[8]))
 
 
-faces = (flash_mla.flash_mla_with_kvcache, cupy_mla.jax_ops.mla_decode, cupy_mla.torch_ops.plan_decode)
+faces = (flash_mla.flash_mla_with_kvcache, cupy_mla.jax_ops.mla_decode, cupy_mla.torch_ops.register)
 mla_decode()  # type: ignore[call-arg]
 number: int = PagedKVCache(num_pages=1)  # type: ignore[assignment]
