@@ -1,15 +1,14 @@
 """Multi-head latent attention (MLA) decoding on NVIDIA Hopper GPUs, compiled at run time."""
 
+import importlib
+from typing import TYPE_CHECKING, Any
+
 from .cache.allocator import OutOfPagesError, OutOfRequestsError
 from .cache.append import append_tokens
 from .cache.paged import PagedKVCache
-from .cache.slots import slots_of
 from .decode.dense import mla_decode, plan_decode
 from .decode.merge import merge_states
 from .decode.plan import DecodePlan
-from .decode.prefill import mla_sparse_prefill
-from .decode.sparse import mla_sparse_decode, plan_sparse_decode
-from .decode.sparse_plan import SparsePlan
 from .errors import (
     CompilationError,
     DriverError,
@@ -20,7 +19,22 @@ from .errors import (
     UnsupportedDeviceError,
 )
 
+if TYPE_CHECKING:
+    from .cache.slots import slots_of
+    from .decode.prefill import mla_sparse_prefill
+    from .decode.sparse import mla_sparse_decode, plan_sparse_decode
+    from .decode.sparse_plan import SparsePlan
+
 __version__ = "0.1.0"
+
+# Sparse attention is loaded when it is first asked for: importing the package stays as quick as importing NumPy.
+_LOADED_LATER = {
+    "SparsePlan": "decode.sparse_plan",
+    "mla_sparse_decode": "decode.sparse",
+    "mla_sparse_prefill": "decode.prefill",
+    "plan_sparse_decode": "decode.sparse",
+    "slots_of": "cache.slots",
+}
 
 __all__ = [
     "CompilationError",
@@ -44,3 +58,15 @@ __all__ = [
     "plan_sparse_decode",
     "slots_of",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _LOADED_LATER:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(importlib.import_module(f".{_LOADED_LATER[name]}", __name__), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_LOADED_LATER})
