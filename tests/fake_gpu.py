@@ -170,7 +170,6 @@ def fake_gpu(patch: pytest.MonkeyPatch) -> FakeGpu:
     patch.setitem(arrays._READERS, FakeArray, FakeArray.read)
     expressions = "{a}.pointer", "{a}.shape, {a}.strides, {a}.dtype, {a}.device_id"
     patch.setitem(sketches._EXPRESSIONS, (FakeArray.__module__, FakeArray.__name__), expressions)
-    patch.setattr(sketches, "_sketchers", {})
     patch.setattr(sketches, "_POINTERS", type(sketches._POINTERS)())
     patch.setitem(frameworks._FRAMEWORKS, FakeArray, "cupy")
     info = DeviceInfo(0, "fake", (9, 0), NUM_SMS, 2**36, 2**25, 232448)

@@ -6,10 +6,18 @@ from typing import Any
 
 import pytest
 
-from cupy_mla.arrays.sketch import pointer_of, sketch
+from cupy_mla.arrays.sketch import Sketches, pointer_of
 from cupy_mla.arrays.view import view
 
 torch = pytest.importorskip("torch", reason="torch is not installed")
+
+
+sketches: dict[int, Sketches] = {}  # of functions of one array, of two, and so on
+sketch_pairs = Sketches(pairs=1).sketch
+
+
+def sketch(arrays: tuple[Any, ...], others: tuple[Any, ...] = ()) -> Any:
+    return sketches.setdefault(len(arrays), Sketches()).sketch(arrays, others)
 
 
 def tensors() -> dict[str, Any]:
@@ -39,13 +47,13 @@ def test_layouts_are_equal_when_views_are() -> None:
     for first in named.values():
         for second in named.values():
             described = [(v.shape, v.strides, v.dtype, v.device, v.device_id) for v in map(_view, (first, second))]
-            sketches = [sketch((tensor,)) for tensor in (first, second)]
-            assert sketches[0] is not None
-            assert sketches[1] is not None
+            found = [sketch((tensor,)) for tensor in (first, second)]
+            assert found[0] is not None
+            assert found[1] is not None
             same_type = type(first) is type(second)
-            assert (sketches[0][2] == sketches[1][2]) == (described[0] == described[1])
-            assert (sketches[0][1] is sketches[1][1]) == same_type
-            assert sketches[0][0] == (first.data_ptr(),) == (pointer_of(first),)
+            assert (found[0][2] == found[1][2]) == (described[0] == described[1])
+            assert (found[0][1] is found[1][1]) == same_type
+            assert found[0][0] == (first.data_ptr(),) == (pointer_of(first),)
 
 
 def _view(tensor: Any) -> Any:
@@ -63,16 +71,16 @@ def test_many_tensors_have_the_sketches_of_each() -> None:
 
 def test_pairs_have_two_addresses_each() -> None:
     first, second, third = [*tensors().values()][:3]
-    packed, pair = sketch((first, third), pairs=1), sketch(((first, second), third), pairs=1)
+    packed, pair = sketch_pairs((first, third)), sketch_pairs(((first, second), third))
     assert packed is not None
     assert pair is not None
     assert packed[0] == (first.data_ptr(), 0, third.data_ptr())
     assert pair[0] == (first.data_ptr(), second.data_ptr(), third.data_ptr())
-    assert pair[1] is sketch(((second, first), third), pairs=1)[1] is not packed[1]
-    assert sketch(((first, torch.nn.Parameter(second)), third), pairs=1)[1] is not pair[1]
+    assert pair[1] is sketch_pairs(((second, first), third))[1] is not packed[1]
+    assert sketch_pairs(((first, torch.nn.Parameter(second)), third))[1] is not pair[1]
     for wrong in ((), (first,), (first, second, third), [first, second], (first, 3), (first, torch.zeros(0))):
-        assert sketch((wrong, third), pairs=1) is None
-    assert sketch((third, (first, second)), pairs=1) is None
+        assert sketch_pairs((wrong, third)) is None
+    assert sketch_pairs((third, (first, second))) is None
 
 
 def test_types_of_other_values_count() -> None:

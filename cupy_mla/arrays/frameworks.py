@@ -138,8 +138,9 @@ def current_stream(obj: Any, device_id: int) -> int:
     MissingDependencyError
         CuPy is needed and not installed.
     """
-    if framework_of(obj) == "torch":
-        return int(sys.modules["torch"]._C._cuda_getCurrentRawStream(device_id))
+    if (_FRAMEWORKS.get(type(obj)) or framework_of(obj)) == "torch":
+        stream: int = sys.modules["torch"]._C._cuda_getCurrentRawStream(device_id)
+        return stream
     return int(cupy_module().cuda.get_current_stream(device_id).ptr)
 
 

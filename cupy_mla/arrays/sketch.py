@@ -33,27 +33,34 @@ _NO_ARRAYS = (NoneType, float)
 _Type = Any
 
 
+def _sketch_nothing(*arguments: Any) -> None:
+    return None
+
+
 class Sketcher:
     """Sketches the arrays of calls whose arrays and other arguments are of certain types.
 
     Attributes
     ----------
-    of_arrays
-        Given the arrays: their addresses, and their forms one behind the other. One expression, as that takes half the
-        time of a loop. None where there is an array that only `view` can read.
+    of_call
+        Given the arrays and the other arguments: the arrays' addresses, and their forms one behind the other; None if
+        one is of another type, or there is an array that only `view` can read. One expression, as that takes half the
+        time of a loop.
     not_there
         How many of the addresses are 0 because there is no array.
     """
 
-    __slots__ = ("not_there", "of_arrays")
+    __slots__ = ("not_there", "of_call")
 
-    def __init__(self, types: tuple[_Type, ...], pairs: int) -> None:
-        self.of_arrays: Callable[..., tuple[tuple[int, ...], tuple[Any, ...]]] | None = None
+    def __init__(self, types: tuple[_Type, ...], others: tuple[type, ...], pairs: int) -> None:
+        self.of_call: Callable[..., tuple[tuple[int, ...], tuple[Any, ...]] | None] = _sketch_nothing
         self.not_there = 0
         pointers, forms = [], []
+        expected: list[tuple[str, type]] = []
         for index, array_type in enumerate(types):
             parts = [(f"a{index}", array_type)]
             if isinstance(array_type, tuple):
+                expected.append((f"a{index}", tuple))
                 parts = [(f"a{index}[{part}]", part_type) for part, part_type in enumerate(array_type)]
             elif index < pairs:
                 parts.append(("None", NoneType))
@@ -65,51 +72,75 @@ class Sketcher:
                     return
                 pointers.append(expressions[0].format(a=name))
                 forms.append(expressions[1].format(a=name))
+                expected.append((name, part_type))
                 self.not_there += part_type in _NO_ARRAYS
-        arguments = ", ".join(f"a{index}" for index in range(len(types)))
-        self.of_arrays = eval(f"lambda {arguments}: (({', '.join(pointers)},), ({', '.join(forms)},))")
+        expected += [(f"o{index}", other) for index, other in enumerate(others)]
+        named = {f"t{index}": known for index, (_, known) in enumerate(expected)}
+        same = " and ".join(
+            f"{name} is None" if known is NoneType else f"type({name}) is t{index}"
+            for index, (name, known) in enumerate(expected)
+        )
+        names = [f"a{index}" for index in range(len(types))] + [f"o{index}" for index in range(len(others))]
+        sketched = f"(({', '.join(pointers)},), ({', '.join(forms)},))"
+        self.of_call = eval(f"lambda {', '.join(names)}: {sketched} if {same} else None", named)
 
 
-_sketchers: dict[tuple[Any, ...], Sketcher] = {}
-
-
-def sketch(
-    arrays: tuple[Any, ...], others: tuple[Any, ...] = (), pairs: int = 0
-) -> tuple[tuple[int, ...], Sketcher, tuple[Any, ...]] | None:
-    """Addresses and forms of a call's arrays. Takes a third of the time of `view`, and checks nothing.
+class Sketches:
+    """Sketches of the calls of one function; takes a third of the time of `view`, and checks nothing.
 
     Parameters
     ----------
-    arrays
-        Arrays, or None for one that is not there, or a float.
-    others
-        Values whose types are to be told apart too (Python holds 1, 1.0 and True for equal).
     pairs
         How many of the first arrays may be a tuple of two instead; each of them has two addresses.
-
-    Returns
-    -------
-    (tuple of int, Sketcher, tuple) or None
-        The addresses (0 where there is no array), what stands for the types, and the forms. None when there is an array
-        that only `view` can read, or that has no memory.
     """
-    types: tuple[_Type, ...] = tuple(map(type, arrays + others))
-    sketcher = _sketchers.get(types)
-    if sketcher is None:
-        of_arrays = types[: len(arrays)]
-        if tuple in of_arrays:
-            of_arrays = tuple(tuple(map(type, array)) if type(array) is tuple else type(array) for array in arrays)
-            types = of_arrays + types[len(arrays) :]
-            sketcher = _sketchers.get(types)
-        if sketcher is None:
-            sketcher = _sketchers[types] = Sketcher(of_arrays, pairs)
-    if sketcher.of_arrays is None:
-        return None
-    try:
-        pointers, forms = sketcher.of_arrays(*arrays)
-    except Exception:  # a tensor without memory; `view` finds the words
-        return None
-    return (pointers, sketcher, forms) if pointers.count(0) == sketcher.not_there else None
+
+    __slots__ = ("_known", "_last", "_pairs")
+
+    def __init__(self, pairs: int = 0) -> None:
+        self._pairs = pairs
+        self._known: dict[tuple[tuple[_Type, ...], tuple[type, ...]], Sketcher] = {}
+        # Of the call before with so many other arguments: to ask it takes less time than to look one up.
+        self._last: dict[int, Sketcher] = {}
+
+    def sketch(
+        self, arrays: tuple[Any, ...], others: tuple[Any, ...] = ()
+    ) -> tuple[tuple[int, ...], Sketcher, tuple[Any, ...]] | None:
+        """Addresses and forms of a call's arrays.
+
+        Parameters
+        ----------
+        arrays
+            Arrays, or None for one that is not there, or a float; always as many.
+        others
+            Values whose types are to be told apart too (Python holds 1, 1.0 and True for equal).
+
+        Returns
+        -------
+        (tuple of int, Sketcher, tuple) or None
+            The addresses (0 where there is no array), what stands for the types, and the forms. None when there is an
+            array that only `view` can read, or that has no memory.
+        """
+        sketcher = self._last.get(len(others))
+        try:
+            sketched = None if sketcher is None else sketcher.of_call(*arrays, *others)
+            if sketched is None or sketcher is None:
+                sketcher = self._find(arrays, others)
+                sketched = sketcher.of_call(*arrays, *others)
+                if sketched is None:
+                    return None
+                self._last[len(others)] = sketcher
+        except Exception:  # a tensor without memory; `view` finds the words
+            return None
+        pointers, forms = sketched
+        return (pointers, sketcher, forms) if pointers.count(0) == sketcher.not_there else None
+
+    def _find(self, arrays: tuple[Any, ...], others: tuple[Any, ...]) -> Sketcher:
+        types = tuple(tuple(map(type, array)) if type(array) is tuple else type(array) for array in arrays)
+        of_others = tuple(map(type, others))
+        key = types, of_others
+        if key not in self._known:
+            self._known[key] = Sketcher(types, of_others, self._pairs)
+        return self._known[key]
 
 
 class _Pointers(dict[type, Callable[[Any], int]]):

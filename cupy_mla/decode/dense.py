@@ -272,7 +272,7 @@ def run_decode(
     else:
         kind = plan_kind(problem, inputs.location, checked)
         if inputs.plan is not None:
-            check_plan_array(inputs.plan.shape[0], problem, checked, kind)
+            check_plan_array(inputs.plan.shape[0], problem, checked, kind, with_room=True)
     if wants_validation(checked.validate, kind is not None):
         validate_values(problem, inputs, stream, most)
     scale = problem.queries.default_softmax_scale if checked.softmax_scale is None else checked.softmax_scale
@@ -296,7 +296,7 @@ def _decode_on_cpu(
 
 def _launch(
     call: DecodeCall,
-    addresses: Addresses,
+    addresses: tuple[int, ...],
     plan: DecodePlan | None,
     arrays: tuple[Any, ...],
     given_stream: int | None,
@@ -316,16 +316,18 @@ def _launch(
             out = empty_like(q, problem.queries.out_shape, problem.queries.dtype, given_stream)
         if lse is None:
             lse = empty_like(q, problem.queries.lse_shape, LSE_DTYPE, given_stream)
-        addresses = Addresses(*addresses[:-2], pointer_of(out), pointer_of(lse))
+        addresses = (*addresses[:-2], pointer_of(out), pointer_of(lse))
     memory: PlanMemory
     if plan is not None:
         memory = plan
     else:
-        made = addresses.plan
-        workspace = empty_like(q, (kind.partial_bytes if made else kind.workspace_bytes,), PLAN_DTYPE, given_stream)
-        memory = PlanMemory(kind, pointer_of(workspace), made)
-        if not made:
-            kind.launch_planner(addresses.cache_seqlens, addresses.cu_seqlens_q, memory.pointer, stream)
+        named = Addresses(*addresses)
+        if named.plan:
+            memory = PlanMemory(kind, named.plan)
+        else:
+            workspace = empty_like(q, (kind.workspace_bytes,), PLAN_DTYPE, given_stream)
+            memory = PlanMemory(kind, pointer_of(workspace))
+            kind.launch_planner(named.cache_seqlens, named.cu_seqlens_q, memory.pointer, stream)
     call(addresses, memory, stream)
     if inputs is None:  # recognised, which only arrays of torch and CuPy are
         return out, lse

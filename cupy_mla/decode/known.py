@@ -11,11 +11,11 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..arrays.dtypes import ITEM_SIZES
-from ..arrays.sketch import sketch
+from ..arrays.sketch import Sketches
 from ..call.arguments import COPY_ALIGNMENT
 from ..call.memo import on_forget, shared_memo
 from ..call.options import ROPE_OF
-from ..call.problem import INDEX_DTYPE, PLAN_ALIGNMENT, Addresses, DecodeInputs
+from ..call.problem import INDEX_DTYPE, PLAN_ALIGNMENT, DecodeInputs
 from ..settings import Settings
 from .blueprint import DenseBlueprint
 from .prepared import DecodeCall
@@ -24,8 +24,6 @@ _CALLS_KEPT = 4096
 _COPY_MASK = COPY_ALIGNMENT - 1
 _INDEX_MASK = ITEM_SIZES[INDEX_DTYPE] - 1  # an lse and a scale have as many bytes
 _PLAN_MASK = PLAN_ALIGNMENT - 1
-_PAIRS = len(ROPE_OF)  # q and kv_cache, the first arrays of a call
-_new_tuple = tuple.__new__  # a named tuple in a third of the time that its class takes
 Key = tuple[Any, ...]
 
 
@@ -49,6 +47,7 @@ class KnownCall:
     kv_rope_offset: int
 
 
+_sketches = Sketches(pairs=len(ROPE_OF))  # q and kv_cache, the first arrays of a call
 _known = shared_memo(_CALLS_KEPT)
 _last: tuple[Key, KnownCall | None] = (), None  # the call before
 
@@ -73,15 +72,18 @@ def identify(
     kind
         That of the plan; None without a plan, or with one in an array.
     """
-    sketched = sketch(arrays, options, _PAIRS)
+    sketched = _sketches.sketch(arrays, options)
     if sketched is None:
         return None
     pointers, sketcher, forms = sketched
     return (sketcher, kind, options, forms), pointers  # types first: only values of equal types are compared
 
 
-def recall(key: Key, pointers: tuple[int, ...], settings: Settings) -> tuple[DecodeCall, Addresses] | None:
-    """The call of that key, if one was made before under the same settings, and its addresses if they are aligned."""
+def recall(key: Key, pointers: tuple[int, ...], settings: Settings) -> tuple[DecodeCall, tuple[int, ...]] | None:
+    """The call of that key, if one was made before under the same settings, and its addresses if they are aligned.
+
+    The addresses are in the order of `Addresses`, without their names: to name them takes longer than to find them.
+    """
     global _last
     last_key, known = _last
     if key != last_key:  # a step makes the same call for all layers, and to compare takes half the time of to hash
@@ -101,7 +103,7 @@ def recall(key: Key, pointers: tuple[int, ...], settings: Settings) -> tuple[Dec
         q_rope = q + known.q_rope_offset
     if known.kv_rope_offset:
         kv_rope = kv + known.kv_rope_offset
-    return known.call, _new_tuple(Addresses, (q, q_rope, kv, kv_rope, table, lengths, starts, scale, plan, out, lse))
+    return known.call, (q, q_rope, kv, kv_rope, table, lengths, starts, scale, plan, out, lse)
 
 
 def remember(key: Key, pointers: tuple[int, ...], call: DecodeCall, settings: Settings, inputs: DecodeInputs) -> None:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
 
 from ..arrays.dtypes import ITEM_SIZES
-from ..arrays.sketch import sketch
+from ..arrays.sketch import Sketches
 from ..call.arguments import COPY_ALIGNMENT
 from ..call.memo import shared_memo
 from ..call.problem import INDEX_DTYPE, PLAN_ALIGNMENT
@@ -46,6 +46,7 @@ class KnownCalls(Generic[_Call]):
     """
 
     def __init__(self, arrays: tuple[str, ...]) -> None:
+        self._sketches = Sketches()
         self._known = shared_memo(_CALLS_KEPT)
         alignments = dict.fromkeys(_COPIED, COPY_ALIGNMENT) | {"plan": PLAN_ALIGNMENT}
         self._masks = tuple(alignments.get(name, ITEM_SIZES[INDEX_DTYPE]) - 1 for name in arrays)
@@ -54,7 +55,7 @@ class KnownCalls(Generic[_Call]):
         self, arrays: tuple[Any, ...], options: tuple[Any, ...], kind: Any, settings: Settings
     ) -> Recognised[_Call] | None:
         """What is known of a call, by its arrays, options and plan's kind; None for one that cannot be recognised."""
-        sketched = sketch(arrays, options)
+        sketched = self._sketches.sketch(arrays, options)
         if sketched is None:
             return None
         addresses, sketcher, forms = sketched
