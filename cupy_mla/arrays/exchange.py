@@ -12,8 +12,9 @@ from typing import Any
 import numpy as np
 
 from ..errors import InvalidArgumentError
-from .dtypes import ITEM_SIZES, numpy_dtype
-from .frameworks import CPU, cupy_module, current_stream, dlpack_location, framework_of, on_stream
+from .capture import is_captured, keep_for_graph, release_kept
+from .dtypes import numpy_dtype
+from .frameworks import CPU, cupy_module, current_stream, dlpack_location, framework_of, on_stream, torch_stream
 from .view import ArrayView, Shared, source_of, view
 
 _in_flight: deque[tuple[Any, list[Any]]] = deque()
@@ -22,6 +23,8 @@ _in_flight_lock = threading.Lock()
 
 def empty_like(obj: Any, shape: tuple[int, ...], dtype: str, stream: int | None = None) -> Any:
     """An uninitialised C-contiguous array on the device of ``obj``, from the allocator of its framework.
+
+    One that is made while CuPy captures a CUDA graph lives at least as long as the graph.
 
     Parameters
     ----------
@@ -53,7 +56,7 @@ def empty_like(obj: Any, shape: tuple[int, ...], dtype: str, stream: int | None 
         size = shape if len(shape) != 1 else shape[0]  # torch reads a number in a third of the time of a tuple
         if stream is None or not obj.is_cuda:
             return obj.new_empty(size, dtype=torch_dtype)
-        with torch.cuda.stream(torch.cuda.ExternalStream(stream, device=obj.device)):
+        with torch_stream(stream, obj.device):
             return obj.new_empty(size, dtype=torch_dtype)
     if framework == "numpy":
         return np.empty(shape, numpy_dtype(dtype))
@@ -63,8 +66,18 @@ def empty_like(obj: Any, shape: tuple[int, ...], dtype: str, stream: int | None 
         device, device_id = dlpack_location(obj, "array")
         if device == CPU:
             return np.empty(shape, numpy_dtype(dtype))
+    return _empty_cupy(shape, dtype, device_id, stream)
+
+
+def _empty_cupy(shape: tuple[int, ...], dtype: str, device_id: int, stream: int | None) -> Any:
+    cupy = cupy_module()
+    release_kept()
     with on_stream(device_id, stream):
-        return cupy_module().empty(shape, numpy_dtype(dtype))
+        array = cupy.empty(shape, numpy_dtype(dtype))
+        used = cupy.cuda.get_current_stream().ptr if stream is None else stream
+        if is_captured(used):
+            keep_for_graph([array], used)
+    return array
 
 
 def finish(obj: Any, result: Any, stream: int | None = None) -> Any:
@@ -142,12 +155,15 @@ def stacked(arrays: Any, name: str, stream: int | None = None) -> Any:
         torch = sys.modules["torch"]
         if stream is None or device == CPU:
             return torch.stack(list(arrays))
-        with torch.cuda.stream(torch.cuda.ExternalStream(stream, device=arrays[0].device)):
+        with torch_stream(stream, arrays[0].device):
             return torch.stack(list(arrays))
     if framework == "cupy":
-        bits = f"u{ITEM_SIZES[dtype]}"  # CuPy's own kernels do not know every type
+        result = _empty_cupy((len(arrays), *arrays[0].shape), dtype, device_id, stream)
+        bits = f"u{result.itemsize}"  # CuPy's own kernels do not know every type
         with on_stream(device_id, stream):
-            return cupy_module().stack([array.view(bits) for array in arrays]).view(arrays[0].dtype)
+            for index, array in enumerate(arrays):
+                result.view(bits)[index] = array.view(bits)
+        return result
     raise InvalidArgumentError(name, "one array (a list only of NumPy, torch, CuPy or JAX)", f"a list of {framework}")
 
 
@@ -155,7 +171,8 @@ def keep_imported(views: Iterable[ArrayView | None], stream: int) -> None:
     """Keep memory that came through DLPack alive until the work queued on ``stream`` so far is done.
 
     JAX frees memory as soon as the last reference goes and reuses it on a stream of its own; it does not know that a
-    kernel on ``stream`` still reads. (torch and CuPy reuse memory in the order of the stream it was used on.)
+    kernel on ``stream`` still reads. (torch and CuPy reuse memory in the order of the stream it was used on.) What is
+    captured in a CUDA graph is read whenever it is replayed: that keeps the memory.
 
     Parameters
     ----------
@@ -168,6 +185,9 @@ def keep_imported(views: Iterable[ArrayView | None], stream: int) -> None:
     if not imported:
         return
     cupy = cupy_module()
+    if is_captured(stream):
+        keep_for_graph([array.owner for array in imported], stream)
+        return
     device_id = imported[0].device_id
     with cupy.cuda.Device(device_id):  # an event belongs to the GPU that is current
         event = cupy.cuda.Event(disable_timing=True)
@@ -196,7 +216,8 @@ def as_numpy(array: Any, stream: int | None = None) -> np.ndarray:
     Raises
     ------
     InvalidArgumentError
-        The object cannot be read as an array, for the reasons that `view` names.
+        The object cannot be read as an array, for the reasons that `view` names; or the stream is captured in a CUDA
+        graph, when ``argument`` is "validate", for which values are read.
     MissingDependencyError
         A CUDA array came and CuPy is not installed.
     """
@@ -216,6 +237,9 @@ def as_numpy(array: Any, stream: int | None = None) -> np.ndarray:
     with cupy.cuda.Device(source.device_id):
         if stream is None:
             stream = current_stream(source_of(source), source.device_id)
+        if is_captured(stream):
+            expected = "False, or CUPY_MLA_VALIDATE off, while a CUDA graph is captured (no value can be read then)"
+            raise InvalidArgumentError("validate", expected, "values to be checked")
         with cupy.cuda.ExternalStream(stream, source.device_id):
             spans = [(extent - 1) * step for extent, step in zip(source.shape, strides, strict=True)]
             before = -sum(span for span in spans if span < 0)  # bytes ahead of the first element

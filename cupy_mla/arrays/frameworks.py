@@ -34,6 +34,9 @@ _DEVICE_OF_DLPACK = {
     _DLDevice.CUDA_MANAGED: CUDA,
 }
 
+# 0 and cudaStreamLegacy.
+_LEGACY_STREAMS = (0, 1)
+
 # What each type seen so far was found to be: looking it up costs 40 ns, finding out a microsecond.
 _FRAMEWORKS: dict[type, str] = {}
 
@@ -142,6 +145,15 @@ def current_stream(obj: Any, device_id: int) -> int:
         stream: int = sys.modules["torch"]._C._cuda_getCurrentRawStream(device_id)
         return stream
     return int(cupy_module().cuda.get_current_stream(device_id).ptr)
+
+
+def torch_stream(stream: int, device: Any) -> Any:
+    """torch's context in which ``stream`` is its current one. The legacy default stream, which torch knows by 0 only,
+    may also have its other number."""
+    torch = sys.modules["torch"]
+    if stream in _LEGACY_STREAMS:
+        return torch.cuda.stream(torch.cuda.default_stream(device))
+    return torch.cuda.stream(torch.cuda.ExternalStream(stream, device=device))
 
 
 @contextmanager

@@ -13,6 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ..arrays import view as arrays
+from ..arrays.capture import is_captured
 from ..arrays.dtypes import numpy_dtype
 from ..arrays.exchange import as_numpy
 from ..arrays.frameworks import CPU, CUDA, current_stream
@@ -214,7 +215,8 @@ class PagedKVCache:
         ------
         InvalidArgumentError
             An unknown or repeated request, counts that do not add up, a request that would get longer than
-            ``max_pages_per_seq`` pages, or an array of the wrong shape, type or device.
+            ``max_pages_per_seq`` pages, an array of the wrong shape, type or device, or a stream that is captured in a
+            CUDA graph.
         OutOfPagesError
             Too few free pages. In each case the requests are as they were.
         """
@@ -228,10 +230,11 @@ class PagedKVCache:
         if view.device == CUDA and stream is None:
             stream = current_stream(first, view.device_id)
         with self._on_stream(stream):
+            slots = self._upload(plan.slots, stream)
             # Copies go into pages that nobody holds yet, so a refusal after them leaves every request as it was.
             for copy in plan.copies:
                 self._pages[copy.new] = self._pages[copy.old]
-            append_tokens(self._kv_cache, kv_new, self._upload(plan.slots, stream), stream=stream)
+            append_tokens(self._kv_cache, kv_new, slots, stream=stream)
         self._allocator.commit(plan)
 
     def block_table(self, requests: Sequence[int] | None = None, *, out: Any = None, stream: int | None = None) -> Any:
@@ -249,7 +252,7 @@ class PagedKVCache:
         Raises
         ------
         InvalidArgumentError
-            There is no such request, or ``out`` does not fit.
+            There is no such request, ``out`` does not fit, or the stream is captured in a CUDA graph.
         """
         return self._hand_out(self._allocator.block_table(requests), out, stream)
 
@@ -314,6 +317,12 @@ class PagedKVCache:
 
         runtime = cupy.cuda.runtime
         raw_stream = cupy.cuda.get_current_stream().ptr if stream is None else stream
+        if is_captured(raw_stream):  # a replay would copy what is worked out now, from memory that is gone
+            expected = (
+                "one that is not captured in a CUDA graph: pages and lengths are worked out on the host "
+                "(block_table(out=) and cache_seqlens(out=) before a replay, cupy_mla.append_tokens inside)"
+            )
+            raise InvalidArgumentError("stream", expected, "one that is")
         # From pageable memory the call returns when the source has been read, so the source may go away.
         if host.nbytes > 0:
             runtime.memcpyAsync(pointer, host.ctypes.data, host.nbytes, runtime.memcpyHostToDevice, raw_stream)
