@@ -99,6 +99,10 @@ def mla_decode(
     if inputs.plan is not None:
         check_plan_array(inputs.plan.shape[0], problem, call.options, kind)
     jax = jax_module()
+    queries = problem.queries
+    if queries.is_empty:
+        out = jax.numpy.zeros(queries.out_shape, queries.dtype)
+        return out, jax.numpy.full(queries.lse_shape, call.options.empty_lse, LSE_DTYPE)
     results = [
         jax.ShapeDtypeStruct(problem.queries.out_shape, problem.queries.dtype),
         jax.ShapeDtypeStruct(problem.queries.lse_shape, LSE_DTYPE),
@@ -131,7 +135,7 @@ def plan_decode(
     call, arrays, problem, inputs = _trace(given, _options(plan_decode, options), platform)
     jax = jax_module()
     size = plan_array_bytes(problem, call.options, plan_kind(problem, inputs.location, call.options))
-    if inputs.location[0] == CPU:
+    if inputs.location[0] == CPU or problem.queries.is_empty:
         return jax.numpy.zeros((size,), PLAN_DTYPE)
     register_calls(inputs.location[0])
     return jax.ffi.ffi_call(PLAN_TARGET, jax.ShapeDtypeStruct((size,), PLAN_DTYPE))(*arrays, **call.attributes())

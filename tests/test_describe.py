@@ -253,7 +253,6 @@ WRONG_ON_BOTH: list[tuple[str, Any, str, str]] = [
     ("no pair", lambda make: {"q": (make((4, 2, 16, 512)),)}, "q", "pair"),
     # shape
     ("no heads", lambda make: {"q": make((4, 2, 0, 576))}, "q", "no extent of 0"),
-    ("no queries", lambda make: {"q": make((4, 0, 16, 576))}, "q", "no extent of 0"),
     ("no pages", lambda make: {"kv_cache": make((0, 64, 2, 576))}, "kv_cache", "no extent of 0"),
     ("no columns", lambda make: {"block_table": make((4, 0), "int32")}, "block_table", "no extent of 0"),
     ("kv width", lambda make: {"kv_cache": make((10, 64, 2, 640))}, "kv_cache", "width 576"),

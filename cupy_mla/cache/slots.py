@@ -91,7 +91,7 @@ def slots_of(
 def _check(tokens: ArrayView, table: ArrayView, rows: ArrayView | None, page_size: int) -> None:
     if tokens.ndim == 0:
         raise InvalidArgumentError("token_indices", "1 dimension or more [n, ...]", "0")
-    if table.ndim != 2 or 0 in table.shape:
+    if table.ndim != 2 or (0 in table.shape and 0 not in tokens.shape):
         raise InvalidArgumentError("block_table", "[num_requests, max_pages_per_seq]", str(list(table.shape)))
     if page_size < 1:
         raise InvalidArgumentError("page_size", "1 or more", str(page_size))
@@ -113,7 +113,7 @@ def _check(tokens: ArrayView, table: ArrayView, rows: ArrayView | None, page_siz
             raise misaligned(name, array.pointer, array.itemsize)
         if name != "block_table":
             _check_contiguous(array, name)
-    if table.shape[1] > 1 and table.strides[1] != 1:
+    if 0 not in table.shape and table.shape[1] > 1 and table.strides[1] != 1:
         raise InvalidArgumentError("block_table", "a contiguous last dimension", f"strides {table.strides}")
     if tokens.device == CUDA and tokens.shape[0] * slots_blocks(math.prod(tokens.shape[1:])) > _MAX_BLOCKS:
         raise InvalidArgumentError("token_indices", "fewer rows at once", str(list(tokens.shape)))

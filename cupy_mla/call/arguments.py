@@ -104,6 +104,8 @@ def check_no_overlap(array: ArrayView, name: str) -> None:
     InvalidArgumentError
         They do, or the axes interleave in a way that no view of an ordinary array has; ``argument`` is ``name``.
     """
+    if 0 in array.shape:
+        return
     span = 1  # elements from the first to the last of the axes so far
     for step, extent in sorted((abs(step), extent) for step, extent in zip(array.strides, array.shape, strict=True)):
         if extent > 1 and step < span:
@@ -119,6 +121,8 @@ def check_rows(shape: tuple[int, ...], strides: tuple[int, ...], itemsize: int, 
     InvalidArgumentError
         Rows are of that kind; ``argument`` is ``name``.
     """
+    if 0 in shape:
+        return  # strides of an array without elements may be anything
     if shape[-1] > 1 and strides[-1] != 1:
         raise InvalidArgumentError(name, "a contiguous last dimension", f"strides {strides}")
     if device != CUDA:

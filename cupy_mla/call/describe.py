@@ -210,12 +210,14 @@ def _check(call: _Call) -> _Checked:
     q_axes = "[total_q, num_heads_q, width]" if ragged else "[batch, seqlen_q, num_heads_q, width]"
     kv_axes = "[num_pages, page_size, num_heads_kv, width]"
     q_rank = _RAGGED_Q_RANK if ragged else _Q_RANK
+    is_empty = 0 in call.q[0].shape[:-2] or 0 in call.lengths.shape  # no request or no query token
     for name, array in _named("q", call.q):
-        _check_rank(array, name, q_rank, q_axes + (" because cu_seqlens_q is given" if ragged else ""))
+        axes = q_axes + (" because cu_seqlens_q is given" if ragged else "")
+        _check_rank(array, name, q_rank, axes, may_be_empty=q_rank - 2)
     for name, array in _named("kv_cache", call.kv):
-        _check_rank(array, name, _KV_RANK, kv_axes)
-    _check_rank(call.table, "block_table", 2, "[batch, max_pages_per_seq]")
-    _check_rank(call.lengths, "cache_seqlens", 1, "[batch]")
+        _check_rank(array, name, _KV_RANK, kv_axes, may_be_empty=int(is_empty))
+    _check_rank(call.table, "block_table", 2, "[batch, max_pages_per_seq]", may_be_empty=2 * is_empty)
+    _check_rank(call.lengths, "cache_seqlens", 1, "[batch]", may_be_empty=1)
     if call.starts is not None:
         _check_rank(call.starts, "cu_seqlens_q", 1, "[batch + 1]")
     layout = _check_types(call)
@@ -270,11 +272,12 @@ def _check(call: _Call) -> _Checked:
     return _Checked(problem, q_latent, q_rope, kv_latent, kv_rope)
 
 
-def _check_rank(array: ArrayView, name: str, rank: int, axes: str) -> None:
+def _check_rank(array: ArrayView, name: str, rank: int, axes: str, *, may_be_empty: int = 0) -> None:
+    """The first ``may_be_empty`` extents may be 0."""
     if array.ndim != rank:
         raise InvalidArgumentError(name, f"{rank} dimensions {axes}", f"{array.ndim}: {list(array.shape)}")
     # A rope part of width 0 is a way to say that there is none.
-    extents = array.shape[:-1] if name.endswith("[1]") else array.shape
+    extents = array.shape[may_be_empty:-1] if name.endswith("[1]") else array.shape[may_be_empty:]
     if 0 in extents:
         raise InvalidArgumentError(name, f"{axes} with no extent of 0", str(list(array.shape)))
 
@@ -374,7 +377,7 @@ def _check_strides(call: _Call) -> None:
     for name, array in _named("q", call.q) + _named("kv_cache", call.kv):
         check_rows(array.shape, array.strides, array.itemsize, array.device, name)
     for name, array in call.arrays():
-        if array.dtype == INDEX_DTYPE and array.shape[-1] > 1 and array.strides[-1] != 1:
+        if array.dtype == INDEX_DTYPE and 0 not in array.shape and array.shape[-1] > 1 and array.strides[-1] != 1:
             raise InvalidArgumentError(name, "a contiguous last dimension", f"strides {array.strides}")
 
 

@@ -54,6 +54,11 @@ class Queries:
     ragged: bool
 
     @property
+    def is_empty(self) -> bool:
+        """Whether there is nothing to compute: no request, or no query token."""
+        return self.batch == 0 or self.total_q == 0
+
+    @property
     def head_dim_qk(self) -> int:
         """Width of a query or key."""
         return self.latent_dim + self.rope_dim

@@ -49,8 +49,8 @@ def describe_sparse_decode(
         and what came are in the error.
     """
     call = _Call(arrays, "kv_cache", stream)
-    _check_rank(call.q, "q", _Q_AXES)
-    _check_rank(call.kv, "kv_cache", _KV_AXES)
+    _check_rank(call.q, "q", _Q_AXES, may_be_empty=2)
+    _check_rank(call.kv, "kv_cache", _KV_AXES, may_be_empty=int(0 in call.q.shape))
     batch, seqlen_q = call.q.shape[:2]
     call.check_keys()
     indices = call.indices_by_head((batch, seqlen_q))
@@ -89,8 +89,9 @@ def describe_sparse_prefill(
         and what came are in the error.
     """
     call = _Call(arrays, "kv", stream)
-    _check_rank(call.q, "q", _PREFILL_Q_AXES, may_be_empty=True)
-    _check_rank(call.kv, "kv", _KV_AXES if call.kv.ndim == len(_KV_AXES) else _FLAT_KV_AXES)
+    _check_rank(call.q, "q", _PREFILL_Q_AXES, may_be_empty=1)
+    kv_axes = _KV_AXES if call.kv.ndim == len(_KV_AXES) else _FLAT_KV_AXES
+    _check_rank(call.kv, "kv", kv_axes, may_be_empty=int(0 in call.q.shape))
     if call.kv.ndim == len(_FLAT_KV_AXES):
         call.kv = _with_axis(call.kv, 1)
     call.check_keys()
@@ -246,7 +247,8 @@ class _Call:
                 raise misaligned(name, array.pointer, alignment)
 
 
-def _check_rank(array: ArrayView, name: str, axes: tuple[str, ...], *, may_be_empty: bool = False) -> None:
+def _check_rank(array: ArrayView, name: str, axes: tuple[str, ...], *, may_be_empty: int) -> None:
+    """The first ``may_be_empty`` extents may be 0."""
     expected = f"[{', '.join(axes)}]"
     if array.ndim != len(axes):
         raise InvalidArgumentError(name, f"{len(axes)} dimensions {expected}", f"{array.ndim}: {list(array.shape)}")

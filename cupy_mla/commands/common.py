@@ -114,6 +114,8 @@ def raise_failures(writing: Writing) -> None:
 
 def describe_lengths(kv_lengths: npt.NDArray[np.int64]) -> str:
     """For example ``128 requests, 12 to 4,312 tokens each, 146,113 in all``."""
+    if len(kv_lengths) == 0:
+        return "no requests"
     return (
         f"{len(kv_lengths)} requests, {kv_lengths.min():,} to {kv_lengths.max():,} tokens each, "
         f"{kv_lengths.sum():,} in all"

@@ -27,6 +27,7 @@ from ..schedule.pieces import ceil_div
 from ..shown.html import facts_table
 
 _PARTIAL_ALIGNMENT = 256  # bytes; sections of the workspace
+_NOTHING_NUMPY, _NOTHING_EMPTY = "the NumPy backend plans nothing", "there is no query token"
 _WORD_BYTES = 4  # int32 of the plan, float32 of the lse
 
 P = TypeVar("P", bound=DecodeProblem | SparseProblem)
@@ -169,7 +170,7 @@ class Plan(PlanMemory, Generic[P]):
     location : (str, int)
         Device and its number.
     blueprint : Blueprint or None
-        What all plans of this kind share; None on the CPU, where nothing is planned.
+        What all plans of this kind share; None where nothing is planned: on the CPU, and without a query token.
 
     Parameters
     ----------
@@ -230,7 +231,7 @@ class Plan(PlanMemory, Generic[P]):
     def __repr__(self) -> str:
         kind, start = self.blueprint, f"{type(self).__name__}(batch={self.problem.queries.batch}"
         if kind is None:
-            return f"{start}, NumPy backend)"
+            return f"{start}, {_NOTHING_EMPTY if self.problem.queries.is_empty else _NOTHING_NUMPY})"
         return (
             f"{start}, kernel={kind.config.name}, parts={kind.shape.num_parts}, "
             f"blocks_per_job={kind.shape.blocks_per_job}, workspace={kind.workspace_bytes / 2**20:.1f} MiB)"
@@ -242,7 +243,7 @@ class Plan(PlanMemory, Generic[P]):
         facts: dict[str, object] = {"device": f"{device}:{number}"}
         kind = self.blueprint
         if kind is None:
-            facts["kernel"] = "none: the NumPy backend plans nothing"
+            facts["kernel"] = f"none: {_NOTHING_EMPTY if self.problem.queries.is_empty else _NOTHING_NUMPY}"
         else:
             facts |= {
                 "kernel": kind.config.name,
@@ -264,8 +265,8 @@ def check_index(array: ArrayView, name: str, shape: tuple[int, ...], location: t
     InvalidArgumentError
         A wrong shape, type, device or alignment; ``argument`` is ``name``.
     """
-    contiguous = array.shape == shape and settled_strides(array) == contiguous_strides(shape)
-    if not contiguous or array.dtype != INDEX_DTYPE:
+    contiguous = 0 in shape or settled_strides(array) == contiguous_strides(array.shape)
+    if array.shape != shape or not contiguous or array.dtype != INDEX_DTYPE:
         raise InvalidArgumentError(
             name, f"contiguous {INDEX_DTYPE} {list(shape)}", f"{array.dtype} {list(array.shape)}"
         )

@@ -7,7 +7,7 @@ from dataclasses import replace
 from typing import Any
 
 from ..arrays.exchange import as_numpy, empty_like, finish, keep_imported
-from ..arrays.frameworks import check_stream, current_stream
+from ..arrays.frameworks import CUDA, check_stream, current_stream
 from ..arrays.sketch import pointer_of
 from ..call.arguments import validate_values
 from ..call.describe import describe_decode
@@ -57,7 +57,8 @@ def mla_decode(
     ----------
     q
         [batch, seqlen_q, num_heads_q, d_qk] bfloat16 or float16; with ``cu_seqlens_q`` [total_q, num_heads_q, d_qk];
-        or a pair (latent, rope). Any strides with a contiguous last dimension.
+        or a pair (latent, rope). Any strides with a contiguous last dimension. Without a request or a query token
+        (an extent of 0) the results are empty, and nothing is launched.
     kv_cache
         [num_pages, page_size, num_heads_kv, d_qk] of q's type, or a pair (latent, rope). The first ``head_dim_v``
         columns are the latent part, which is key and value; the rest is the rope part of the key. With bfloat16 queries
@@ -196,7 +197,7 @@ def describe_plan(
     problem, inputs
         As `describe_decode` returns them.
     kind
-        What the plan is; None on the CPU.
+        What the plan is; None where nothing is planned.
 
     Raises
     ------
@@ -207,9 +208,9 @@ def describe_plan(
     """
     check_stream(stream)
     problem, inputs = describe_decode(arrays, options, stream)
-    require_backend(*inputs.location, "q")
+    on_gpu = require_backend(*inputs.location, "q")
     kind = plan_kind(problem, inputs.location, options)
-    if wants_validation(options.validate, kind is not None):
+    if wants_validation(options.validate, on_gpu):
         validate_values(problem, inputs, stream, options.max_seqlen_k)
     return problem, inputs, kind
 
@@ -264,7 +265,7 @@ def run_decode(
         planned = plan.problem.queries
         checked = replace(checked, max_seqlen_q=planned.seqlen_q) if planned.ragged else checked
     problem, inputs = describe_decode(given, checked, stream)
-    require_backend(*inputs.location, "q")
+    on_gpu = require_backend(*inputs.location, "q")
     most = checked.max_seqlen_k
     if plan is not None:
         plan.check(problem, inputs.location)
@@ -273,25 +274,36 @@ def run_decode(
         kind = plan_kind(problem, inputs.location, checked)
         if inputs.plan is not None:
             check_plan_array(inputs.plan.shape[0], problem, checked, kind, with_room=True)
-    if wants_validation(checked.validate, kind is not None):
+    if wants_validation(checked.validate, on_gpu):
         validate_values(problem, inputs, stream, most)
     scale = problem.queries.default_softmax_scale if checked.softmax_scale is None else checked.softmax_scale
     if kind is None:
-        return _decode_on_cpu(problem, inputs, scale, checked.empty_lse, given)
+        return _without_kernels(problem, inputs, scale, checked.empty_lse, given, stream)
     call = prepare(kind, scale, checked.empty_lse, CallStrides.of(problem, inputs), inputs.kv_scale_value)
     if identity is not None:
         remember(key, pointers, call, settings, inputs)
     return _launch(call, inputs.addresses(), plan, arrays, stream, inputs)
 
 
-def _decode_on_cpu(
-    problem: DecodeProblem, inputs: DecodeInputs, scale: float, empty_lse: float, given: DecodeArrays
+def _without_kernels(
+    problem: DecodeProblem,
+    inputs: DecodeInputs,
+    scale: float,
+    empty_lse: float,
+    given: DecodeArrays,
+    stream: int | None,
 ) -> tuple[Any, Any]:
+    """A call on the CPU, or one with nothing to compute."""
     q = given.q[0] if isinstance(given.q, (tuple, list)) else given.q
-    out = empty_like(q, problem.queries.out_shape, problem.queries.dtype) if given.out is None else given.out
-    lse = empty_like(q, problem.queries.lse_shape, LSE_DTYPE) if given.lse is None else given.lse
-    mla_decode_reference(problem, inputs, scale, out=as_numpy(out), lse=as_numpy(lse), empty_lse=empty_lse)
-    return (out if given.out is not None else finish(q, out), lse if given.lse is not None else finish(q, lse))
+    queries = problem.queries
+    out = empty_like(q, queries.out_shape, queries.dtype, stream) if given.out is None else given.out
+    lse = empty_like(q, queries.lse_shape, LSE_DTYPE, stream) if given.lse is None else given.lse
+    if inputs.location[0] != CUDA:
+        mla_decode_reference(problem, inputs, scale, out=as_numpy(out), lse=as_numpy(lse), empty_lse=empty_lse)
+    return (
+        out if given.out is not None else finish(q, out, stream),
+        lse if given.lse is not None else finish(q, lse, stream),
+    )
 
 
 def _launch(

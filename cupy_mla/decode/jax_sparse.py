@@ -96,6 +96,9 @@ def mla_sparse_decode(
     if plan is not None:
         check_plan_array(plan.shape[0], problem, checked, kind)
     jax = jax_module()
+    queries = problem.queries
+    if queries.is_empty:
+        return jax.numpy.zeros(queries.out_shape, queries.dtype), jax.numpy.zeros(queries.lse_shape, LSE_DTYPE)
     results = [
         jax.ShapeDtypeStruct(problem.queries.out_shape, problem.queries.dtype),
         jax.ShapeDtypeStruct(problem.queries.lse_shape, LSE_DTYPE),
@@ -122,7 +125,7 @@ def plan_sparse_decode(
     require_backend(*location, "q")
     size = plan_array_bytes(problem, checked, sparse_plan_kind(problem, location, checked))
     jax = jax_module()
-    if location[0] == CPU:
+    if location[0] == CPU or problem.queries.is_empty:
         return jax.numpy.zeros((size,), PLAN_DTYPE)
     register_calls(location[0])
     result = jax.ShapeDtypeStruct((size,), PLAN_DTYPE)

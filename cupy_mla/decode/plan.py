@@ -52,7 +52,8 @@ def schedule_shape(
 
 
 def plan_kind(problem: DecodeProblem, location: tuple[str, int], options: DecodeOptions) -> DenseBlueprint | None:
-    """What a plan for a call is; None on the CPU, where nothing is planned but the same options are refused.
+    """What a plan for a call is; None where nothing is planned but the same options are refused: on the CPU, and without
+    a query token.
 
     Raises
     ------
@@ -65,7 +66,7 @@ def plan_kind(problem: DecodeProblem, location: tuple[str, int], options: Decode
     check_kernel(options.kernel)
     check_fixed_split(options.fixed_split_tokens)
     device, device_id = location
-    if device != CUDA:
+    if device != CUDA or problem.queries.is_empty:
         return None
     return blueprint(problem, device_id, options.max_seqlen_k, options.fixed_split_tokens, options.kernel)
 
@@ -154,7 +155,7 @@ class DecodePlan(Plan[DecodeProblem]):
             starts = view(cu_seqlens_q, "cu_seqlens_q", stream)
             check_index(starts, "cu_seqlens_q", (queries.batch + 1,), self.location)
         if stream is None or self.blueprint is None:
-            return  # nothing is planned on the CPU
+            return  # nothing is planned
         self.launch(lengths.pointer, 0 if starts is None else starts.pointer, stream)
         self.updated_in_capture = is_capturing(stream)
         keep_imported((lengths, starts), stream)

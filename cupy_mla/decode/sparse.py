@@ -61,7 +61,8 @@ def mla_sparse_decode(
     Parameters
     ----------
     q
-        [batch, seqlen_q, num_heads_q, d_qk] bfloat16 or float16. Any strides with a contiguous last dimension.
+        [batch, seqlen_q, num_heads_q, d_qk] bfloat16 or float16. Any strides with a contiguous last dimension. Without
+        a request or a query token (an extent of 0) the results are empty, and nothing is launched.
     kv_cache
         [num_pages, page_size, num_heads_kv, d_qk] of q's type; any page size from 1. The first ``head_dim_v`` columns
         are also the value.
@@ -170,7 +171,7 @@ def describe_sparse_plan(
     problem, inputs
         As `describe_sparse_decode` returns them.
     kind
-        What the plan is; None on the CPU.
+        What the plan is; None where nothing is planned.
 
     Raises
     ------
@@ -181,9 +182,9 @@ def describe_sparse_plan(
     """
     check_stream(stream)
     problem, inputs = describe_sparse_decode(arrays, options, stream)
-    require_backend(*inputs.location, "q")
+    on_gpu = require_backend(*inputs.location, "q")
     kind = sparse_plan_kind(problem, inputs.location, options)
-    if wants_validation(options.validate, kind is not None):
+    if wants_validation(options.validate, on_gpu):
         validate_lengths(problem, inputs, stream)
     return problem, inputs, kind
 
@@ -230,18 +231,23 @@ def run_sparse_decode(
         raise InvalidArgumentError("plan", "a SparsePlan from plan_sparse_decode, or None", type(plan).__name__)
     checked = SparseOptions(*options)
     problem, inputs = describe_sparse_decode(SparseDecodeArrays(*arrays), checked, stream)
-    require_backend(*inputs.location, "q")
+    on_gpu = require_backend(*inputs.location, "q")
     if plan is not None:
         plan.check(problem, inputs.location)
     else:
         kind = sparse_plan_kind(problem, inputs.location, checked)
         if inputs.plan is not None:
             check_plan_array(inputs.plan.shape[0], problem, checked, kind, with_room=True)
-    if wants_validation(checked.validate, kind is not None):
+    if wants_validation(checked.validate, on_gpu):
         validate_lengths(problem, inputs, stream)
     scale = problem.queries.default_softmax_scale if checked.softmax_scale is None else checked.softmax_scale
-    if kind is None:
-        return _decode_on_cpu(problem, inputs, scale, checked.empty_lse, arrays)
+    if kind is None:  # the CPU, or nothing to compute
+        out, lse = _outputs(problem, arrays, stream)
+        if not on_gpu:
+            sparse_reference(
+                problem, inputs, scale, out=as_numpy(out), lse=as_numpy(lse), empty_lse=checked.empty_lse
+            )
+        return _finished(arrays, out, lse, stream)
     call = prepare_sparse_decode(kind, scale, checked.empty_lse, SparseStrides.of(problem, inputs))
     if recognised is not None:
         _known.remember(recognised, call, settings)
@@ -249,14 +255,12 @@ def run_sparse_decode(
     return _launch(call, addresses, plan, arrays, stream, inputs)
 
 
-def _decode_on_cpu(
-    problem: SparseProblem, inputs: SparseInputs, scale: float, empty_lse: float, arrays: tuple[Any, ...]
-) -> tuple[Any, Any]:
-    q, out, lse = arrays[0], arrays[_OUT], arrays[_LSE]
-    out = empty_like(q, problem.queries.out_shape, problem.queries.dtype) if out is None else out
-    lse = empty_like(q, problem.queries.lse_shape, LSE_DTYPE) if lse is None else lse
-    sparse_reference(problem, inputs, scale, out=as_numpy(out), lse=as_numpy(lse), empty_lse=empty_lse)
-    return _finished(arrays, out, lse)
+def _outputs(problem: SparseProblem, arrays: tuple[Any, ...], stream: int | None) -> tuple[Any, Any]:
+    """out and lse as given, or new ones."""
+    q, out, lse, queries = arrays[0], arrays[_OUT], arrays[_LSE], problem.queries
+    out = empty_like(q, queries.out_shape, queries.dtype, stream) if out is None else out
+    lse = empty_like(q, queries.lse_shape, LSE_DTYPE, stream) if lse is None else lse
+    return out, lse
 
 
 def _launch(
@@ -271,9 +275,7 @@ def _launch(
     kind, q, out, lse = call.kind, arrays[0], arrays[_OUT], arrays[_LSE]
     stream = current_stream(q, kind.location[1]) if given_stream is None else given_stream
     if out is None or lse is None:
-        queries = kind.problem.queries
-        out = empty_like(q, queries.out_shape, queries.dtype, given_stream) if out is None else out
-        lse = empty_like(q, queries.lse_shape, LSE_DTYPE, given_stream) if lse is None else lse
+        out, lse = _outputs(kind.problem, arrays, given_stream)
         addresses = (*addresses[:_OUT], pointer_of(out), pointer_of(lse))
     memory: PlanMemory
     if plan is not None:

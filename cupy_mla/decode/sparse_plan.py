@@ -47,7 +47,8 @@ def sparse_schedule_shape(
 def sparse_plan_kind(
     problem: SparseProblem, location: tuple[str, int], options: SparseOptions
 ) -> SparseBlueprint | None:
-    """What a plan for a call is; None on the CPU, where nothing is planned but the same options are refused.
+    """What a plan for a call is; None where nothing is planned but the same options are refused: on the CPU, and without
+    a query token.
 
     Raises
     ------
@@ -60,7 +61,7 @@ def sparse_plan_kind(
     check_kernel(options.kernel, GATHERED_FAMILIES)
     check_fixed_split(options.fixed_split_tokens)
     device, device_id = location
-    if device != CUDA:
+    if device != CUDA or problem.queries.is_empty:
         return None
     return sparse_blueprint(problem, device_id, options.fixed_split_tokens, options.kernel)
 
@@ -121,10 +122,11 @@ class SparsePlan(Plan[SparseProblem]):
         lengths = view(topk_length, "topk_length", stream)
         queries = self.problem.queries
         by_token = tokens == 1 and lengths.ndim > 1
-        shape = (queries.batch, queries.seqlen_q) if by_token else (queries.total_q // tokens,)
+        num_lengths = queries.total_q // tokens if tokens else queries.batch  # no query tokens share a length
+        shape = (queries.batch, queries.seqlen_q) if by_token else (num_lengths,)
         check_index(lengths, "topk_length", shape, self.location)
         if self.blueprint is None:
-            return  # nothing is planned on the CPU
+            return  # nothing is planned
         self.plan_for(lengths, current_stream(topk_length, self.location[1]) if stream is None else stream)
 
     def plan_for(self, topk_length: ArrayView | None, stream: int) -> None:
