@@ -5,7 +5,6 @@ from __future__ import annotations
 import ctypes
 import gc
 import weakref
-from collections.abc import Iterator
 from types import SimpleNamespace
 from typing import Any
 
@@ -66,11 +65,11 @@ class Driver:
 
 
 @pytest.fixture
-def driver(monkeypatch: pytest.MonkeyPatch) -> Iterator[Driver]:
+def driver(monkeypatch: pytest.MonkeyPatch) -> Driver:
     stand_in = Driver()
     monkeypatch.setattr(capture, "_driver", lambda: stand_in)
     monkeypatch.setattr(capture, "_kept", [])
-    yield stand_in
+    return stand_in
 
 
 def keep() -> weakref.ref[Memory]:

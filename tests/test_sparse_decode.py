@@ -54,6 +54,7 @@ def arguments(arrays: SparseArrays) -> dict[str, Any]:
         "topk_length": arrays.lengths,
         "attn_sink": arrays.sinks,
         "head_dim_v": arrays.case.latent_dim,
+        "strict": False,
     }
 
 

@@ -47,6 +47,7 @@ def arguments(arrays: SparseArrays) -> dict[str, Any]:
         "topk_length": None if arrays.lengths is None else arrays.lengths.reshape(-1),
         "attn_sink": arrays.sinks,
         "head_dim_v": case.latent_dim,
+        "strict": False,
     }
 
 

@@ -22,7 +22,7 @@ CUDA_MAX_WIDTH = 1024  # latent and rope: 32 rows of queries and a tile have roo
 # What TMA asks of global addresses and strides, in bytes.
 COPY_ALIGNMENT = 16
 COPY_MAX_STRIDE = 2**40
-NUMPY_WAY_OUT = "on a GPU (the NumPy backend takes any: pass CPU arrays)"
+NUMPY_WAY_OUT = "(the NumPy backend takes any: CPU arrays with strict=False)"
 # Times log2(e), a softmax scale is a float32.
 _MIN_SCALE, _MAX_SCALE = 1e-37, 1e37
 
@@ -89,7 +89,7 @@ def check_output(
     elif type(owner).__module__.startswith("jax"):
         raise InvalidArgumentError(name, "a writable array", "a JAX array, which is immutable")
     if contiguous_rows:
-        check_rows(array.shape, array.strides, array.itemsize, array.device, name)
+        check_rows(array.shape, array.strides, array.itemsize, array.device == CUDA, name)
         if array.device == CUDA and array.pointer % COPY_ALIGNMENT:
             raise misaligned(name, array.pointer, COPY_ALIGNMENT)
     elif array.device == CUDA and array.pointer % array.itemsize:
@@ -113,8 +113,8 @@ def check_no_overlap(array: ArrayView, name: str) -> None:
         span += (extent - 1) * step
 
 
-def check_rows(shape: tuple[int, ...], strides: tuple[int, ...], itemsize: int, device: str, name: str) -> None:
-    """Refuse rows that are not contiguous, or on CUDA not where TMA can take them.
+def check_rows(shape: tuple[int, ...], strides: tuple[int, ...], itemsize: int, by_tma: bool, name: str) -> None:
+    """Refuse rows that are not contiguous, or as far apart as TMA cannot take them where it does.
 
     Raises
     ------
@@ -125,7 +125,7 @@ def check_rows(shape: tuple[int, ...], strides: tuple[int, ...], itemsize: int, 
         return  # strides of an array without elements may be anything
     if shape[-1] > 1 and strides[-1] != 1:
         raise InvalidArgumentError(name, "a contiguous last dimension", f"strides {strides}")
-    if device != CUDA:
+    if not by_tma:
         return
     for extent, step in zip(shape[:-1], strides[:-1], strict=True):
         if extent > 1 and (step * itemsize % COPY_ALIGNMENT or not 0 <= step * itemsize < COPY_MAX_STRIDE):

@@ -124,7 +124,7 @@ def describe_decode(
         *map(_layout_key, (*q, *kv, call.table, call.lengths)),
         None if call.starts is None else _layout_key(call.starts),
         None if call.kv_scale is None else _layout_key(call.kv_scale),
-        (len(q), len(kv), options.head_dim_v, options.causal, options.max_seqlen_q, options.compute),
+        (len(q), len(kv), options.head_dim_v, options.causal, options.max_seqlen_q, options.compute, options.strict),
     )
     checked: _Checked = _checked.get(key) or _checked.keep(key, _check(call))
     if q[0].device == CUDA:
@@ -265,7 +265,7 @@ def _check(call: _Call) -> _Checked:
             "block_table", f"at most {MAX_TOKENS // page_size} pages per sequence", str(keys.max_pages_per_seq)
         )
     _check_strides(call)
-    if first_q.device == CUDA:
+    if first_q.device == CUDA or call.options.strict:
         check_cuda_widths(queries)
         _check_page_size(page_size)
     problem = DecodeProblem(queries, keys, layout, call.options.compute)
@@ -375,7 +375,7 @@ def _query_counts(call: _Call) -> tuple[int, int]:
 
 def _check_strides(call: _Call) -> None:
     for name, array in _named("q", call.q) + _named("kv_cache", call.kv):
-        check_rows(array.shape, array.strides, array.itemsize, array.device, name)
+        check_rows(array.shape, array.strides, array.itemsize, array.device == CUDA or call.options.strict, name)
     for name, array in call.arrays():
         if array.dtype == INDEX_DTYPE and 0 not in array.shape and array.shape[-1] > 1 and array.strides[-1] != 1:
             raise InvalidArgumentError(name, "a contiguous last dimension", f"strides {array.strides}")

@@ -36,7 +36,7 @@ class DecodeOptions:
 
     Attributes
     ----------
-    head_dim_v, softmax_scale, causal, max_seqlen_q, empty_lse, validate, compute
+    head_dim_v, softmax_scale, causal, max_seqlen_q, empty_lse, validate, strict, compute
         As in `cupy_mla.mla_decode`.
     max_seqlen_k, fixed_split_tokens, kernel
         As in `cupy_mla.plan_decode`; of a decode call with a plan in an array, or without a plan.
@@ -53,6 +53,7 @@ class DecodeOptions:
     max_seqlen_q: int | None = option(None, DECODE, PLAN)
     empty_lse: float = option(-math.inf, DECODE)
     validate: bool | None = option(None, DECODE, PLAN)
+    strict: bool = option(True, DECODE, PLAN)
     compute: str = option(AUTO, DECODE, PLAN)
     max_seqlen_k: int | None = option(None, PLAN)
     fixed_split_tokens: int | None = option(None, PLAN)

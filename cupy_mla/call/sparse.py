@@ -216,13 +216,14 @@ class _Call:
             latent_dim=options.head_dim_v, rope_dim=width - options.head_dim_v, dtype=q.dtype, causal=False,
             ragged=False,
         )  # fmt: skip
-        self._check_places()
-        if q.device == CUDA:
+        by_tma = q.device == CUDA or options.strict
+        self._check_places(by_tma)
+        if by_tma:
             check_cuda_widths(queries)
         keys = GatheredKeys(topk, _page_size(kv), tokens_per_length)
         return SparseProblem(queries, keys, DENSE_LAYOUTS[q.dtype])
 
-    def _check_places(self) -> None:
+    def _check_places(self, by_tma: bool) -> None:
         """Devices, strides and addresses."""
         rows = [("q", self.q), (self._kv_name, self.kv)]
         words = [("indices", self.indices), ("topk_length", self.topk_length), ("attn_sink", self.attn_sink)]
@@ -234,13 +235,15 @@ class _Call:
                     name, f"an array on q's device, {place_name(location)}", f"one on {place_name(array.location)}"
                 )
         for name, array in rows:
-            check_rows(array.shape, array.strides, array.itemsize, array.device, name)
-        if self.q.device != CUDA:
+            check_rows(array.shape, array.strides, array.itemsize, by_tma, name)
+        if not by_tma:
             return
         for extent, step in zip(self.kv.shape[:2], self.kv.strides[:2], strict=True):
             if extent > 1 and step * self.kv.itemsize >= CUDA_MAX_KV_STRIDE:
                 expected = f"pages and tokens less than {CUDA_MAX_KV_STRIDE} bytes apart"
                 raise InvalidArgumentError(self._kv_name, expected, f"strides {self.kv.strides}")
+        if self.q.device != CUDA:
+            return
         for name, array in arrays:
             alignment = COPY_ALIGNMENT if array is self.q or array is self.kv else array.itemsize
             if array.pointer % alignment:

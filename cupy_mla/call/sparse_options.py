@@ -19,7 +19,7 @@ class SparseOptions:
 
     Attributes
     ----------
-    head_dim_v, softmax_scale, empty_lse, validate
+    head_dim_v, softmax_scale, empty_lse, validate, strict
         As in `cupy_mla.mla_sparse_decode`.
     fixed_split_tokens, kernel
         As in `cupy_mla.plan_sparse_decode`; of a decode call with a plan in an array, or without a plan.
@@ -34,6 +34,7 @@ class SparseOptions:
     softmax_scale: float | None = option(None, SPARSE_DECODE, SPARSE_PREFILL)
     empty_lse: float = option(-math.inf, SPARSE_DECODE, SPARSE_PREFILL)
     validate: bool | None = option(None, SPARSE_DECODE, SPARSE_PREFILL, PLAN_SPARSE)
+    strict: bool = option(True, SPARSE_DECODE, SPARSE_PREFILL, PLAN_SPARSE)
     fixed_split_tokens: int | None = option(None, PLAN_SPARSE)
     kernel: str = option(AUTO, PLAN_SPARSE)
 

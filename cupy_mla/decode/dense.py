@@ -47,6 +47,7 @@ def mla_decode(
     empty_lse: float = -math.inf,
     stream: int | None = None,
     validate: bool | None = None,
+    strict: bool = True,
 ) -> tuple[Any, Any]:
     """Attention of queries over a paged latent cache: ``out = softmax(scale * q @ k^T) @ k[..., :head_dim_v]``.
 
@@ -97,6 +98,9 @@ def mla_decode(
     validate
         Check lengths and pages; on a GPU they are read back for it (synchronises). None: on the CPU yes, on a GPU as
         the setting CUPY_MLA_VALIDATE says.
+    strict
+        Refuse on the CPU too what a GPU would refuse: widths, page sizes and strides that no kernel takes. False: the
+        NumPy backend takes any.
 
     Returns
     -------
@@ -116,7 +120,7 @@ def mla_decode(
         The arrays are on a GPU that is not Hopper, or the backend that the settings ask for cannot take them.
     """
     arrays = (q, kv_cache, block_table, cache_seqlens, cu_seqlens_q, kv_scale, None, out, lse)
-    options = (head_dim_v, softmax_scale, causal, max_seqlen_q, empty_lse, validate, compute)
+    options = (head_dim_v, softmax_scale, causal, max_seqlen_q, empty_lse, validate, strict, compute)
     return run_decode(arrays, options, plan, stream)
 
 
@@ -137,12 +141,14 @@ def plan_decode(
     kernel: str = "auto",
     stream: int | None = None,
     validate: bool | None = None,
+    strict: bool = True,
 ) -> DecodePlan:
     """Plan a decode step once, for all layers that share its shapes and lengths.
 
     Parameters
     ----------
-    q, kv_cache, block_table, cache_seqlens, head_dim_v, causal, cu_seqlens_q, kv_scale, compute, stream, validate
+    q, kv_cache, block_table, cache_seqlens, head_dim_v, causal, cu_seqlens_q, kv_scale, compute, stream, validate,
+    strict
         As in `mla_decode`. Of q, kv_cache and kv_scale only shapes, types and strides count.
     max_seqlen_q
         Largest number of query tokens of a request when ragged; None: total_q.
@@ -175,6 +181,7 @@ def plan_decode(
         causal=causal,
         max_seqlen_q=max_seqlen_q,
         validate=validate,
+        strict=strict,
         max_seqlen_k=max_seqlen_k,
         fixed_split_tokens=fixed_split_tokens,
         kernel=kernel,

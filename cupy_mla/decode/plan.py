@@ -52,8 +52,9 @@ def schedule_shape(
 
 
 def plan_kind(problem: DecodeProblem, location: tuple[str, int], options: DecodeOptions) -> DenseBlueprint | None:
-    """What a plan for a call is; None where nothing is planned but the same options are refused: on the CPU, and without
-    a query token.
+    """What a plan for a call is; None where nothing is planned but the same options are refused.
+
+    That is on the CPU, and without a query token.
 
     Raises
     ------

@@ -48,6 +48,7 @@ def mla_sparse_prefill(
     empty_lse: float = -math.inf,
     stream: int | None = None,
     validate: bool | None = None,
+    strict: bool = True,
 ) -> Results:
     """Attention of each query token to the tokens that its indices name.
 
@@ -85,6 +86,8 @@ def mla_sparse_prefill(
     validate
         Check topk_length; on a GPU it is read back for it (synchronises). None: on the CPU yes, on a GPU as the setting
         CUPY_MLA_VALIDATE says. Without it, a length is taken as clamped to 0 and topk.
+    strict
+        As in `cupy_mla.mla_decode`.
 
     Returns
     -------
@@ -103,7 +106,7 @@ def mla_sparse_prefill(
         The arrays are on a GPU that is not Hopper, or the backend that the settings ask for cannot take them.
     """
     arrays = (q, kv, indices, topk_length, attn_sink, out, max_logits, lse)
-    return run_prefill(arrays, (head_dim_v, softmax_scale, empty_lse, validate), stream)
+    return run_prefill(arrays, (head_dim_v, softmax_scale, empty_lse, validate, strict), stream)
 
 
 def run_prefill(arrays: tuple[Any, ...], options: tuple[Any, ...], stream: int | None = None) -> Results:

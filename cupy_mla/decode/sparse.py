@@ -51,6 +51,7 @@ def mla_sparse_decode(
     empty_lse: float = -math.inf,
     stream: int | None = None,
     validate: bool | None = None,
+    strict: bool = True,
 ) -> tuple[Any, Any]:
     """Attention of queries to the tokens of a paged cache that indices name.
 
@@ -92,6 +93,8 @@ def mla_sparse_decode(
     validate
         Check topk_length; on a GPU it is read back for it (synchronises). None: on the CPU yes, on a GPU as the setting
         CUPY_MLA_VALIDATE says. Without it, a length is taken as clamped to 0 and topk.
+    strict
+        As in `cupy_mla.mla_decode`.
 
     Returns
     -------
@@ -110,7 +113,7 @@ def mla_sparse_decode(
         The arrays are on a GPU that is not Hopper, or the backend that the settings ask for cannot take them.
     """
     arrays = (q, kv_cache, indices, topk_length, attn_sink, None, out, lse)
-    return run_sparse_decode(arrays, (head_dim_v, softmax_scale, empty_lse, validate), plan, stream)
+    return run_sparse_decode(arrays, (head_dim_v, softmax_scale, empty_lse, validate, strict), plan, stream)
 
 
 def plan_sparse_decode(
@@ -124,12 +127,13 @@ def plan_sparse_decode(
     kernel: str = "auto",
     stream: int | None = None,
     validate: bool | None = None,
+    strict: bool = True,
 ) -> SparsePlan:
     """Plan a sparse decode step once, for all layers that share its shapes and its topk_length.
 
     Parameters
     ----------
-    q, kv_cache, indices, topk_length, head_dim_v, stream, validate
+    q, kv_cache, indices, topk_length, head_dim_v, stream, validate, strict
         As in `mla_sparse_decode`. Of q, kv_cache and indices only shapes, types and strides count.
     fixed_split_tokens
         Cut the tokens of each query token after every so many (a multiple of 64), whatever the batch: the same query
@@ -152,7 +156,7 @@ def plan_sparse_decode(
     """
     arrays = SparseDecodeArrays(q, kv_cache, indices, topk_length)
     options = SparseOptions(
-        head_dim_v=head_dim_v, validate=validate, fixed_split_tokens=fixed_split_tokens, kernel=kernel
+        head_dim_v=head_dim_v, validate=validate, strict=strict, fixed_split_tokens=fixed_split_tokens, kernel=kernel
     )
     problem, inputs, kind = describe_sparse_plan(arrays, options, stream)
     plan = SparsePlan(problem, inputs.location, q, kind, stream)

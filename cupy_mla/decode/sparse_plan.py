@@ -47,8 +47,9 @@ def sparse_schedule_shape(
 def sparse_plan_kind(
     problem: SparseProblem, location: tuple[str, int], options: SparseOptions
 ) -> SparseBlueprint | None:
-    """What a plan for a call is; None where nothing is planned but the same options are refused: on the CPU, and without
-    a query token.
+    """What a plan for a call is; None where nothing is planned but the same options are refused.
+
+    That is on the CPU, and without a query token.
 
     Raises
     ------
