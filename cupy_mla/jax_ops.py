@@ -13,24 +13,20 @@ import functools
 import inspect
 from typing import Any
 
-import numpy as np
-
 from .arrays import xla
 from .arrays.frameworks import CPU
-from .cache import jax_append
-from .cache.new_tokens import describe_append
+from .cache.jax_append import append_tokens
 from .call.arguments import is_number
 from .call.describe import describe_decode
 from .call.options import DECODE, OPTIONS, PARTS, PLAN, DecodeArrays, DecodeOptions
 from .call.problem import LSE_DTYPE, PLAN_DTYPE, DecodeInputs, DecodeProblem
-from .call.traced import jax_module, views_of_parts
+from .call.traced import jax_module, two_parts, views_of_parts
 from .decode.jax_calls import (
     CALLS,
     DECODE_TARGET,
     MERGE_TARGET,
     PLAN_TARGET,
     TracedCall,
-    bits_of,
     decode_in_callback,
     merge_in_callback,
 )
@@ -141,73 +137,6 @@ def plan_decode(
     return jax.ffi.ffi_call(PLAN_TARGET, jax.ShapeDtypeStruct((size,), PLAN_DTYPE))(*arrays, **call.attributes())
 
 
-def append_tokens(
-    kv_cache: Any,
-    kv_new: Any,
-    slot_mapping: Any = None,
-    *,
-    platform: str | None = None,
-    **places: Any,
-) -> Any:
-    """`cupy_mla.append_tokens`, which returns the cache with the tokens in it: JAX's arrays do not change.
-
-    The memory of ``kv_cache`` is used again where the program does not need its old contents, which inside ``jax.jit``
-    takes a donated argument (``donate_argnums``); otherwise the cache is copied first.
-
-    Parameters
-    ----------
-    kv_cache, kv_new, slot_mapping
-        As in `cupy_mla.append_tokens`; JAX has int64 arrays only with ``jax_enable_x64``, so slots may be int32.
-    platform
-        As in `mla_decode`.
-    **places
-        ``block_table``, ``positions`` and ``requests``, as in `cupy_mla.append_tokens`.
-
-    Returns
-    -------
-    The new cache: an array, or the pair (latent, rope).
-
-    Raises
-    ------
-    InvalidArgumentError
-        An array has a wrong rank, shape, type or alignment; raised while tracing.
-    TypeError
-        There is no argument of that name.
-    UnsupportedDeviceError
-        The GPU is not Hopper, the platform is neither CPU nor CUDA, or the settings ask for the other backend.
-    MissingDependencyError
-        The platform is CUDA and jax-tvm-ffi is not installed.
-    """
-    jax = jax_module()
-    parts = (*_parts(kv_cache, "kv_cache"), *_parts(kv_new, "kv_new"), slot_mapping)
-    names_of_places = jax_append.PARTS[len(parts) :]
-    for name in places:
-        if name not in names_of_places:
-            raise TypeError(f"append_tokens() got an unexpected keyword argument {name!r}")
-    if str(getattr(slot_mapping, "dtype", "")).startswith("int") and not any(v is not None for v in places.values()):
-        slots = jax.numpy.asarray(slot_mapping)
-        parts = (*parts[:-1], slots)
-        if slots.dtype == "int32" and hasattr(parts[0], "shape"):
-            # A slot is a position in a request whose pages are those of the cache, one after the other.
-            pages = jax.numpy.arange(parts[0].shape[0], dtype="int32")
-            parts = (*parts[:-1], None)
-            places = {"block_table": pages[None], "positions": slots, "requests": jax.numpy.zeros_like(slots)}
-    parts += tuple(places.get(name) for name in names_of_places)
-    names = ("kv_cache", "kv_cache[1]", "kv_new", "kv_new[1]", *jax_append.PARTS[4:])
-    arrays, views, location = views_of_parts(parts, names, platform)
-    describe_append(jax_append.arrays_of(views))
-    given = bits_of(parts)
-    caches = [part for part in parts[:2] if part is not None]
-    results = tuple(jax.ShapeDtypeStruct(cache.shape, cache.dtype) for cache in caches)
-    if register_calls(location[0]):
-        aliases = {index: index for index in range(len(caches))}
-        call = jax.ffi.ffi_call(jax_append.TARGET, results, input_output_aliases=aliases)
-        new = call(*arrays, given=np.int64(given))
-    else:
-        new = jax.pure_callback(functools.partial(jax_append.append_in_callback, given), results, *arrays)
-    return new[0] if len(new) == 1 else tuple(new)
-
-
 def merge_states(outs: Any, lses: Any, *, platform: str | None = None) -> tuple[Any, Any]:
     """`cupy_mla.merge_states`: its arguments, returns and errors; ``platform`` as in `mla_decode`."""
     outs, lses = _stacked(outs, "outs"), _stacked(lses, "lses")
@@ -231,7 +160,7 @@ def register_calls(device: str) -> bool:
     MissingDependencyError
         It is missing, and the device is a GPU.
     """
-    return xla.register({**CALLS, **jax_append.CALLS}, device)
+    return xla.register(CALLS, device)
 
 
 def _show_options(function: Any, *of: str) -> None:
@@ -265,8 +194,8 @@ def _trace(
     given: DecodeArrays, options: DecodeOptions, platform: str | None
 ) -> tuple[TracedCall, list[Any], DecodeProblem, DecodeInputs]:
     """Check a call by the shapes of its arrays: the custom call's attributes, its inputs, and the description."""
-    q_latent, q_rope = _parts(given.q, "q")
-    kv_latent, kv_rope = _parts(given.kv_cache, "kv_cache")
+    q_latent, q_rope = two_parts(given.q, "q")
+    kv_latent, kv_rope = two_parts(given.kv_cache, "kv_cache")
     parts = (q_latent, q_rope, kv_latent, kv_rope, *(getattr(given, name) for name in PARTS[4:]))
     arrays, views, _ = views_of_parts(parts, ("q", "q[1]", "kv_cache", "kv_cache[1]", *PARTS[4:]), platform)
     problem, inputs = describe_decode(DecodeArrays.of_parts(views), options)
@@ -282,14 +211,6 @@ def _stacked(arrays: Any, name: str) -> Any:
     if not arrays or said != said[:1] * len(said):
         raise InvalidArgumentError(name, "an array, or arrays of one shape and type", str(said))
     return jax_module().numpy.stack(arrays)
-
-
-def _parts(argument: Any, name: str) -> tuple[Any, Any]:
-    if not isinstance(argument, (tuple, list)):
-        return argument, None
-    if len(argument) != 2:
-        raise InvalidArgumentError(name, "an array or a pair (latent, rope)", f"{len(argument)} items")
-    return argument[0], argument[1]
 
 
 def _scale(kv_scale: Any) -> Any:

@@ -142,7 +142,7 @@ def _call_operator(
 
 
 def _append_operator() -> _Operator:
-    """`cupy_mla.append_tokens` as it is, but for the stream."""
+    """`cupy_mla.append_tokens` as it is, but for the stream; the layout by its name, the scale in a tensor."""
     parameters = [
         parameter for name, parameter in inspect.signature(append_tokens).parameters.items() if name != "stream"
     ]
@@ -156,6 +156,8 @@ def _append_operator() -> _Operator:
         argument = _Argument.of_array(
             name, optional=parameter.default is not parameter.empty, alias="(a!)" if is_cache else ""
         )
+        if name == "layout":
+            argument = _Argument(name, "str?", _NONE)
         (named if by_name else positional).append(argument)
         call.append(f"{name}={name}" if by_name else _pair(name, _APPEND_ROPES))
         if name in _APPEND_ROPES:

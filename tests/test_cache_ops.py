@@ -12,11 +12,11 @@ import pytest
 
 from cupy_mla.cache.append import append_tokens
 from cupy_mla.errors import InvalidArgumentError
-from cupy_mla.kernels.structs import APPEND_PARAMS, APPEND_SEGMENT
+from cupy_mla.kernels.structs import APPEND_PARAMS, APPEND_PLACES, APPEND_SEGMENT, QUANTISE_PARAMS
 
 LATENT, ROPE = 12, 4
 WIDTH = LATENT + ROPE
-APPEND_SOURCE = Path(__file__).parents[1] / "kernels_cu" / "cache" / "append.cu"
+CACHE_SOURCES = Path(__file__).parents[1] / "kernels_cu" / "cache"
 PAGES, PAGE_SIZE, HEADS, TOKENS = 5, 4, 2, 6
 OUTSIDE = (-1, PAGES * PAGE_SIZE, 2**40, -(2**40))
 
@@ -152,9 +152,14 @@ def test_a_bad_append_is_refused(argument: str, call: dict[str, Any]) -> None:
 
 
 def test_params_have_the_sizes_of_the_kernel() -> None:
-    sizes = dict(re.findall(r"sizeof\((Append\w+)\) == (\d+)", APPEND_SOURCE.read_text()))
-    assert int(sizes["AppendSegment"]) == APPEND_SEGMENT.itemsize
-    assert int(sizes["AppendParams"]) == APPEND_PARAMS.itemsize
+    sources = "".join((CACHE_SOURCES / name).read_text() for name in ("places.h", "append.cu", "quantise.cu"))
+    sizes = {name: int(size) for name, size in re.findall(r"sizeof\((\w+)\) == (\d+)", sources)}
+    assert sizes == {
+        "AppendSegment": APPEND_SEGMENT.itemsize,
+        "AppendPlaces": APPEND_PLACES.itemsize,
+        "AppendParams": APPEND_PARAMS.itemsize,
+        "QuantiseParams": QUANTISE_PARAMS.itemsize,
+    }
 
 
 # On the GPU -------------------------------------------------------------------------------------------------------

@@ -20,9 +20,11 @@ from cupy_mla import (
     mla_decode,
 )
 from cupy_mla.arrays import xla
+from cupy_mla.cache import jax_append
 from cupy_mla.call.options import DECODE, OPTIONS, PARTS, PLAN, DecodeOptions
 from cupy_mla.decode import jax_calls
 from cupy_mla.decode.jax_calls import TracedCall
+from cupy_mla.layouts import FP8_E4M3, FP8_V41, CacheLayout
 
 jax = pytest.importorskip("jax", reason="JAX is not installed")
 jax_ops = pytest.importorskip("cupy_mla.jax_ops")
@@ -45,6 +47,7 @@ def bridge(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> s
         pytest.skip("jax-tvm-ffi is not installed")
     if request.param == "callback":
         monkeypatch.setattr(jax_ops, "register_calls", lambda device: False)
+        monkeypatch.setattr(jax_append, "register_calls", lambda device: False)
     jax.clear_caches()
     return str(request.param)
 
@@ -328,9 +331,28 @@ def test_a_donated_cache_is_appended_to_and_attended_to() -> None:
     assert np.asarray(cache).tobytes() == expected_cache.tobytes()
 
 
+@pytest.mark.parametrize("layout", [FP8_E4M3, FP8_V41], ids=lambda layout: layout.name)
+def test_append_to_fewer_bits(layout: CacheLayout) -> None:
+    scale = 0.01 if layout.needs_scale else None
+    values = np.ones((4, 16, 1, 512), np.float32)
+    expected = layout.quantise(values, scale)
+    rows = np.random.default_rng(2).standard_normal((3, 512), np.float32).astype(DTYPES["bfloat16"])
+    slots = np.array([17, -1, 63], np.int64)
+    cache = jnp.asarray(expected)
+    append_tokens(expected, rows, slots, kv_scale=scale, layout=layout)
+
+    def append(cache: Any, rows: Any, scale: Any) -> Any:
+        return jax_ops.append_tokens(cache, rows, slots, kv_scale=scale, layout=layout)
+
+    for new in (jax.jit(append)(cache, rows, scale), append(cache, rows, scale)):
+        assert np.asarray(new).tobytes() == expected.tobytes()
+
+
 @pytest.mark.parametrize(
     ("change", "argument"),
     [
+        ({"kv_scale": 1.0}, "kv_scale"),
+        ({"layout": "fp8_e4m3"}, "kv_cache"),
         ({"kv_new": np.zeros((4, 1, 575), DTYPES["bfloat16"])}, "kv_new"),
         ({"kv_new": np.zeros((4, 1, 576), np.float16)}, "kv_new"),
         ({"slot_mapping": np.zeros((3,), np.int32)}, "positions"),

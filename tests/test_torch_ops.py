@@ -161,6 +161,22 @@ def test_append_tokens() -> None:
     assert torch.equal(torch.cat((latent, rope), -1), expected)
 
 
+def test_append_to_fewer_bits() -> None:
+    rows, slots = torch.randn(3, 512).bfloat16(), torch.tensor([17, -1, 63])
+    cache = torch.zeros(4, 16, 1, 528, dtype=torch.uint8)
+    expected = cache.clone()
+    append_tokens(expected, rows, slots, layout="fp8_v41")
+    OPS.append_tokens(cache, rows, slots, layout="fp8_v41")
+    assert torch.equal(cache, expected)
+    assert cache.any()
+    cache = torch.zeros(4, 16, 1, 512, dtype=torch.float8_e4m3fn)
+    expected = cache.clone()
+    append_tokens(expected, rows, slots, kv_scale=0.02)
+    OPS.append_tokens(cache, rows, slots, kv_scale=torch.tensor(0.02))
+    assert torch.equal(cache.view(torch.uint8), expected.view(torch.uint8))
+    assert cache.view(torch.uint8).any()
+
+
 def test_merge_states() -> None:
     outs, lses = torch.randn(4, 3, 2, 16, 512), torch.randn(4, 3, 16, 2)
     expected = merge_states(outs, lses)
@@ -227,6 +243,11 @@ def samples() -> dict[str, tuple[Any, tuple[Any, ...], dict[str, Any]]]:
         "plan": (OPS.plan_decode, (), tensors),
         "given outputs": (OPS.mla_decode_out, (), {**tensors, **outputs(tensors)}),
         "append": (OPS.append_tokens, (tensors["kv_cache"].clone(), rows, slots), {}),
+        "append to fewer bits": (
+            OPS.append_tokens,
+            (torch.zeros(4, 16, 1, 528, dtype=torch.uint8), torch.randn(2, 512).bfloat16(), slots),
+            {"layout": "fp8_v41"},
+        ),
         "merge": (OPS.merge_states, (torch.randn(4, 3, 2, 16, 512), torch.randn(4, 3, 16, 2)), {}),
         "merge lists": (
             OPS.merge_states,

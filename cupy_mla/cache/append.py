@@ -14,9 +14,12 @@ from ..arrays import view as arrays
 from ..arrays.exchange import as_numpy, keep_imported
 from ..arrays.frameworks import CUDA, check_stream, current_stream
 from ..arrays.view import ArrayView
-from ..kernels.append import APPEND_SOURCE, CHUNK_BYTES, append_geometry
-from ..kernels.structs import APPEND_PARAMS
-from .new_tokens import Append, AppendArrays, Places, Segment, describe_append
+from ..kernels.append import APPEND_SOURCE, CHUNK_BYTES, append_geometry, quantise_source
+from ..kernels.structs import APPEND_PARAMS, QUANTISE_PARAMS
+from ..layouts import CacheLayout
+from .new_tokens import Append, AppendArrays, Places, describe_append
+from .quantise import pack_quantiser, put_numpy
+from .segments import Segment
 
 
 def append_tokens(
@@ -27,6 +30,8 @@ def append_tokens(
     block_table: Any = None,
     positions: Any = None,
     requests: Any = None,
+    kv_scale: Any = None,
+    layout: CacheLayout | str | None = None,
     stream: int | None = None,
 ) -> None:
     """Write new tokens into a paged KV cache, in place.
@@ -39,10 +44,12 @@ def append_tokens(
     ----------
     kv_cache
         [num_pages, page_size, num_heads_kv, d], or the pair (latent, rope) of such arrays. Any element type of a
-        fixed size; the values are copied bit for bit. Pages, rows and heads may have any strides.
+        fixed size; rows of the same type are copied bit for bit. Pages, rows and heads may have any strides.
     kv_new
         [num_tokens, num_heads_kv, d] or, with one KV head, [num_tokens, d]; or the pair (latent, rope). Packed rows
-        may go to a pair of caches and the other way round.
+        may go to a pair of caches and the other way round. Rows of bfloat16 or float16 for a cache in an FP8 layout
+        are rounded to it: ``fp8_e4m3``, or a layout whose scales are in the cache, found here as DeepSeek's powers
+        of two.
     slot_mapping
         int64 [num_tokens]: ``page * page_size + offset``.
     block_table
@@ -53,22 +60,29 @@ def append_tokens(
     requests
         int32 [num_tokens]: each token's row of ``block_table``. Without it every request has the same number of new
         tokens, ``num_tokens / batch``, in the order of the rows.
+    kv_scale
+        What the stored values of ``fp8_e4m3`` are to be multiplied by: a number, or one float32 in an array [] or [1]
+        on the cache's device, which is read when the kernel runs. Only for rows that are rounded to that layout.
+    layout
+        The cache's layout, by name or as an object of `cupy_mla.layouts`, where its type and width leave a doubt
+        (528 bytes are ``fp8_ds_mla_no_rope`` or ``fp8_v41``).
     stream
         Raw CUDA stream; the current stream of ``kv_new``'s framework if not given.
 
     Raises
     ------
     InvalidArgumentError
-        An argument of the wrong rank, shape, type, device or alignment, a cache that cannot be written to, or a stream
-        that is no number. Nothing is written then.
+        An argument of the wrong rank, shape, type, device or alignment, a cache that cannot be written to, a layout
+        that is unknown, in doubt or never written, a scale that is missing or out of place, or a stream that is no
+        number. Nothing is written then.
     UnsupportedDeviceError
         The arrays are on a GPU that is not Hopper, or the backend that the settings ask for cannot take them.
     """
     check_stream(stream)
     if stream is None:
         stream = _framework_stream(kv_new)
-    given = AppendArrays(kv_cache, kv_new, slot_mapping, block_table, positions, requests)
-    append = describe_append(given, stream)
+    given = AppendArrays(kv_cache, kv_new, slot_mapping, block_table, positions, requests, kv_scale)
+    append = describe_append(given, stream, layout)
     run_append(append, stream)
     if stream is not None and append.segments:
         keep_imported(append.inputs(), stream)
@@ -81,7 +95,7 @@ def run_append(append: Append, stream: int | None) -> None:
     if append.location[0] == CUDA:
         _append_cuda(append, 0 if stream is None else stream)
     else:
-        _append_numpy(append.segments, append.places, append.num_tokens)
+        _append_numpy(append)
 
 
 def _framework_stream(kv_new: Any) -> int | None:
@@ -91,10 +105,13 @@ def _framework_stream(kv_new: Any) -> int | None:
     return current_stream(first, probe.device_id) if probe.device == CUDA else None
 
 
-def _append_numpy(segments: list[Segment], places: Places, num_tokens: int) -> None:
-    num_pages, page_size = segments[0].cache.shape[:2]
-    pages, offsets, tokens = _find_slots(places, num_tokens, num_pages=num_pages, page_size=page_size)
-    for segment in segments:
+def _append_numpy(append: Append) -> None:
+    num_pages, page_size = append.segments[0].cache.shape[:2]
+    pages, offsets, tokens = _find_slots(append.places, append.num_tokens, num_pages=num_pages, page_size=page_size)
+    if append.quantiser is not None:
+        put_numpy(append.quantiser, append.segments, pages, offsets, tokens)
+        return
+    for segment in append.segments:
         target = as_numpy(segment.cache)
         source = as_numpy(segment.rows)
         cache_columns = slice(segment.cache_column, segment.cache_column + segment.width)
@@ -133,36 +150,48 @@ def _append_cuda(append: Append, stream: int) -> None:
     from ..gpu.launch import launch_kernel
 
     geometry = append_geometry(append.num_tokens)
+    rounded = append.quantiser is not None
     launch_kernel(
-        load(APPEND_SOURCE, append.location[1]),
+        load(quantise_source(append.segments[0].rows.dtype) if rounded else APPEND_SOURCE, append.location[1]),
         geometry.grid,
         geometry.block,
         geometry.shared_memory,
         stream,
-        (pack_params(append.segments, append.places, append.num_tokens),),
+        (pack_params(append),),
     )
 
 
-def pack_params(segments: list[Segment], places: Places, num_tokens: int) -> npt.NDArray[np.void]:
-    """The kernel's by-value parameter: an array of size one and type ``APPEND_PARAMS``."""
-    params = np.zeros(1, APPEND_PARAMS)
-    for packed, segment in zip(params[0]["segments"], segments, strict=False):
-        itemsize = segment.cache.itemsize
-        packed["cache"] = segment.cache.pointer + segment.cache_column * itemsize
-        packed["rows"] = segment.rows.pointer + segment.rows_column * itemsize
-        for name, stride in zip(("page", "token", "head"), segment.cache.strides[:3], strict=True):
-            packed[f"cache_{name}_stride"] = stride * itemsize
-        for name, stride in zip(("token", "head"), segment.rows.strides[:2], strict=True):
-            packed[f"rows_{name}_stride"] = stride * itemsize
-        packed["chunks"] = segment.width * itemsize // CHUNK_BYTES
+def pack_params(append: Append) -> npt.NDArray[np.void]:
+    """The kernel's by-value parameter: an array of size one and type ``APPEND_PARAMS``, or ``QUANTISE_PARAMS`` where
+    rows are rounded."""
+    params = np.zeros(1, APPEND_PARAMS if append.quantiser is None else QUANTISE_PARAMS)
     fields = params[0]
+    for packed, segment in zip(fields["segments"], append.segments, strict=False):
+        _pack_segment(packed, segment)
+    _pack_places(fields["places"], append.places, append.segments[0].cache, append.num_tokens)
+    if append.quantiser is not None:
+        pack_quantiser(fields, append.quantiser, append.segments)
+    return params
+
+
+def _pack_segment(packed: Any, segment: Segment) -> None:
+    cache, rows = segment.cache, segment.rows
+    packed["cache"] = cache.pointer + segment.cache_column * cache.itemsize
+    packed["rows"] = rows.pointer + segment.rows_column * rows.itemsize
+    for name, stride in zip(("page", "token", "head"), cache.strides[:3], strict=True):
+        packed[f"cache_{name}_stride"] = stride * cache.itemsize
+    for name, stride in zip(("token", "head"), rows.strides[:2], strict=True):
+        packed[f"rows_{name}_stride"] = stride * rows.itemsize
+    packed["chunks"] = segment.width * rows.itemsize // CHUNK_BYTES
+
+
+def _pack_places(packed: Any, places: Places, cache: ArrayView, num_tokens: int) -> None:
     for name in ("slot_mapping", "block_table", "positions", "requests"):
         view: ArrayView | None = getattr(places, name)
-        fields[name] = 0 if view is None else view.pointer
+        packed[name] = 0 if view is None else view.pointer
     if places.block_table is not None:
-        fields["block_table_stride"] = places.block_table.strides[0]
-        fields["num_requests"], fields["max_pages_per_seq"] = places.block_table.shape
-    fields["num_pages"], fields["page_size"], fields["num_heads_kv"] = segments[0].cache.shape[:3]
-    fields["num_tokens"] = num_tokens
-    fields["tokens_per_request"] = places.tokens_per_request
-    return params
+        packed["block_table_stride"] = places.block_table.strides[0]
+        packed["num_requests"], packed["max_pages_per_seq"] = places.block_table.shape
+    packed["num_pages"], packed["page_size"], packed["num_heads_kv"] = cache.shape[:3]
+    packed["num_tokens"] = num_tokens
+    packed["tokens_per_request"] = places.tokens_per_request

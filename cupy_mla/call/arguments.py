@@ -25,6 +25,8 @@ COPY_MAX_STRIDE = 2**40
 NUMPY_WAY_OUT = "(the NumPy backend takes any: CPU arrays with strict=False)"
 # Times log2(e), a softmax scale is a float32.
 _MIN_SCALE, _MAX_SCALE = 1e-37, 1e37
+KV_SCALE_DTYPE = "float32"
+_SMALLEST_KV_SCALE, _LARGEST_KV_SCALE = 1e-37, 1e37  # of a cache, well within float32
 
 
 def is_number(value: Any) -> bool:
@@ -44,6 +46,34 @@ def check_softmax_scale(softmax_scale: float) -> None:
         raise InvalidArgumentError(
             "softmax_scale", f"a finite number above 0, {_MIN_SCALE:.0e} to {_MAX_SCALE:.0e}", str(softmax_scale)
         )
+
+
+def check_kv_scale(kv_scale: float) -> float:
+    """The scale of a cache as Python's number.
+
+    Raises
+    ------
+    InvalidArgumentError
+        It is none that float32 has room for; ``argument`` is ``kv_scale``.
+    """
+    value = float(kv_scale)
+    if not _SMALLEST_KV_SCALE <= value <= _LARGEST_KV_SCALE:
+        expected = f"{_SMALLEST_KV_SCALE:.0e} to {_LARGEST_KV_SCALE:.0e}"
+        raise InvalidArgumentError("kv_scale", expected, str(value))
+    return value
+
+
+def check_kv_scale_array(kv_scale: ArrayView) -> None:
+    """Refuse an array that is not the scale of a cache.
+
+    Raises
+    ------
+    InvalidArgumentError
+        It is not one float32; ``argument`` is ``kv_scale``.
+    """
+    if kv_scale.dtype != KV_SCALE_DTYPE or kv_scale.shape not in ((), (1,)):
+        got = f"{kv_scale.dtype} {list(kv_scale.shape)}"
+        raise InvalidArgumentError("kv_scale", f"a number, or one {KV_SCALE_DTYPE} in an array", got)
 
 
 def check_output(

@@ -17,8 +17,11 @@ from ..errors import InvalidArgumentError
 from ..layouts import DENSE_LAYOUTS, FP8_E4M3, CacheLayout, name_cache_type
 from .arguments import (
     COPY_ALIGNMENT,
+    KV_SCALE_DTYPE,
     NUMPY_WAY_OUT,
     check_cuda_widths,
+    check_kv_scale,
+    check_kv_scale_array,
     check_output,
     check_plan_view,
     check_rows,
@@ -45,8 +48,6 @@ CUDA_PAGE_MULTIPLE = 16
 _KV_RANK = 4
 _Q_RANK = 4
 _RAGGED_Q_RANK = 3
-_SCALE_DTYPE = "float32"
-_SMALLEST_SCALE, _LARGEST_SCALE = 1e-37, 1e37  # of a cache, well within float32
 # Engines use a few dozen combinations; ragged batches may bring a new one every step.
 _MAX_REMEMBERED = 4096
 
@@ -300,9 +301,8 @@ def _check_types(call: _Call) -> CacheLayout:
             raise InvalidArgumentError(name, expected, name_cache_type(array.dtype, array.shape[-1]))
     if not layout.needs_scale and call.options.compute not in (AUTO, EXACT):
         raise InvalidArgumentError("compute", f"{AUTO} or {EXACT} for a cache of {stored}", call.options.compute)
-    if call.kv_scale is not None and (call.kv_scale.dtype != _SCALE_DTYPE or call.kv_scale.shape not in ((), (1,))):
-        got = f"{call.kv_scale.dtype} {list(call.kv_scale.shape)}"
-        raise InvalidArgumentError("kv_scale", f"a number, or one {_SCALE_DTYPE} in an array", got)
+    if call.kv_scale is not None:
+        check_kv_scale_array(call.kv_scale)
     for name, array in call.arrays():
         if not name.startswith(("q", "kv_cache", "kv_scale")) and array.dtype != INDEX_DTYPE:
             raise InvalidArgumentError(name, INDEX_DTYPE, array.dtype)
@@ -313,16 +313,13 @@ def _scale_value(kv_scale: Any, call: _Call, layout: CacheLayout) -> float:
     """The scale where it is a number; refuses one that is missing, has no place, or is no scale."""
     if layout.needs_scale:
         if kv_scale is None:
-            expected = f"a number, or one {_SCALE_DTYPE}, for the layout {layout.name}"
+            expected = f"a number, or one {KV_SCALE_DTYPE}, for the layout {layout.name}"
             raise InvalidArgumentError("kv_scale", expected, "None")
     elif kv_scale is not None:
         raise InvalidArgumentError("kv_scale", f"None: the layout {layout.name} has no scale", type(kv_scale).__name__)
     if kv_scale is None or call.kv_scale is not None:
         return 1.0
-    value = float(kv_scale)
-    if not _SMALLEST_SCALE <= value <= _LARGEST_SCALE:
-        raise InvalidArgumentError("kv_scale", f"{_SMALLEST_SCALE:.0e} to {_LARGEST_SCALE:.0e}", str(value))
-    return value
+    return check_kv_scale(kv_scale)
 
 
 def _check_devices(call: _Call) -> None:
@@ -390,6 +387,6 @@ def _check_page_size(page_size: int) -> None:
 
 def _check_addresses(call: _Call) -> None:
     for name, array in call.arrays():
-        alignment = array.itemsize if array.dtype in (INDEX_DTYPE, _SCALE_DTYPE) else COPY_ALIGNMENT
+        alignment = array.itemsize if array.dtype in (INDEX_DTYPE, KV_SCALE_DTYPE) else COPY_ALIGNMENT
         if array.pointer % alignment:
             raise misaligned(name, array.pointer, alignment)

@@ -54,6 +54,21 @@ def _view_of_shape(array: Any, name: str, location: tuple[str, int]) -> ArrayVie
     return ArrayView(PLAN_ALIGNMENT, shape, contiguous_strides(shape), str(array.dtype), *location, None)
 
 
+def two_parts(argument: Any, name: str) -> tuple[Any, Any]:
+    """An array and None, or the two of a pair (latent, rope).
+
+    Raises
+    ------
+    InvalidArgumentError
+        It is a list or tuple of another length.
+    """
+    if not isinstance(argument, (tuple, list)):
+        return argument, None
+    if len(argument) != 2:
+        raise InvalidArgumentError(name, "an array or a pair (latent, rope)", f"{len(argument)} items")
+    return argument[0], argument[1]
+
+
 def jax_module() -> Any:
     """JAX, imported now.
 

@@ -9,7 +9,8 @@ from dataclasses import dataclass
 
 from ..arrays.dtypes import KERNEL_TYPES
 from ..gpu.jit.source import KernelSource
-from .append import APPEND_SOURCE
+from ..layouts import DENSE_LAYOUTS
+from .append import APPEND_SOURCE, quantise_source
 from .choose import FAMILIES, GATHERED_FAMILIES
 from .combine import MERGE_STATES_THREADS, combine_source, gathered_combine_source, merge_states_source
 from .family import KernelConfig
@@ -54,6 +55,7 @@ def all_kernels() -> list[NamedKernel]:
     others = [
         NamedKernel("plan", PLAN_SOURCE, PLAN_THREADS),
         NamedKernel("append", APPEND_SOURCE),
+        *(NamedKernel(f"quantise_{dtype}", quantise_source(dtype)) for dtype in DENSE_LAYOUTS),
         NamedKernel("slots", SLOTS_SOURCE, SLOTS_THREADS),
         NamedKernel("probe_latency", PROBE_SOURCE),
     ]

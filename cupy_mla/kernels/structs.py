@@ -2,8 +2,9 @@
 
 DecodeParams is in kernels_cu/decode/params.h, Fp8Params in decode/fp8/params.h, GatherParams in
 decode/gathered/params.h, PlanParams in plan/params.h, the parameters of merges in combine/params.h, the records of a
-plan in core/plan_format.h, AppendParams in cache/append.cu, SlotsParams in cache/slots.cu; tests compare the two sides.
-Strides are in elements unless said, those of AppendParams' segments in bytes.
+plan in core/plan_format.h, AppendParams in cache/append.cu, its parts in cache/places.h, QuantiseParams in
+cache/quantise.cu, SlotsParams in cache/slots.cu; tests compare the two sides. Strides are in elements unless said,
+those of segments and of scales in bytes.
 """
 
 from __future__ import annotations
@@ -202,9 +203,8 @@ APPEND_SEGMENT = np.dtype(
         ("reserved", np.int32),
     ]
 )
-APPEND_PARAMS = np.dtype(
+APPEND_PLACES = np.dtype(
     [
-        ("segments", APPEND_SEGMENT, 2),
         ("slot_mapping", _POINTER),
         ("block_table", _POINTER),
         ("positions", _POINTER),
@@ -218,6 +218,21 @@ APPEND_PARAMS = np.dtype(
         ("max_pages_per_seq", np.int32),
         ("tokens_per_request", np.int32),
         ("reserved", np.int32),
+    ]
+)
+APPEND_PARAMS = np.dtype([("segments", APPEND_SEGMENT, 2), ("places", APPEND_PLACES)])
+QUANTISE_PARAMS = np.dtype(
+    [
+        ("segments", APPEND_SEGMENT, 2),
+        ("places", APPEND_PLACES),
+        ("scales", _POINTER),
+        ("scales_page_stride", np.int64),
+        ("scales_token_stride", np.int64),
+        ("kv_scale", _POINTER),
+        ("kv_scale_value", np.float32),
+        ("block_lanes", np.int32),
+        ("plain_segment", np.int32),
+        ("exponents", np.int32),
     ]
 )
 SLOTS_PARAMS = np.dtype(

@@ -19,6 +19,7 @@ _CACHE_AXES = "[num_pages, page_size, num_heads_kv, d]"
 Floats = npt.NDArray[Any]
 Stored = npt.NDArray[Any]
 Float32Array = npt.NDArray[np.float32]
+Indices = npt.NDArray[np.int64]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -167,6 +168,29 @@ class CacheLayout(ABC):
         InvalidArgumentError
             An array that `check` refuses, or a scale as in `quantise`.
         """
+
+    def put(
+        self, cache: Stored, pages: Indices, offsets: Indices, values: Floats, scale: float | np.floating[Any] | None
+    ) -> None:
+        """Store tokens in a cache, each by itself.
+
+        Parameters
+        ----------
+        cache
+            The cache, or of a layout without blocks some of its columns; it is written to.
+        pages, offsets
+            [num_tokens] page of each token, and its place in the page.
+        values
+            [num_tokens, num_heads_kv, d] floats; d are the cache's columns.
+        scale
+            As in `quantise`.
+
+        Raises
+        ------
+        InvalidArgumentError
+            As in `quantise`.
+        """
+        cache[pages, offsets] = self.quantise(values[:, None], scale)[:, 0]
 
     def _settled_scale(self, scale: float | np.floating[Any] | None) -> np.float32:
         """The scale as float32; 1 for a layout without."""

@@ -10,7 +10,7 @@ import numpy as np
 from ..arrays.dtypes import numpy_dtype
 from ..arrays.view import ArrayView, view
 from ..errors import InvalidArgumentError
-from .base import CacheLayout, Float32Array, Floats, Stored, cache_values
+from .base import CacheLayout, Float32Array, Floats, Indices, Stored, cache_values
 from .codes import E2M1, Bytes, Codes, e4m3_scales, largest_magnitudes, power_of_two_scales
 
 _BFLOAT16_BYTES = 2
@@ -94,6 +94,20 @@ class BlockScaled(CacheLayout):
                 name, f"a page stride that is a multiple of {self.page_multiple} bytes", f"{page_stride} bytes"
             )
 
+    @property
+    def uncoded_start(self) -> int:
+        """Where a token's bfloat16 values begin, in bytes from its first code."""
+        return self.coded // self.codes.per_byte + (0 if self.scales_end_page else self.scale_bytes)
+
+    def steps(self, cache: ArrayView) -> tuple[int, int, int]:
+        """Of a cache that `check` takes, in bytes: from a token to the next, from a page's start to its first token's
+        scales, and from those to the next token's."""
+        _, page_size, _, width = cache.shape
+        if self.scales_end_page:
+            value_bytes = width - self.scale_bytes
+            return value_bytes, page_size * value_bytes, self.scale_bytes
+        return cache.strides[1], self.coded // self.codes.per_byte, cache.strides[1]
+
     def fields(self, pages: Bytes) -> tuple[Bytes, Bytes, Bytes]:
         """Views of the codes, scales and bfloat16 bytes of every token, each [num_pages, page_size, bytes].
 
@@ -142,6 +156,14 @@ class BlockScaled(CacheLayout):
         scale_field[..., : encoded.shape[-1]] = encoded
         uncoded[...] = _raw(exact[..., self.coded :].astype(numpy_dtype("bfloat16")))
         return pages
+
+    def put(
+        self, cache: Stored, pages: Indices, offsets: Indices, values: Floats, scale: float | np.floating[Any] | None
+    ) -> None:
+        """As for every layout; of a token the scales may lie apart from the codes."""
+        tokens = self.quantise(values[:, None], scale)
+        for target, source in zip(self.fields(cache.view(np.uint8)), self.fields(tokens), strict=True):
+            target[pages, offsets] = source[:, 0]
 
     def dequantise(self, stored: Stored, scale: float | np.floating[Any] | None = None) -> Float32Array:
         """From bytes."""
