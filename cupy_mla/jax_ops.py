@@ -16,11 +16,10 @@ from typing import Any
 from .arrays import xla
 from .arrays.frameworks import CPU
 from .cache.jax_append import append_tokens
-from .call.arguments import is_number
 from .call.describe import describe_decode
 from .call.options import DECODE, OPTIONS, PARTS, PLAN, DecodeArrays, DecodeOptions
 from .call.problem import LSE_DTYPE, PLAN_DTYPE, DecodeInputs, DecodeProblem
-from .call.traced import jax_module, two_parts, views_of_parts
+from .call.traced import jax_module, scale_as_array, two_parts, views_of_parts
 from .decode.jax_calls import (
     CALLS,
     DECODE_TARGET,
@@ -89,7 +88,7 @@ def mla_decode(
     MissingDependencyError
         The platform is CUDA and jax-tvm-ffi is not installed.
     """
-    given = DecodeArrays(q, kv_cache, block_table, cache_seqlens, cu_seqlens_q, _scale(kv_scale), plan)
+    given = DecodeArrays(q, kv_cache, block_table, cache_seqlens, cu_seqlens_q, scale_as_array(kv_scale), plan)
     call, arrays, problem, inputs = _trace(given, _options(mla_decode, options), platform)
     kind = plan_kind(problem, inputs.location, call.options)
     if inputs.plan is not None:
@@ -127,7 +126,7 @@ def plan_decode(
 
     Arguments and errors are those of `cupy_mla.plan_decode` and of `mla_decode`. On the CPU it holds nothing.
     """
-    given = DecodeArrays(q, kv_cache, block_table, cache_seqlens, cu_seqlens_q, _scale(kv_scale))
+    given = DecodeArrays(q, kv_cache, block_table, cache_seqlens, cu_seqlens_q, scale_as_array(kv_scale))
     call, arrays, problem, inputs = _trace(given, _options(plan_decode, options), platform)
     jax = jax_module()
     size = plan_array_bytes(problem, call.options, plan_kind(problem, inputs.location, call.options))
@@ -211,8 +210,3 @@ def _stacked(arrays: Any, name: str) -> Any:
     if not arrays or said != said[:1] * len(said):
         raise InvalidArgumentError(name, "an array, or arrays of one shape and type", str(said))
     return jax_module().numpy.stack(arrays)
-
-
-def _scale(kv_scale: Any) -> Any:
-    """A number as an array: a compiled program takes it like the others."""
-    return jax_module().numpy.float32(kv_scale) if is_number(kv_scale) else kv_scale

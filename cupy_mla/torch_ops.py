@@ -4,7 +4,7 @@ They do what the functions of the package do, for CUDA and CPU tensors, and tell
 registered with ``torch.library.Library`` and not as ``custom_op``: a function is called as it is, without a layer of
 Python that handles its arguments first. Schemas and functions are written from the descriptions of the calls, so that
 an option or an array is named in one place; pairs (latent, rope) come as two tensors, e.g. ``q`` and ``q_rope``, and
-``kernel`` is called ``decode_kernel``.
+``kernel`` is called ``decode_kernel``, ``layout`` ``cache_layout``.
 
 A plan is a tensor here: a compiled program can hold tensors across its parts, and a Python object cannot be in it. See
 `cupy_mla.decode.plan_arrays`. Its size says what it is for; on the CPU it holds nothing. Calls that share it are given
@@ -39,8 +39,9 @@ from .errors import MissingDependencyError
 
 NAMESPACE = "cupy_mla"
 
-# torch.compile calls a function that has a parameter of this name itself, with the options beside it.
-_OPERATOR_NAMES = {"kernel": "decode_kernel"}
+# torch.compile calls a function that has a parameter named kernel itself, with the options beside it; and a layout is
+# torch.strided or the like to it.
+_OPERATOR_NAMES = {"kernel": "decode_kernel", "layout": "cache_layout"}
 _APPEND_ROPES = {"kv_cache": "kv_rope", "kv_new": "kv_new_rope"}
 _NONE = "None"
 

@@ -77,9 +77,7 @@ def test_dense(make: Make, batch: int, seqlen_q: int) -> None:
 @MAKERS
 def test_ragged(make: Make) -> None:
     q, *arrays = dense(make, 0, 1)
-    assert_results(
-        cupy_mla.mla_decode(q[:, 0], *arrays, cu_seqlens_q=make((1,), "int32")), (0, HEADS, 512), (HEADS, 0)
-    )
+    assert_results(cupy_mla.mla_decode(q[:, 0], *arrays, cu_seqlens_q=make((1,), "int32")), (0, HEADS, 512), (HEADS, 0))
     _, *arrays = dense(make, 2, 1)
     no_tokens = make((0, HEADS, 576))
     assert_results(

@@ -103,9 +103,7 @@ class Append:
         return [*rows, scale, places.slot_mapping, places.block_table, places.positions, places.requests]
 
 
-def describe_append(
-    given: AppendArrays, stream: int | None = None, layout: CacheLayout | str | None = None
-) -> Append:
+def describe_append(given: AppendArrays, stream: int | None = None, layout: CacheLayout | str | None = None) -> Append:
     """Check the arrays of an append. Reads no array's contents.
 
     Raises

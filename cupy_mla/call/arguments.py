@@ -13,6 +13,7 @@ from ..arrays.exchange import as_numpy
 from ..arrays.frameworks import CUDA
 from ..arrays.view import ArrayView, source_of
 from ..errors import InvalidArgumentError
+from ..layouts import CacheLayout
 from .problem import PLAN_ALIGNMENT, PLAN_DTYPE, DecodeInputs, DecodeProblem, Queries
 
 # What the CUDA kernels are written for.
@@ -74,6 +75,23 @@ def check_kv_scale_array(kv_scale: ArrayView) -> None:
     if kv_scale.dtype != KV_SCALE_DTYPE or kv_scale.shape not in ((), (1,)):
         got = f"{kv_scale.dtype} {list(kv_scale.shape)}"
         raise InvalidArgumentError("kv_scale", f"a number, or one {KV_SCALE_DTYPE} in an array", got)
+
+
+def scale_value(kv_scale: Any, layout: CacheLayout) -> float:
+    """The scale of a cache where it is a number; 1 where it is an array, or there is none.
+
+    Raises
+    ------
+    InvalidArgumentError
+        It is missing, the layout has none, or it is none that float32 has room for; ``argument`` is ``kv_scale``.
+    """
+    if layout.needs_scale:
+        if kv_scale is None:
+            expected = f"a number, or one {KV_SCALE_DTYPE}, for the layout {layout.name}"
+            raise InvalidArgumentError("kv_scale", expected, "None")
+    elif kv_scale is not None:
+        raise InvalidArgumentError("kv_scale", f"None: the layout {layout.name} has no scale", type(kv_scale).__name__)
+    return check_kv_scale(kv_scale) if is_number(kv_scale) else 1.0
 
 
 def check_output(

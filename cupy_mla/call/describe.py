@@ -20,7 +20,6 @@ from .arguments import (
     KV_SCALE_DTYPE,
     NUMPY_WAY_OUT,
     check_cuda_widths,
-    check_kv_scale,
     check_kv_scale_array,
     check_output,
     check_plan_view,
@@ -28,6 +27,7 @@ from .arguments import (
     is_number,
     misaligned,
     place_name,
+    scale_value,
     settled_strides,
 )
 from .memo import shared_memo
@@ -143,7 +143,7 @@ def describe_decode(
         _view_of(arrays, "plan", stream),
         _view_of(arrays, "out", stream),
         _view_of(arrays, "lse", stream),
-        _scale_value(arrays.kv_scale, call, checked.problem.layout),
+        scale_value(arrays.kv_scale, checked.problem.layout),
     )
     if inputs.plan is not None:
         check_plan_view(inputs.plan, inputs.location)
@@ -307,19 +307,6 @@ def _check_types(call: _Call) -> CacheLayout:
         if not name.startswith(("q", "kv_cache", "kv_scale")) and array.dtype != INDEX_DTYPE:
             raise InvalidArgumentError(name, INDEX_DTYPE, array.dtype)
     return layout
-
-
-def _scale_value(kv_scale: Any, call: _Call, layout: CacheLayout) -> float:
-    """The scale where it is a number; refuses one that is missing, has no place, or is no scale."""
-    if layout.needs_scale:
-        if kv_scale is None:
-            expected = f"a number, or one {KV_SCALE_DTYPE}, for the layout {layout.name}"
-            raise InvalidArgumentError("kv_scale", expected, "None")
-    elif kv_scale is not None:
-        raise InvalidArgumentError("kv_scale", f"None: the layout {layout.name} has no scale", type(kv_scale).__name__)
-    if kv_scale is None or call.kv_scale is not None:
-        return 1.0
-    return check_kv_scale(kv_scale)
 
 
 def _check_devices(call: _Call) -> None:

@@ -8,15 +8,18 @@ from ..arrays.exchange import as_numpy
 from ..arrays.frameworks import CUDA
 from ..arrays.view import ArrayView, contiguous_strides, view
 from ..errors import InvalidArgumentError
-from ..layouts import DENSE_LAYOUTS, name_cache_type
+from ..layouts import DENSE_LAYOUTS, SPARSE_LAYOUTS, CacheLayout, find_layout, infer_layout, name_cache_type
 from .arguments import (
     COPY_ALIGNMENT,
     check_cuda_widths,
+    check_kv_scale_array,
     check_output,
     check_plan_view,
     check_rows,
+    is_number,
     misaligned,
     place_name,
+    scale_value,
     settled_strides,
 )
 from .problem import INDEX_DTYPE, LSE_DTYPE, MAX_TOKENS, Queries
@@ -48,14 +51,14 @@ def describe_sparse_decode(
         An argument has a wrong rank, shape, type, device, stride, alignment or value; its name, what was expected
         and what came are in the error.
     """
-    call = _Call(arrays, "kv_cache", stream)
+    call = _Call(arrays, "kv_cache", options, stream)
     _check_rank(call.q, "q", _Q_AXES, may_be_empty=2)
     _check_rank(call.kv, "kv_cache", _KV_AXES, may_be_empty=int(0 in call.q.shape))
     batch, seqlen_q = call.q.shape[:2]
     call.check_keys()
     indices = call.indices_by_head((batch, seqlen_q))
     tokens_per_length = call.check_lengths({(batch,): seqlen_q, (batch, seqlen_q): 1})
-    problem = call.describe(options, batch, seqlen_q, indices.shape[-1], tokens_per_length)
+    problem = call.describe(batch, seqlen_q, indices.shape[-1], tokens_per_length)
     queries = problem.queries
     plan, out, lse = (call.view(name) for name in ("plan", "out", "lse"))
     if plan is not None:
@@ -66,7 +69,8 @@ def describe_sparse_decode(
         check_output(lse, "lse", queries.lse_shape, LSE_DTYPE, call.q.location)
     return problem, SparseInputs(
         q=_settled(call.q), kv=_settled(call.kv), indices=indices, topk_length=call.topk_length,
-        attn_sink=call.attn_sink, plan=plan, out=out, lse=lse,
+        attn_sink=call.attn_sink, kv_scale=call.kv_scale, plan=plan, out=out, lse=lse,
+        kv_scale_value=scale_value(arrays.kv_scale, problem.layout),
     )  # fmt: skip
 
 
@@ -88,7 +92,7 @@ def describe_sparse_prefill(
         An argument has a wrong rank, shape, type, device, stride, alignment or value; its name, what was expected
         and what came are in the error.
     """
-    call = _Call(arrays, "kv", stream)
+    call = _Call(arrays, "kv", options, stream)
     _check_rank(call.q, "q", _PREFILL_Q_AXES, may_be_empty=1)
     kv_axes = _KV_AXES if call.kv.ndim == len(_KV_AXES) else _FLAT_KV_AXES
     _check_rank(call.kv, "kv", kv_axes, may_be_empty=int(0 in call.q.shape))
@@ -98,7 +102,7 @@ def describe_sparse_prefill(
     s_q, heads, _ = call.q.shape
     indices = _with_axis(call.indices_by_head((s_q,)), 1)
     tokens_per_length = call.check_lengths({(s_q,): 1})
-    problem = call.describe(options, s_q, 1, indices.shape[-1], tokens_per_length)
+    problem = call.describe(s_q, 1, indices.shape[-1], tokens_per_length)
     queries = problem.queries
     outputs = {name: call.view(name) for name in ("out", "max_logits", "lse")}
     for name, output in outputs.items():
@@ -112,8 +116,9 @@ def describe_sparse_prefill(
     out, lse = outputs["out"], outputs["lse"]
     return problem, SparseInputs(
         q=_with_axis(call.q, 1), kv=_settled(call.kv), indices=indices, topk_length=call.topk_length,
-        attn_sink=call.attn_sink, out=None if out is None else _with_axis(out, 1), max_logits=outputs["max_logits"],
-        lse=None if lse is None else _with_axis(lse, 2),
+        attn_sink=call.attn_sink, kv_scale=call.kv_scale, out=None if out is None else _with_axis(out, 1),
+        max_logits=outputs["max_logits"], lse=None if lse is None else _with_axis(lse, 2),
+        kv_scale_value=scale_value(arrays.kv_scale, problem.layout),
     )  # fmt: skip
 
 
@@ -140,10 +145,17 @@ def validate_lengths(problem: SparseProblem, inputs: SparseInputs, stream: int |
 class _Call:
     """The inputs of a call as views, and the checks that decode and prefill share."""
 
-    def __init__(self, arrays: SparseDecodeArrays | SparsePrefillArrays, kv_name: str, stream: int | None) -> None:
-        self._arrays, self._stream, self._kv_name = arrays, stream, kv_name
+    def __init__(
+        self,
+        arrays: SparseDecodeArrays | SparsePrefillArrays,
+        kv_name: str,
+        options: SparseOptions,
+        stream: int | None,
+    ) -> None:
+        self._arrays, self._stream, self._kv_name, self._options = arrays, stream, kv_name, options
         self.q, self.kv, self.indices = (self._required(name) for name in ("q", kv_name, "indices"))
         self.topk_length, self.attn_sink = self.view("topk_length"), self.view("attn_sink")
+        self.kv_scale = None if is_number(arrays.kv_scale) else self.view("kv_scale")
 
     def view(self, name: str) -> ArrayView | None:
         return None if getattr(self._arrays, name) is None else self._required(name)
@@ -155,17 +167,41 @@ class _Call:
 
     def check_keys(self) -> None:
         """Whether q and the keys go together."""
-        q, kv = self.q, self.kv
+        q, kv, head_dim_v = self.q, self.kv, self._options.head_dim_v
         heads, width = q.shape[-2:]
         if q.dtype not in DENSE_LAYOUTS:
             raise InvalidArgumentError("q", " or ".join(DENSE_LAYOUTS), q.dtype)
-        if kv.dtype != q.dtype:
-            got = name_cache_type(kv.dtype, kv.shape[-1])
-            raise InvalidArgumentError(self._kv_name, f"{q.dtype}, the type of q", got)
-        if kv.shape[-1] != width:
+        layout = self._layout()
+        if q.dtype not in layout.query_dtypes:
+            expected = f"{' or '.join(layout.query_dtypes)} for a cache in the layout {layout.name}"
+            raise InvalidArgumentError("q", expected, q.dtype)
+        if layout in DENSE_LAYOUTS.values() and kv.shape[-1] != width:
             raise InvalidArgumentError(self._kv_name, f"width {width} as in q", str(kv.shape[-1]))
+        if not 1 <= head_dim_v <= width:
+            raise InvalidArgumentError("head_dim_v", f"1 to {width}, the width of q", str(head_dim_v))
+        if not layout.supports(head_dim_v, width - head_dim_v):
+            expected = f"a width that the layout {layout.name} has, of which head_dim_v are the value's"
+            raise InvalidArgumentError("q", expected, f"{width}, with head_dim_v {head_dim_v}")
+        layout.check(kv, self._kv_name, head_dim_v, width - head_dim_v)
         if heads % kv.shape[2]:
             raise InvalidArgumentError("q", f"a number of heads that {kv.shape[2]} KV heads divide", str(heads))
+        if self.kv_scale is not None:
+            check_kv_scale_array(self.kv_scale)
+
+    def _layout(self) -> CacheLayout:
+        """The layout that is named, or else that the cache's type and width mean."""
+        q, kv, given = self.q, self.kv, self._options.layout
+        if given is None and kv.dtype == q.dtype:
+            return DENSE_LAYOUTS[q.dtype]
+        coded = [dtype for layout in SPARSE_LAYOUTS for dtype in layout.dtypes if dtype not in DENSE_LAYOUTS]
+        if given is None and kv.dtype not in coded:
+            got = name_cache_type(kv.dtype, kv.shape[-1])
+            raise InvalidArgumentError(self._kv_name, f"{q.dtype}, the type of q", got)
+        layout = infer_layout(kv.dtype, kv.shape[-1], self._kv_name) if given is None else find_layout(given)
+        if layout not in SPARSE_LAYOUTS and (q.device == CUDA or self._options.strict):
+            expected = "a cache in the layout " + " or ".join(readable.name for readable in SPARSE_LAYOUTS)
+            raise InvalidArgumentError(self._kv_name, expected, f"{layout.name}, which no kernel reads yet")
+        return layout
 
     def indices_by_head(self, queries: tuple[int, ...]) -> ArrayView:
         """``indices`` with an axis of kv heads, given the shape of the query tokens. An array without serves all."""
@@ -196,14 +232,10 @@ class _Call:
         _check_contiguous(lengths, "topk_length")
         return shapes[lengths.shape]
 
-    def describe(
-        self, options: SparseOptions, batch: int, seqlen_q: int, topk: int, tokens_per_length: int | None
-    ) -> SparseProblem:
+    def describe(self, batch: int, seqlen_q: int, topk: int, tokens_per_length: int | None) -> SparseProblem:
         """The problem, after all checks that are left but those of outputs."""
-        q, kv = self.q, self.kv
+        q, kv, latent_dim = self.q, self.kv, self._options.head_dim_v
         heads, width = q.shape[-2:]
-        if not 1 <= options.head_dim_v <= width:
-            raise InvalidArgumentError("head_dim_v", f"1 to {width}, the width of q", str(options.head_dim_v))
         sink = self.attn_sink
         if sink is not None:
             if sink.shape != (heads,) or sink.dtype != LSE_DTYPE:
@@ -213,20 +245,20 @@ class _Call:
             _check_contiguous(sink, "attn_sink")
         queries = Queries(
             batch=batch, seqlen_q=seqlen_q, total_q=batch * seqlen_q, num_heads_q=heads, num_heads_kv=kv.shape[2],
-            latent_dim=options.head_dim_v, rope_dim=width - options.head_dim_v, dtype=q.dtype, causal=False,
+            latent_dim=latent_dim, rope_dim=width - latent_dim, dtype=q.dtype, causal=False,
             ragged=False,
         )  # fmt: skip
-        by_tma = q.device == CUDA or options.strict
+        by_tma = q.device == CUDA or self._options.strict
         self._check_places(by_tma)
         if by_tma:
             check_cuda_widths(queries)
         keys = GatheredKeys(topk, _page_size(kv), tokens_per_length)
-        return SparseProblem(queries, keys, DENSE_LAYOUTS[q.dtype])
+        return SparseProblem(queries, keys, self._layout())
 
     def _check_places(self, by_tma: bool) -> None:
         """Devices, strides and addresses."""
         rows = [("q", self.q), (self._kv_name, self.kv)]
-        words = [("indices", self.indices), ("topk_length", self.topk_length), ("attn_sink", self.attn_sink)]
+        words = [(name, getattr(self, name)) for name in ("indices", "topk_length", "attn_sink", "kv_scale")]
         arrays = [(name, array) for name, array in (*rows, *words) if array is not None]
         location = self.q.location
         for name, array in arrays:

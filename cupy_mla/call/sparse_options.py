@@ -19,7 +19,7 @@ class SparseOptions:
 
     Attributes
     ----------
-    head_dim_v, softmax_scale, empty_lse, validate, strict
+    head_dim_v, softmax_scale, empty_lse, validate, strict, layout
         As in `cupy_mla.mla_sparse_decode`.
     fixed_split_tokens, kernel
         As in `cupy_mla.plan_sparse_decode`; of a decode call with a plan in an array, or without a plan.
@@ -35,6 +35,7 @@ class SparseOptions:
     empty_lse: float = option(-math.inf, SPARSE_DECODE, SPARSE_PREFILL)
     validate: bool | None = option(None, SPARSE_DECODE, SPARSE_PREFILL, PLAN_SPARSE)
     strict: bool = option(True, SPARSE_DECODE, SPARSE_PREFILL, PLAN_SPARSE)
+    layout: str | None = option(None, SPARSE_DECODE, SPARSE_PREFILL, PLAN_SPARSE)
     fixed_split_tokens: int | None = option(None, PLAN_SPARSE)
     kernel: str = option(AUTO, PLAN_SPARSE)
 
@@ -54,6 +55,8 @@ class SparseDecodeArrays:
     ----------
     q, kv_cache, indices, topk_length, attn_sink
         As in `cupy_mla.mla_sparse_decode`.
+    kv_scale
+        As in `cupy_mla.mla_sparse_decode`: an array, or a number.
     plan
         A plan in an array (see `cupy_mla.decode.plan_arrays`): uint8.
     out, lse
@@ -65,6 +68,7 @@ class SparseDecodeArrays:
     indices: Any
     topk_length: Any = None
     attn_sink: Any = None
+    kv_scale: Any = None
     plan: Any = None
     out: Any = None
     lse: Any = None
@@ -78,6 +82,8 @@ class SparsePrefillArrays:
     ----------
     q, kv, indices, topk_length, attn_sink
         As in `cupy_mla.mla_sparse_prefill`.
+    kv_scale
+        As in `cupy_mla.mla_sparse_prefill`: an array, or a number.
     out, max_logits, lse
         To be written to.
     """
@@ -87,6 +93,7 @@ class SparsePrefillArrays:
     indices: Any
     topk_length: Any = None
     attn_sink: Any = None
+    kv_scale: Any = None
     out: Any = None
     max_logits: Any = None
     lse: Any = None
@@ -95,7 +102,7 @@ class SparsePrefillArrays:
 SPARSE_OPTIONS = options_of(SparseOptions)
 SPARSE_DECODE_ARRAYS = tuple(field.name for field in fields(SparseDecodeArrays))
 SPARSE_PREFILL_ARRAYS = tuple(field.name for field in fields(SparsePrefillArrays))
-_OPTIONAL = ("topk_length", "attn_sink", "plan", "out", "max_logits", "lse")
+_OPTIONAL = ("topk_length", "attn_sink", "kv_scale", "plan", "out", "max_logits", "lse")
 _POSITIONAL = ("q", "kv_cache", "kv", "indices", "head_dim_v", "softmax_scale", "topk_length", "attn_sink")
 
 SPARSE_DECODE_FORM = CallForm(SPARSE_OPTIONS, SPARSE_DECODE_ARRAYS, _OPTIONAL, ("out", "lse"), _POSITIONAL)

@@ -69,19 +69,23 @@ class SparseInputs:
     q
         [batch, seqlen_q, num_heads_q, d_qk].
     kv
-        [num_pages, page_size, num_heads_kv, d_qk].
+        [num_pages, page_size, num_heads_kv, width]; the layout says what a token's row is.
     indices
         [batch, seqlen_q, num_heads_kv, topk]; kv heads that share their indices are 0 elements apart.
     topk_length
         [batch] or [batch, seqlen_q], contiguous; None: all indices count.
     attn_sink
         [num_heads_q], contiguous; None: no sinks.
+    kv_scale
+        One float32 number for the whole cache, or None: then ``kv_scale_value`` counts.
     plan
         A plan in an array, or None.
     out, lse
         Of `Queries.out_shape` and `Queries.lse_shape`, to be written to; None: the callee makes them.
     max_logits
         [batch, num_heads_q] of prefill, to be written to; None: the callee makes it, or it is not wanted.
+    kv_scale_value
+        What stored values are multiplied by where no array says it.
     """
 
     q: ArrayView
@@ -89,10 +93,12 @@ class SparseInputs:
     indices: ArrayView
     topk_length: ArrayView | None = None
     attn_sink: ArrayView | None = None
+    kv_scale: ArrayView | None = None
     plan: ArrayView | None = None
     out: ArrayView | None = None
     max_logits: ArrayView | None = None
     lse: ArrayView | None = None
+    kv_scale_value: float = 1.0
 
     @property
     def location(self) -> tuple[str, int]:
@@ -106,7 +112,8 @@ class SparseInputs:
 
     def views(self) -> tuple[ArrayView | None, ...]:
         """All of them, None for one that is not there."""
-        return tuple(getattr(self, field.name) for field in dataclasses.fields(self))
+        values = (getattr(self, field.name) for field in dataclasses.fields(self))
+        return tuple(value for value in values if not isinstance(value, float))
 
     def addresses(self, *names: str) -> tuple[int, ...]:
         """Where those of these fields lie; 0 for one that is not there."""

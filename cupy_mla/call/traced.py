@@ -8,6 +8,7 @@ from typing import Any
 from ..arrays.frameworks import CPU, CUDA
 from ..arrays.view import ArrayView, contiguous_strides
 from ..errors import InvalidArgumentError, MissingDependencyError, UnsupportedDeviceError
+from .arguments import is_number
 from .problem import PLAN_ALIGNMENT
 
 
@@ -67,6 +68,11 @@ def two_parts(argument: Any, name: str) -> tuple[Any, Any]:
     if len(argument) != 2:
         raise InvalidArgumentError(name, "an array or a pair (latent, rope)", f"{len(argument)} items")
     return argument[0], argument[1]
+
+
+def scale_as_array(kv_scale: Any) -> Any:
+    """A number as an array: a compiled program takes it like the others."""
+    return jax_module().numpy.float32(kv_scale) if is_number(kv_scale) else kv_scale
 
 
 def jax_module() -> Any:

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from ..arrays.dtypes import ITEM_SIZES
 from ..arrays.view import contiguous_strides
 from ..call.memo import remembered
 from ..call.sparse_options import SPARSE_PREFILL_ARRAYS
@@ -20,13 +21,15 @@ from ..gpu.launch import Launch
 from ..kernels.choose import choose_gathered_config
 from ..kernels.structs import GATHER_PARAMS, words_of
 from ..schedule.pieces import ceil_div
-from .prepared import CALLS_KEPT, ELEMENT_BYTES
+from .prepared import CALLS_KEPT
 
 _LOG2_E = math.log2(math.e)
 _KV_UNIT = 16  # bytes; strides of pages and tokens are counted in it
 _MAX_SLOTS = 2**31  # what an index can name, so that a negative one names nothing
 
-_PREFILL_WORDS = words_of(GATHER_PARAMS, *SPARSE_PREFILL_ARRAYS)
+_PREFILL_WORDS = words_of(
+    GATHER_PARAMS, *("kv_scale_at" if name == "kv_scale" else name for name in SPARSE_PREFILL_ARRAYS)
+)
 
 Strides = tuple[int, ...]
 
@@ -79,16 +82,17 @@ class SparseStrides:
 
 
 def gather_params(
-    problem: SparseProblem, softmax_scale: float, empty_lse: float, strides: SparseStrides
+    problem: SparseProblem, softmax_scale: float, empty_lse: float, strides: SparseStrides, kv_scale: float = 1.0
 ) -> npt.NDArray[Any]:
     """All of a GATHER_PARAMS but addresses and what depends on the schedule."""
     queries = problem.queries
     params = np.zeros(1, GATHER_PARAMS)
     params["q_strides"], params["indices_strides"] = strides.q, strides.indices
     params["out_strides"], params["lse_strides"] = strides.out, strides.lse
-    page, token, head = (step * ELEMENT_BYTES for step in strides.kv)
+    page, token, head = (step * ITEM_SIZES[problem.layout.dtype] for step in strides.kv)
     params["kv_stride_page"], params["kv_stride_token"] = page // _KV_UNIT, token // _KV_UNIT
     params["kv_stride_head"] = head if queries.num_heads_kv > 1 else 0
+    params["kv_scale_value"] = kv_scale
     params["num_slots"] = min(strides.num_slots, _MAX_SLOTS)
     params["topk"], params["group_heads"] = problem.keys.topk, queries.group_heads
     params["scale_log2"], params["empty_lse"] = softmax_scale * _LOG2_E, empty_lse
@@ -113,16 +117,24 @@ class PrefillCall:
         The lse of a query token without a token.
     strides
         Of the arrays.
+    kv_scale
+        What the values of a cache with one scale are multiplied by where a call has no address of it.
     """
 
     def __init__(
-        self, problem: SparseProblem, device_id: int, softmax_scale: float, empty_lse: float, strides: SparseStrides
+        self,
+        problem: SparseProblem,
+        device_id: int,
+        softmax_scale: float,
+        empty_lse: float,
+        strides: SparseStrides,
+        kv_scale: float = 1.0,
     ) -> None:
         self.problem, self.device_id = problem, device_id
         queries = problem.queries
         num_sms = describe_device(device_id).num_sms
         config = choose_gathered_config(problem, num_sms, planned=False)
-        params = gather_params(problem, softmax_scale, empty_lse, strides)
+        params = gather_params(problem, softmax_scale, empty_lse, strides, kv_scale)
         params["topk_length_stride"] = 1
         params["max_logits_strides"] = strides.max_logits
         params["num_tokens"] = queries.total_q
@@ -156,7 +168,12 @@ class PrefillCall:
 
 @remembered(CALLS_KEPT)
 def prepare_prefill(
-    problem: SparseProblem, device_id: int, softmax_scale: float, empty_lse: float, strides: SparseStrides
+    problem: SparseProblem,
+    device_id: int,
+    softmax_scale: float,
+    empty_lse: float,
+    strides: SparseStrides,
+    kv_scale: float = 1.0,
 ) -> PrefillCall:
     """The prepared call of a kind; the same object whenever it is asked for again.
 
@@ -165,4 +182,4 @@ def prepare_prefill(
     CompilationError, UnsupportedDeviceError, DriverError, MissingDependencyError
         The kernel cannot be compiled or loaded.
     """
-    return PrefillCall(problem, device_id, softmax_scale, empty_lse, strides)
+    return PrefillCall(problem, device_id, softmax_scale, empty_lse, strides, kv_scale)

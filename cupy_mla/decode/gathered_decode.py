@@ -15,8 +15,8 @@ from .blueprint import PlanMemory, SparseBlueprint
 from .gathered import SparseStrides, gather_params
 from .prepared import CALLS_KEPT, ELEMENT_BYTES, FLAG_BYTES, PAIR
 
-_Q, _KV, _INDICES, _SINK, _OUT, _LSE, _PARTIAL_OUT, _PARTIAL_LSE, _PLAN = words_of(
-    GATHER_PARAMS, "q", "kv", "indices", "attn_sink", "out", "lse", "partial_out", "partial_lse", "plan"
+_Q, _KV, _INDICES, _SINK, _SCALE, _OUT, _LSE, _PARTIAL_OUT, _PARTIAL_LSE, _PLAN = words_of(
+    GATHER_PARAMS, "q", "kv", "indices", "attn_sink", "kv_scale_at", "out", "lse", "partial_out", "partial_lse", "plan"
 )
 _C_SINK, _C_OUT, _C_LSE, _C_PARTIAL_OUT, _C_PARTIAL_LSE, _C_PLAN = words_of(
     GATHER_COMBINE_PARAMS, "attn_sink", "out", "lse", "partial_out", "partial_lse", "plan"
@@ -38,14 +38,23 @@ class SparseDecodeCall:
         The lse of a query token without a token.
     strides
         Of the arrays.
+    kv_scale
+        What the values of a cache with one scale are multiplied by where a call has no address of it.
     """
 
-    def __init__(self, kind: SparseBlueprint, softmax_scale: float, empty_lse: float, strides: SparseStrides) -> None:
+    def __init__(
+        self,
+        kind: SparseBlueprint,
+        softmax_scale: float,
+        empty_lse: float,
+        strides: SparseStrides,
+        kv_scale: float = 1.0,
+    ) -> None:
         config, shape, queries = kind.config, kind.shape, kind.problem.queries
         self.kind = kind
         self._strides = strides
         self._lock = threading.Lock()  # the packed arguments are shared by all threads
-        params = gather_params(kind.problem, softmax_scale, empty_lse, strides)
+        params = gather_params(kind.problem, softmax_scale, empty_lse, strides, kv_scale)
         params["num_parts"], params["blocks_per_job"] = shape.num_parts, shape.blocks_per_job
         params["seqlen_q"] = queries.seqlen_q
         if shape.may_claim:
@@ -93,11 +102,11 @@ class SparseDecodeCall:
         DriverError
             The driver refused a launch.
         """
-        q, kv, indices, _, attn_sink, _, out, lse = addresses
+        q, kv, indices, _, attn_sink, kv_scale, _, out, lse = addresses
         words, combine, combine_words = self._words, self._combine, self._combine_words
         self._lock.acquire()  # a with statement takes twice the time
         try:
-            words[_Q], words[_KV], words[_INDICES] = q, kv, indices
+            words[_Q], words[_KV], words[_INDICES], words[_SCALE] = q, kv, indices, kv_scale
             words[_SINK] = combine_words[_C_SINK] = attn_sink
             words[_OUT] = combine_words[_C_OUT] = out
             words[_LSE] = combine_words[_C_LSE] = lse
@@ -117,7 +126,7 @@ class SparseDecodeCall:
 
 @remembered(CALLS_KEPT)
 def prepare_sparse_decode(
-    kind: SparseBlueprint, softmax_scale: float, empty_lse: float, strides: SparseStrides
+    kind: SparseBlueprint, softmax_scale: float, empty_lse: float, strides: SparseStrides, kv_scale: float = 1.0
 ) -> SparseDecodeCall:
     """The prepared call of a kind; the same object whenever it is asked for again.
 
@@ -126,4 +135,4 @@ def prepare_sparse_decode(
     CompilationError, UnsupportedDeviceError, DriverError, MissingDependencyError
         A kernel cannot be compiled or loaded.
     """
-    return SparseDecodeCall(kind, softmax_scale, empty_lse, strides)
+    return SparseDecodeCall(kind, softmax_scale, empty_lse, strides, kv_scale)

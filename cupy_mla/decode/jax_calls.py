@@ -83,7 +83,7 @@ def bits_of(parts: Sequence[Any]) -> int:
 def attribute_of(option: Option, value: Any) -> Any:
     """The value of an option as an attribute of a custom call."""
     if option.type == "str":
-        return np.str_(value)
+        return np.str_("" if value is None else value)
     if option.type == "float":
         return np.float64(np.nan if value is None else value)
     return np.int64(_NO_INTEGER if value is None else value)
@@ -92,7 +92,7 @@ def attribute_of(option: Option, value: Any) -> Any:
 def option_of(option: Option, attribute: Any) -> Any:
     """What `attribute_of` was given."""
     if option.type == "str":
-        return attribute
+        return None if option.optional and not attribute else attribute
     if option.type == "float":
         return None if np.isnan(attribute) else float(attribute)
     return None if attribute == _NO_INTEGER else (bool(attribute) if option.type == "bool" else int(attribute))

@@ -26,7 +26,7 @@ from ..call.sparse_options import (
     SparseOptions,
     SparsePrefillArrays,
 )
-from ..call.traced import jax_module, views_of_parts
+from ..call.traced import jax_module, scale_as_array, views_of_parts
 from ..errors import InvalidArgumentError
 from ..gpu.device import require_backend
 from ..settings import wants_validation
@@ -36,7 +36,7 @@ from .gathered_decode import prepare_sparse_decode
 from .jax_calls import attribute_of, bits_of, option_of
 from .plan_arrays import check_plan_array, plan_array_bytes
 from .prefill import prefill_shapes, run_prefill
-from .sparse import run_sparse_decode
+from .sparse import CALL_INPUTS, run_sparse_decode
 from .sparse_plan import sparse_plan_kind
 
 _DECODE_TARGET = "cupy_mla.mla_sparse_decode"
@@ -55,6 +55,7 @@ def mla_sparse_decode(
     *,
     topk_length: Any = None,
     attn_sink: Any = None,
+    kv_scale: Any = None,
     plan: Any = None,
     platform: str | None = None,
     **options: Any,
@@ -63,7 +64,7 @@ def mla_sparse_decode(
 
     Parameters
     ----------
-    q, kv_cache, indices, topk_length, attn_sink
+    q, kv_cache, indices, topk_length, attn_sink, kv_scale
         As in `cupy_mla.mla_sparse_decode`.
     plan
         From `plan_sparse_decode`, made with the same options; None: the call plans by itself.
@@ -88,7 +89,7 @@ def mla_sparse_decode(
         The platform is CUDA and jax-tvm-ffi is not installed.
     """
     checked = SparseOptions(**options)
-    parts = (q, kv_cache, indices, topk_length, attn_sink, plan)
+    parts = (q, kv_cache, indices, topk_length, attn_sink, scale_as_array(kv_scale), plan)
     arrays, views, location = views_of_parts(parts, _DECODE_INPUTS, platform)
     problem, _ = describe_sparse_decode(SparseDecodeArrays(*views), checked)
     require_backend(*location, "q")
@@ -111,7 +112,14 @@ def mla_sparse_decode(
 
 
 def plan_sparse_decode(
-    q: Any, kv_cache: Any, indices: Any, *, topk_length: Any = None, platform: str | None = None, **options: Any
+    q: Any,
+    kv_cache: Any,
+    indices: Any,
+    *,
+    topk_length: Any = None,
+    kv_scale: Any = None,
+    platform: str | None = None,
+    **options: Any,
 ) -> Any:
     """The plan of a sparse decode step as a uint8 array, for all layers of a compiled program.
 
@@ -119,7 +127,7 @@ def plan_sparse_decode(
     nothing.
     """
     checked = SparseOptions(**options)
-    parts = (q, kv_cache, indices, topk_length, None, None)
+    parts = (q, kv_cache, indices, topk_length, None, scale_as_array(kv_scale), None)
     arrays, views, location = views_of_parts(parts, _DECODE_INPUTS, platform)
     problem, _ = describe_sparse_decode(SparseDecodeArrays(*views), checked)
     require_backend(*location, "q")
@@ -139,6 +147,7 @@ def mla_sparse_prefill(
     *,
     topk_length: Any = None,
     attn_sink: Any = None,
+    kv_scale: Any = None,
     platform: str | None = None,
     **options: Any,
 ) -> tuple[Any, Any, Any]:
@@ -148,7 +157,7 @@ def mla_sparse_prefill(
     `mla_sparse_decode`.
     """
     checked = SparseOptions(**options)
-    parts = (q, kv, indices, topk_length, attn_sink)
+    parts = (q, kv, indices, topk_length, attn_sink, scale_as_array(kv_scale))
     arrays, views, location = views_of_parts(parts, _PREFILL_INPUTS, platform)
     problem, _ = describe_sparse_prefill(SparsePrefillArrays(*views), checked)
     require_backend(*location, "q")
@@ -234,14 +243,15 @@ def _run_decode(*values: Any) -> None:
     assert kind is not None  # on a GPU
     _validate(problem, inputs, options, stream)
     scale = problem.queries.default_softmax_scale if options.softmax_scale is None else options.softmax_scale
-    addresses = inputs.addresses("q", "kv", "indices", "topk_length", "attn_sink", "plan", "out", "lse")
+    addresses = inputs.addresses(*CALL_INPUTS)
     [lengths, plan] = inputs.addresses("topk_length", "plan")
     if not workspace or workspace[0].shape[0] < (kind.partial_bytes if plan else kind.workspace_bytes):
         raise InvalidArgumentError("platform", "the one that the program runs on, cuda", "another while it was traced")
     memory = PlanMemory(kind, workspace[0].pointer, plan)
     if not plan:
         kind.launch_planner(lengths, 0, memory.pointer, stream)
-    call = prepare_sparse_decode(kind, scale, options.empty_lse, SparseStrides.of(problem, inputs))
+    strides = SparseStrides.of(problem, inputs)
+    call = prepare_sparse_decode(kind, scale, options.empty_lse, strides, inputs.kv_scale_value)
     call(addresses, memory, stream)
 
 

@@ -42,6 +42,8 @@ def mla_sparse_prefill(
     head_dim_v: int = 512,
     attn_sink: Any = None,
     topk_length: Any = None,
+    layout: str | None = None,
+    kv_scale: Any = None,
     out: Any = None,
     max_logits: Any = None,
     lse: Any = None,
@@ -62,7 +64,8 @@ def mla_sparse_prefill(
         [s_q, num_heads_q, d_qk] bfloat16 or float16. Any strides with a contiguous last dimension. s_q may be 0.
     kv
         [s_kv, num_heads_kv, d_qk] of q's type, or pages of a cache [num_pages, page_size, num_heads_kv, d_qk]. The
-        first ``head_dim_v`` columns are also the value.
+        first ``head_dim_v`` columns are also the value. Or tokens in another layout, of bytes (`cupy_mla.layouts`),
+        beside queries of bfloat16.
     indices
         [s_q, num_heads_kv, topk] int32: tokens of ``kv``, of pages the slots ``page * page_size + offset``; or
         [s_q, topk], the same for all kv heads. -1 and every other number outside of ``kv`` name no token. A token named
@@ -77,6 +80,8 @@ def mla_sparse_prefill(
         gives out = 0. None: no sinks.
     topk_length
         [s_q] int32: so many leading indices of a query token count, the others are not read. None: all.
+    layout, kv_scale
+        Of ``kv``, as in `cupy_mla.mla_sparse_decode`.
     out, max_logits, lse
         Arrays to write to, of the shapes returned; None: new ones of q's framework.
     empty_lse
@@ -105,8 +110,8 @@ def mla_sparse_prefill(
     UnsupportedDeviceError
         The arrays are on a GPU that is not Hopper, or the backend that the settings ask for cannot take them.
     """
-    arrays = (q, kv, indices, topk_length, attn_sink, out, max_logits, lse)
-    return run_prefill(arrays, (head_dim_v, softmax_scale, empty_lse, validate, strict), stream)
+    arrays = (q, kv, indices, topk_length, attn_sink, kv_scale, out, max_logits, lse)
+    return run_prefill(arrays, (head_dim_v, softmax_scale, empty_lse, validate, strict, layout), stream)
 
 
 def run_prefill(arrays: tuple[Any, ...], options: tuple[Any, ...], stream: int | None = None) -> Results:
@@ -152,7 +157,7 @@ def run_prefill(arrays: tuple[Any, ...], options: tuple[Any, ...], stream: int |
     if problem.queries.total_q == 0:
         return _finished(arrays, _outputs(problem, arrays, stream), stream)
     strides = SparseStrides.of(problem, inputs)
-    call = prepare_prefill(problem, inputs.location[1], scale, checked.empty_lse, strides)
+    call = prepare_prefill(problem, inputs.location[1], scale, checked.empty_lse, strides, inputs.kv_scale_value)
     if recognised is not None:
         _known.remember(recognised, call, settings)
     return _launch(call, inputs.addresses(*SPARSE_PREFILL_ARRAYS), arrays, stream, inputs)

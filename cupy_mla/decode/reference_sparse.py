@@ -166,12 +166,13 @@ def sparse_reference(
     queries, keys = problem.queries, problem.keys
     total, heads, compute = queries.total_q, queries.num_heads_q, np.dtype(dtype)
     cache = as_numpy(inputs.kv)
-    page_size = cache.shape[1]
+    scale = inputs.kv_scale_value if inputs.kv_scale is None else float(as_numpy(inputs.kv_scale).reshape(()))
+    kv_scale = scale if problem.layout.needs_scale else None
     lengths = None
     if inputs.topk_length is not None and keys.tokens_per_length is not None:
         lengths = np.repeat(as_numpy(inputs.topk_length).reshape(-1), keys.tokens_per_length)
     source = ChosenKeys(
-        gather=lambda slots, kv_head: cache[slots // page_size, slots % page_size, kv_head].astype(compute),
+        gather=lambda slots, kv_head: problem.layout.dequantise_tokens(cache, slots, kv_head, kv_scale).astype(compute),
         num_slots=inputs.num_slots,
         indices=as_numpy(inputs.indices).reshape(total, queries.num_heads_kv, keys.topk),
         lengths=lengths,

@@ -31,6 +31,8 @@ from .sparse_plan import SparsePlan, sparse_plan_kind
 
 # Places in the tuples that calls are recognised by.
 _LENGTHS, _PLAN, _OUT, _LSE = (SPARSE_DECODE_ARRAYS.index(name) for name in ("topk_length", "plan", "out", "lse"))
+# The same arrays as `SparseInputs` has them.
+CALL_INPUTS = tuple("kv" if name == "kv_cache" else name for name in SPARSE_DECODE_ARRAYS)
 _VALIDATE = sparse_option_names(SPARSE_DECODE).index("validate")
 
 _known: KnownCalls[SparseDecodeCall] = KnownCalls(SPARSE_DECODE_ARRAYS)
@@ -43,6 +45,8 @@ def mla_sparse_decode(
     *,
     topk_length: Any = None,
     attn_sink: Any = None,
+    layout: str | None = None,
+    kv_scale: Any = None,
     softmax_scale: float | None = None,
     head_dim_v: int = 512,
     plan: SparsePlan | None = None,
@@ -66,7 +70,7 @@ def mla_sparse_decode(
         a request or a query token (an extent of 0) the results are empty, and nothing is launched.
     kv_cache
         [num_pages, page_size, num_heads_kv, d_qk] of q's type; any page size from 1. The first ``head_dim_v`` columns
-        are also the value.
+        are also the value. Or a cache in another layout, of bytes (`cupy_mla.layouts`), beside queries of bfloat16.
     indices
         [batch, seqlen_q, topk] int32: slots of the cache, ``page * page_size + offset`` (`slots_of` makes them of token
         numbers), the same for all kv heads; or [batch, seqlen_q, num_heads_kv, topk]. -1 and every other number outside
@@ -78,6 +82,12 @@ def mla_sparse_decode(
         [num_heads_q] float32, natural logarithm: one more score of each head, of a key without a value. ``out`` is
         multiplied by exp(lse) / (exp(lse) + exp(sink)); lse is without it. -inf has no effect, +inf gives out = 0.
         None: no sinks.
+    layout
+        Name of the cache's layout, e.g. ``"fp8_ds_mla"``. None: what its element type and last dimension mean, where
+        they leave no doubt.
+    kv_scale
+        What stored values are multiplied by, for layouts that have one scale for the whole cache: a number, or one
+        float32 in an array, which is read when the call runs.
     softmax_scale
         Factor on the scores; None: ``d_qk ** -0.5``.
     head_dim_v
@@ -112,8 +122,8 @@ def mla_sparse_decode(
     UnsupportedDeviceError
         The arrays are on a GPU that is not Hopper, or the backend that the settings ask for cannot take them.
     """
-    arrays = (q, kv_cache, indices, topk_length, attn_sink, None, out, lse)
-    return run_sparse_decode(arrays, (head_dim_v, softmax_scale, empty_lse, validate, strict), plan, stream)
+    arrays = (q, kv_cache, indices, topk_length, attn_sink, kv_scale, None, out, lse)
+    return run_sparse_decode(arrays, (head_dim_v, softmax_scale, empty_lse, validate, strict, layout), plan, stream)
 
 
 def plan_sparse_decode(
@@ -122,6 +132,8 @@ def plan_sparse_decode(
     indices: Any,
     *,
     topk_length: Any = None,
+    layout: str | None = None,
+    kv_scale: Any = None,
     head_dim_v: int = 512,
     fixed_split_tokens: int | None = None,
     kernel: str = "auto",
@@ -133,14 +145,15 @@ def plan_sparse_decode(
 
     Parameters
     ----------
-    q, kv_cache, indices, topk_length, head_dim_v, stream, validate, strict
-        As in `mla_sparse_decode`. Of q, kv_cache and indices only shapes, types and strides count.
+    q, kv_cache, indices, topk_length, layout, kv_scale, head_dim_v, stream, validate, strict
+        As in `mla_sparse_decode`. Of q, kv_cache, indices and kv_scale only shapes, types and strides count.
     fixed_split_tokens
         Cut the tokens of each query token after every so many (a multiple of 64), whatever the batch: the same query
         token then gives the same bits in any batch. None: cut where it balances the GPU best.
     kernel
         The decode kernel: "gathered_narrow16", "gathered_narrow32" or "gathered_wide64" (16, 32 or 64 query heads a
-        CTA), or "auto", the one that should take the least time. On the CPU the name is checked and changes nothing.
+        CTA), "gathered_fp8_narrow16" or "gathered_fp8_narrow32" for FP8 caches, or "auto", the one that should take the
+        least time. On the CPU the name is checked and changes nothing.
 
     Returns
     -------
@@ -154,10 +167,11 @@ def plan_sparse_decode(
     UnsupportedDeviceError
         The arrays are on a GPU that is not Hopper, or the backend that the settings ask for cannot take them.
     """
-    arrays = SparseDecodeArrays(q, kv_cache, indices, topk_length)
+    arrays = SparseDecodeArrays(q, kv_cache, indices, topk_length, kv_scale=kv_scale)
     options = SparseOptions(
-        head_dim_v=head_dim_v, validate=validate, strict=strict, fixed_split_tokens=fixed_split_tokens, kernel=kernel
-    )
+        head_dim_v=head_dim_v, validate=validate, strict=strict, layout=layout, fixed_split_tokens=fixed_split_tokens,
+        kernel=kernel,
+    )  # fmt: skip
     problem, inputs, kind = describe_sparse_plan(arrays, options, stream)
     plan = SparsePlan(problem, inputs.location, q, kind, stream)
     if kind is not None:
@@ -248,14 +262,13 @@ def run_sparse_decode(
     if kind is None:  # the CPU, or nothing to compute
         out, lse = _outputs(problem, arrays, stream)
         if not on_gpu:
-            sparse_reference(
-                problem, inputs, scale, out=as_numpy(out), lse=as_numpy(lse), empty_lse=checked.empty_lse
-            )
+            sparse_reference(problem, inputs, scale, out=as_numpy(out), lse=as_numpy(lse), empty_lse=checked.empty_lse)
         return _finished(arrays, out, lse, stream)
-    call = prepare_sparse_decode(kind, scale, checked.empty_lse, SparseStrides.of(problem, inputs))
+    strides = SparseStrides.of(problem, inputs)
+    call = prepare_sparse_decode(kind, scale, checked.empty_lse, strides, inputs.kv_scale_value)
     if recognised is not None:
         _known.remember(recognised, call, settings)
-    addresses = inputs.addresses("q", "kv", "indices", "topk_length", "attn_sink", "plan", "out", "lse")
+    addresses = inputs.addresses(*CALL_INPUTS)
     return _launch(call, addresses, plan, arrays, stream, inputs)
 
 

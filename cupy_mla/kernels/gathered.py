@@ -11,7 +11,7 @@ import itertools
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from ..layouts import DENSE_LAYOUTS
+from ..layouts import BF16, DENSE_LAYOUTS, CacheLayout
 from ..schedule.pieces import TILE_TOKENS
 from .family import ATOM_TOKENS, STANDARD_DIMS, DecodeFamily, KernelConfig
 from .wide import STAGES, WIDE64, WideFamily
@@ -34,14 +34,18 @@ class GatheredConfig(KernelConfig):
     ----------
     planned : bool
         Whether it takes its work from a plan.
+    layout : CacheLayout
+        Of the cache.
     """
 
     planned: bool = True
+    layout: CacheLayout = BF16
 
     @property
     def suffix(self) -> str:
-        """The end of the name: its schedule."""
-        return ("_planned" if self.planned else "_static") + ("_float" if self.float_partials else "")
+        """The end of the name: a layout that is not that of the type, and the schedule."""
+        layout = f"_{self.layout.name}" if self.layout.codec is not None else ""
+        return layout + ("_planned" if self.planned else "_static") + ("_float" if self.float_partials else "")
 
 
 def gathered_config(family: DecodeFamily, problem: SparseProblem, planned: bool) -> GatheredConfig:
@@ -56,6 +60,7 @@ def gathered_config(family: DecodeFamily, problem: SparseProblem, planned: bool)
         causal=False,
         float_partials=planned and family.has_float_partials(queries.group_heads),
         planned=planned,
+        layout=problem.layout,
     )
 
 

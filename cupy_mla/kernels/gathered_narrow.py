@@ -21,6 +21,7 @@ from .family import (
     DecodeFamily,
     KernelConfig,
     Role,
+    why_not_dense,
 )
 from .gathered import GatheredConfig, gathered_defines
 
@@ -58,10 +59,8 @@ class GatheredNarrowFamily(DecodeFamily):
     float_partials: bool
 
     def why_unsupported(self, problem: DecodeProblem | SparseProblem) -> str | None:
-        """Widths that are not whole boxes, or of more boxes than there is room for."""
+        """Other layouts than the dense ones; widths that are not whole boxes, or of more than there is room for."""
         queries = problem.queries
-        if queries.dtype not in DENSE_LAYOUTS:
-            return f"takes elements of {' or '.join(DENSE_LAYOUTS)}, not {queries.dtype}"
         widths = queries.latent_dim, queries.rope_dim
         if any(width % BOX_COLUMNS for width in widths):
             return f"takes widths that are multiples of {BOX_COLUMNS}, not {widths[0]} and {widths[1]}"
@@ -70,7 +69,7 @@ class GatheredNarrowFamily(DecodeFamily):
         boxes = sum(widths) // BOX_COLUMNS
         if self._groups(boxes) * _group_boxes(boxes) < boxes:
             return f"has no room for a tile of widths {widths[0]} and {widths[1]}"
-        return None
+        return why_not_dense(problem)
 
     def roles(self, config: KernelConfig) -> tuple[Role, ...]:
         """Three warpgroups."""

@@ -93,6 +93,8 @@ GATHER_PARAMS = np.dtype(
         ("plan_is_settled", np.int32),
         ("second_half_share", np.int32),
         ("second_half", np.uint32, SM_WORDS),
+        ("kv_scale_value", np.float32),
+        ("kv_scale_at", _POINTER),
     ],
     align=True,
 )

@@ -40,7 +40,9 @@ class CacheLayout(ABC):
     tma_type
         Element type of a tensor map over its pages: ``CU_TENSOR_MAP_DATA_TYPE_`` and this.
     kernel_type
-        What kernels_cu/core/types.h calls the stored type; None: no kernel reads this layout (yet).
+        What kernels_cu/core/types.h calls the stored type; None: no kernel of dense decoding reads this layout (yet).
+    codec
+        What kernels_cu/codec calls it; None: no kernel of sparse attention reads this layout through a codec.
     needs_scale
         Whether values are stored values times one scale that is kept apart from the cache.
     one_head
@@ -55,6 +57,7 @@ class CacheLayout(ABC):
     query_dtypes: tuple[str, ...] = ("bfloat16", "float8_e4m3fn")
     tma_type: str = "UINT8"
     kernel_type: str | None = None
+    codec: str | None = None
 
     @property
     def dtype(self) -> str:
@@ -191,6 +194,27 @@ class CacheLayout(ABC):
             As in `quantise`.
         """
         cache[pages, offsets] = self.quantise(values[:, None], scale)[:, 0]
+
+    @abstractmethod
+    def dequantise_tokens(
+        self, stored: Stored, slots: Indices, kv_head: int, scale: float | np.floating[Any] | None = None
+    ) -> Float32Array:
+        """The values of some tokens; no byte of others is read.
+
+        Parameters
+        ----------
+        stored, scale
+            As in `dequantise`; not checked.
+        slots
+            [n] places of tokens in the cache, ``page * page_size + offset``.
+        kv_head
+            Their KV head.
+
+        Returns
+        -------
+        numpy.ndarray
+            [n, d] float32.
+        """
 
     def _settled_scale(self, scale: float | np.floating[Any] | None) -> np.float32:
         """The scale as float32; 1 for a layout without."""

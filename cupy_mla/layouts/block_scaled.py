@@ -169,19 +169,30 @@ class BlockScaled(CacheLayout):
         """From bytes."""
         self._settled_scale(scale)
         self.check(view(stored, "stored"), "stored", self.latent_dim, self.rope_dim)
+        return self._values(*self.fields(stored.view(np.uint8)))[:, :, None]
+
+    def dequantise_tokens(
+        self, stored: Stored, slots: Indices, kv_head: int, scale: float | np.floating[Any] | None = None
+    ) -> Float32Array:
+        """From bytes."""
+        pages, offsets = np.divmod(slots, stored.shape[1])
         codes, scale_field, uncoded = self.fields(stored.view(np.uint8))
+        return self._values(codes[pages, offsets], scale_field[pages, offsets], uncoded[pages, offsets])
+
+    def _values(self, codes: Bytes, scale_field: Bytes, uncoded: Bytes) -> Float32Array:
+        """[..., d] of what `fields` found of tokens."""
+        tokens = codes.shape[:-1]
         num_blocks = self.coded // self.block
         if self.scales is None:
             scales = _typed(scale_field, _FLOAT32)
         else:
             scales = self.scales.decode(scale_field[..., :num_blocks])
-        num_pages, page_size = stored.shape[:2]
-        values = np.empty((num_pages, page_size, 1, self.latent_dim + self.rope_dim), np.float32)
-        blocks = self.codes.decode(codes).reshape(num_pages, page_size, num_blocks, self.block)
+        values = np.empty((*tokens, self.latent_dim + self.rope_dim), np.float32)
+        blocks = self.codes.decode(codes).reshape(*tokens, num_blocks, self.block)
         with np.errstate(over="ignore", invalid="ignore"):
             blocks *= scales[..., None]
-        values[..., 0, : self.coded] = blocks.reshape(num_pages, page_size, self.coded)
-        values[..., 0, self.coded :] = _typed(uncoded, numpy_dtype("bfloat16"))
+        values[..., : self.coded] = blocks.reshape(*tokens, self.coded)
+        values[..., self.coded :] = _typed(uncoded, numpy_dtype("bfloat16"))
         return values
 
 

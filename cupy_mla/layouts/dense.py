@@ -9,7 +9,7 @@ import numpy as np
 
 from ..arrays.dtypes import dtype_of_numpy, numpy_dtype
 from ..errors import InvalidArgumentError
-from .base import CacheLayout, Float32Array, Floats, Stored, cache_values
+from .base import CacheLayout, Float32Array, Floats, Indices, Stored, cache_values
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -42,3 +42,11 @@ class DenseLayout(CacheLayout):
         if dtype_of_numpy(stored.dtype, "stored") not in self.dtypes:
             raise InvalidArgumentError("stored", self.dtype, str(stored.dtype))
         return cache_values(stored).astype(np.float32)
+
+    def dequantise_tokens(
+        self, stored: Stored, slots: Indices, kv_head: int, scale: float | np.floating[Any] | None = None
+    ) -> Float32Array:
+        """The values as float32."""
+        page_size = stored.shape[1]
+        values: Float32Array = stored[slots // page_size, slots % page_size, kv_head].astype(np.float32)
+        return values

@@ -29,10 +29,18 @@ FP16 = DenseLayout(
 FP8_E4M3 = TensorScaled(name="fp8_e4m3", dtypes=("float8_e4m3fn",), query_dtypes=("bfloat16",), kernel_type="E4m3")
 # DeepSeek V3.2: 512 e4m3, 4 float32 scales, 64 bfloat16 with the position: 656 bytes.
 FP8_DS_MLA = BlockScaled(
-    name="fp8_ds_mla", latent_dim=512, rope_dim=64, coded=512, codes=E4M3, block=128, scales=None, scale_bytes=16
+    name="fp8_ds_mla",
+    latent_dim=512,
+    rope_dim=64,
+    coded=512,
+    codes=E4M3,
+    block=128,
+    scales=None,
+    scale_bytes=16,
+    codec="DsMla",
 )
 # The same for models without a part of its own for the position: 528 bytes.
-FP8_DS_MLA_NO_ROPE = replace(FP8_DS_MLA, name="fp8_ds_mla_no_rope", rope_dim=0)
+FP8_DS_MLA_NO_ROPE = replace(FP8_DS_MLA, name="fp8_ds_mla_no_rope", rope_dim=0, codec="DsMlaNoRope")
 # DeepSeek V4: 448 e4m3 and 64 bfloat16; at the end of a page 8 bytes for each token, of which 7 are scales: 584 bytes.
 FP8_MODEL1 = BlockScaled(
     name="fp8_model1",
@@ -59,6 +67,10 @@ LAYOUTS: dict[str, CacheLayout] = {
 }
 # By element type: a dense cache needs no other description.
 DENSE_LAYOUTS: dict[str, CacheLayout] = {layout.dtype: layout for layout in (BF16, FP16)}
+# Those that sparse attention takes.
+SPARSE_LAYOUTS: tuple[CacheLayout, ...] = tuple(
+    layout for layout in LAYOUTS.values() if layout in DENSE_LAYOUTS.values() or layout.codec is not None
+)
 
 
 def find_layout(layout: CacheLayout | str, name: str = "layout") -> CacheLayout:

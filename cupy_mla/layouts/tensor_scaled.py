@@ -9,7 +9,7 @@ import numpy as np
 
 from ..arrays.dtypes import dtype_of_numpy, numpy_dtype
 from ..errors import InvalidArgumentError
-from .base import CacheLayout, Float32Array, Floats, Stored, cache_values
+from .base import CacheLayout, Float32Array, Floats, Indices, Stored, cache_values
 from .codes import E4M3, largest_magnitudes
 
 _WIDTH_MULTIPLE = 64  # of what is taken for this layout unasked; the layouts in bytes have other widths
@@ -55,3 +55,11 @@ class TensorScaled(CacheLayout):
         if dtype_of_numpy(stored.dtype, "stored") not in self.dtypes:
             raise InvalidArgumentError("stored", self.dtype, str(stored.dtype))
         return E4M3.decode(np.ascontiguousarray(cache_values(stored)).view(np.uint8)) * factor
+
+    def dequantise_tokens(
+        self, stored: Stored, slots: Indices, kv_head: int, scale: float | np.floating[Any] | None = None
+    ) -> Float32Array:
+        """The e4m3 values times the scale."""
+        page_size = stored.shape[1]
+        codes = stored[slots // page_size, slots % page_size, kv_head].view(np.uint8)
+        return E4M3.decode(codes) * self._settled_scale(scale)

@@ -14,7 +14,8 @@ namespace mla {
 struct GatherParams {
     const u16* q;  // T [batch, seqlen_q, heads, latent + rope]
     i64 q_stride_batch, q_stride_seq, q_stride_head;
-    const u8* kv;         // T [num_pages, page_size, num_heads_kv, latent + rope]; rows begin at multiples of 16 bytes
+    const u8* kv;         // T [num_pages, page_size, num_heads_kv, latent + rope], or bytes as a codec (codec/codec.h) has them;
+                          // rows begin at multiples of 16 bytes
     i64 kv_stride_head;   // bytes
     const i32* indices;   // [batch, seqlen_q, num_heads_kv, topk]
     i64 indices_stride_batch, indices_stride_seq, indices_stride_head;
@@ -43,6 +44,8 @@ struct GatherParams {
     i32 plan_is_settled;    // 1: the plan was complete before the kernel ahead of this one began
     i32 second_half_share;  // decode/claim.h, also the next
     u32 second_half[kSmWords];
+    f32 kv_scale_value;      // of an e4m3 cache with one scale, where there is no address of it
+    const f32* kv_scale_at;
 };
 
 }  // namespace mla

@@ -1,0 +1,166 @@
+"""The kernels of gathered tokens for FP8 caches (kernels_cu/decode/gathered_fp8): they read rows through a codec."""
+
+from __future__ import annotations
+
+import itertools
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from ..gpu import hopper
+from ..layouts import FP8_DS_MLA, FP8_DS_MLA_NO_ROPE, FP8_E4M3, CacheLayout
+from ..schedule.pieces import TILE_COST, PieceCosts
+from .cost import CostModel
+from .family import (
+    BARRIER_BYTES,
+    BOX_BYTES,
+    BOX_COLUMNS,
+    CLAIM_BYTES,
+    ELEMENT_BYTES,
+    FLOAT_BYTES,
+    DecodeFamily,
+    KernelConfig,
+    Role,
+)
+from .gathered import GatheredConfig, gathered_defines
+
+if TYPE_CHECKING:
+    from ..call.problem import DecodeProblem
+    from ..call.sparse_problem import SparseProblem
+
+# Layouts that these kernels are compiled for, with their widths.
+STANDARD_LAYOUTS: tuple[tuple[CacheLayout, int, int], ...] = ((FP8_DS_MLA, 512, 64), (FP8_DS_MLA_NO_ROPE, 512, 0))
+
+_ROLES = ("scores", "values", "loaders")  # a warpgroup each
+_SLAB_TOKENS = 16  # of a tile: those of one scores warp
+_FREED_BOXES = 2  # of values, that are freed together
+_BUFFERS = 2  # of P and of what goes with it
+_WARPS = 4  # of a warpgroup
+_WORD_BYTES = 4
+_FLOAT_PARTIAL_ROWS = 4  # as in the dense narrow kernel
+_COMBINE_THREADS = 256
+# Planned, float32 partials, pages: slots that are all equally far apart, as in every contiguous cache, or that are not.
+_STANDARD_FORMS = ((False, False, 1), (True, False, 1), (True, True, 1), (True, False, 64))
+
+
+def fp8_defines(family: DecodeFamily, config: KernelConfig) -> tuple[tuple[str, str], ...]:
+    """The macros of decode/config.h, decode/gathered/work.h and codec/codec.h."""
+    assert isinstance(config, GatheredConfig)
+    assert config.layout.codec is not None
+    return (*gathered_defines(family, config), *FP8_E4M3.defines, ("MLA_CODEC", config.layout.codec))
+
+
+def why_no_codec(problem: DecodeProblem | SparseProblem) -> str | None:
+    """Why a kernel that reads rows through a codec cannot serve a problem; None when it can."""
+    if problem.layout.codec is not None:
+        return None
+    names = " or ".join(layout.name for layout, _, _ in STANDARD_LAYOUTS)
+    return f"takes a cache in the layout {names}, not {problem.layout.name}"
+
+
+@dataclass(frozen=True, slots=True)
+class GatheredFp8NarrowFamily(DecodeFamily):
+    """The family of the narrow kernel for one number of rows (decode/gathered_fp8/narrow.cu).
+
+    Attributes
+    ----------
+    registers : tuple of int
+        Of a thread of the scores, values and loader warpgroup.
+    float_partials : bool
+        Whether few rows leave float32 partial results.
+    """
+
+    registers: tuple[int, int, int]
+    float_partials: bool
+
+    def why_unsupported(self, problem: DecodeProblem | SparseProblem) -> str | None:
+        """Other layouts than those that have a codec, which has the widths too."""
+        return why_no_codec(problem)
+
+    def roles(self, config: KernelConfig) -> tuple[Role, ...]:
+        """Three warpgroups."""
+        return tuple(
+            Role(name, hopper.WARPGROUP_THREADS, registers)
+            for name, registers in zip(_ROLES, self.registers, strict=True)
+        )
+
+    def has_float_partials(self, rows: int) -> bool:
+        """For few rows, where the kernel has registers for it."""
+        return self.float_partials and rows <= _FLOAT_PARTIAL_ROWS
+
+    def shared_memory(self, config: KernelConfig) -> int:
+        """The total of decode/gathered_fp8/narrow_smem.h: as many slabs as fit beside a CTA of the merge."""
+        assert isinstance(config, GatheredConfig)
+        latent_boxes, rope_boxes = config.latent_dim // BOX_COLUMNS, config.rope_dim // BOX_COLUMNS
+        row_box = self.rows * BOX_COLUMNS * ELEMENT_BYTES
+        row_floats = _WARPS + 2 * _BUFFERS + 1  # exchanged, factors and inverse sums, the scale of Q
+        barriers = latent_boxes // _FREED_BOXES + 3 * _BUFFERS
+        fixed = (
+            (latent_boxes + rope_boxes + _BUFFERS) * row_box
+            + latent_boxes * BOX_BYTES
+            + row_floats * self.rows * FLOAT_BYTES
+            + barriers * BARRIER_BYTES
+            + _BUFFERS * _WORD_BYTES
+            + CLAIM_BYTES
+        )
+        row_bytes = config.layout.width(config.latent_dim, config.rope_dim)
+        slab = _SLAB_TOKENS * row_bytes + 2 * BARRIER_BYTES + _WORD_BYTES
+        return fixed + (hopper.MAX_SHARED_BYTES - hopper.CTA_SHARED_BYTES - fixed) // slab * slab
+
+    def defines(self, config: KernelConfig) -> tuple[tuple[str, str], ...]:
+        """The macros of decode/config.h, decode/gathered/work.h and codec/codec.h."""
+        return fp8_defines(self, config)
+
+    def standard_configs(self) -> list[KernelConfig]:
+        """What `cupy-mla compile` prepares ahead of time and the tests compile."""
+        return [
+            GatheredConfig(
+                self, latent, rope, dtype, page_size, causal=False, float_partials=float_partials, planned=planned,
+                layout=layout,
+            )
+            for (planned, float_partials, page_size), (layout, latent, rope) in itertools.product(
+                _STANDARD_FORMS, STANDARD_LAYOUTS
+            )
+            for dtype in FP8_E4M3.query_dtypes
+            if self.float_partials or not float_partials
+        ]  # fmt: skip
+
+
+def _narrow(
+    rows: int, registers: tuple[int, int, int], cost: CostModel, *, float_partials: bool
+) -> GatheredFp8NarrowFamily:
+    return GatheredFp8NarrowFamily(
+        name=f"gathered_fp8_narrow{rows}",
+        entry="decode/gathered_fp8/narrow.cu",
+        function="mla_gathered_fp8_narrow",
+        rows=rows,
+        cost=cost,
+        combine_threads=_COMBINE_THREADS,
+        registers=registers,
+        float_partials=float_partials,
+    )
+
+
+GATHERED_FP8_NARROW16 = _narrow(
+    16,
+    (112, 136, 40),
+    CostModel(
+        start=4.0,
+        tile=1.7,
+        item=3.4,
+        merge=2.2,
+        pieces=PieceCosts(piece_overhead=3 * TILE_COST // 2, split_overhead=3 * TILE_COST // 2),
+    ),
+    float_partials=True,
+)
+GATHERED_FP8_NARROW32 = _narrow(
+    32,
+    (208, 240, 56),
+    CostModel(
+        start=6.0,
+        tile=1.9,
+        item=5.6,
+        merge=2.2,
+        pieces=PieceCosts(piece_overhead=2 * TILE_COST, split_overhead=3 * TILE_COST),
+    ),
+    float_partials=False,
+)
