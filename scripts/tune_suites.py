@@ -13,6 +13,8 @@ from cupy_mla.bench.results import Results
 from cupy_mla.bench.rows import Row
 
 DENSE_TARGETS = Path(__file__).with_name("dense_targets.csv")
+# Cases of other suites by their BenchCase fields, the best peer's time when the target was set and what to reach.
+TIME_TARGETS = {name: Path(__file__).with_name(f"{name}_targets.csv") for name in ("fp8", "sparse", "prefill")}
 MAIN_PEER = "flash_mla"
 
 SUSTAINED_TARGETS = {(128, 16384, 128, 1): 1.12, (128, 8192, 64, 1): 1.12, (128, 8192, 16, 1): 1.06}
@@ -88,6 +90,33 @@ def target_columns(results: Results) -> list[Column]:
         Column("wanted", lambda row: number(targets[key_of(row.case)][1], 2)),
         Column("met", lambda row: met(best(row), targets[key_of(row.case)][1])),
     ]
+
+
+# Microseconds to reach ------------------------------------------------------------------------------------------------
+
+
+def read_time_targets(name: str) -> dict[BenchCase, tuple[str, float]]:
+    """The peer's us when the target was set, as text as there may be none; and the us to reach."""
+    targets = {}
+    with TIME_TARGETS[name].open(newline="") as file:
+        for line in csv.DictReader(file):
+            peer, wanted = line.pop("peer_us"), float(line.pop("wanted_us"))
+            words = {field: value for field, value in line.items() if value}
+            fields = {field: int(value) if value.isdigit() else value for field, value in words.items()}
+            targets[BenchCase(**{**fields, "prefill": name == "prefill"})] = peer, wanted
+    return targets
+
+
+def time_suite(name: str, title: str, peers: tuple[str, ...]) -> Suite:
+    def columns(results: Results) -> list[Column]:
+        targets = read_time_targets(name)
+        return [
+            Column("peer's on file", lambda row: targets[row.case][0] or NOTHING),
+            Column("wanted us", lambda row: number(targets[row.case][1], 1)),
+            Column("met", lambda row: met(row.ours.us, targets[row.case][1], at_most=True)),
+        ]
+
+    return Suite(title, lambda: list(read_time_targets(name)), columns, peers)
 
 
 # Sustained ------------------------------------------------------------------------------------------------------------
@@ -237,4 +266,7 @@ SUITES = {
     "traces": Suite("Real lengths beside equal ones", trace_groups, trace_columns, (MAIN_PEER,)),
     "parity": Suite("Variants beside the plain case of the same work", parity_groups, parity_columns, ()),
     "scaling": Suite("Time against length", scaling_groups, lambda results: []),
+    "fp8": time_suite("fp8", "Dense decode over an e4m3 cache", ("flash_mla", "flashinfer")),
+    "sparse": time_suite("sparse", "Sparse decode", ("flash_mla", "fa3")),
+    "prefill": time_suite("prefill", "Sparse prefill", ("flash_mla",)),
 }

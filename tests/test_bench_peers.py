@@ -20,6 +20,7 @@ from cases_dense import DenseCase, exact_decode, frobenius_error
 
 from cupy_mla import InvalidArgumentError
 from cupy_mla.bench.grid import BenchCase
+from cupy_mla.bench.inputs import Inputs
 from cupy_mla.bench.peers import PEER_NAMES, add_peers_path, available_peers
 from cupy_mla.bench.peers.base import Peer, import_first, installed_version
 from cupy_mla.bench.peers.fa3 import PackagePeer, VllmPeer, load
@@ -28,6 +29,7 @@ from cupy_mla.bench.peers.flashinfer import FlashInferPeer
 from cupy_mla.bench.peers.torch_sdpa import TorchPeer
 from cupy_mla.bench.torch_reference import attention64
 from cupy_mla.lab.libraries import TorchLibrary
+from cupy_mla.layouts import FP8_DS_MLA
 
 MAX_ERROR = 3e-3  # of a bfloat16 result, as the contract has it
 MAX_LSE_ERROR = 1e-6  # the stand-ins compute in float64 and round to float32
@@ -192,11 +194,21 @@ class FlashMlaStandIn:
         num_splits: Any = None,
         softmax_scale: float | None = None,
         causal: bool = False,
+        is_fp8_kvcache: bool = False,
+        indices: Any = None,
     ) -> tuple[Any, Any]:
         import torch
 
         assert (num_splits is None) == self.current
         tile_scheduler_metadata.calls += 1
+        if indices is not None:
+            assert is_fp8_kvcache
+            assert block_table is None
+            assert k_cache.dtype == torch.float8_e4m3fn
+            stored = k_cache.view(torch.uint8).numpy()
+            keys = torch.from_numpy(FP8_DS_MLA.dequantise(stored)).flatten(0, 2)
+            out, lse = attention_to_tokens(q.flatten(0, 1), keys, indices.flatten(0, 1), softmax_scale, head_dim_v)
+            return out.view(*q.shape[:-1], head_dim_v), lse.view(*q.shape[:-1]).transpose(1, 2)
         batch, seqlen_q, heads, _ = q.shape
         if not self.current:
             assert tile_scheduler_metadata.heads_per_key == seqlen_q * heads
@@ -211,6 +223,101 @@ class FlashMlaStandIn:
             causal,
         )
         return out.view(batch, seqlen_q, heads, head_dim_v), lse.view(heads, batch, seqlen_q).transpose(0, 1)
+
+    def flash_mla_sparse_fwd(self, q: Any, kv: Any, indices: Any, sm_scale: float) -> tuple[Any, Any, Any]:
+        assert kv.shape[1] == indices.shape[1] == 1
+        out, lse = attention_to_tokens(q, kv[:, 0], indices[:, 0], sm_scale, 512)
+        return out, None, lse
+
+
+def attention_to_tokens(q: Any, keys: Any, indices: Any, scale: float, head_dim_v: int) -> tuple[Any, Any]:
+    """out [n, h, head_dim_v] and lse [n, h] of query tokens [n, h, d], each with its own rows of keys [slots, d]."""
+    import torch
+
+    results = [
+        attention64(query[None], keys[chosen[chosen >= 0].long()], scale, head_dim_v, False)
+        for query, chosen in zip(q, indices, strict=True)
+    ]
+    outs, lses = zip(*results, strict=True)
+    return torch.cat(outs).to(q.dtype), torch.cat(lses, 1).T.float()
+
+
+class Fp8StandIn:
+    """vLLM's operators for e4m3 caches."""
+
+    def get_mla_decoding_metadata_dense_fp8(self, lengths: Any, rows: int, num_heads_k: int) -> tuple[Any, Any]:
+        assert num_heads_k == 1
+        return rows, lengths
+
+    def fwd_kvcache_mla_fp8(
+        self,
+        q: Any,
+        kcache: Any,
+        head_size_v: int,
+        seqlens_k: Any,
+        block_table: Any,
+        softmax_scale: float,
+        is_causal: bool,
+        tile_scheduler_metadata: Any,
+        num_splits: Any,
+        descale_q: Any,
+        descale_k: Any,
+    ) -> list[Any]:
+        import torch
+
+        assert q.dtype == kcache.dtype == torch.float8_e4m3fn
+        batch, seqlen_q, heads, _ = q.shape
+        assert tile_scheduler_metadata == seqlen_q * heads
+        cache = kcache.float() * descale_k
+        values = (q.float() * descale_q).flatten(0, 1)
+        out, lse = attention_over_pages(
+            (values[..., :head_size_v], values[..., head_size_v:]),
+            (cache[..., :head_size_v], cache[..., head_size_v:]),
+            list(block_table),
+            seqlens_k,
+            torch.arange(batch + 1) * seqlen_q,
+            softmax_scale,
+            is_causal,
+        )
+        out = out.to(torch.bfloat16).view(batch, seqlen_q, heads, head_size_v)
+        return [out, lse.view(heads, batch, seqlen_q).transpose(0, 1)]
+
+
+def check_by_inputs(peer: Peer, max_error: float, max_lse_error: float, **values: Any) -> None:
+    """On the arrays that the benchmark itself makes."""
+    pytest.importorskip("torch")
+    inputs = Inputs(bench_case(**values), TorchLibrary("cpu"))
+    assert peer.unsupported(inputs.case) is None
+    error, lse_error = inputs.errors(*peer.prepare(inputs)(inputs.caches[-1]))
+    assert 0 < error < max_error
+    assert lse_error < max_lse_error
+
+
+def test_flash_mla_peer_over_an_e4m3_cache() -> None:
+    peer = FlashMlaPeer(FlashMlaStandIn(True), "any", Fp8StandIn())
+    values = {"batch": 3, "lengths": (70, 130, 1), "seqlen_q": 2, "causal": True, "layout": "fp8_e4m3"}
+    check_by_inputs(peer, 0.1, 0.1, **values)  # queries are e4m3 too
+    assert "only vLLM's copy" in str(FlashMlaPeer(None, "any").unsupported(bench_case(**values)))
+
+
+def test_flash_mla_peer_of_sparse_decode() -> None:
+    peer = FlashMlaPeer(FlashMlaStandIn(True), "any")
+    values = {"lengths": (70, 200), "seqlen_q": 2, "num_heads_q": 64, "topk": 128, "layout": "fp8_ds_mla"}
+    check_by_inputs(peer, MAX_ERROR, MAX_LSE_ERROR, **values)
+
+
+@pytest.mark.parametrize("rope_dim", [64, 0])
+def test_flash_mla_peer_of_sparse_prefill(rope_dim: int) -> None:
+    peer = FlashMlaPeer(FlashMlaStandIn(True), "any")
+    values = {"batch": 1, "lengths": 90, "seqlen_q": 7, "topk": 128, "prefill": True, "rope_dim": rope_dim}
+    check_by_inputs(peer, MAX_ERROR, MAX_LSE_ERROR, **values)
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_fa3_peer_of_sparse_decode(dtype: str, vllm_operators: Any) -> None:
+    for peer in (PackagePeer(Fa3StandIn()), VllmPeer(vllm_operators)):
+        values = {"lengths": (70, 200), "seqlen_q": 2, "topk": 100, "dtype": dtype, "page_size": 16}
+        check_by_inputs(peer, MAX_ERROR, MAX_LSE_ERROR, **values)
 
 
 @pytest.mark.parametrize("current", [False, True])
@@ -427,6 +534,20 @@ PEERS: dict[str, Peer] = {
         ("flashinfer", {"latent_dim": 320}, "320 + 64"),
         ("flashinfer", {"rope_dim": 32}, "512 + 32"),
         ("torch", {"lengths": 0}, "no cached token"),
+        ("flash_mla", {"topk": 64}, "sparse decode over bf16: only fp8_ds_mla"),
+        ("flash_mla", {"topk": 64, "layout": "fp8_ds_mla"}, "16 heads: only 64 or 128"),
+        ("flash_mla", {"topk": 65, "layout": "fp8_ds_mla", "num_heads_q": 64}, "multiples of 64"),
+        ("flash_mla", {"topk": 65, "prefill": True, "batch": 1}, "multiples of 128"),
+        ("flash_mla", {"topk": 128, "prefill": True, "batch": 1, "num_heads_q": 12}, "12 heads"),
+        ("flash_mla", {"topk": 128, "prefill": True, "batch": 1, "dtype": "float16"}, "over fp16: only bf16"),
+        ("flash_mla", {"topk": 128, "prefill": True, "batch": 1, "latent_dim": 256}, "256 + 64"),
+        ("flash_mla", {"layout": "fp8_ds_mla"}, "dense decode over fp8_ds_mla"),
+        ("fa3", {"topk": 64, "prefill": True, "batch": 1}, "sparse prefill"),
+        ("fa3", {"topk": 64, "layout": "fp8_ds_mla"}, "layout fp8_ds_mla"),
+        ("fa3", {"layout": "fp8_e4m3"}, "layout fp8_e4m3: only bf16 and fp16"),
+        ("flashinfer", {"topk": 64}, "sparse decode"),
+        ("flashinfer", {"layout": "fp8_e4m3"}, "layout fp8_e4m3"),
+        ("torch", {"topk": 64}, "sparse decode"),
     ],
 )
 def test_unsupported_cases_have_a_reason(name: str, values: dict[str, Any], words: str) -> None:

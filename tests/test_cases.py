@@ -7,6 +7,7 @@ import json
 import sys
 import zipfile
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,16 +22,18 @@ from cupy_mla.call.options import read_call
 from cupy_mla.call.problem import MAX_TOKENS
 from cupy_mla.decode.reference import mla_decode_reference
 from cupy_mla.errors import InvalidArgumentError, MissingDependencyError
+from cupy_mla.lab import build as build_module
 from cupy_mla.lab import case_files, cases
-from cupy_mla.lab.accuracy import OUT_BOUNDS, choose_requests, decode_float64, measure_accuracy
+from cupy_mla.lab.accuracy import LSE_BOUNDS, OUT_BOUNDS, choose_requests, decode_float64, measure_accuracy
 from cupy_mla.lab.array_files import read_arrays, write_arrays
-from cupy_mla.lab.build import LAYERS_IN_POOL, PADDING_COLUMNS, PADDING_TOKENS, build_case
+from cupy_mla.lab.build import LAYERS_IN_POOL, PADDING_COLUMNS, PADDING_TOKENS, build_case, deal_pages
 from cupy_mla.lab.cases import Case, parts_of
 from cupy_mla.lab.lengths import mid_decode_lengths, read_lengths, shipped_lengths
 from cupy_mla.lab.libraries import NUMPY, ArrayLibrary, TorchLibrary
 from cupy_mla.lab.presets import PRESETS, find_preset
 from cupy_mla.lab.selftest import CHECK_CASES
-from cupy_mla.lab.spec import DTYPES, SPARE_PAGES, STORAGES, CaseSpec
+from cupy_mla.lab.sparse_cases import SparseCase
+from cupy_mla.lab.spec import DTYPES, KV_SCALE, SPARE_PAGES, STORAGES, CaseSpec
 from cupy_mla.lab.timing import COLD_BYTES, graph_shape
 from cupy_mla.lab.work import visible_pairs
 
@@ -372,6 +375,21 @@ def test_how_an_archive_stores_its_arrays_does_not_matter(tmp_path: Path, dtype:
 
 
 @pytest.mark.parametrize("suffix", SUFFIXES)
+def test_an_e4m3_case_comes_back_from_a_file(tmp_path: Path, suffix: str) -> None:
+    if suffix == ".safetensors":
+        pytest.importorskip("safetensors")
+    case = build_case(CaseSpec((40, 3), 2, layout="fp8_e4m3", compute="exact"))
+    path = tmp_path / f"case{suffix}"
+    settings = {"kv_scale": np.float32(case.kv_scale)} | ({"compute": np.array("exact")} if suffix == ".npz" else {})
+    write_arrays(path, {**stored(case), "kv_cache": case.kv_cache.view(np.uint8), **settings})
+    loaded = case_files.load_case(path)
+    assert loaded.kv_scale == case.kv_scale
+    assert loaded.compute == ("exact" if suffix == ".npz" else "auto")
+    for ours, theirs in zip(loaded.run(), case.run(), strict=True):
+        assert ours.tobytes() == theirs.tobytes()
+
+
+@pytest.mark.parametrize("suffix", SUFFIXES)
 @pytest.mark.parametrize("split", [("q",), ("kv_cache",), ("q", "kv_cache")])
 def test_a_case_may_hold_pairs(tmp_path: Path, suffix: str, split: tuple[str, ...]) -> None:
     case = small_case(seqlens_q=2, causal=True)
@@ -575,6 +593,78 @@ def test_poison_is_wherever_no_token_is(padded: bool, dtype: str, name: str) -> 
     assert np.isfinite(case.q.astype(np.float32)).all()
 
 
+def test_chosen_tokens_are_those_of_their_request() -> None:
+    spec = CaseSpec((0, 30, 200), 2, page_size=16, topk=50, seqlens_q=2, seed=3)
+    case = build_case(spec)
+    assert isinstance(case, SparseCase)
+    table, _ = deal_pages(spec)
+    for request, length in enumerate(spec.lengths):
+        pages = set(table[request, : spec.page_counts[request]].tolist())
+        for slots in case.indices[request]:
+            chosen = slots[slots >= 0]
+            assert len(set(chosen.tolist())) == len(chosen) == min(length, 50)
+            assert set((chosen // 16).tolist()) <= pages
+    assert (case.indices[2, 0] != case.indices[2, 1]).any()
+    assert case.counts.tolist() == spec.chosen.tolist() == [[0, 0], [30, 30], [50, 50]]
+
+
+@pytest.mark.parametrize("prefill", [False, True])
+@pytest.mark.parametrize("name", LIBRARIES)
+def test_a_sparse_case_is_poisoned_and_comes_apart(name: str, prefill: bool) -> None:
+    lengths, seqlen_q = ((200,), 9) if prefill else ((0, 30, 200), 2)
+    fields = {"topk_length": True, "attn_sink": True, "padded": True, "page_size": 16, "prefill": prefill}
+    spec = CaseSpec(lengths, 4, topk=60, seqlens_q=seqlen_q, poison=True, **fields)
+    host = build_case(spec)
+    case = host.on(library_named(name))
+    assert isinstance(case, SparseCase)
+    assert case.batch == (9 if prefill else 3)
+    assert np.isposinf(host.attn_sink).any()
+    assert np.isneginf(host.attn_sink).any()
+    assert (host.indices < -1).any()
+    assert (host.indices >= spec.num_pages * spec.page_size).any()
+    out, lse, *_ = case.run(case.plan())
+    accuracy = measure_accuracy(case, out, lse, range(case.batch))
+    assert accuracy.passed
+    assert len(accuracy.requests) == case.batch
+    # A token that does not count, or is counted wrongly, shows.
+    longest = int(host.kv_lengths.argmax())
+    request = host.request(longest)
+    assert request.counts.sum() == host.kv_lengths[longest]
+    assert request.kv_cache.shape[0] <= spec.num_pages
+    expected, _ = request.exact()
+    assert np.isfinite(expected).all()
+    fewer, _ = replace(request, topk_length=request.topk_length - 1).exact()
+    assert np.abs(fewer - expected).max() > 1e-6
+
+
+@pytest.mark.parametrize("name", LIBRARIES)
+@pytest.mark.parametrize("storage", STORAGES)
+def test_an_e4m3_case_is_poisoned_in_every_storage(storage: str, name: str) -> None:
+    spec = CaseSpec((0, 1, 65, 130), 2, layout="fp8_e4m3", storage=storage, padded=True, poison=True)
+    case = build_case(spec, library_named(name))
+    assert case.kv_scale == KV_SCALE
+    assert {part.dtype.name for part in parts_of(case.on(NUMPY).kv_cache)} == {"float8_e4m3fn"}
+    host = build_case(replace(spec, storage="packed", padded=False)).kv_cache.astype(np.float32)
+    stored = [case.library.download(part).astype(np.float32) for part in parts_of(case.kv_cache)]
+    np.testing.assert_array_equal(np.concatenate(stored, -1), host)
+    table, unused = deal_pages(spec)
+    assert np.isnan(host[unused]).all()
+    assert np.isnan(host[table[2, 1], 1:]).all()
+    assert np.isfinite(host[table[2, 1], 0]).all()
+    out, lse, *_ = case.run(case.plan())
+    accuracy = measure_accuracy(case, out, lse, range(4))
+    assert accuracy.passed
+    assert accuracy.lse_bound == LSE_BOUNDS["split"]
+    assert case.work.bytes == spec.work.bytes == 196 * 576 + 4 * 2 * (576 + 512) * 2
+
+
+def test_large_quantised_caches_repeat_their_pages(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(build_module, "_QUANTISED_TOKENS", 32)
+    cache = build_case(CaseSpec((80,), 1, layout="fp8_e4m3", page_size=16)).kv_cache.view(np.uint8)
+    assert (cache[0] != cache[1]).any()
+    np.testing.assert_array_equal(cache[[2, 3, 4]], cache[[0, 1, 0]])
+
+
 def test_checks_are_poisoned() -> None:
     assert all(case.poison for case in CHECK_CASES)
     assert any(case.padded for case in CHECK_CASES)
@@ -639,7 +729,17 @@ def test_a_case_moves_as_it_lies() -> None:
     [
         ({"dtype": "float32"}, "dtype"),
         ({"storage": "scattered"}, "storage"),
-        ({"layout": "fp8_e4m3"}, "layout"),
+        ({"layout": "fp8_e4m3", "dtype": "float16"}, "layout"),
+        ({"layout": "fp8_v41"}, "layout"),
+        ({"layout": "fp9"}, "layout"),
+        ({"compute": "fast"}, "compute"),
+        ({"prefill": True}, "prefill"),
+        ({"topk_length": True}, "topk_length"),
+        ({"attn_sink": True}, "attn_sink"),
+        ({"topk": 0}, "topk"),
+        ({"topk": 5, "causal": True}, "causal"),
+        ({"topk": 5, "seqlens_q": (2,)}, "seqlens_q"),
+        ({"topk": 5, "storage": "split"}, "storage"),
         ({"layout": "bf16", "dtype": "float16"}, "layout"),
     ],
 )
@@ -664,7 +764,13 @@ def test_checks_cover_the_contract() -> None:
     assert len(CHECK_CASES) >= 24
     assert len({case.name for case in CHECK_CASES}) == len(CHECK_CASES)
     assert {case.dtype for case in CHECK_CASES} == {"bfloat16", "float16"}
-    assert {case.page_size for case in CHECK_CASES} >= {16, 32, 64, 128}
+    assert {case.page_size for case in CHECK_CASES} >= {1, 16, 32, 64, 128}
+    fp8 = [case for case in CHECK_CASES if case.layout == "fp8_e4m3"]
+    assert {case.compute for case in fp8} == {"auto", "exact", "split"}
+    sparse = [case for case in CHECK_CASES if case.topk is not None]
+    assert {case.prefill for case in sparse} == {case.topk_length for case in sparse} == {False, True}
+    assert {case.num_heads_q for case in sparse if case.prefill} >= {16, 32, 64, 128}
+    assert {case.num_heads_q for case in sparse if not case.prefill} >= {1, 8, 16, 32, 64, 128}
 
 
 @pytest.mark.parametrize("megabytes", [0.0001, 0.07, 1, 5, 100, 199, 201, 255, 300, 5000])

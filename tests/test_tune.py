@@ -116,3 +116,16 @@ def test_tune_names_the_wrong_argument(arguments: list[str], words: str) -> None
     assert result.returncode == 2
     assert words in result.stderr
     assert "Traceback" not in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("name", "count", "function"),
+    [("fp8", 16, "decode"), ("sparse", 25, "sparse decode"), ("prefill", 11, "sparse prefill")],
+)
+def test_times_are_judged_by_those_on_file(suites: Any, name: str, count: int, function: str) -> None:
+    cases = cases_of(suites, name)
+    assert len(set(cases)) == len({case.name for case in cases}) == count
+    assert {case.function for case in cases} == {function}
+    wanted = suites.read_time_targets(name)[cases[0]][1]
+    rows = [Row(cases[0], ours=Measurement(us=wanted * factor)) for factor in (0.99, 1.01)]
+    assert columns_of(suites, name, Results({}, None, rows))["met"] == ["yes", "NO"]

@@ -1,4 +1,4 @@
-"""What is timed: one case of a decode, described without its arrays, and grids of cases."""
+"""What is timed: one case of dense decoding or sparse attention, described without its arrays, and grids of cases."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from ..call.arguments import as_boolean, as_integer
+from ..call.options import AUTO
 from ..call.problem import MAX_TOKENS
 from ..errors import InvalidArgumentError
 from ..lab.lengths import mid_decode_lengths, read_lengths, shipped_lengths
@@ -17,13 +18,12 @@ from ..lab.spec import (
     DEFAULT_HEAD_DIM_V,
     DEFAULT_PAGE_SIZE,
     DEFAULT_ROPE_DIM,
-    DTYPES,
     PACKED,
     STORAGES,
     CaseSpec,
 )
 from ..lab.work import IntArray, Work
-from ..layouts import DENSE_LAYOUTS
+from ..layouts import BF16, DENSE_LAYOUTS, find_layout
 from ..schedule.pieces import TILE_TOKENS
 
 # Small, middle and full batches; memory-bound and compute-bound head counts: under a minute on an H200, with peers.
@@ -32,13 +32,13 @@ DEFAULT_BATCHES, DEFAULT_LENGTHS, DEFAULT_HEADS = (1, 16, 128), (1024, 8192), (1
 CPU_BATCHES, CPU_LENGTHS, CPU_HEADS = (1, 2), (64, 256), (8,)
 
 _DEFAULT_WIDTHS = (DEFAULT_HEAD_DIM_V, DEFAULT_ROPE_DIM)
-_EARLIER_NAMES = {"layout": "storage"}  # of fields, in files of earlier versions
+DECODE, SPARSE_DECODE, SPARSE_PREFILL = "decode", "sparse decode", "sparse prefill"
 _INTEGERS = ("batch", "num_heads_q", "seqlen_q", "page_size", "latent_dim", "rope_dim")
 
 
 @dataclass(frozen=True, slots=True)
 class BenchCase:
-    """One decode to time. Two cases are equal when they describe the same work, whatever their names.
+    """One call to time. Two cases are equal when they describe the same work, whatever their names.
 
     Attributes
     ----------
@@ -61,6 +61,15 @@ class BenchCase:
         As in ``plan_decode`` (the peers have no such setting and run as they do).
     latent_dim, rope_dim
         Widths of the two parts of a cached token.
+    layout
+        Name of the cache's layout; None: the dense one of ``dtype``.
+    compute
+        As in ``mla_decode``.
+    topk
+        How many tokens of its request each query token attends to, chosen at random (`mla_sparse_decode`); None: all
+        (`mla_decode`).
+    prefill
+        One request, each of whose ``seqlen_q`` query tokens is a row of ``mla_sparse_prefill``.
     name
         Unique within a run; made from the rest unless given.
 
@@ -82,25 +91,27 @@ class BenchCase:
     fixed_split_tokens: int | None = None
     latent_dim: int = DEFAULT_HEAD_DIM_V
     rope_dim: int = DEFAULT_ROPE_DIM
+    layout: str | None = None
+    compute: str = AUTO
+    topk: int | None = None
+    prefill: bool = False
     name: str = field(default="", compare=False)
 
     def __post_init__(self) -> None:
         # Python's own types, whatever numbers and arrays came: a case must be hashable, and fit into JSON.
         plain: dict[str, Any] = {argument: as_integer(getattr(self, argument), argument) for argument in _INTEGERS}
-        plain["causal"] = as_boolean(self.causal, "causal")
+        plain |= {argument: as_boolean(getattr(self, argument), argument) for argument in ("causal", "prefill")}
         plain["lengths"] = _integers(self.lengths, "lengths")
         if self.ragged is not None:
             plain["ragged"] = _integers(self.ragged, "ragged")
-        if self.fixed_split_tokens is not None:
-            plain["fixed_split_tokens"] = as_integer(self.fixed_split_tokens, "fixed_split_tokens")
+        for argument in ("fixed_split_tokens", "topk"):
+            if getattr(self, argument) is not None:
+                plain[argument] = as_integer(getattr(self, argument), argument)
         for argument, value in plain.items():
             object.__setattr__(self, argument, value)
         for argument in ("batch", "num_heads_q", "seqlen_q", "page_size"):
             if getattr(self, argument) < 1:
                 raise InvalidArgumentError(argument, "at least 1", str(getattr(self, argument)))
-        for argument, known in (("dtype", DTYPES), ("storage", STORAGES)):
-            if getattr(self, argument) not in known:
-                raise InvalidArgumentError(argument, "one of " + ", ".join(known), repr(getattr(self, argument)))
         for argument in ("lengths", "ragged"):
             values = getattr(self, argument)
             if isinstance(values, tuple) and len(values) != self.batch:
@@ -115,6 +126,11 @@ class BenchCase:
             if not isinstance(self.ragged, tuple) or min(self.ragged) < 0 or not any(self.ragged):
                 raise InvalidArgumentError("ragged", "numbers from 0 up, not all 0", str(self.ragged))
             object.__setattr__(self, "seqlen_q", max(self.ragged))
+        if self.layout in (None, DENSE_LAYOUTS.get(self.dtype, BF16).name):  # by either name the same case
+            object.__setattr__(self, "layout", None)
+        if self.prefill and split is not None:
+            raise InvalidArgumentError("fixed_split_tokens", "nothing beside prefill, which has no plan", str(split))
+        assert self.spec  # checks the rest
         if not self.name:
             equal = isinstance(self.lengths, int)
             length = f"k{self.lengths}" if equal else f"mean{round(float(self.kv_lengths.mean()))}"
@@ -133,7 +149,18 @@ class BenchCase:
             page_size=self.page_size,
             causal=self.causal,
             storage=self.storage,
+            layout=self.layout,
+            compute=self.compute,
+            topk=self.topk,
+            prefill=self.prefill,
         )
+
+    @property
+    def function(self) -> str:
+        """What is timed: ``DECODE``, ``SPARSE_DECODE`` or ``SPARSE_PREFILL``."""
+        if self.topk is None:
+            return DECODE
+        return SPARSE_PREFILL if self.prefill else SPARSE_DECODE
 
     @property
     def kv_lengths(self) -> IntArray:
@@ -157,10 +184,14 @@ class BenchCase:
     def from_dict(cls, values: dict[str, Any]) -> BenchCase:
         """A case as `as_dict` wrote it, also after JSON has turned its tuples into lists."""
         fields: dict[str, Any] = {
-            _EARLIER_NAMES.get(name, name): tuple(value) if isinstance(value, list) else value
-            for name, value in values.items()
+            _field(name, value): tuple(value) if isinstance(value, list) else value for name, value in values.items()
         }
         return cls(**fields)
+
+
+def _field(name: str, value: Any) -> str:
+    """What a field of a file is called now: storages were layouts once."""
+    return "storage" if name == "layout" and value in STORAGES else name
 
 
 def _integers(values: Any, argument: str) -> int | tuple[int, ...]:
@@ -172,11 +203,13 @@ def _integers(values: Any, argument: str) -> int | tuple[int, ...]:
 
 def _name(case: BenchCase, tokens: str) -> str:
     """For example ``b128_k8192_h16_q1``, with what differs from the defaults behind it."""
-    parts = [f"b{case.batch}", tokens, f"h{case.num_heads_q}", f"q{case.seqlen_q}"]
+    parts = ["prefill" if case.prefill else f"b{case.batch}", tokens, f"h{case.num_heads_q}", f"q{case.seqlen_q}"]
+    parts += [f"top{case.topk}"] * (case.topk is not None)
     if (case.latent_dim, case.rope_dim) != _DEFAULT_WIDTHS:
         parts.append(f"d{case.latent_dim}+{case.rope_dim}")
     if case.dtype != DEFAULT_DTYPE:
         parts.append(DENSE_LAYOUTS[case.dtype].name)
+    parts += [str(case.layout)] * (case.layout is not None) + [case.compute] * (case.compute != AUTO)
     if case.page_size != DEFAULT_PAGE_SIZE:
         parts.append(f"p{case.page_size}")
     if case.storage != PACKED:
@@ -201,21 +234,23 @@ def expand_grid(
     preset: str | None = None,
     tensor_parallel: Sequence[int] = (1,),
     traces: int = 0,
-    layouts: Sequence[str] | None = None,
+    layouts: Sequence[str | None] | None = None,
+    computes: Sequence[str] = (AUTO,),
+    topks: Sequence[int | None] = (None,),
+    prefill: bool = False,
 ) -> list[BenchCase]:
     """Every combination of the values given, in order, the last axis varying fastest.
 
     Parameters
     ----------
-    batches, lengths, heads, seqlens_q, dtypes, page_sizes, storages, splits, causal
-        Values of the fields of `BenchCase`; ``splits`` are its ``fixed_split_tokens``.
+    batches, lengths, heads, seqlens_q, dtypes, page_sizes, storages, splits, causal, layouts, computes, topks, prefill
+        Values of the fields of `BenchCase`; ``splits`` are its ``fixed_split_tokens``. Storages among ``layouts``, as
+        which they were known before, count as ``storages``.
     preset, tensor_parallel
         A model's widths, and its heads on each of so many ranks, in place of ``heads``.
     traces
         So many draws (seeds 0, 1, ...) of real request lengths in mid-decode, from the sample that ships with the
         package, after ``lengths``.
-    layouts
-        An earlier name of ``storages``, which it takes the place of.
 
     Raises
     ------
@@ -227,23 +262,34 @@ def expand_grid(
         model = find_preset(preset)
         heads = [model.heads_per_rank(ranks) for ranks in tensor_parallel]
         widths = {"latent_dim": model.latent_dim, "rope_dim": model.rope_dim}
-    axes = (_length_axis(batches, lengths, traces), heads, seqlens_q, dtypes, page_sizes, layouts or storages, splits)
+    axes = {
+        "seqlen_q": seqlens_q,
+        "dtype": dtypes,
+        "page_size": page_sizes,
+        "storage": _storages(storages, layouts),
+        "fixed_split_tokens": splits,
+        "layout": [name for name in layouts or () if name not in STORAGES] or [None],
+        "compute": computes,
+        "topk": topks,
+    }
+    sizes = itertools.product(_length_axis(batches, lengths, traces), heads)
     cases = []
-    for (batch, tokens, draw), head_count, seqlen_q, dtype, page_size, storage, split in itertools.product(*axes):
-        options: dict[str, Any] = {
-            "seqlen_q": seqlen_q,
-            "dtype": dtype,
-            "page_size": page_size,
-            "storage": storage,
-            "causal": causal,
-            "fixed_split_tokens": split,
-            **widths,
-        }
-        case = BenchCase(batch, tokens, head_count, **options)
+    for ((batch, tokens, draw), head_count), values in itertools.product(sizes, itertools.product(*axes.values())):
+        options: dict[str, Any] = {**dict(zip(axes, values, strict=True)), **widths}
+        if options["layout"] is None or not find_layout(options["layout"]).needs_scale:
+            options["compute"] = AUTO  # there is but one way
+        case = BenchCase(batch, tokens, head_count, **options, causal=causal, prefill=prefill)
         if draw is not None:
             case = replace(case, name=_name(case, f"trace{draw}"))
         cases.append(case)
-    return cases
+    return list(dict.fromkeys(cases))
+
+
+def _storages(storages: Sequence[str], layouts: Sequence[str | None] | None) -> list[str]:
+    """Those given as storages and those given as layouts; not the default beside the latter."""
+    named = [name for name in layouts or () if name in STORAGES]
+    given = [] if named and tuple(storages) == (PACKED,) else list(storages)
+    return list(dict.fromkeys([*given, *(str(name) for name in named)]))
 
 
 def _length_axis(

@@ -6,21 +6,26 @@ are enough copies of the cache for every timed call to find its own in device me
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
-from ..lab.accuracy import measure_accuracy
-from ..lab.build import deal_pages, make_values, store_cache, store_q
+from ..lab.accuracy import choose_requests, measure_accuracy
+from ..lab.build import deal_pages, dense_case, make_values, sparse_case, store_cache, store_q
 from ..lab.cases import Case
 from ..lab.libraries import CUPY, NUMPY, ArrayLibrary, TorchLibrary
+from ..lab.sparse_cases import SparseCase
+from ..lab.spec import KV_SCALE
 from ..lab.timing import graph_shape
 from .grid import BenchCase
 
-# From one of `Inputs.caches` to out and lse (None where a peer gives none).
-Call = Callable[[Any], tuple[Any, Any]]
+REQUESTS_COMPARED = 2  # with float64: the longest and the shortest
+
+# From one of `Inputs.caches` to out and lse (None where a peer gives none), and what else a function returns.
+Call = Callable[[Any], tuple[Any, ...]]
 
 
 def choose_library(backend: str) -> ArrayLibrary:
@@ -43,16 +48,19 @@ class Inputs:
     spec : CaseSpec
         What the arrays are made from.
     q : array
-        [batch, seqlen_q, h, d], or [total_q, h, d] when ragged.
+        [batch, seqlen_q, h, d], or [total_q, h, d] when ragged or of prefill.
     caches : list
-        Copies with the same values: [num_pages, page_size, 1, d], or pairs (latent, rope).
-    block_table : array
+        Copies with the same values: [num_pages, page_size, 1, width], or pairs (latent, rope).
+    block_table : array or None
         [batch, pages of the longest] int32; 0 past a request's last page (not every peer takes another number there).
-    cache_seqlens : array
+        None with ``topk``, as the next two.
+    cache_seqlens : array or None
         [batch] int32.
     cu_seqlens_q : array or None
         [batch + 1] int32 when ragged.
-    stored_case : Case
+    indices : array or None
+        With ``topk``: [batch, seqlen_q, topk] int32, of prefill [s_q, topk]; -1 where there is no further token.
+    stored_case : Case or SparseCase
         q and the first cache as the case stores them.
     calls : int
         Calls in a CUDA graph (1 on the CPU); call i reads ``caches[i % len(caches)]``.
@@ -63,49 +71,48 @@ class Inputs:
         self.case = case
         self.spec = spec = case.spec
         self.library = library
-        self.calls, copies = (1, 1) if library is NUMPY else graph_shape(spec.cache_bytes)
-        self._table = np.maximum(deal_pages(spec)[0], 0)
-        self.block_table = library.upload(self._table)
-        self.cache_seqlens = library.upload(spec.kv_lengths.astype(np.int32))
-        self.cu_seqlens_q = library.upload(spec.q_starts.astype(np.int32)) if spec.ragged else None
-        self.q, packed = make_values(spec, library)
-        self.caches = store_cache(packed, spec, library, copies)
-        self._packed_case = Case(
-            q=self.q,
-            kv_cache=packed,
-            block_table=self.block_table,
-            cache_seqlens=self.cache_seqlens,
-            kv_lengths=spec.kv_lengths,
-            q_lengths=spec.q_lengths,
-            cu_seqlens_q=self.cu_seqlens_q,
-            head_dim_v=spec.latent_dim,
-            softmax_scale=spec.scale,
-            causal=spec.causal,
-            library=library,
-        )
-        self.stored_case = replace(self._packed_case, q=store_q(self.q, spec, library), kv_cache=self.caches[0])
+        read_bytes = spec.cache_bytes if spec.topk is None else spec.work.bytes
+        self.calls, copies = (1, 1) if library is NUMPY else graph_shape(read_bytes)
+        table, unused = deal_pages(spec)
+        self._table = np.maximum(table, 0)
+        self.q, self._packed = make_values(spec, library)
+        self.caches = store_cache(self._packed, spec, library, copies)
+        self.block_table: Any = None
+        self.cache_seqlens: Any = None
+        self.cu_seqlens_q: Any = None
+        self.indices: Any = None
+        self.stored_case: Case | SparseCase
+        stored = store_q(self.q, spec, library), self.caches[0]
+        if spec.topk is None:
+            self.stored_case = dense = dense_case(spec, *stored, self._table, library)
+            self.block_table, self.cache_seqlens = dense.block_table, dense.cache_seqlens
+            self.cu_seqlens_q = dense.cu_seqlens_q
+        else:
+            self.stored_case = sparse = sparse_case(spec, *stored, self._table, unused, library)
+            self.indices = sparse.indices
 
     def errors(self, out: Any, lse: Any = None) -> tuple[float, float]:
-        """How far a result is from float64, over the shortest and the longest request.
+        """How far a result is from float64, over the shortest and the longest request (of prefill, query token).
 
         Parameters
         ----------
         out, lse
-            As ``mla_decode`` returns them, of the library that made q; None: the lse is not compared.
+            As the function of the case returns them, of the library that made q; None: the lse is not compared.
 
         Returns
         -------
         Relative Frobenius error of out, and largest ``|lse - lse64| / (1 + |lse64|)``, each of the worst request.
         """
-        by_length = np.argsort(self.spec.kv_lengths, kind="stable")
-        requests = sorted({int(by_length[0]), int(by_length[-1])})
+        requests = choose_requests(self.stored_case, REQUESTS_COMPARED)
         if self.library.name == "torch":
             return self._torch_errors(out, lse, requests)
+        packed = replace(self.stored_case, q=self.q, kv_cache=self._packed)
         if lse is None:
-            rows, heads = self.spec.q_shape[:-2], self.spec.num_heads_q
-            blank = np.zeros((heads, *rows) if self.spec.ragged else (rows[0], heads, rows[1]), np.float32)
-            return measure_accuracy(self._packed_case, out, blank, requests).out_error, 0.0
-        accuracy = measure_accuracy(self._packed_case, out, lse, requests)
+            *rows, heads, _ = self.q.shape
+            by_token = self.spec.ragged or self.case.prefill
+            shape = (*rows, heads) if self.case.prefill else (heads, *rows) if by_token else (rows[0], heads, rows[1])
+            return measure_accuracy(packed, out, np.zeros(shape, np.float32), requests).out_error, 0.0
+        accuracy = measure_accuracy(packed, out, lse, requests)
         return accuracy.out_error, accuracy.lse_error
 
     def _torch_errors(self, out: Any, lse: Any, requests: list[int]) -> tuple[float, float]:
@@ -114,16 +121,47 @@ class Inputs:
 
         spec = self.spec
         worst = [0.0, 0.0]
+        places = self._dense_places(requests) if spec.topk is None else self._sparse_places(requests)
+        for rows, lse_rows, slots in places:
+            found_lse = None if lse is None else lse[lse_rows]
+            exact = attention64(self.q[rows], self._keys(slots), spec.scale, spec.latent_dim, spec.causal)
+            found = relative_errors((out[rows], found_lse), exact)
+            # numpy.maximum, unlike max, keeps a not-a-number.
+            worst = [float(np.maximum(*pair)) for pair in zip(worst, found, strict=True)]
+        return worst[0], worst[1]
+
+    def _dense_places(self, requests: list[int]) -> Iterator[tuple[Any, Any, npt.NDArray[np.int64]]]:
+        """Of each request that has query tokens: where they are in q and out, and in lse; its tokens' slots."""
+        spec = self.spec
         for request in requests:
             rows = slice(int(spec.q_starts[request]), int(spec.q_starts[request + 1]))
             if rows.start == rows.stop:
                 continue  # without query tokens there is no result
-            pages = self.library.upload(self._table[request, : spec.page_counts[request]]).long()
-            keys = self._packed_case.kv_cache[pages].reshape(-1, spec.head_dim)[: spec.lengths[request]]
-            index: Any = rows if spec.ragged else request
-            exact = attention64(self.q[index], keys, spec.scale, spec.latent_dim, spec.causal)
-            found_lse = None if lse is None else (lse[:, rows] if spec.ragged else lse[request])
-            found = relative_errors((out[index], found_lse), exact)
-            # numpy.maximum, unlike max, keeps a not-a-number.
-            worst = [float(np.maximum(*pair)) for pair in zip(worst, found, strict=True)]
-        return worst[0], worst[1]
+            tokens = np.arange(spec.lengths[request])
+            slots = self._table[request, tokens // spec.page_size].astype(np.int64) * spec.page_size
+            place: Any = (rows, (slice(None), rows)) if spec.ragged else (request, request)
+            yield *place, slots + tokens % spec.page_size
+
+    def _sparse_places(self, requests: list[int]) -> Iterator[tuple[Any, Any, npt.NDArray[np.int64]]]:
+        """The same of each query token."""
+        for request in requests:
+            chosen = self.library.download(self.indices[request]).reshape(-1, self.indices.shape[-1]).astype(np.int64)
+            for token, slots in enumerate(chosen):
+                one = slice(token, token + 1)
+                place: Any = ((request, one), (request, slice(None), one))
+                if self.case.prefill:
+                    place = (slice(request, request + 1), (request, slice(None), None))
+                yield *place, slots[slots >= 0]
+
+    def _keys(self, slots: npt.NDArray[np.int64]) -> Any:
+        """[n, d]: the values of tokens."""
+        spec, layout = self.spec, self.spec.cache_layout
+        pages, places = np.unique(slots // spec.page_size, return_inverse=True)
+        if layout.dtype == spec.dtype:
+            values = self._packed[self.library.upload(pages)]
+        else:
+            scale = KV_SCALE if layout.needs_scale else None
+            stored = self.library.take_pages(self._packed, pages)
+            values = self.library.upload(layout.dequantise(stored, scale))
+        rows = places.reshape(-1) * spec.page_size + slots % spec.page_size
+        return values.reshape(-1, spec.head_dim)[self.library.upload(rows)]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from ..lab.timing import prepare_call
 from .grid import BenchCase
 from .inputs import Call, Inputs
@@ -9,7 +11,7 @@ from .rows import OURS
 
 
 class OurSide:
-    """``mla_decode`` with a plan and outputs made before, as every layer of a step but the first calls it."""
+    """The function of a case with a plan and outputs made before, as every layer of a step but the first calls it."""
 
     name = OURS
 
@@ -19,5 +21,7 @@ class OurSide:
     def prepare(self, inputs: Inputs) -> Call:
         """Plan, and return the call on one of the caches."""
         case = inputs.case
-        most = None if case.ragged is None else case.seqlen_q
-        return prepare_call(inputs.stored_case, max_seqlen_q=most, fixed_split_tokens=case.fixed_split_tokens)
+        options: dict[str, Any] = {"fixed_split_tokens": case.fixed_split_tokens}
+        if case.ragged is not None:
+            options["max_seqlen_q"] = case.seqlen_q
+        return prepare_call(inputs.stored_case, **({} if case.prefill else options))

@@ -23,7 +23,10 @@ FORMAT = "cupy-mla bench 1"
 _FACTS = ("device", "backend", "date")
 _TIMES = ("us", "fastest_us", "slowest_us", "sustained_us")
 
-_CSV_CASE = ("batch", "num_heads_q", "seqlen_q", "dtype", "page_size", "storage", "causal", "fixed_split_tokens")
+_CSV_CASE = (
+    *("batch", "num_heads_q", "seqlen_q", "dtype", "page_size", "storage", "causal", "fixed_split_tokens"),
+    *("layout", "compute", "topk", "prefill"),
+)
 _CSV_HEADER = (
     *("case", "implementation", "us", "fastest_us", "slowest_us", "sustained_us", "tflops", "gigabytes_per_second"),
     *("share_of_ceiling", "error", "times_ours", "failure", *_CSV_CASE, "kv_tokens", "longest", "ragged"),

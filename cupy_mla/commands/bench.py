@@ -9,16 +9,20 @@ from typing import Any
 import click
 from click.core import ParameterSource
 
+from ..call.options import AUTO, COMPUTES
 from ..errors import InvalidArgumentError
 from ..lab.files import Writing, check_folder
 from ..lab.presets import DEFAULT_PRESET, PRESETS
 from ..lab.spec import DEFAULT_DTYPE, DEFAULT_PAGE_SIZE, DTYPES, PACKED, STORAGES
 from ..lab.timing import DEFAULT_LIMIT_SECONDS
+from ..layouts import LAYOUTS
 from .command import Command
 from .common import COUNT, Function, backend_option, choose_backend, note, raise_failures
 
 
-def list_option(name: str, kind: Any, help_text: str, *, hidden: bool = False) -> Callable[[Function], Function]:
+def list_option(
+    name: str, kind: Any, help_text: str, metavar: str | None = None
+) -> Callable[[Function], Function]:
     """An option that takes values of a click type with commas or repeated; gives one tuple without repeats,
     empty when not used."""
 
@@ -26,8 +30,9 @@ def list_option(name: str, kind: Any, help_text: str, *, hidden: bool = False) -
         values = (kind.convert(word.strip(), param, ctx) for text in texts for word in text.split(","))
         return tuple(dict.fromkeys(values))
 
-    metavar = "|".join(kind.choices) if isinstance(kind, click.Choice) else kind.name.removesuffix(" range").upper()
-    return click.option(name, multiple=True, callback=read, metavar=f"{metavar}[,...]", help=help_text, hidden=hidden)
+    choices = "|".join(kind.choices) if isinstance(kind, click.Choice) else kind.name.removesuffix(" range").upper()
+    shown = f"{metavar or choices}[,...]"
+    return click.option(name, multiple=True, callback=read, metavar=shown, help=help_text)
 
 
 # Refused before the run, not after it.
@@ -49,10 +54,15 @@ _FOLDER = click.Path(path_type=Path, file_okay=False, writable=True)
 @list_option("--length", COUNT, "Cached tokens of every request.")
 @list_option("--heads", COUNT, "Query heads.")
 @list_option("--seqlen-q", COUNT, "Query tokens of a request.")
-@list_option("--dtype", click.Choice(DTYPES), "Type of q and cache.")
+@list_option("--topk", COUNT, "Tokens that each query token attends to, of those cached: sparse decode.")
+@click.option("--prefill", is_flag=True, help="Sparse prefill: --seqlen-q rows of indices over --length tokens.")
+@list_option("--dtype", click.Choice(DTYPES), "Type of q, and of a dense cache.")
+@list_option(
+    "--layout", click.Choice([*LAYOUTS, *STORAGES]), f"Layout of the cache: {', '.join(LAYOUTS)}.", metavar="LAYOUT"
+)
+@list_option("--compute", click.Choice(COMPUTES), "How products with an e4m3 cache are computed.")
 @list_option("--page-size", COUNT, "Tokens of a page.")
 @list_option("--storage", click.Choice(STORAGES), "One array; latent and rope apart; a view into a larger pool.")
-@list_option("--layout", click.Choice(STORAGES), "An earlier name of --storage.", hidden=True)
 @list_option("--split", COUNT, "Cut requests after so many tokens, in any batch (a multiple of 64).")
 @click.option("--causal", is_flag=True, help="Mask aligned to the bottom right (for --seqlen-q above 1).")
 @click.option("--preset", type=click.Choice(list(PRESETS)), help="A model's heads and widths, in place of --heads.")
@@ -86,7 +96,7 @@ def bench(
     backend: str,
     **options: Any,
 ) -> None:
-    """Time decodes over every combination of the values given, beside other implementations.
+    """Time decodes, or sparse attention, over every combination of the values given, beside other implementations.
 
     Lists may be written with commas or by repeating the option. Without any: a small grid in DeepSeek-V3's widths.
     On the GPU: all kernels of a call with a cold L2, by CUDA graphs; on the CPU: wall time. Exits with 1 if one of our
@@ -166,14 +176,19 @@ def _cases(backend: str, options: dict[str, Any]) -> list[Any]:
     preset = options["preset"] or (DEFAULT_PRESET if options["tp"] else None)
     # Real lengths take the place of the fixed ones, unless both were asked for.
     lengths = options["length"] or (() if options["trace"] else grid.DEFAULT_LENGTHS if on_gpu else grid.CPU_LENGTHS)
+    batches = options["batch"] or (grid.DEFAULT_BATCHES if on_gpu else grid.CPU_BATCHES)
     return grid.expand_grid(
-        batches=options["batch"] or (grid.DEFAULT_BATCHES if on_gpu else grid.CPU_BATCHES),
+        batches=(options["batch"] or (1,)) if options["prefill"] else batches,
         lengths=lengths,
         heads=options["heads"] or (grid.DEFAULT_HEADS if on_gpu else grid.CPU_HEADS),
         seqlens_q=options["seqlen_q"] or (1,),
         dtypes=options["dtype"] or (DEFAULT_DTYPE,),
         page_sizes=options["page_size"] or (DEFAULT_PAGE_SIZE,),
-        storages=tuple(dict.fromkeys(options["storage"] + options["layout"])) or (PACKED,),
+        storages=options["storage"] or (PACKED,),
+        layouts=options["layout"],
+        computes=options["compute"] or (AUTO,),
+        topks=options["topk"] or (None,),
+        prefill=options["prefill"],
         splits=options["split"] or (None,),
         causal=options["causal"],
         preset=preset,

@@ -9,19 +9,23 @@ from typing import TYPE_CHECKING, Any
 import click
 from click.core import ParameterSource
 
+from ..call.options import AUTO, COMPUTES
 from ..errors import InvalidArgumentError
 from ..lab.array_files import NPZ, check_suffix
 from ..lab.build import build_case
 from ..lab.case_files import load_case, save_result
-from ..lab.cases import Case, parts_of
+from ..lab.cases import Case, dtype_of, parts_of
 from ..lab.files import check_folder, to_json
 from ..lab.libraries import LIBRARY_OF_BACKEND
 from ..lab.presets import find_preset
+from ..lab.sparse_cases import SparseCase
 from ..lab.spec import CaseSpec
 from ..lab.timing import Timing
+from ..layouts import LAYOUTS
 from ..shown.tables import print_facts
 from .command import Command
 from .common import (
+    COUNT,
     DEFAULT_BATCH,
     Backend,
     backend_option,
@@ -39,12 +43,18 @@ if TYPE_CHECKING:
 
 # A CPU does in seconds what the GPU does in microseconds: a smaller batch unless one is asked for.
 DEFAULT_BATCH_ON_CPU = 16
-_BUILD_OPTIONS = ("lengths", "batch", "preset", "tp", "dtype", "page_size", "seqlen_q", "causal")
+_BUILD_OPTIONS = (
+    *("lengths", "batch", "preset", "tp", "dtype", "page_size", "seqlen_q", "causal"),
+    *("layout", "compute", "topk"),
+)
 
 
 @click.command(cls=Command)
 @click.option("--input", "input_file", type=click.Path(path_type=Path), help="A case: .npz or .safetensors.")
 @batch_options
+@click.option("--layout", type=click.Choice(list(LAYOUTS)), help="Of the cache; that of --dtype unless given.")
+@click.option("--compute", type=click.Choice(COMPUTES), default=AUTO, show_default=True, help="With an e4m3 cache.")
+@click.option("--topk", type=COUNT, help="Tokens that each query token attends to, of those cached: sparse decode.")
 @backend_option
 @click.option(
     "--sample", type=click.IntRange(min=1), default=4, show_default=True, help="Requests checked against float64."
@@ -70,8 +80,8 @@ def decode(
 
     Without arguments: a batch of real request lengths in DeepSeek-V3's dimensions. With --input: your own case, a file
     with q, kv_cache, block_table and cache_seqlens, and if need be q_rope, kv_rope (then q and kv_cache are the latent
-    parts), cu_seqlens_q, softmax_scale, causal and head_dim_v. NumPy knows no bfloat16: in an .npz it is raw bits, read
-    with array.view(ml_dtypes.bfloat16). Exits with 1 if the error is above the bound.
+    parts), cu_seqlens_q, softmax_scale, causal, head_dim_v, kv_scale and compute. NumPy knows no bfloat16: in an .npz
+    it is raw bits, read with array.view(ml_dtypes.bfloat16). Exits with 1 if the error is above the bound.
     """
     if save is not None:  # refused before the run, not after it
         check_suffix(save, "save")
@@ -109,13 +119,13 @@ def decode(
     ctx.exit(0 if report.accuracy.passed else 1)
 
 
-def _save(path: Path, case: Case, report: DecodeReport) -> None:
+def _save(path: Path, case: Case | SparseCase, report: DecodeReport) -> None:
     save_result(path, *map(case.library.download, (report.out, report.lse)))
     if path.suffix == NPZ and case.dtype == "bfloat16":
         note(f"{path} holds out as raw bits: read it with .view(ml_dtypes.bfloat16)")
 
 
-def _build(backend: Backend, build: dict[str, Any], notes: list[str]) -> tuple[Case, str]:
+def _build(backend: Backend, build: dict[str, Any], notes: list[str]) -> tuple[Case | SparseCase, str]:
     default = DEFAULT_BATCH if backend.name == "cuda" else DEFAULT_BATCH_ON_CPU
     kv_lengths = draw_lengths(build["lengths"], build["batch"], build["seed"], default=default)
     if build["batch"] is None and len(kv_lengths) < default:
@@ -133,9 +143,13 @@ def _build(backend: Backend, build: dict[str, Any], notes: list[str]) -> tuple[C
         dtype=build["dtype"],
         page_size=build["page_size"],
         causal=build["causal"],
+        layout=build["layout"],
+        compute=build["compute"],
+        topk=build["topk"],
         seed=build["seed"],
     )
     lengths = "real lengths that ship with cupy-mla" if build["lengths"] is None else str(build["lengths"])
+    lengths = lengths if spec.topk is None else f"top {spec.topk} of {lengths}"
     case = build_case(spec, LIBRARY_OF_BACKEND[backend.name])
     return case, f"{model.name}, {num_heads_q} heads (TP {build['tp']}), {lengths}, seed {build['seed']}"
 
@@ -147,11 +161,12 @@ def _refuse_build_options(ctx: click.Context) -> None:
             raise InvalidArgumentError("--" + name.replace("_", "-"), "nothing beside --input", "both")
 
 
-def _print(facts: dict[str, Any], case: Case, timing: Timing) -> None:
+def _print(facts: dict[str, Any], case: Case | SparseCase, timing: Timing) -> None:
     for text in facts["notes"]:
         note(text)
     shapes = (" + ".join(str(list(part.shape)) for part in parts_of(array)) for array in (case.q, case.kv_cache))
-    shape = "q {}, cache {}, ".format(*shapes) + case.dtype + ", causal" * case.causal
+    shape = "q {}, cache {}, ".format(*shapes) + f"{case.dtype}, {dtype_of(case.kv_cache)}"
+    shape += ", causal" * (isinstance(case, Case) and case.causal)
     print_facts(
         "cupy-mla decode",
         {

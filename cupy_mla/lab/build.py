@@ -6,10 +6,13 @@ from typing import Any
 
 import numpy as np
 
+from ..schedule.pieces import ceil_div
 from .cases import NO_PAGE, Case
 from .libraries import NUMPY, ArrayLibrary
-from .random_values import Array
-from .spec import SPLIT, STRIDED, CaseSpec
+from .random_values import Array, host_normal
+from .sparse_cases import SparseCase
+from .spec import KV_SCALE, SPLIT, STRIDED, CaseSpec
+from .tokens import choose_tokens
 
 # A view's gaps. Rows keep the alignment of 16 bytes that TMA needs.
 PADDING_COLUMNS = 64
@@ -18,21 +21,33 @@ LAYERS_IN_POOL = 2
 _TOKEN_AXIS_OF_Q, _TOKEN_AXIS_OF_CACHE = 0, 1
 
 _SPARE_COLUMNS = 2  # of a poisoned block table, past the last page of the longest request
-_NOT_A_NUMBER = 0x7FFF  # bits, in bfloat16 and float16
-_INFINITY = {"bfloat16": 0x7F80, "float16": 0x7C00}
+# Bits of not-a-number and of infinity. In 8 bits there is but the first, and bytes of any layout have no meaning then.
+_POISON = {"bfloat16": (0x7FFF, 0x7F80), "float16": (0x7FFF, 0x7C00)}
+_BYTE_POISON = (0xFF, 0xFF)
 _INFINITY_EVERY = 3  # values
 _INT32 = np.iinfo(np.int32)
 
+_QUANTISED_TOKENS = 1 << 14  # made on the host; a larger cache has their pages several times
 
-def build_case(spec: CaseSpec, library: ArrayLibrary = NUMPY) -> Case:
+
+def build_case(spec: CaseSpec, library: ArrayLibrary = NUMPY) -> Case | SparseCase:
     """The case that a spec describes: normal random values, pages in random order, poison if the spec asks for it."""
     table, unused = deal_pages(spec)
     q, cache = make_values(spec, library)
     if spec.poison:
         _poison_cache(cache, spec, table, unused, library)
+    q, cache = store_q(q, spec, library), store_cache(cache, spec, library)[0]
+    if spec.topk is None:
+        return dense_case(spec, q, cache, table, library)
+    return sparse_case(spec, q, cache, table, unused, library)
+
+
+def dense_case(spec: CaseSpec, q: Any, cache: Any, table: Array, library: ArrayLibrary) -> Case:
+    """A case of dense decoding over arrays that were made: q and a cache as the spec stores them, a block table on the
+    host."""
     return Case(
-        q=store_q(q, spec, library),
-        kv_cache=store_cache(cache, spec, library)[0],
+        q=q,
+        kv_cache=cache,
         block_table=library.upload(table),
         cache_seqlens=library.upload(spec.kv_lengths.astype(np.int32)),
         kv_lengths=spec.kv_lengths,
@@ -41,6 +56,30 @@ def build_case(spec: CaseSpec, library: ArrayLibrary = NUMPY) -> Case:
         head_dim_v=spec.latent_dim,
         softmax_scale=spec.softmax_scale,
         causal=spec.causal,
+        kv_scale=KV_SCALE if spec.cache_layout.needs_scale else None,
+        compute=spec.compute,
+        library=library,
+    )
+
+
+def sparse_case(
+    spec: CaseSpec, q: Any, cache: Any, table: Array, unused: Array, library: ArrayLibrary
+) -> SparseCase:
+    """A case of sparse attention over arrays that were made; ``unused`` are the pages of no request."""
+    chosen = choose_tokens(spec, table, unused)
+    return SparseCase(
+        q=q,
+        kv_cache=cache,
+        indices=library.upload(chosen.indices),
+        topk_length=None if chosen.topk_length is None else library.upload(chosen.topk_length),
+        attn_sink=None if chosen.attn_sink is None else library.upload(chosen.attn_sink),
+        counts=chosen.counts,
+        work=spec.work_of(chosen.counts),
+        prefill=spec.prefill,
+        head_dim_v=spec.latent_dim,
+        softmax_scale=spec.softmax_scale,
+        layout=spec.layout,
+        kv_scale=KV_SCALE if spec.cache_layout.needs_scale else None,
         library=library,
     )
 
@@ -66,7 +105,24 @@ def make_values(spec: CaseSpec, library: ArrayLibrary) -> tuple[Any, Any]:
     """q and cache, packed and contiguous."""
     # Two streams of values from one seed: the query must not repeat the cache.
     q = library.normal(spec.q_shape, spec.dtype, 2 * spec.seed)
+    if spec.cache_layout.dtype != spec.dtype:
+        return q, _quantised(spec, library)
     return q, library.normal(spec.cache_shape, spec.dtype, 2 * spec.seed + 1)
+
+
+def _quantised(spec: CaseSpec, library: ArrayLibrary) -> Any:
+    """A cache of a layout that is not of q's type."""
+    layout, widths = spec.cache_layout, (spec.latent_dim, spec.rope_dim)
+    num_pages, *page_shape, width = spec.cache_shape
+    made = min(num_pages, ceil_div(_QUANTISED_TOKENS, spec.page_size))
+    values = host_normal((made, *page_shape, spec.head_dim), spec.dtype, 2 * spec.seed + 1).astype(np.float32)
+    pages = library.upload(layout.quantise(values, KV_SCALE if layout.needs_scale else None))
+    page_bytes = layout.page_bytes(spec.page_size, *widths, spec.num_heads_kv)  # with what pads a page
+    memory = library.empty((num_pages, page_bytes), layout.dtype)
+    cache = memory[:, : int(np.prod(page_shape)) * width].reshape(spec.cache_shape)
+    for first in range(0, num_pages, made):
+        library.assign(cache[first : first + made], pages[: num_pages - first])
+    return cache
 
 
 def store_q(packed: Any, spec: CaseSpec, library: ArrayLibrary) -> Any:
@@ -99,9 +155,10 @@ def _copies(source: Any, spec: CaseSpec, token_axis: int, library: ArrayLibrary,
     if spec.storage == STRIDED and token_axis == _TOKEN_AXIS_OF_CACHE:
         shape.insert(1, LAYERS_IN_POOL)
         cut.insert(1, 0)
-    memory = library.empty((copies, *shape), spec.dtype)
+    dtype = spec.cache_layout.dtype if token_axis == _TOKEN_AXIS_OF_CACHE else spec.dtype
+    memory = library.empty((copies, *shape), dtype)
     if shape != list(source.shape):
-        _poison(memory, spec, library)
+        _poison(memory, dtype, library)
     views = [memory[(copy, *cut)] for copy in range(copies)]
     for view in views:
         library.assign(view, source)
@@ -112,12 +169,13 @@ def _poison_cache(packed: Any, spec: CaseSpec, table: Array, unused: Array, libr
     for row, length in zip(table, spec.lengths, strict=True):
         pages, tokens = divmod(length, spec.page_size)
         if tokens:
-            _poison(packed[int(row[pages]), tokens:], spec, library)
+            _poison(packed[int(row[pages]), tokens:], spec.cache_layout.dtype, library)
     for page in unused:
-        _poison(packed[int(page)], spec, library)
+        _poison(packed[int(page)], spec.cache_layout.dtype, library)
 
 
-def _poison(target: Any, spec: CaseSpec, library: ArrayLibrary) -> None:
+def _poison(target: Any, dtype: str, library: ArrayLibrary) -> None:
     """Not-a-number, and infinities between."""
-    library.fill(target, _NOT_A_NUMBER)
-    library.fill(target[..., ::_INFINITY_EVERY], _INFINITY[spec.dtype])
+    not_a_number, infinity = _POISON.get(dtype, _BYTE_POISON)
+    library.fill(target, not_a_number)
+    library.fill(target[..., ::_INFINITY_EVERY], infinity)

@@ -16,16 +16,20 @@ from .array_files import read_arrays, write_arrays
 from .cases import OPTIONS, TENSORS, Case, parts_of
 from .random_values import Array
 
+_TYPES_OF_BITS: dict[Any, Any] = {
+    np.dtype(np.uint16): ml_dtypes.bfloat16,
+    np.dtype(np.uint8): ml_dtypes.float8_e4m3fn,
+}
 _INDEX_RANKS = {"block_table": 2, "cache_seqlens": 1, "cu_seqlens_q": 1}
 
 
 def load_case(path: Path) -> Case:
     """Read a case from an .npz or .safetensors file, as NumPy arrays.
 
-    The file holds q, kv_cache, block_table and cache_seqlens, and may hold cu_seqlens_q, softmax_scale, causal and
-    head_dim_v (single values; in a safetensors file they may be metadata, whose other entries are ignored). Where it
-    holds q_rope or kv_rope too, q or kv_cache is the pair with it. Values stored as uint16 are taken as the bits of
-    bfloat16; index arrays may be int64.
+    The file holds q, kv_cache, block_table and cache_seqlens, and may hold cu_seqlens_q, softmax_scale, causal,
+    head_dim_v, kv_scale and compute (single values; in a safetensors file they may be metadata, whose other entries are
+    ignored). Where it holds q_rope or kv_rope too, q or kv_cache is the pair with it. Values stored as uint16 are taken
+    as the bits of bfloat16, those stored as uint8 as the bits of e4m3; index arrays may be int64.
 
     Raises
     ------
@@ -37,7 +41,7 @@ def load_case(path: Path) -> Case:
     for name in TENSORS:
         if name not in found:
             raise InvalidArgumentError("input", f"an array {name}", f"{path} with {sorted(found)}")
-    known = (*TENSORS, *ROPE_OF.values(), "cu_seqlens_q", *OPTIONS)
+    known = (*TENSORS, *ROPE_OF.values(), "cu_seqlens_q", *_SETTINGS)
     unknown = sorted(set(found) - set(known))
     if unknown:
         raise InvalidArgumentError("input", f"only {', '.join(known)}", f"also {', '.join(unknown)}")
@@ -66,7 +70,7 @@ def load_case(path: Path) -> Case:
 def _floats(name: str, found: dict[str, Array]) -> Any:
     """An array of values, or the pair (latent, rope)."""
     parts = [found[part] for part in (name, ROPE_OF[name]) if part in found]
-    values = tuple(part.view(ml_dtypes.bfloat16) if part.dtype == np.uint16 else part for part in parts)
+    values = tuple(part.view(_TYPES_OF_BITS.get(part.dtype, part.dtype)) for part in parts)
     return values if len(values) > 1 else values[0]
 
 
@@ -112,8 +116,10 @@ _READERS: dict[str, tuple[str, Callable[[Any], Any]]] = {
     "float": ("a number", float),
     "int": ("a whole number", _whole_number),
     "bool": ("true or false", _truth),
+    "str": ("a word", str),
 }
 _SETTINGS = {option.name: _READERS[option.type] for option in CALL_OPTIONS if option.name in OPTIONS}
+_SETTINGS["kv_scale"] = _READERS["float"]
 
 
 def save_result(path: Path, out: Array, lse: Array) -> None:

@@ -1,25 +1,39 @@
 """A decode case: the arguments of one mla_decode call with what the host knows about them.
 
-Cases are built from a `CaseSpec` (build.py) or loaded (case_files.py), with any array library. A case also says how
-much work it is, and gives single requests of itself back as small host cases, for checks against float64.
+Cases are built from a `CaseSpec` (build.py) or loaded (case_files.py), with any array library. A case also runs itself,
+says how much work it is, and gives single requests of itself back as small host cases, for checks against float64.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from ..arrays.dtypes import ITEM_SIZES
-from ..call.options import ARRAYS, DECODE, OPTIONAL_ARRAYS, PLAN, option_names
-from ..layouts import DENSE_LAYOUTS
+from ..call.options import (
+    ARRAYS,
+    AUTO,
+    DECODE,
+    EXACT,
+    OPTIONAL_ARRAYS,
+    OUTPUTS,
+    PLAN,
+    SPLIT,
+    option_names,
+    read_call,
+)
+from ..layouts import CacheLayout, infer_layout
 from ..schedule.pieces import ceil_div
 from .libraries import NUMPY, ArrayLibrary
 from .random_values import Array
 from .spec import DEFAULT_HEAD_DIM_V
 from .work import IntArray, Work, count_work
+
+if TYPE_CHECKING:
+    from ..decode.plan import DecodePlan
 
 NO_PAGE = -1  # fills the block table past a request's last page; never read as a page
 TENSORS = tuple(name for name in ARRAYS if name not in OPTIONAL_ARRAYS)
@@ -31,7 +45,7 @@ class Case:
 
     Attributes
     ----------
-    q, kv_cache, block_table, cache_seqlens, cu_seqlens_q, head_dim_v, softmax_scale, causal
+    q, kv_cache, block_table, cache_seqlens, cu_seqlens_q, head_dim_v, softmax_scale, causal, kv_scale, compute
         As in ``mla_decode``: q and kv_cache are arrays or pairs (latent, rope); all arrays are of one library.
     kv_lengths, q_lengths
         [batch] int64 on the host: cached tokens and query tokens of each request.
@@ -49,6 +63,8 @@ class Case:
     head_dim_v: int = DEFAULT_HEAD_DIM_V
     softmax_scale: float | None = None
     causal: bool = False
+    kv_scale: float | None = None
+    compute: str = AUTO
     library: ArrayLibrary = NUMPY
 
     @property
@@ -57,8 +73,19 @@ class Case:
 
     @property
     def dtype(self) -> str:
-        """Element type of q and cache."""
-        return str(parts_of(self.q)[0].dtype).removeprefix("torch.")
+        """Element type of q and out."""
+        return dtype_of(self.q)
+
+    @property
+    def layout(self) -> CacheLayout:
+        """That of the cache."""
+        return infer_layout(dtype_of(self.kv_cache), sum(part.shape[-1] for part in parts_of(self.kv_cache)))
+
+    @property
+    def computes(self) -> str:
+        """How exact results are: ``exact``, or ``split`` where that may be how they are computed."""
+        may_split = self.layout.needs_scale and self.compute != EXACT
+        return SPLIT if may_split else EXACT
 
     @property
     def tensors(self) -> tuple[Any, Any, Any, Any]:
@@ -76,6 +103,11 @@ class Case:
         return self._options(PLAN)
 
     @property
+    def read_bytes(self) -> int:
+        """As much as a call can read of the cache."""
+        return sum(int(part.nbytes) for part in parts_of(self.kv_cache))
+
+    @property
     def work(self) -> Work:
         parts = parts_of(self.q)
         return count_work(
@@ -86,9 +118,49 @@ class Case:
             head_dim=sum(part.shape[-1] for part in parts),
             head_dim_v=self.head_dim_v,
             causal=self.causal,
-            layout=DENSE_LAYOUTS[self.dtype],
+            layout=self.layout,
             item_size=ITEM_SIZES[self.dtype],
         )
+
+    def plan(self, **options: Any) -> DecodePlan:
+        """A plan for the case; ``options`` are others of ``plan_decode``."""
+        from ..decode.dense import plan_decode
+
+        settings: dict[str, Any] = {**self.plan_options, **options}
+        return plan_decode(*self.tensors, **settings)
+
+    def run(
+        self, plan: DecodePlan | None = None, *, results: tuple[Any, ...] | None = None, validate: bool | None = None
+    ) -> tuple[Any, ...]:
+        """Call ``mla_decode``.
+
+        Parameters
+        ----------
+        plan
+            From `plan`, or None.
+        results
+            ``out`` and ``lse`` of an earlier call, to be written to.
+        validate
+            As in ``mla_decode``.
+
+        Returns
+        -------
+        ``out`` and ``lse``.
+        """
+        from ..decode.dense import mla_decode
+
+        settings: dict[str, Any] = {**self.options, **dict(zip(OUTPUTS, results or (), strict=False))}
+        return mla_decode(*self.tensors, plan=plan, validate=validate, **settings)
+
+    def exact(self) -> tuple[Array, Array]:
+        """In float64, of a host case: out [batch, s_q, h_q, d_v] and lse [batch, h_q, s_q]."""
+        from ..call.describe import describe_decode
+        from ..decode.reference import mla_decode_reference
+
+        problem, inputs = describe_decode(*read_call(*self.tensors, **self.options))
+        scale = problem.queries.default_softmax_scale if self.softmax_scale is None else self.softmax_scale
+        out, lse = mla_decode_reference(problem, inputs, scale, dtype=np.float64)
+        return out, lse
 
     def on(self, library: ArrayLibrary) -> Case:
         """The same case with arrays of another library (itself when they are); from the host with their strides."""
@@ -125,6 +197,8 @@ class Case:
             head_dim_v=self.head_dim_v,
             softmax_scale=self.softmax_scale,
             causal=self.causal,
+            kv_scale=self.kv_scale,
+            compute=self.compute,
         )
 
     def request_result(self, index: int, out: Any, lse: Any) -> tuple[Array, Array]:
@@ -134,7 +208,7 @@ class Case:
 
     def _options(self, function: str) -> dict[str, Any]:
         options = {name: getattr(self, name) for name in OPTIONS if name in option_names(function)}
-        return {"cu_seqlens_q": self.cu_seqlens_q, **options}
+        return {"cu_seqlens_q": self.cu_seqlens_q, "kv_scale": self.kv_scale, **options}
 
     def _rows(self, array: Any, index: int) -> Any:
         return array[index] if self.cu_seqlens_q is None else array[self._span(index)]
@@ -150,6 +224,11 @@ OPTIONS = tuple(name for name in option_names(DECODE) if name in Case.__dataclas
 def parts_of(array: Any) -> tuple[Any, ...]:
     """The arrays of a pair (latent, rope), or the one that is no pair."""
     return array if isinstance(array, tuple) else (array,)
+
+
+def dtype_of(array: Any) -> str:
+    """Element type of an array of any library, or of a pair."""
+    return str(parts_of(array)[0].dtype).removeprefix("torch.")
 
 
 def each_part(function: Callable[[Any], Any], array: Any) -> Any:

@@ -6,8 +6,9 @@ import time
 from dataclasses import dataclass
 from typing import Any
 
-from .accuracy import LSE_BOUND, Accuracy, choose_requests, measure_accuracy
+from .accuracy import Accuracy, choose_requests, measure_accuracy
 from .cases import Case
+from .sparse_cases import SparseCase
 from .timing import Timing, time_decode
 
 
@@ -18,7 +19,7 @@ class DecodeReport:
     Attributes
     ----------
     out, lse
-        The result of ``mla_decode``, in the case's library.
+        The result of the case, in its library.
     first_call_seconds
         The first call, with the compilation or loading of kernels and the validation of the case.
     accuracy, timing
@@ -48,14 +49,14 @@ class DecodeReport:
             "relative_error": self.accuracy.out_error,
             "relative_error_bound": self.accuracy.out_bound,
             "lse_error": self.accuracy.lse_error,
-            "lse_error_bound": LSE_BOUND,
+            "lse_error_bound": self.accuracy.lse_bound,
             "requests_checked": list(self.accuracy.requests),
             "passed": self.accuracy.passed,
         }
 
 
-def run_case(case: Case, *, requests_checked: int, seed: int = 0) -> DecodeReport:
-    """Decode a case, compare some of its requests with float64, and time it.
+def run_case(case: Case | SparseCase, *, requests_checked: int, seed: int = 0) -> DecodeReport:
+    """Run a case, compare some of its requests with float64, and time it.
 
     Parameters
     ----------
@@ -69,10 +70,8 @@ def run_case(case: Case, *, requests_checked: int, seed: int = 0) -> DecodeRepor
     MlaError
         The case is not a valid call, or cannot run here.
     """
-    from ..decode.dense import mla_decode
-
     start = time.perf_counter()
-    out, lse = mla_decode(*case.tensors, **case.options, validate=True)
+    out, lse, *_ = case.run(validate=True)
     case.library.synchronize()
     first_call_seconds = time.perf_counter() - start
     accuracy = measure_accuracy(case, out, lse, choose_requests(case, requests_checked, seed))

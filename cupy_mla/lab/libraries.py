@@ -1,7 +1,7 @@
 """Array libraries: the one place that makes, fills and moves the arrays of cases, with NumPy, CuPy or torch.
 
-16-bit values are moved and filled as bits: conversions of bfloat16 are young in CuPy, and NumPy has them only through
-ml_dtypes.
+Values of 16 and of 8 bits are moved and filled as bits: conversions of bfloat16 are young in CuPy, and NumPy has it and
+e4m3 only through ml_dtypes.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import numpy.typing as npt
 from ..arrays.dtypes import numpy_dtype
 from .random_values import Array, device_normal, host_normal
 
-_BITS = np.dtype(np.uint16)
+_BITS = {dtype.itemsize: dtype for dtype in (np.dtype(np.uint8), np.dtype(np.uint16))}  # by bytes of an element
 
 
 class ArrayLibrary(Protocol):
@@ -26,13 +26,13 @@ class ArrayLibrary(Protocol):
         """A contiguous array of normal values; the same seed gives the same values."""
 
     def empty(self, shape: tuple[int, ...], dtype: str) -> Any:
-        """A contiguous array of anything; ``dtype`` is a 16-bit type."""
+        """A contiguous array of anything; ``dtype`` has 16 or 8 bits."""
 
     def fill(self, target: Any, bits: int) -> None:
-        """Set every element of an array of a 16-bit type to these bits."""
+        """Set every element of an array of a type of 16 or 8 bits to these bits."""
 
     def assign(self, target: Any, source: Any) -> None:
-        """``target[...] = source`` with broadcasting, of one 16-bit type."""
+        """``target[...] = source`` with broadcasting, of one type of 16 or 8 bits."""
 
     def upload(self, array: Array) -> Any:
         """A copy of a host array of any type, with its strides and with what lies between its elements."""
@@ -62,7 +62,7 @@ class NumpyLibrary:
         return np.empty(shape, numpy_dtype(dtype))
 
     def fill(self, target: Array, bits: int) -> None:
-        target.view(_BITS)[...] = bits
+        _as_bits(target)[...] = bits
 
     def assign(self, target: Array, source: Array) -> None:
         target[...] = source
@@ -92,13 +92,14 @@ class CupyLibrary:
     def empty(self, shape: tuple[int, ...], dtype: str) -> Any:
         import cupy
 
-        return cupy.empty(shape, _BITS).view(numpy_dtype(dtype))
+        element = numpy_dtype(dtype)
+        return cupy.empty(shape, _BITS[element.itemsize]).view(element)
 
     def fill(self, target: Any, bits: int) -> None:
-        target.view(_BITS)[...] = bits
+        _as_bits(target)[...] = bits
 
     def assign(self, target: Any, source: Any) -> None:
-        target.view(_BITS)[...] = source.view(_BITS)
+        _as_bits(target)[...] = _as_bits(source)
 
     def upload(self, array: Array) -> Any:
         import cupy
@@ -109,14 +110,13 @@ class CupyLibrary:
     def download(self, array: Any) -> Array:
         import cupy
 
-        bits = array.view(_BITS) if array.dtype.itemsize == _BITS.itemsize else array
-        host: Array = cupy.asnumpy(bits).view(array.dtype)
+        host: Array = cupy.asnumpy(_as_bits(array)).view(array.dtype)
         return host
 
     def take_pages(self, cache: Any, pages: npt.NDArray[np.int64]) -> Array:
         import cupy
 
-        return self.download(cache.view(_BITS)[cupy.asarray(pages)].view(cache.dtype))
+        return self.download(_as_bits(cache)[cupy.asarray(pages)].view(cache.dtype))
 
     def synchronize(self) -> None:
         import cupy
@@ -151,7 +151,7 @@ class TorchLibrary:
     def fill(self, target: Any, bits: int) -> None:
         import torch
 
-        target.view(torch.int16).fill_(bits)
+        target.view(torch.int16 if target.element_size() > 1 else torch.uint8).fill_(bits)
 
     def assign(self, target: Any, source: Any) -> None:
         target.copy_(source)
@@ -159,10 +159,11 @@ class TorchLibrary:
     def upload(self, array: Array) -> Any:
         import torch
 
-        # torch reads no array of ml_dtypes.
+        # torch reads no array of ml_dtypes, and knows few operations on numbers without a sign of more than 8 bits.
         memory = _memory_of(array)
-        if array.dtype.itemsize == _BITS.itemsize:
-            tensor = torch.tensor(memory.view(np.int16), device=self._device).view(getattr(torch, array.dtype.name))
+        if array.dtype.itemsize in _BITS:
+            bits = np.uint8 if array.itemsize == 1 else np.int16
+            tensor = torch.tensor(memory.view(bits), device=self._device).view(getattr(torch, array.dtype.name))
         else:
             tensor = torch.tensor(memory, device=self._device)
         return tensor.as_strided(array.shape, [stride // array.itemsize for stride in array.strides])
@@ -170,14 +171,19 @@ class TorchLibrary:
     def download(self, array: Any) -> Array:
         import torch
 
-        if array.element_size() != _BITS.itemsize:
+        size = array.element_size()
+        if size not in _BITS:
             host: Array = array.cpu().numpy()
             return host
-        bits: Array = array.view(torch.int16).cpu().numpy()
+        bits: Array = array.view(torch.uint8 if size == 1 else torch.int16).cpu().numpy()
         return bits.view(numpy_dtype(str(array.dtype).removeprefix("torch.")))
 
     def take_pages(self, cache: Any, pages: npt.NDArray[np.int64]) -> Array:
-        return self.download(cache[self.upload(pages)])
+        import torch
+
+        bits = cache.view(torch.uint8) if cache.element_size() == 1 else cache  # it does not index every type
+        host = self.download(bits[self.upload(pages)])
+        return host.view(numpy_dtype(str(cache.dtype).removeprefix("torch.")))
 
     def synchronize(self) -> None:
         import torch
@@ -204,5 +210,6 @@ def _memory_of(array: Array) -> Array:
     return np.lib.stride_tricks.as_strided(array, (1 + last // array.itemsize,), (array.itemsize,))
 
 
-def _as_bits(array: Array) -> Array:
-    return array.view(_BITS) if array.itemsize == _BITS.itemsize else array
+def _as_bits(array: Any) -> Any:
+    """An array of NumPy or CuPy as numbers without a sign; one of larger elements as it is."""
+    return array.view(_BITS[array.dtype.itemsize]) if array.dtype.itemsize in _BITS else array

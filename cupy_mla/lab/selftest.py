@@ -1,6 +1,6 @@
-"""The self-test of ``cupy-mla check``: a few dozen decodes against float64 on this machine.
+"""The self-test of ``cupy-mla check``: small calls of every kind against float64 on this machine.
 
-The cases share few kernel configurations, so that a first run, which compiles them, still takes less than a minute.
+The cases share few kernel configurations, so that a first run, which compiles them, still takes about a minute.
 Every case is poisoned (`CaseSpec`).
 """
 
@@ -10,13 +10,15 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from ..decode.dense import mla_decode, plan_decode
+from ..call.options import AUTO, EXACT, SPLIT
 from ..errors import MlaError
+from ..layouts import FP8_E4M3
 from .accuracy import Accuracy, choose_requests, measure_accuracy
 from .build import build_case
 from .cases import Case
 from .libraries import ArrayLibrary
-from .spec import DEFAULT_DTYPE, DEFAULT_HEAD_DIM_V, DEFAULT_PAGE_SIZE, DEFAULT_ROPE_DIM, CaseSpec
+from .sparse_cases import SparseCase
+from .spec import DEFAULT_DTYPE, DEFAULT_HEAD_DIM_V, DEFAULT_PAGE_SIZE, DEFAULT_ROPE_DIM, PACKED, STRIDED, CaseSpec
 
 _WIDTHS = (DEFAULT_HEAD_DIM_V, DEFAULT_ROPE_DIM)
 _COMPARED = 10  # requests of a case that are compared with float64: all but in the largest batches
@@ -24,7 +26,7 @@ _COMPARED = 10  # requests of a case that are compared with float64: all but in 
 
 @dataclass(frozen=True)
 class CheckCase(CaseSpec):
-    """One decode of the self-test: a poisoned case, and where its plan cuts requests."""
+    """One call of the self-test: a poisoned case, and where its plan cuts requests."""
 
     poison: bool = True
     fixed_split_tokens: int | None = None
@@ -33,14 +35,17 @@ class CheckCase(CaseSpec):
     def name(self) -> str:
         """What is particular about the case, in words."""
         words = [f"{self.batch} x {max(self.lengths)} tokens", f"{self.num_heads_q} heads"]
+        words += [f"{'prefill' if self.prefill else 'sparse'}, top {self.topk}"] * (self.topk is not None)
         words += [f"{self.num_heads_kv} KV heads"] * (self.num_heads_kv > 1)
         words += ["ragged q"] if self.ragged else [f"s_q {self.seqlens_q}"] * (self.seqlens_q != 1)
         words += [f"{self.latent_dim} + {self.rope_dim}"] * ((self.latent_dim, self.rope_dim) != _WIDTHS)
         words += [self.dtype] * (self.dtype != DEFAULT_DTYPE)
+        words += [str(self.layout)] * (self.layout is not None) + [self.compute] * (self.compute != AUTO)
         words += [f"page size {self.page_size}"] * (self.page_size != DEFAULT_PAGE_SIZE)
         words += ["causal"] * self.causal
         words += [f"split every {self.fixed_split_tokens}"] * (self.fixed_split_tokens is not None)
-        words += ["padded"] * self.padded
+        words += ["padded"] * self.padded + [self.storage] * (self.storage != PACKED)
+        words += ["topk_length"] * self.topk_length + ["sinks"] * self.attn_sink
         return ", ".join(words)
 
 
@@ -87,6 +92,32 @@ CHECK_CASES: tuple[CheckCase, ...] = (
     CheckCase(_EDGES, 16, page_size=32),
     CheckCase(_EDGES, 64, rope_dim=0),
     CheckCase(_EDGES, 64, latent_dim=256),
+    # An e4m3 cache with one scale, both ways to compute.
+    *(
+        CheckCase(_EDGES, heads, layout=FP8_E4M3.name, compute=compute)
+        for compute in (EXACT, SPLIT)
+        for heads in (3, 16, 32, 128)
+    ),
+    CheckCase((30_000,), 16, layout=FP8_E4M3.name),
+    CheckCase(_EDGES, 16, layout=FP8_E4M3.name, page_size=16, padded=True),
+    CheckCase(_EDGES, 16, layout=FP8_E4M3.name, seqlens_q=_RAGGED, causal=True, storage=STRIDED),
+    CheckCase((3000, 700, 64, 1), 16, layout=FP8_E4M3.name, fixed_split_tokens=512),
+    # Chosen tokens: decode with plans that cut and that do not, lengths, sinks, pages of any size.
+    *(CheckCase(_EDGES, heads, topk=200) for heads in (1, 16, 32, 128)),
+    *(CheckCase((5000, 17, 3000), heads, topk=2048, topk_length=True, attn_sink=True) for heads in (16, 64)),
+    *(CheckCase(_EDGES, heads, topk=130, seqlens_q=2, topk_length=True) for heads in (8, 128)),
+    CheckCase(tuple(range(1, 600, 3)), 16, topk=64),
+    CheckCase(_EDGES, 16, topk=200, dtype="float16", padded=True),
+    CheckCase(_EDGES, 64, topk=200, page_size=61, storage=STRIDED),
+    CheckCase(_EDGES, 128, topk=200, page_size=1, rope_dim=0),
+    CheckCase((200, 64, 1), 128, topk=100, num_heads_kv=2),
+    CheckCase((3000, 700, 64, 1), 16, topk=2048, fixed_split_tokens=512),
+    # Prefill: a row of indices for each query token.
+    *(
+        CheckCase((1000,), heads, seqlens_q=20, topk=140, prefill=True, topk_length=True, attn_sink=True)
+        for heads in (16, 32, 128)
+    ),
+    CheckCase((100,), 64, seqlens_q=200, topk=200, prefill=True, dtype="float16", rope_dim=0),
     # Views of wider arrays, and splits of a fixed length.
     *(CheckCase(_EDGES, heads, padded=True) for heads in (16, 128)),
     *(CheckCase((3000, 700, 64, 1), heads, fixed_split_tokens=512) for heads in (16, 128)),
@@ -98,19 +129,19 @@ def run_checks(library: ArrayLibrary, cases: Sequence[CheckCase] = CHECK_CASES) 
     for check_case in cases:
         case = build_case(check_case, library)
         try:
-            plan = plan_decode(*case.tensors, **case.plan_options, fixed_split_tokens=check_case.fixed_split_tokens)
-            first = mla_decode(*case.tensors, **case.options, plan=plan, validate=True)
-            again = mla_decode(*case.tensors, **case.options, plan=plan)
-            accuracy = measure_accuracy(case, *first, choose_requests(case, _COMPARED))
+            plan: Any = case.plan(fixed_split_tokens=check_case.fixed_split_tokens)
+            out, lse, *_ = first = case.run(plan, validate=True)
+            again = case.run(plan)
+            accuracy = measure_accuracy(case, out, lse, choose_requests(case, _COMPARED))
         except MlaError as error:
             yield CheckResult(check_case, None, str(error))
             continue
         yield CheckResult(check_case, accuracy, "" if _same_bits(case, first, again) else "two runs differ")
 
 
-def _same_bits(case: Case, first: tuple[Any, Any], again: tuple[Any, Any]) -> bool:
-    def bits(index: int, result: tuple[Any, Any]) -> tuple[bytes, bytes]:
-        out, lse = case.request_result(index, *result)
+def _same_bits(case: Case | SparseCase, first: tuple[Any, ...], again: tuple[Any, ...]) -> bool:
+    def bits(index: int, result: tuple[Any, ...]) -> tuple[bytes, bytes]:
+        out, lse = case.request_result(index, *result[:2])
         return out.tobytes(), lse.tobytes()
 
     return all(bits(index, first) == bits(index, again) for index in range(case.batch))

@@ -1,23 +1,26 @@
-"""What a decode case is made of, without its arrays: `build_case` makes those."""
+"""What a case is made of, without its arrays: `build_case` makes those."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
 from ..arrays.dtypes import ITEM_SIZES
+from ..call.options import AUTO, COMPUTES
 from ..errors import InvalidArgumentError
-from ..layouts import DENSE_LAYOUTS
+from ..layouts import DENSE_LAYOUTS, CacheLayout, find_layout
 from ..schedule.pieces import ceil_div
-from .work import IntArray, Work, count_work
+from .work import IntArray, Work, count_sparse_work, count_work
 
 DTYPES = tuple(DENSE_LAYOUTS)
 DEFAULT_DTYPE = DTYPES[0]
 DEFAULT_HEAD_DIM_V = 512
 DEFAULT_ROPE_DIM = 64
 DEFAULT_PAGE_SIZE = 64
+KV_SCALE = 0.75  # of a cache with a scale; no power of two, so that it cannot be lost in exponents
 
 # One array for latent and rope columns; one for each; a view into a larger pool.
 PACKED, SPLIT, STRIDED = STORAGES = ("packed", "split", "strided")
@@ -27,7 +30,8 @@ SPARE_PAGES = 3  # of a poisoned cache: pages of no request
 
 @dataclass(frozen=True)
 class CaseSpec:
-    """One decode case. Equal specs give equal arrays, on the same library.
+    """One case of dense decoding or, with ``topk``, of sparse attention. Equal specs give equal arrays, on the same
+    library.
 
     Attributes
     ----------
@@ -42,7 +46,9 @@ class CaseSpec:
     dtype
         Element type of q and out: ``bfloat16`` or ``float16``.
     layout
-        Name of the cache's layout; None: the dense one of ``dtype``, the only one served so far.
+        Name of the cache's layout; None: the dense one of ``dtype``.
+    compute
+        As in ``mla_decode``.
     page_size
         Tokens of a page.
     causal, softmax_scale
@@ -56,13 +62,23 @@ class CaseSpec:
         Fill what belongs to no token with what must never reach a result: the rest of each last page and spare pages
         with not-a-number and infinities, the rest of each row of the block table with numbers of other pages and of
         none. (What lies between the elements of a view is always poisoned.)
+    topk
+        How many tokens of its request each query token attends to, chosen at random: indices that do not find a token
+        name none. None: dense decoding.
+    prefill
+        One request, each of whose query tokens is a row of ``mla_sparse_prefill``.
+    topk_length
+        Whether only so many leading indices count, another number for each query token.
+    attn_sink
+        Whether there is an attention sink.
     seed
-        Of the values, and of the order of the pages.
+        Of the values, of the order of the pages and of the tokens that are chosen.
 
     Raises
     ------
     InvalidArgumentError
-        An unknown dtype, layout or storage.
+        An unknown dtype, layout, storage or way to compute; a layout that cannot store such tokens or does not go with
+        such queries; or what dense decoding or sparse attention does not have.
     """
 
     lengths: tuple[int, ...]
@@ -79,15 +95,44 @@ class CaseSpec:
     storage: str = PACKED
     padded: bool = False
     poison: bool = False
+    compute: str = AUTO
+    topk: int | None = None
+    prefill: bool = False
+    topk_length: bool = False
+    attn_sink: bool = False
     seed: int = 0
 
     def __post_init__(self) -> None:
-        for argument, known in (("dtype", DTYPES), ("storage", STORAGES)):
+        for argument, known in (("dtype", DTYPES), ("storage", STORAGES), ("compute", COMPUTES)):
             if getattr(self, argument) not in known:
                 raise InvalidArgumentError(argument, "one of " + ", ".join(known), repr(getattr(self, argument)))
-        dense = DENSE_LAYOUTS[self.dtype].name
-        if self.layout not in (None, dense):
-            raise InvalidArgumentError("layout", f"{dense}, that of {self.dtype}", repr(self.layout))
+        layout, widths = self.cache_layout, (self.latent_dim, self.rope_dim)
+        if self.dtype not in layout.query_dtypes or not layout.supports(*widths):
+            expected = f"one for {self.dtype} queries and tokens of {widths[0]} + {widths[1]}"
+            raise InvalidArgumentError("layout", expected, repr(self.layout))
+        self._check_kind()
+
+    def _check_kind(self) -> None:
+        if self.topk is None:
+            for argument in ("prefill", "topk_length", "attn_sink"):
+                if getattr(self, argument):
+                    raise InvalidArgumentError(argument, "nothing without topk", "both")
+            return
+        if self.topk < 1:
+            raise InvalidArgumentError("topk", "at least 1", str(self.topk))
+        if self.causal:
+            raise InvalidArgumentError("causal", "nothing beside topk: indices say what is seen", "both")
+        if self.ragged:
+            raise InvalidArgumentError("seqlens_q", "the same number for all requests beside topk", "several")
+        if self.storage == SPLIT:
+            raise InvalidArgumentError("storage", f"{PACKED} or {STRIDED} beside topk", repr(self.storage))
+        if self.prefill and self.batch != 1:
+            raise InvalidArgumentError("prefill", "one request", str(self.batch))
+
+    @property
+    def cache_layout(self) -> CacheLayout:
+        """The layout itself."""
+        return DENSE_LAYOUTS[self.dtype] if self.layout is None else find_layout(self.layout)
 
     @property
     def ragged(self) -> bool:
@@ -134,32 +179,44 @@ class CaseSpec:
 
     @property
     def q_shape(self) -> tuple[int, ...]:
-        """[batch, seqlen_q, h, d], or [total_q, h, d] when ragged."""
-        rows = (self.batch, self.seqlens_q) if isinstance(self.seqlens_q, int) else (sum(self.seqlens_q),)
+        """[batch, seqlen_q, h, d], or [total_q, h, d] when ragged or of prefill."""
+        total = int(self.q_lengths.sum())
+        rows = (total,) if self.ragged or self.prefill else (self.batch, total // max(self.batch, 1))
         return (*rows, self.num_heads_q, self.head_dim)
 
     @property
     def cache_shape(self) -> tuple[int, int, int, int]:
-        """[num_pages, page_size, h_kv, d]."""
-        return self.num_pages, self.page_size, self.num_heads_kv, self.head_dim
+        """[num_pages, page_size, h_kv, width], in elements of the layout's type."""
+        width = self.cache_layout.width(self.latent_dim, self.rope_dim)
+        return self.num_pages, self.page_size, self.num_heads_kv, width
 
     @property
     def cache_bytes(self) -> int:
-        return int(np.prod(self.cache_shape, dtype=np.int64)) * ITEM_SIZES[self.dtype]
+        return int(np.prod(self.cache_shape, dtype=np.int64)) * ITEM_SIZES[self.cache_layout.dtype]
+
+    @property
+    def chosen(self) -> IntArray:
+        """[batch, seqlen_q] int64: tokens that each query token attends to where all its indices count."""
+        seqlen_q = int(self.q_lengths.max(initial=0))
+        return np.repeat(np.minimum(self.kv_lengths, self.topk or 0)[:, None], seqlen_q, axis=1)
 
     @property
     def work(self) -> Work:
-        return count_work(
-            self.kv_lengths,
-            self.q_lengths,
-            num_heads_q=self.num_heads_q,
-            num_heads_kv=self.num_heads_kv,
-            head_dim=self.head_dim,
-            head_dim_v=self.latent_dim,
-            causal=self.causal,
-            layout=DENSE_LAYOUTS[self.dtype],
-            item_size=ITEM_SIZES[self.dtype],
-        )
+        return self.work_of(self.chosen)
+
+    def work_of(self, counts: IntArray) -> Work:
+        """Where query tokens attend to so many tokens, [batch, seqlen_q]; looked at with ``topk`` only."""
+        shape: dict[str, Any] = {
+            "num_heads_q": self.num_heads_q,
+            "num_heads_kv": self.num_heads_kv,
+            "head_dim": self.head_dim,
+            "head_dim_v": self.latent_dim,
+            "layout": self.cache_layout,
+            "item_size": ITEM_SIZES[self.dtype],
+        }
+        if self.topk is not None:
+            return count_sparse_work(counts, self.kv_lengths, **shape)
+        return count_work(self.kv_lengths, self.q_lengths, causal=self.causal, **shape)
 
 
 def starts_of(counts: Sequence[int] | IntArray) -> IntArray:

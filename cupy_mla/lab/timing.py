@@ -10,12 +10,13 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 from ..schedule.pieces import ceil_div
-from .cases import Case, each_part, parts_of
+from .cases import Case, dtype_of, each_part
 from .libraries import NUMPY, ArrayLibrary
+from .sparse_cases import SparseCase
 
 COLD_BYTES = 256_000_000  # copies of the cache hold at least this much in all: several times any Hopper GPU's L2
 LARGE_CACHE_BYTES = 200_000_000  # from here on a call is long: a few per graph will do
@@ -60,7 +61,7 @@ class Timer(Protocol):
 
 
 def graph_shape(cache_bytes: int) -> tuple[int, int]:
-    """(calls per graph, copies of the cache) for a cache of so many bytes."""
+    """(calls per graph, copies of the cache) where a call reads so many bytes of the cache."""
     copies = ceil_div(COLD_BYTES, max(cache_bytes, 1))
     if cache_bytes > LARGE_CACHE_BYTES:
         return CALLS_PER_GRAPH_LARGE, min(copies, CALLS_PER_GRAPH_LARGE)
@@ -165,45 +166,38 @@ class WallClock:
         return (time.perf_counter() - start) / replays
 
 
-def time_decode(case: Case) -> Timing:
-    """Time ``mla_decode`` on a case; see the module's text for what is counted."""
+def time_decode(case: Case | SparseCase) -> Timing:
+    """Time a case; see the module's text for what is counted."""
     return _time_on_cpu(case) if case.library is NUMPY else _time_on_gpu(case)
 
 
-def prepare_call(
-    case: Case, *, max_seqlen_q: int | None = None, fixed_split_tokens: int | None = None
-) -> Callable[[Any], tuple[Any, Any]]:
-    """``mla_decode`` with a plan and outputs made before, as every layer of a step but the first calls it.
+def prepare_call(case: Case | SparseCase, **options: Any) -> Callable[[Any], tuple[Any, ...]]:
+    """A call of a case with a plan and outputs made before, as every layer of a step but the first makes it.
 
     Parameters
     ----------
-    max_seqlen_q, fixed_split_tokens
-        As in ``plan_decode``.
+    options
+        Of the case's `plan`.
 
     Returns
     -------
     The call, on a cache like the case's.
     """
-    from ..decode.dense import mla_decode, plan_decode
+    plan = case.plan(**options)
+    results = case.run(plan)  # type: ignore[arg-type]  # each kind of case has its kind of plan
 
-    plan = plan_decode(
-        *case.tensors, max_seqlen_q=max_seqlen_q, fixed_split_tokens=fixed_split_tokens, **case.plan_options
-    )
-    out, lse = mla_decode(*case.tensors, **case.options, plan=plan)
-    # Validation would synchronise, which a capture cannot.
-    fixed = {**case.options, "plan": plan, "out": out, "lse": lse, "validate": False}
-
-    def call(cache: Any) -> tuple[Any, Any]:
-        return mla_decode(case.q, cache, case.block_table, case.cache_seqlens, **fixed)
+    def call(cache: Any) -> tuple[Any, ...]:
+        # Validation would synchronise, which a capture cannot.
+        return replace(case, kv_cache=cache).run(plan, results=results, validate=False)  # type: ignore[arg-type]
 
     return call
 
 
-def _time_on_gpu(case: Case) -> Timing:
-    calls, copies = graph_shape(sum(part.nbytes for part in parts_of(case.kv_cache)))
+def _time_on_gpu(case: Case | SparseCase) -> Timing:
+    calls, copies = graph_shape(case.read_bytes)
 
     def copy(part: Any) -> Any:
-        result = case.library.empty(part.shape, case.dtype)
+        result = case.library.empty(part.shape, dtype_of(part))
         case.library.assign(result, part)
         return result
 
@@ -213,13 +207,8 @@ def _time_on_gpu(case: Case) -> Timing:
     return _timing([timer.seconds() for _ in range(REPLAYS)], calls, protocol)
 
 
-def _time_on_cpu(case: Case) -> Timing:
-    from ..decode.dense import mla_decode
-
-    def call(cache: Any) -> object:
-        return mla_decode(*case.tensors, **case.options)
-
-    timer = make_timer(case.library, call, [case.kv_cache], 1)
+def _time_on_cpu(case: Case | SparseCase) -> Timing:
+    timer = make_timer(case.library, lambda _: case.run(), [case.kv_cache], 1)
     seconds: list[float] = []
     while len(seconds) < CPU_REPEATS and sum(seconds) < CPU_SECONDS:
         seconds.append(timer.seconds())

@@ -7,6 +7,8 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
+from ..arrays.dtypes import ITEM_SIZES
+from ..call.problem import INDEX_DTYPE
 from ..layouts import CacheLayout
 
 IntArray = npt.NDArray[np.int64]
@@ -14,7 +16,15 @@ IntArray = npt.NDArray[np.int64]
 
 @dataclass(frozen=True, slots=True)
 class Work:
-    """The least that a case costs. ``flops``: both products; ``bytes``: the cache once per request, q and out."""
+    """The least that a case costs.
+
+    Attributes
+    ----------
+    flops
+        Both products.
+    bytes
+        What must be read of the cache, once per request; indices, q and out.
+    """
 
     flops: int
     bytes: int
@@ -51,6 +61,42 @@ def count_work(
     )
     row_values = num_heads_q * int(q_lengths.sum()) * (head_dim + head_dim_v)
     return Work(flops=2 * (head_dim + head_dim_v) * pairs, bytes=cache_bytes + row_values * item_size)
+
+
+def count_sparse_work(
+    counts: IntArray,
+    kv_lengths: IntArray,
+    *,
+    num_heads_q: int,
+    num_heads_kv: int,
+    head_dim: int,
+    head_dim_v: int,
+    layout: CacheLayout,
+    item_size: int,
+) -> Work:
+    """The same of attention to chosen tokens.
+
+    Query tokens of one request may choose the same tokens, which are then read once: of a request of L tokens,
+    L (1 - prod_i (1 - c_i / L)) are counted, the number to be expected where query token i chooses c_i at random.
+
+    Parameters
+    ----------
+    counts
+        [batch, seqlen_q]: tokens that each query token attends to.
+    kv_lengths
+        [batch]: tokens that they are chosen from.
+    num_heads_q, num_heads_kv, head_dim, head_dim_v, layout, item_size
+        As in `count_work`.
+    """
+    lengths = np.maximum(kv_lengths, 1)
+    distinct = int(np.rint(lengths * (1 - np.prod(1 - counts / lengths[:, None], axis=1))).sum())
+    cache_bytes = distinct * layout.token_bytes(head_dim_v, head_dim - head_dim_v, num_heads_kv)
+    tokens = int(counts.sum())
+    row_values = num_heads_q * counts.size * (head_dim + head_dim_v)
+    return Work(
+        flops=2 * (head_dim + head_dim_v) * num_heads_q * tokens,
+        bytes=cache_bytes + tokens * ITEM_SIZES[INDEX_DTYPE] + row_values * item_size,
+    )
 
 
 def visible_pairs(kv_lengths: IntArray, q_lengths: IntArray, causal: bool) -> int:

@@ -8,6 +8,7 @@ from abc import ABC, abstractmethod
 from types import ModuleType
 from typing import Any
 
+from ...layouts import DENSE_LAYOUTS
 from ..grid import BenchCase
 from ..inputs import Call, Inputs
 
@@ -57,6 +58,15 @@ class Peer(ABC):
         Exception
             Whatever the peer raises where it refuses the case after all.
         """
+
+
+def beyond(case: BenchCase, function: str) -> str | None:
+    """Why a peer cannot run a case that offers one function only, over caches of q's type; None when it is of these."""
+    if case.function != function:
+        return f"{case.function}: only {function}"
+    if case.spec.cache_layout not in DENSE_LAYOUTS.values():
+        return f"layout {case.layout}: only {' and '.join(layout.name for layout in DENSE_LAYOUTS.values())}"
+    return None
 
 
 def import_first(*names: str) -> ModuleType:

@@ -1,4 +1,7 @@
-"""FlashAttention-3, whose decode takes MLA's latent part of q as ``qv``: its own package, or vLLM's build of it."""
+"""FlashAttention-3, whose decode takes MLA's latent part of q as ``qv``: its own package, or vLLM's build of it.
+
+Sparse decode over caches of q's type is the same decode: pages of one token, of which the indices are the page table.
+"""
 
 from __future__ import annotations
 
@@ -8,14 +11,17 @@ import shutil
 import sys
 import tempfile
 from abc import abstractmethod
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..grid import BenchCase
+from ...lab.spec import PACKED
+from ..grid import DECODE, SPARSE_DECODE, BenchCase
 from ..inputs import Call, Inputs
 from .base import (
     Peer,
     as_promised,
+    beyond,
     cache_parts,
     explain,
     installed_version,
@@ -35,6 +41,48 @@ _CHOOSE_SPLITS = 0  # num_splits: leave it to its heuristic
 _NO_WINDOW = -1
 
 
+@dataclass(frozen=True)
+class PagedBatch:
+    """Requests as it takes them.
+
+    Attributes
+    ----------
+    size, seqlen_q
+        Requests, and the most query tokens of one.
+    starts
+        [size + 1] int32: where the query tokens of each begin among all.
+    lengths
+        [size] int32: keys of each; ``longest`` is the largest on the host.
+    table
+        [size, pages] int32, of ``page_size`` tokens.
+    """
+
+    size: int
+    seqlen_q: int
+    starts: Any
+    lengths: Any
+    longest: int
+    table: Any
+    page_size: int
+
+
+def _as_it_is(inputs: Inputs) -> PagedBatch:
+    case = inputs.case
+    longest = int(inputs.spec.kv_lengths.max())
+    lengths, table = inputs.cache_seqlens, inputs.block_table
+    return PagedBatch(case.batch, case.seqlen_q, query_starts(inputs), lengths, longest, table, case.page_size)
+
+
+def _as_pages_of_one_token(inputs: Inputs) -> PagedBatch:
+    """Every query token is a request."""
+    import torch
+
+    table = inputs.indices.flatten(0, 1)
+    chosen = torch.tensor(inputs.spec.chosen, dtype=torch.int32, device=table.device).flatten()
+    starts = torch.arange(len(table) + 1, dtype=torch.int32, device=table.device)
+    return PagedBatch(len(table), 1, starts, chosen, int(inputs.spec.chosen.max()), table.clamp(min=0), 1)
+
+
 class Fa3Peer(Peer):
     """The decode over a paged cache, with its scheduler metadata made beforehand."""
 
@@ -44,28 +92,32 @@ class Fa3Peer(Peer):
         if case.rope_dim != _ROPE_DIM or case.latent_dim not in _LATENT_DIMS:
             latent_dims = " or ".join(map(str, _LATENT_DIMS))
             return f"widths {case.latent_dim} + {case.rope_dim}: only {latent_dims} + {_ROPE_DIM}"
-        return None
+        if case.function == SPARSE_DECODE and case.storage == PACKED:
+            return beyond(case, SPARSE_DECODE)
+        return beyond(case, DECODE)
 
     def prepare(self, inputs: Inputs) -> Call:
         case = inputs.case
         q_latent, q_rope = query_parts(inputs)
-        starts = query_starts(inputs)
-        metadata = self._metadata(inputs, starts)
+        batch = _as_pages_of_one_token(inputs) if case.function == SPARSE_DECODE else _as_it_is(inputs)
+        metadata = self._metadata(batch, inputs)
 
         def call(cache: Any) -> tuple[Any, Any]:
             latent, rope = cache_parts(case, cache)
-            out, lse = self._decode(inputs, (q_latent, q_rope), (latent, rope), starts, metadata)
+            if case.function == SPARSE_DECODE:
+                latent, rope = (part.view(-1, 1, 1, part.shape[-1]) for part in (latent, rope))
+            out, lse = self._decode(batch, inputs, (q_latent, q_rope), (latent, rope), metadata)
             return as_promised(case, out, lse)
 
         return call
 
     @abstractmethod
-    def _metadata(self, inputs: Inputs, starts: Any) -> Any:
+    def _metadata(self, batch: PagedBatch, inputs: Inputs) -> Any:
         """What its scheduler works out from the lengths."""
 
     @abstractmethod
     def _decode(
-        self, inputs: Inputs, query: tuple[Any, Any], cache: tuple[Any, Any], starts: Any, metadata: Any
+        self, batch: PagedBatch, inputs: Inputs, query: tuple[Any, Any], cache: tuple[Any, Any], metadata: Any
     ) -> tuple[Any, Any]:
         """out [total_q, h, latent_dim], lse [h, total_q]; query and cache are (latent, rope)."""
 
@@ -77,36 +129,36 @@ class PackagePeer(Fa3Peer):
         super().__init__(installed_version("flash_attn_3", "flash-attn-3"))
         self._interface = interface
 
-    def _metadata(self, inputs: Inputs, starts: Any) -> Any:
+    def _metadata(self, batch: PagedBatch, inputs: Inputs) -> Any:
         case = inputs.case
         return self._interface.get_scheduler_metadata(
-            case.batch,
-            case.seqlen_q,
-            inputs.block_table.shape[1] * case.page_size,  # what the decode assumes, for the same number of splits
+            batch.size,
+            batch.seqlen_q,
+            batch.table.shape[1] * batch.page_size,  # what the decode assumes, for the same number of splits
             case.num_heads_q,
             1,
             case.rope_dim,
-            inputs.cache_seqlens,
+            batch.lengths,
             qkv_dtype=inputs.q.dtype,
             headdim_v=case.latent_dim,
-            cu_seqlens_q=starts,
-            page_size=case.page_size,
+            cu_seqlens_q=batch.starts,
+            page_size=batch.page_size,
             causal=case.causal,
             num_splits=_CHOOSE_SPLITS,
         )
 
     def _decode(
-        self, inputs: Inputs, query: tuple[Any, Any], cache: tuple[Any, Any], starts: Any, metadata: Any
+        self, batch: PagedBatch, inputs: Inputs, query: tuple[Any, Any], cache: tuple[Any, Any], metadata: Any
     ) -> tuple[Any, Any]:
         out, lse, *_ = self._interface.flash_attn_with_kvcache(
             query[1],
             cache[1],
             cache[0],
             qv=query[0],
-            cache_seqlens=inputs.cache_seqlens,
-            page_table=inputs.block_table,
-            cu_seqlens_q=starts,
-            max_seqlen_q=inputs.case.seqlen_q,
+            cache_seqlens=batch.lengths,
+            page_table=batch.table,
+            cu_seqlens_q=batch.starts,
+            max_seqlen_q=batch.seqlen_q,
             softmax_scale=inputs.spec.scale,
             causal=inputs.case.causal,
             scheduler_metadata=metadata,
@@ -123,21 +175,21 @@ class VllmPeer(Fa3Peer):
         super().__init__(f"vllm {installed_version('vllm')}")
         self._operators = operators
 
-    def _metadata(self, inputs: Inputs, starts: Any) -> Any:
+    def _metadata(self, batch: PagedBatch, inputs: Inputs) -> Any:
         case = inputs.case
         return _call_operator(
             self._operators.get_scheduler_metadata,
-            batch_size=case.batch,
-            max_seqlen_q=case.seqlen_q,
-            max_seqlen_k=int(inputs.spec.kv_lengths.max()),
+            batch_size=batch.size,
+            max_seqlen_q=batch.seqlen_q,
+            max_seqlen_k=batch.longest,
             num_heads=case.num_heads_q,
             num_heads_k=1,
             headdim=case.rope_dim,
             headdim_v=case.latent_dim,
             qkv_dtype=inputs.q.dtype,
-            seqused_k=inputs.cache_seqlens,
-            cu_seqlens_q=starts,
-            page_size=case.page_size,
+            seqused_k=batch.lengths,
+            cu_seqlens_q=batch.starts,
+            page_size=batch.page_size,
             max_seqlen_k_new=0,
             is_causal=case.causal,
             window_size_left=_NO_WINDOW,
@@ -148,7 +200,7 @@ class VllmPeer(Fa3Peer):
         )
 
     def _decode(
-        self, inputs: Inputs, query: tuple[Any, Any], cache: tuple[Any, Any], starts: Any, metadata: Any
+        self, batch: PagedBatch, inputs: Inputs, query: tuple[Any, Any], cache: tuple[Any, Any], metadata: Any
     ) -> tuple[Any, Any]:
         out, lse, *_ = _call_operator(
             self._operators.fwd,
@@ -156,11 +208,11 @@ class VllmPeer(Fa3Peer):
             k=cache[1],
             v=cache[0],
             q_v=query[0],
-            cu_seqlens_q=starts,
-            seqused_k=inputs.cache_seqlens,
-            max_seqlen_q=inputs.case.seqlen_q,
-            max_seqlen_k=int(inputs.spec.kv_lengths.max()),
-            page_table=inputs.block_table,
+            cu_seqlens_q=batch.starts,
+            seqused_k=batch.lengths,
+            max_seqlen_q=batch.seqlen_q,
+            max_seqlen_k=batch.longest,
+            page_table=batch.table,
             softmax_scale=inputs.spec.scale,
             is_causal=inputs.case.causal,
             window_size_left=_NO_WINDOW,

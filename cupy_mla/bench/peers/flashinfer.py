@@ -6,9 +6,9 @@ import importlib
 from typing import Any
 
 from ...lab.spec import starts_of
-from ..grid import BenchCase
+from ..grid import DECODE, BenchCase
 from ..inputs import Call, Inputs
-from .base import Peer, as_promised, cache_parts, query_parts, query_starts
+from .base import Peer, as_promised, beyond, cache_parts, query_parts, query_starts
 
 _MODULE = "flashinfer"
 _BACKEND = "fa3"  # its name for the Hopper kernel
@@ -31,7 +31,7 @@ class FlashInferPeer(Peer):
         if case.latent_dim not in _LATENT_DIMS or case.rope_dim % _ROPE_MULTIPLE != 0:
             latent_dims = ", ".join(map(str, _LATENT_DIMS))
             return f"widths {case.latent_dim} + {case.rope_dim}: only {latent_dims} + a multiple of {_ROPE_MULTIPLE}"
-        return None
+        return beyond(case, DECODE)
 
     def prepare(self, inputs: Inputs) -> Call:
         import torch

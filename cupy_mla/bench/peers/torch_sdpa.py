@@ -6,9 +6,9 @@ from typing import Any
 
 import numpy as np
 
-from ..grid import BenchCase
+from ..grid import DECODE, BenchCase
 from ..inputs import Call, Inputs
-from .base import Peer
+from .base import Peer, beyond
 
 _NO_TOKEN_YET = 1  # a softmax over nothing is NaN: a query that sees no token sees one, and its result is cleared
 
@@ -22,7 +22,7 @@ class TorchPeer(Peer):
     name = "torch"
 
     def unsupported(self, case: BenchCase) -> str | None:
-        return None if case.kv_lengths.any() else "no cached token at all"
+        return beyond(case, DECODE) or (None if case.kv_lengths.any() else "no cached token at all")
 
     def prepare(self, inputs: Inputs) -> Call:
         from torch.nn.functional import scaled_dot_product_attention
