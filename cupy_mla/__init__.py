@@ -21,14 +21,16 @@ from .errors import (
 
 if TYPE_CHECKING:
     from .cache.slots import slots_of
+    from .cache.step import CacheStep
     from .decode.prefill import mla_sparse_prefill
     from .decode.sparse import mla_sparse_decode, plan_sparse_decode
     from .decode.sparse_plan import SparsePlan
 
 __version__ = "0.1.0"
 
-# Sparse attention is loaded when it is first asked for: importing the package stays as quick as importing NumPy.
+# Loaded when first asked for: importing the package stays as quick as importing NumPy.
 _LOADED_LATER = {
+    "CacheStep": "cache.step",
     "SparsePlan": "decode.sparse_plan",
     "mla_sparse_decode": "decode.sparse",
     "mla_sparse_prefill": "decode.prefill",
@@ -37,6 +39,7 @@ _LOADED_LATER = {
 }
 
 __all__ = [
+    "CacheStep",
     "CompilationError",
     "DecodePlan",
     "DriverError",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
 from collections.abc import Callable
 from typing import Any
@@ -249,6 +250,7 @@ def test_the_eager_function_says_what_to_call_inside_jit() -> None:
         {"softmax_scale": 0.25, "causal": True, "max_seqlen_q": 3, "empty_lse": np.inf, "validate": False},
         {"head_dim_v": 256, "max_seqlen_k": 4096, "fixed_split_tokens": 64, "validate": True},
         {"kernel": "wide64"},
+        {"kernel": "fp8_exact16", "compute": "exact"},
     ],
     ids=str,
 )
@@ -263,6 +265,15 @@ def test_options_survive_as_attributes(options: dict[str, Any]) -> None:
     arrays = told.arrays([*views, "result"])
     assert arrays.q == (None, views[0]) or arrays.q is views[0]
     assert [arrays.block_table, arrays.cache_seqlens, arrays.cu_seqlens_q] == parts[4:7]
+
+
+def test_words_of_any_length_reach_the_call() -> None:
+    host = make()
+    expected = mla_decode(**host)
+    for kernel in ("narrow16", "wide64"):
+        same(jax.jit(functools.partial(jax_ops.mla_decode, kernel=kernel))(**host), expected)
+    with pytest.raises(InvalidArgumentError, match="kernel: "):
+        jax_ops.mla_decode(**host, kernel="narrow64")
 
 
 def test_the_missing_bridge_is_named(monkeypatch: pytest.MonkeyPatch) -> None:

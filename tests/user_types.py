@@ -9,12 +9,14 @@ from typing import Any
 import cupy_mla.flash_mla as flash_mla
 import cupy_mla.jax_ops
 import cupy_mla.torch_ops
-from cupy_mla import DecodePlan, PagedKVCache, mla_decode, plan_decode
+from cupy_mla import CacheStep, DecodePlan, PagedKVCache, mla_decode, plan_decode
 from cupy_mla.bench import Results, expand_grid, run_bench
 
 
 def decode(q: Any, cache: PagedKVCache, requests: list[int]) -> Any:
     block_table, cache_seqlens = cache.block_table(requests), cache.cache_seqlens(requests)
+    step: CacheStep = cache.step(requests)
+    step.append(0, q)
     plan: DecodePlan = plan_decode(q, cache.kv_cache, block_table, cache_seqlens)
     out, _ = mla_decode(q, cache.kv_cache, block_table, cache_seqlens, plan=plan)
     return out

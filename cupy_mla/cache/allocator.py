@@ -65,13 +65,24 @@ class PageCopy:
 
 @dataclass(frozen=True, slots=True)
 class AppendPlan:
-    """What an append does, worked out before anything is changed."""
+    """What an append does, worked out before anything is changed.
+
+    Attributes
+    ----------
+    rows, new_lengths
+        Of the requests: where each is kept here, and its length afterwards.
+    fresh_pages, copies
+        Pages that are taken.
+    slots, positions
+        Of the new tokens: page * page_size + offset, and the place in the request.
+    """
 
     rows: npt.NDArray[np.int64]
     new_lengths: npt.NDArray[np.int64]
     fresh_pages: list[int]
     copies: list[PageCopy]
     slots: npt.NDArray[np.int64]
+    positions: npt.NDArray[np.int64]
 
 
 class PageAllocator:
@@ -87,6 +98,15 @@ class PageAllocator:
         Requests that may exist at once.
     max_pages_per_seq
         Most pages of a request.
+
+    Attributes
+    ----------
+    free_pages
+        Pages that nobody holds; the last is the next to be taken.
+    references
+        Holders of each page.
+    tables_changed
+        How often an append has changed the pages of a request.
     """
 
     def __init__(self, num_pages: int, page_size: int, max_requests: int, max_pages_per_seq: int) -> None:
@@ -98,6 +118,7 @@ class PageAllocator:
         self.free_pages = list(range(num_pages - 1, -1, -1))
         self._free_rows = list(range(max_requests - 1, -1, -1))
         self.references = np.zeros(num_pages, np.int32)
+        self.tables_changed = 0
         self._table = np.full((max_requests, max_pages_per_seq), _UNUSED_PAGE, np.int32)
         self._lengths = np.zeros(max_requests, np.int64)
         self._rows: dict[int, int] = {}
@@ -226,12 +247,13 @@ class PageAllocator:
         for index, new in zip(shared, copy_pages, strict=True):
             copies.append(PageCopy(int(rows[index]), int(last_index[index]), int(last_page[index]), new))
             last_page[index] = new
-        slots = self._slots(rows, lengths, counts, last_index, last_page)
-        return AppendPlan(rows, new_lengths, fresh_pages, copies, slots)
+        slots, positions = self._places(rows, lengths, counts, last_index, last_page)
+        return AppendPlan(rows, new_lengths, fresh_pages, copies, slots, positions)
 
     def commit(self, plan: AppendPlan) -> None:
         """Do what a plan says; nothing may have changed since it was made."""
         needed = len(plan.fresh_pages) + len(plan.copies)
+        self.tables_changed += needed > 0
         del self.free_pages[len(self.free_pages) - needed :]
         self.references[plan.fresh_pages] = 1
         for copy in plan.copies:
@@ -292,21 +314,21 @@ class PageAllocator:
                 holders[page] = left - 1
         return copied
 
-    def _slots(
+    def _places(
         self,
         rows: npt.NDArray[np.int64],
         lengths: npt.NDArray[np.int64],
         counts: npt.NDArray[np.int64],
         last_index: npt.NDArray[np.int64],
         last_page: npt.NDArray[np.int64],
-    ) -> npt.NDArray[np.int64]:
-        """Slot (page * page_size + offset) of every new token, int64 [num_tokens]."""
+    ) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
+        """Slot (page * page_size + offset) and place in its request of every new token, int64 [num_tokens]."""
         request = np.repeat(np.arange(rows.size), counts)
         first_token = np.cumsum(counts) - counts
         position = np.arange(request.size) - first_token[request] + lengths[request]
         page_index = position // self.page_size
         page = np.where(page_index == last_index[request], last_page[request], self._table[rows[request], page_index])
-        return page * self.page_size + position % self.page_size
+        return page * self.page_size + position % self.page_size, position
 
 
 def _settled_counts(counts: Sequence[int] | None, batch: int, num_tokens: int) -> npt.NDArray[np.int64]:

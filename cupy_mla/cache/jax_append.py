@@ -16,9 +16,8 @@ from ..arrays import xla
 from ..arrays.exchange import as_numpy
 from ..arrays.view import ArrayView
 from ..arrays.xla import CustomCall, start, view_buffer, view_hosts
-from ..call.arguments import is_number
-from ..call.traced import jax_module, two_parts, views_of_parts
-from ..layouts import CacheLayout, find_layout
+from ..call.traced import jax_module, scale_as_array, two_parts, views_of_parts
+from ..layouts import LAYOUTS, CacheLayout, find_layout
 from .append import run_append
 from .new_tokens import AppendArrays, describe_append
 
@@ -35,7 +34,8 @@ PARTS = (
     "requests",
     "kv_scale",
 )
-_NO_LAYOUT = ""  # attributes are numbers or strings
+# By number: longer strings arrive damaged as attributes of custom calls (jax-tvm-ffi 0.1.3).
+_LAYOUTS = (None, *LAYOUTS.values())
 
 
 def append_tokens(
@@ -91,21 +91,20 @@ def append_tokens(
             pages = jax.numpy.arange(parts[0].shape[0], dtype="int32")
             parts = (*parts[:-1], None)
             places = {"block_table": pages[None], "positions": slots, "requests": jax.numpy.zeros_like(slots)}
-    scale = jax.numpy.float32(kv_scale) if is_number(kv_scale) else kv_scale
-    parts += (*(places.get(name) for name in names_of_places), scale)
+    parts += (*(places.get(name) for name in names_of_places), scale_as_array(kv_scale))
     names = ("kv_cache", "kv_cache[1]", "kv_new", "kv_new[1]", *PARTS[4:])
     arrays, views, location = views_of_parts(parts, names, platform)
     describe_append(_arrays_of(views), None, layout)
-    name_of_layout = _NO_LAYOUT if layout is None else find_layout(layout).name
+    number_of_layout = _LAYOUTS.index(None if layout is None else find_layout(layout))
     given = sum(1 << index for index, part in enumerate(parts) if part is not None)
     caches = [part for part in parts[:2] if part is not None]
     results = tuple(jax.ShapeDtypeStruct(cache.shape, cache.dtype) for cache in caches)
     if register_calls(location[0]):
         aliases = {index: index for index in range(len(caches))}
         call = jax.ffi.ffi_call(_TARGET, results, input_output_aliases=aliases)
-        new = call(*arrays, given=np.int64(given), layout=np.str_(name_of_layout))
+        new = call(*arrays, given=np.int64(given), layout=np.int64(number_of_layout))
     else:
-        new = jax.pure_callback(functools.partial(_append_in_callback, given, name_of_layout), results, *arrays)
+        new = jax.pure_callback(functools.partial(_append_in_callback, given, number_of_layout), results, *arrays)
     return new[0] if len(new) == 1 else tuple(new)
 
 
@@ -119,14 +118,14 @@ def _arrays_of(parts: Sequence[Any]) -> AppendArrays:
     )
 
 
-def _append_in_callback(given: int, layout: str, *arrays: Any) -> tuple[np.ndarray, ...]:
+def _append_in_callback(given: int, layout: int, *arrays: Any) -> tuple[np.ndarray, ...]:
     """The NumPy backend, on what ``jax.pure_callback`` brings."""
     caches = [np.array(array) for array in arrays[: _num_caches(given)]]
     _append(given, layout, view_hosts([*caches, *arrays[len(caches) :]]), None)
     return tuple(caches)
 
 
-def _run(given: int, layout: str, *buffers: Any) -> None:
+def _run(given: int, layout: int, *buffers: Any) -> None:
     """The custom call: the attributes, then the inputs, then the cache or its two parts."""
     views = [view_buffer(buffer) for buffer in buffers]
     num_inputs = given.bit_count()
@@ -138,10 +137,10 @@ def _run(given: int, layout: str, *buffers: Any) -> None:
     _append(given, layout, [*results, *inputs[len(results) :]], stream)
 
 
-def _append(given: int, layout: str, arrays: list[ArrayView], stream: int | None) -> None:
+def _append(given: int, layout: int, arrays: list[ArrayView], stream: int | None) -> None:
     rest = iter(arrays)
     parts = [next(rest) if given >> index & 1 else None for index in range(len(PARTS))]
-    run_append(describe_append(_arrays_of(parts), stream, layout or None), stream)
+    run_append(describe_append(_arrays_of(parts), stream, _LAYOUTS[layout]), stream)
 
 
 def _num_caches(given: int) -> int:

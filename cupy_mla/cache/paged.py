@@ -1,73 +1,82 @@
 """Pages and block tables for users who have no serving engine.
 
-The bookkeeping (which page belongs to whom) is on the host; the tokens are in one array of pages on the CPU or the GPU.
+The bookkeeping (which page belongs to whom) is on the host, once for all layers of a model; the tokens are in one array
+of pages on the CPU or the GPU.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from typing import Any
-
-import numpy as np
-import numpy.typing as npt
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
 
 from ..arrays import view as arrays
-from ..arrays.capture import is_captured
-from ..arrays.dtypes import numpy_dtype
-from ..arrays.exchange import as_numpy
 from ..arrays.frameworks import CPU, CUDA, current_stream
-from ..call.arguments import as_integer, check_output
 from ..errors import InvalidArgumentError
-from ..gpu.device import require_backend, require_cuda
-from ..layouts import BF16, DENSE_LAYOUTS, CacheLayout, find_layout
-from .allocator import PageAllocator
+from ..layouts import CacheLayout
+from .allocator import AppendPlan
 from .append import append_tokens
+from .requests import Requests
+from .storage import JAX, Storage, settle_device, settle_framework, settle_layout, size, spread
 
-NUM_HEADS_KV = 1  # MLA keeps one latent vector per token, shared by all heads
+if TYPE_CHECKING:
+    from .jax_storage import JaxStorage
+    from .step import CacheStep
 
 
-class PagedKVCache:
-    """A paged MLA cache of one layer, with its page allocator.
+class PagedKVCache(Requests):
+    """A paged MLA cache of all layers of a model, with its page allocator.
 
-    A page holds ``page_size`` tokens of ``latent_dim + rope_dim`` values. Requests are named by integers that are never
-    used twice, so that a request that was freed is not mistaken for a later one.
+    A page holds ``page_size`` tokens of ``latent_dim + rope_dim`` values, and every layer has as many pages: a block
+    table is that of all layers. Requests are named by integers that are never used twice, so that a request that was
+    freed is not mistaken for a later one.
 
-    Work on the GPU goes to the stream given, or to the current stream of the new tokens' framework (CuPy's where there
-    are none); a decode on another stream has to be ordered after it by the caller. Not safe for use by several threads
-    at once.
+    Work on the GPU goes to the stream given, or to the current stream of the new tokens' framework (of the cache's
+    where there are none); a decode on another stream has to be ordered after it by the caller. Not safe for use by
+    several threads at once.
 
     Parameters
     ----------
     num_pages
-        Pages of the cache, shared by all requests.
+        Pages of each layer, shared by all requests.
     page_size
         Tokens per page.
     latent_dim, rope_dim
         Widths of the compressed KV vector and of the position part (may be 0), in elements.
     dtype
-        ``"bfloat16"`` (if neither it nor ``layout`` is given) or ``"float16"``: the dense layout of that type.
+        ``"bfloat16"`` (if neither it nor ``layout`` is given) or ``"float16"``: the dense layout of that type. Also as
+        a type of torch, NumPy or JAX, e.g. ``torch.bfloat16``.
     device
-        ``"cpu"`` (NumPy arrays) or ``"cuda"`` (CuPy arrays on CuPy's current device).
+        ``"cpu"``, ``"cuda"`` (the current device), ``"cuda:1"``, or a ``torch.device``.
     max_requests
         Requests that may exist at once.
     max_pages_per_seq
         Width of the block table: a request holds at most ``max_pages_per_seq * page_size`` tokens.
         ``num_pages`` if not given.
     layout
-        How tokens are stored, by name or as an object of `cupy_mla.layouts`: ``"bf16"`` or ``"fp16"``. Instead of
-        ``dtype``.
+        How tokens are stored, by name or as an object of `cupy_mla.layouts`, instead of ``dtype``: ``"bf16"``,
+        ``"fp16"``, ``"fp8_e4m3"`` or another one whose values are e4m3.
+    num_layers
+        Layers of the model.
+    framework
+        Whose arrays the cache is made of: ``"torch"``, ``"jax"``, ``"cupy"`` or ``"numpy"``. If not given, torch where
+        ``dtype`` or ``device`` is torch's, else NumPy on the CPU and CuPy on a GPU.
+    kv_scale
+        For ``fp8_e4m3``: what stored values are multiplied by, a number or one float32 on the cache's device; or a list
+        of one for each layer.
 
     Raises
     ------
     InvalidArgumentError
-        A size that is no positive integer, an unknown type, layout or device, a layout that no kernel appends to, or a
-        layout beside a type.
+        A size that is no positive integer, an unknown type, layout, device or framework, a layout that no kernel
+        appends to, a layout beside a type, or a scale where none belongs or none where one does.
+    MissingDependencyError
+        The framework is not installed.
     UnsupportedDeviceError
         ``device`` is not what the setting CUPY_MLA_BACKEND asks for, or there is no Hopper GPU.
 
     Examples
     --------
+    >>> import numpy as np
     >>> cache = PagedKVCache(num_pages=8, page_size=4, dtype="float16")
     >>> first = cache.allocate()
     >>> cache.append([first], np.zeros((6, 576), np.float16))
@@ -84,109 +93,92 @@ class PagedKVCache:
         page_size: int = 64,
         latent_dim: int = 512,
         rope_dim: int = 64,
-        dtype: str | None = None,
-        device: str = "cpu",
+        dtype: Any = None,
+        device: Any = CPU,
         max_requests: int = 256,
         max_pages_per_seq: int | None = None,
         *,
         layout: CacheLayout | str | None = None,
+        num_layers: int = 1,
+        framework: str | None = None,
+        kv_scale: Any = None,
     ) -> None:
-        num_pages = _size(num_pages, "num_pages")
-        page_size = _size(page_size, "page_size")
-        latent_dim = _size(latent_dim, "latent_dim")
-        rope_dim = _size(rope_dim, "rope_dim", least=0)
-        max_requests = _size(max_requests, "max_requests")
-        max_pages = num_pages if max_pages_per_seq is None else _size(max_pages_per_seq, "max_pages_per_seq")
-        stored_as = _settled_layout(dtype, layout)
-        if device not in (CPU, CUDA):
-            raise InvalidArgumentError("device", f"{CPU} or {CUDA}", repr(device))
-        self.num_pages = num_pages
-        self.page_size = page_size
-        self.latent_dim = latent_dim
-        self.rope_dim = rope_dim
-        self.layout = stored_as
-        self.dtype = stored_as.dtype
-        self.device = device
-        self.max_requests = max_requests
-        self.max_pages_per_seq = max_pages
-        self._device_id, self._kv_cache = self._make_pages()
-        self._allocator = PageAllocator(num_pages, page_size, max_requests, max_pages)
+        pages = size(num_pages, "num_pages")
+        super().__init__(
+            pages,
+            size(page_size, "page_size"),
+            size(max_requests, "max_requests"),
+            pages if max_pages_per_seq is None else size(max_pages_per_seq, "max_pages_per_seq"),
+        )
+        self.latent_dim = size(latent_dim, "latent_dim")
+        self.rope_dim = size(rope_dim, "rope_dim", least=0)
+        self.num_layers = size(num_layers, "num_layers")
+        self.layout = settle_layout(dtype, layout)
+        self.dtype = self.layout.dtype
+        self.framework = settle_framework(framework, device, dtype)
+        self.kv_scales = self._settled_scales(kv_scale)
+        self.storage = self._make_storage(settle_device(device, self.framework))
 
     def __repr__(self) -> str:
+        made_of = f"{self.layout.name} in {self.framework} on {self.device}"
         return (
-            f"PagedKVCache({self.dtype} on {self.device}, {self.latent_dim} + {self.rope_dim}, "
+            f"PagedKVCache({made_of}, {self.latent_dim} + {self.rope_dim}, {self.num_layers} layers, "
             f"{self.num_free_pages} of {self.num_pages} pages of {self.page_size} tokens free, "
             f"{len(self.requests)} of {self.max_requests} requests)"
         )
 
     @property
     def kv_cache(self) -> Any:
-        """The pages, [num_pages, page_size, 1, latent_dim + rope_dim]: ``kv_cache`` of ``mla_decode``."""
-        return self._kv_cache
+        """The pages of a cache of one layer, [num_pages, page_size, 1, width]: ``kv_cache`` of ``mla_decode``. The
+        width is ``latent_dim + rope_dim``, or the bytes of a token.
+
+        Raises
+        ------
+        InvalidArgumentError
+            There are more layers.
+        """
+        if self.num_layers > 1:
+            raise InvalidArgumentError("kv_cache", "layers[i] or pages of a cache of many layers", "kv_cache")
+        return self.storage.pages
 
     @property
-    def num_free_pages(self) -> int:
-        """Pages that no request holds."""
-        return len(self._allocator.free_pages)
+    def layers(self) -> tuple[Any, ...]:
+        """The pages of each layer, [num_pages, page_size, 1, width]: ``kv_cache`` of ``mla_decode``.
+
+        Raises
+        ------
+        InvalidArgumentError
+            The cache is one of JAX, where a part of an array is a copy: see `pages`.
+        """
+        if not isinstance(self.storage, Storage):
+            raise InvalidArgumentError("layers", "pages, for a cache of JAX (a part would be a copy)", "layers")
+        return self.storage.layers
 
     @property
-    def requests(self) -> tuple[int, ...]:
-        """The requests that exist, oldest first."""
-        return self._allocator.requests
+    def pages(self) -> Any:
+        """The pages of all layers in one array, [num_layers * num_pages, page_size, 1, width].
 
-    def length(self, request: int) -> int:
-        """Tokens of a request.
-
-        Raises
-        ------
-        InvalidArgumentError
-            There is no such request.
-        """
-        return self._allocator.length(request)
-
-    def allocate(self) -> int:
-        """A new, empty request. It takes no page until tokens are appended.
-
-        Raises
-        ------
-        OutOfRequestsError
-            There are ``max_requests`` already.
-        """
-        return self._allocator.allocate()
-
-    def fork(self, request: int, num_tokens: int | None = None) -> int:
-        """A new request that starts with the first ``num_tokens`` tokens of another (all of them if not given).
-
-        The pages are shared, also a partly filled last one: nothing is copied until one of the two writes to it.
+        Page p of layer i is page ``i * num_pages + p`` here: ``block_table + i * num_pages`` names those of a layer. In
+        JAX, set it to what a compiled program made of the array that it was given (and gave up).
 
         Raises
         ------
         InvalidArgumentError
-            There is no such request, or it has fewer tokens.
-        OutOfRequestsError
-            There are ``max_requests`` already.
+            Set to another array in another framework than JAX, or to one of another shape, type or device.
         """
-        return self._allocator.fork(request, num_tokens)
+        return self.storage.pages
 
-    def truncate(self, request: int, num_tokens: int) -> None:
-        """Keep the first ``num_tokens`` tokens of a request, e.g. after drafted tokens were rejected.
+    @pages.setter
+    def pages(self, pages: Any) -> None:
+        if isinstance(self.storage, Storage):
+            raise InvalidArgumentError("pages", "a cache of JAX (others are written in place)", self.framework)
+        self.storage.replace(pages)
 
-        Raises
-        ------
-        InvalidArgumentError
-            There is no such request, or it has fewer tokens.
-        """
-        self._allocator.truncate(request, num_tokens)
-
-    def free(self, request: int) -> None:
-        """Give up a request; its pages become free when no fork holds them.
-
-        Raises
-        ------
-        InvalidArgumentError
-            There is no such request (any more).
-        """
-        self._allocator.free(request)
+    @property
+    def device(self) -> str:
+        """``"cpu"``, or e.g. ``"cuda:0"``."""
+        device, number = self.storage.location
+        return device if device == CPU else f"{device}:{number}"
 
     def append(
         self,
@@ -196,7 +188,7 @@ class PagedKVCache:
         *,
         stream: int | None = None,
     ) -> None:
-        """Append new tokens to the ends of requests; one kernel launch on the GPU.
+        """Append new tokens to the ends of requests, in every layer; one kernel launch for each on the GPU.
 
         Parameters
         ----------
@@ -204,8 +196,10 @@ class PagedKVCache:
             The requests, each at most once.
         kv_new
             [num_tokens, latent_dim + rope_dim] or the pair (latent [num_tokens, latent_dim],
-            rope [num_tokens, rope_dim]), of the cache's type and on its device, the tokens of a request together and
-            the requests in the order given. A head dimension of 1 in the middle is taken too.
+            rope [num_tokens, rope_dim]) on the cache's device, the tokens of a request together and the requests in the
+            order given; of the cache's type, or of bfloat16 or float16, which FP8 layouts are rounded from. A head
+            dimension of 1 in the middle is taken too. With several layers: that for each, in a list or, as an array,
+            with the layers as its first axis.
         counts
             New tokens per request; if not given, the same number for each.
         stream
@@ -220,22 +214,100 @@ class PagedKVCache:
         OutOfPagesError
             Too few free pages. In each case the requests are as they were.
         """
-        first = kv_new[0] if isinstance(kv_new, (tuple, list)) and kv_new else kv_new
-        view = arrays.view(first, "kv_new", stream)
-        if view.ndim < 2:
-            raise InvalidArgumentError("kv_new", "shape [num_tokens, d]", str(view.shape))
-        if first is not kv_new and view.shape[-1] != self.latent_dim:
-            raise InvalidArgumentError("kv_new[0]", f"{self.latent_dim} latent columns", str(view.shape[-1]))
-        plan = self._allocator.plan_append(requests, counts, view.shape[0])
-        if view.device == CUDA and stream is None:
-            stream = current_stream(first, view.device_id)
-        with self._on_stream(stream):
-            slots = self._upload(plan.slots, stream)
-            # Copies go into pages that nobody holds yet, so a refusal after them leaves every request as it was.
-            for copy in plan.copies:
-                self._pages[copy.new] = self._pages[copy.old]
-            append_tokens(self._kv_cache, kv_new, slots, stream=stream)
+        rows = [kv_new] if self.num_layers == 1 else self._rows_of_layers(kv_new)
+        views = [self._check_rows(row, stream) for row in rows]
+        num_tokens = views[0].shape[0]
+        for view in views[1:]:
+            if view.shape[0] != num_tokens:
+                raise InvalidArgumentError("kv_new", f"{num_tokens} tokens in every layer", str(view.shape[0]))
+        plan = self._allocator.plan_append(requests, counts, num_tokens)
+        if stream is None and self.framework != JAX and views[0].device == CUDA:
+            stream = current_stream(_first(rows[0]), views[0].device_id)
+        # Copies and tokens go to pages that nobody holds yet, or behind the end of a request: a refusal after them
+        # leaves every request as it was.
+        slots = self.storage.upload(plan.slots, stream)
+        self._copy_pages(plan, stream)
+        for layer, row in enumerate(rows):
+            self.write(layer, row, slots, stream=stream)
         self._allocator.commit(plan)
+
+    def step(
+        self, requests: Sequence[int], counts: Sequence[int] | None = None, *, stream: int | None = None
+    ) -> CacheStep:
+        """Make room for new tokens of a batch in every layer, for a model that computes them layer by layer.
+
+        Parameters
+        ----------
+        requests
+            The batch, each request at most once.
+        counts
+            New tokens of each; one each if not given.
+        stream
+            Raw CUDA stream; the current stream of the cache's framework if not given.
+
+        Returns
+        -------
+        CacheStep
+            Writes the tokens, has the arrays that all layers share, and makes room for the next ones.
+
+        Raises
+        ------
+        InvalidArgumentError
+            An unknown or repeated request, counts that are no such numbers, a request that would get longer than
+            ``max_pages_per_seq`` pages, or a stream that is captured in a CUDA graph.
+        OutOfPagesError
+            Too few free pages. In each case the requests are as they were.
+        """
+        from .step import CacheStep
+
+        return CacheStep(self, requests, [1] * len(requests) if counts is None else counts, stream)
+
+    def make_room(self, requests: Sequence[int], counts: Sequence[int], stream: int | None = None) -> AppendPlan:
+        """Lengthen requests by tokens that are to be written: the bookkeeping of `step`.
+
+        Raises
+        ------
+        InvalidArgumentError, OutOfPagesError
+            As in `step`.
+        """
+        plan = self._allocator.plan_append(requests, counts, sum(counts))
+        self._copy_pages(plan, stream)
+        self._allocator.commit(plan)
+        return plan
+
+    def write(self, layer: int, kv_new: Any, slot_mapping: Any, *, stream: int | None = None) -> None:
+        """Write tokens to slots of one layer: what `append` and `CacheStep.append` do, without the bookkeeping.
+
+        Parameters
+        ----------
+        layer
+            Which one, from 0.
+        kv_new
+            New tokens of that layer, as in `append`.
+        slot_mapping
+            int64 [num_tokens], as in ``append_tokens`` (JAX: int32).
+        stream
+            Raw CUDA stream; the current stream of ``kv_new``'s framework if not given.
+
+        Raises
+        ------
+        InvalidArgumentError
+            There is no such layer, or an array has the wrong shape, type or device.
+        """
+        if not 0 <= size(layer, "layer", least=0) < self.num_layers:
+            raise InvalidArgumentError("layer", f"0 to {self.num_layers - 1}", str(layer))
+        scale = self.kv_scales[layer]
+        if isinstance(self.storage, Storage):
+            layout = self.layout
+            pages = self.storage.layers[layer]
+            append_tokens(pages, kv_new, slot_mapping, kv_scale=scale, layout=layout, stream=stream)
+        else:
+            self.storage.append(layer, kv_new, slot_mapping, scale, self.layout)
+
+    @property
+    def tables_changed(self) -> int:
+        """How often an append has changed the pages of a request: whether block tables are still what they were."""
+        return self._allocator.tables_changed
 
     def block_table(self, requests: Sequence[int] | None = None, *, out: Any = None, stream: int | None = None) -> Any:
         """Pages of a batch of requests, int32 [batch, max_pages_per_seq]: ``block_table`` of ``mla_decode``.
@@ -267,102 +339,52 @@ class PagedKVCache:
 
     # The pages and the device ----------------------------------------------------------------------------------------
 
-    def _make_pages(self) -> tuple[int, Any]:
-        """Device number and the uninitialised pages."""
+    def _make_storage(self, location: tuple[str, int]) -> Storage | JaxStorage:
         width = self.layout.width(self.latent_dim, self.rope_dim)
-        shape = (self.num_pages, self.page_size, NUM_HEADS_KV, width)
-        element = numpy_dtype(self.dtype)
-        if self.device == CPU:
-            require_backend(CPU, 0, "the cache")
-            return 0, np.empty(shape, element)
-        require_cuda()
-        import cupy
+        page_bytes = self.layout.page_bytes(self.page_size, self.latent_dim, self.rope_dim)
+        shape = (self.num_layers, self.num_pages, self.page_size, page_bytes, width)
+        if self.framework == JAX:
+            from .jax_storage import JaxStorage
 
-        device_id = int(cupy.cuda.runtime.getDevice())
-        require_backend(CUDA, device_id, "the cache")
-        return device_id, cupy.empty(shape, np.uint16).view(element)
+            return JaxStorage(location, self.layout, *shape)
+        return Storage(self.framework, location, self.layout, *shape)
 
-    @property
-    def _pages(self) -> Any:
-        # As plain 16-bit integers a page is copied as bytes, whatever the type.
-        return self._kv_cache.view(np.uint16)
+    def _settled_scales(self, kv_scale: Any) -> tuple[Any, ...]:
+        if (kv_scale is None) == self.layout.needs_scale:
+            words = "a number, or one float32 in an array," if self.layout.needs_scale else "None"
+            raise InvalidArgumentError("kv_scale", f"{words} for the layout {self.layout.name}", repr(kv_scale))
+        return spread(kv_scale, self.num_layers, "kv_scale")
 
-    @contextmanager
-    def _on_stream(self, stream: int | None) -> Iterator[None]:
-        """CuPy allocates and copies on this stream: memory given back is then reused in stream order."""
-        if self.device == CPU:
-            yield
-            return
-        import cupy
+    def _rows_of_layers(self, kv_new: Any) -> list[Any]:
+        if not isinstance(kv_new, (tuple, list)):
+            shape = arrays.view(kv_new, "kv_new").shape
+            if len(shape) < 3 or shape[0] != self.num_layers:
+                raise InvalidArgumentError("kv_new", f"[{self.num_layers} layers, num_tokens, d]", str(list(shape)))
+        elif len(kv_new) != self.num_layers:
+            raise InvalidArgumentError("kv_new", f"{self.num_layers} items, one for each layer", str(len(kv_new)))
+        return [kv_new[layer] for layer in range(self.num_layers)]
 
-        with cupy.cuda.Device(self._device_id):
-            if stream is None:
-                yield
-            else:
-                with cupy.cuda.ExternalStream(stream, self._device_id):
-                    yield
+    def _check_rows(self, kv_new: Any, stream: int | None) -> arrays.ArrayView:
+        """A view of the first part."""
+        first = _first(kv_new)
+        view = arrays.view(first, "kv_new", stream)
+        if view.ndim < 2:
+            raise InvalidArgumentError("kv_new", "shape [num_tokens, d]", str(view.shape))
+        if first is not kv_new and view.shape[-1] != self.latent_dim:
+            raise InvalidArgumentError("kv_new[0]", f"{self.latent_dim} latent columns", str(view.shape[-1]))
+        return view
 
-    def _upload(self, host: npt.NDArray[Any], stream: int | None) -> Any:
-        """A NumPy array on the cache's device. Called inside ``_on_stream``."""
-        if self.device == CPU:
-            return host
-        import cupy
+    def _copy_pages(self, plan: AppendPlan, stream: int | None) -> None:
+        for copy in plan.copies:
+            self.storage.copy_page(copy.old, copy.new, stream)
 
-        result = cupy.empty(host.shape, host.dtype)
-        self._copy_to_device(host, result.data.ptr, stream)
-        return result
-
-    def _copy_to_device(self, host: npt.NDArray[Any], pointer: int, stream: int | None) -> None:
-        import cupy
-
-        runtime = cupy.cuda.runtime
-        raw_stream = cupy.cuda.get_current_stream().ptr if stream is None else stream
-        if is_captured(raw_stream):  # a replay would copy what is worked out now, from memory that is gone
-            expected = (
-                "one that is not captured in a CUDA graph: pages and lengths are worked out on the host "
-                "(block_table(out=) and cache_seqlens(out=) before a replay, cupy_mla.append_tokens inside)"
-            )
-            raise InvalidArgumentError("stream", expected, "one that is")
-        # From pageable memory the call returns when the source has been read, so the source may go away.
-        if host.nbytes > 0:
-            runtime.memcpyAsync(pointer, host.ctypes.data, host.nbytes, runtime.memcpyHostToDevice, raw_stream)
-
-    def _hand_out(self, host: npt.NDArray[np.int32], out: Any, stream: int | None) -> Any:
+    def _hand_out(self, host: Any, out: Any, stream: int | None) -> Any:
         if out is None:
-            with self._on_stream(stream):
-                return self._upload(host, stream)
-        view = arrays.view(out, "out", stream)
-        check_output(view, "out", host.shape, "int32", (self.device, self._device_id))
-        contiguous = tuple(stride // host.itemsize for stride in host.strides)
-        # The stride of a dimension of one element means nothing.
-        if any(size > 1 and a != b for size, a, b in zip(view.shape, view.strides, contiguous, strict=True)):
-            raise InvalidArgumentError("out", "a contiguous array", f"strides {view.strides}")
-        if self.device == CPU:
-            as_numpy(view)[...] = host
-        else:
-            used = current_stream(out, view.device_id) if stream is None else stream
-            self._copy_to_device(host, view.pointer, used)
-        return out
+            return self.storage.upload(host, stream)
+        if not isinstance(self.storage, Storage):
+            raise InvalidArgumentError("out", "None for a cache of JAX, whose arrays are not written to", "an array")
+        return self.storage.fill(out, host, stream)
 
 
-def _settled_layout(dtype: str | None, layout: CacheLayout | str | None) -> CacheLayout:
-    if layout is not None:
-        if dtype is not None:
-            raise InvalidArgumentError("layout", f"None beside dtype={dtype!r}", repr(layout))
-        found = find_layout(layout)
-        if found not in DENSE_LAYOUTS.values():
-            names = " or ".join(dense.name for dense in DENSE_LAYOUTS.values())
-            raise InvalidArgumentError("layout", names, f"{found.name}, which no kernel appends to yet")
-        return found
-    if dtype is None:
-        return BF16
-    if dtype not in DENSE_LAYOUTS:
-        raise InvalidArgumentError("dtype", "one of " + ", ".join(DENSE_LAYOUTS), repr(dtype))
-    return DENSE_LAYOUTS[dtype]
-
-
-def _size(value: Any, name: str, least: int = 1) -> int:
-    size = as_integer(value, name)
-    if size < least:
-        raise InvalidArgumentError(name, f"at least {least}", str(size))
-    return size
+def _first(kv_new: Any) -> Any:
+    return kv_new[0] if isinstance(kv_new, (tuple, list)) and kv_new else kv_new

@@ -18,9 +18,11 @@ from ..arrays.view import ArrayView
 from ..arrays.xla import CustomCall, start, view_buffer, view_hosts
 from ..call.arguments import validate_values
 from ..call.describe import describe_decode
-from ..call.options import OPTIONS, PARTS, DecodeArrays, DecodeOptions, Option
+from ..call.options import COMPUTES, OPTIONS, PARTS, DecodeArrays, DecodeOptions, Option
 from ..call.problem import DecodeInputs, DecodeProblem
 from ..errors import InvalidArgumentError
+from ..kernels.choose import FAMILIES, GATHERED_FAMILIES
+from ..layouts import LAYOUTS
 from ..settings import wants_validation
 from .blueprint import DenseBlueprint, PlanMemory
 from .merge import check_states, merge_views
@@ -32,8 +34,11 @@ DECODE_TARGET = "cupy_mla.mla_decode"
 PLAN_TARGET = "cupy_mla.plan_decode"
 MERGE_TARGET = "cupy_mla.merge_states"
 _GIVEN = "given"
-# Attributes of custom calls are numbers or strings, in this order.
+# Attributes of custom calls, in this order. They are numbers, words too: strings of 8 bytes and more arrive damaged
+# (jax-tvm-ffi 0.1.3).
 ATTRIBUTES = (*(option.name for option in OPTIONS), _GIVEN)
+_KERNELS = (family.name for family in (*FAMILIES, *GATHERED_FAMILIES))
+_WORDS = tuple(dict.fromkeys((*COMPUTES, *_KERNELS, *LAYOUTS)))
 _NO_INTEGER = -1  # an option that is None; of a float, NaN
 
 
@@ -81,9 +86,17 @@ def bits_of(parts: Sequence[Any]) -> int:
 
 
 def attribute_of(option: Option, value: Any) -> Any:
-    """The value of an option as an attribute of a custom call."""
-    if option.type == "str":
-        return np.str_("" if value is None else value)
+    """The value of an option as an attribute of a custom call.
+
+    Raises
+    ------
+    InvalidArgumentError
+        It is a word that no option has; ``argument`` is the option's name.
+    """
+    if option.type == "str" and value is not None:
+        if value not in _WORDS:
+            raise InvalidArgumentError(option.name, "one of " + ", ".join(_WORDS), repr(value))
+        return np.int64(_WORDS.index(value))
     if option.type == "float":
         return np.float64(np.nan if value is None else value)
     return np.int64(_NO_INTEGER if value is None else value)
@@ -92,7 +105,7 @@ def attribute_of(option: Option, value: Any) -> Any:
 def option_of(option: Option, attribute: Any) -> Any:
     """What `attribute_of` was given."""
     if option.type == "str":
-        return None if option.optional and not attribute else attribute
+        return None if attribute == _NO_INTEGER else _WORDS[int(attribute)]
     if option.type == "float":
         return None if np.isnan(attribute) else float(attribute)
     return None if attribute == _NO_INTEGER else (bool(attribute) if option.type == "bool" else int(attribute))
