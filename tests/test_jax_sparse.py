@@ -35,7 +35,7 @@ def _bridge(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
 
 
 def arrays_of(given: dict[str, Any]) -> Arrays:
-    there = {name: value for name, value in given.items() if value is not None and name != "head_dim_v"}
+    there = {name: value for name, value in given.items() if value is not None and name not in ("head_dim_v", "strict")}
     return {name: jax.numpy.asarray(value) for name, value in there.items()}
 
 
