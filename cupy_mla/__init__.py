@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from .decode.prefill import mla_sparse_prefill
     from .decode.sparse import mla_sparse_decode, plan_sparse_decode
     from .decode.sparse_plan import SparsePlan
+    from .decode.support import Support, is_supported
 
 __version__ = "0.1.0"
 
@@ -32,11 +33,15 @@ __version__ = "0.1.0"
 _LOADED_LATER = {
     "CacheStep": "cache.step",
     "SparsePlan": "decode.sparse_plan",
+    "Support": "decode.support",
+    "is_supported": "decode.support",
     "mla_sparse_decode": "decode.sparse",
     "mla_sparse_prefill": "decode.prefill",
     "plan_sparse_decode": "decode.sparse",
     "slots_of": "cache.slots",
 }
+
+_MODULES = ("bench", "errors", "flash_mla", "jax_ops", "layouts", "torch_ops")
 
 __all__ = [
     "CacheStep",
@@ -51,8 +56,10 @@ __all__ = [
     "PagedKVCache",
     "PlanMismatchError",
     "SparsePlan",
+    "Support",
     "UnsupportedDeviceError",
     "append_tokens",
+    "is_supported",
     "merge_states",
     "mla_decode",
     "mla_sparse_decode",
@@ -64,6 +71,8 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
+    if name in _MODULES:
+        return importlib.import_module(f".{name}", __name__)
     if name not in _LOADED_LATER:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     value = getattr(importlib.import_module(f".{_LOADED_LATER[name]}", __name__), name)
@@ -72,4 +81,4 @@ def __getattr__(name: str) -> Any:
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *_LOADED_LATER})
+    return sorted({*__all__, *_MODULES, "__version__"})

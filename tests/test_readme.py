@@ -40,7 +40,7 @@ EXAMPLES = dict(re.findall(r"```python\n# ([^\n]+)\n(.*?)```", TEXT, re.DOTALL))
 TITLES = {
     *("torch", "torch.compile", "JAX", "CuPy", "NumPy", "FlashMLA", "benchmark", "paged cache"),
     *("sparse decode", "sparse prefill", "FP8"),
-    *("a step of all layers", "JAX scan"),
+    *("a step of all layers", "JAX scan", "own call"),
 }
 
 PROGRAMS = ("cupy-mla", "./scripts/", ".ci/run", "python ", ".venv/bin/python ", "pip ", "jupyter ")

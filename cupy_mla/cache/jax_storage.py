@@ -26,6 +26,11 @@ class JaxStorage:
         [num_layers * num_pages, page_size, 1, width], zeros: layer by layer.
     location
         Device and its number.
+
+    Raises
+    ------
+    InvalidArgumentError
+        Pages of the layout would need gaps between them, which arrays of JAX have not.
     """
 
     def __init__(

@@ -3,17 +3,34 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import numpy as np
 
 from .allocator import AppendPlan
 from .storage import Storage, typed
 
-if TYPE_CHECKING:
-    from .paged import PagedKVCache
-
 _SLOT_BYTES, _POSITION_BYTES = 8, 4
+
+
+class StepCache(Protocol):
+    """What a step asks of its `PagedKVCache`."""
+
+    num_layers: int
+    storage: Any
+
+    @property
+    def tables_changed(self) -> int:
+        """As in `PagedKVCache`."""
+
+    def make_room(self, requests: Sequence[int], counts: Sequence[int], stream: int | None = None) -> AppendPlan:
+        """As in `PagedKVCache`."""
+
+    def write(self, layer: int, kv_new: Any, slot_mapping: Any, *, stream: int | None = None) -> None:
+        """As in `PagedKVCache`."""
+
+    def block_table(self, requests: Sequence[int], *, out: Any = None, stream: int | None = None) -> Any:
+        """As in `PagedKVCache`."""
 
 
 class CacheStep:
@@ -38,7 +55,7 @@ class CacheStep:
         int32 [num_tokens]: place of each new token in its request, counted from 0, e.g. for rotary embeddings.
     """
 
-    def __init__(self, cache: PagedKVCache, requests: Sequence[int], counts: Sequence[int], stream: int | None) -> None:
+    def __init__(self, cache: StepCache, requests: Sequence[int], counts: Sequence[int], stream: int | None) -> None:
         self.requests = tuple(requests)
         self.block_table: Any = None
         self.cache_seqlens: Any = None

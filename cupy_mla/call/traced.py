@@ -50,7 +50,8 @@ def _location(arrays: list[Any], platform: str | None) -> tuple[str, int]:
 def _view_of_shape(array: Any, name: str, location: tuple[str, int]) -> ArrayView:
     """A view of an array that may not exist yet; XLA's arrays are contiguous and aligned."""
     if not hasattr(array, "shape") or not hasattr(array, "dtype"):
-        raise InvalidArgumentError(name, "a JAX array", type(array).__name__)
+        own_plan = " of cupy_mla.jax_ops' own plan functions" if name == "plan" else ""
+        raise InvalidArgumentError(name, f"a JAX array{own_plan}", type(array).__name__)
     shape = tuple(array.shape)
     return ArrayView(PLAN_ALIGNMENT, shape, contiguous_strides(shape), str(array.dtype), *location, None)
 

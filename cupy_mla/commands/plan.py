@@ -14,6 +14,7 @@ from ..call.options import AUTO
 from ..call.problem import MAX_TOKENS, DecodeProblem, PagedKeys, Queries
 from ..decode.plan import schedule_shape
 from ..errors import InvalidArgumentError
+from ..gpu import hopper
 from ..kernels.choose import KERNELS, choose_config
 from ..lab.presets import find_preset
 from ..layouts import DENSE_LAYOUTS
@@ -23,13 +24,11 @@ from ..schedule.text import draw_schedule
 from .command import Command
 from .common import batch_options, describe_lengths, draw_lengths
 
-DEFAULT_SMS = 132  # of an H100 SXM or H200
-
 
 @click.command(cls=Command)
 @click.argument("kv_lengths", nargs=-1, type=click.IntRange(0, MAX_TOKENS), metavar="[KV_LENGTH]...")
 @batch_options
-@click.option("--sms", type=click.IntRange(min=1), default=DEFAULT_SMS, show_default=True, help="SMs of the GPU.")
+@click.option("--sms", type=click.IntRange(min=1), default=hopper.COMMON_SMS, show_default=True, help="SMs of the GPU.")
 @click.option("--fixed-split-tokens", type=click.IntRange(min=1), help="Cut after so many tokens, in any batch.")
 @click.option("--kernel", type=click.Choice(KERNELS), default=AUTO, show_default=True, help="The decode kernel.")
 @click.option("--width", type=click.IntRange(min=40), help="Characters of a line; the terminal's unless given.")

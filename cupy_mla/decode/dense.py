@@ -266,7 +266,8 @@ def run_decode(
             return _launch(call, addresses, plan, arrays, stream)
 
     if plan is not None and not isinstance(plan, DecodePlan):
-        raise InvalidArgumentError("plan", "a DecodePlan from plan_decode, or None", type(plan).__name__)
+        expected = "a DecodePlan from plan_decode, or None (torch.ops.cupy_mla and cupy_mla.jax_ops have arrays)"
+        raise InvalidArgumentError("plan", expected, type(plan).__name__)
     given, checked = DecodeArrays(*arrays), DecodeOptions(*options)
     if plan is not None and given.cu_seqlens_q is not None and checked.max_seqlen_q is None:
         planned = plan.problem.queries

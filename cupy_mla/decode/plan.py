@@ -95,6 +95,9 @@ def blueprint(
 class DecodePlan(Plan[DecodeProblem]):
     """How the work of one kind of call is cut, on the device; made by `cupy_mla.plan_decode`.
 
+    Compiled programs have the same in an array: ``torch.ops.cupy_mla.plan_decode`` and `cupy_mla.jax_ops.plan_decode`.
+    `SparsePlan` is that of sparse calls, and `cupy_mla.flash_mla` keeps one inside of FlashMLA's metadata.
+
     A plan belongs to the shapes and settings it was made with, and to the lengths it was last updated with. Calls that
     share a plan must follow one another on one stream, as they share its workspace.
 

@@ -246,7 +246,8 @@ def run_sparse_decode(
         if recognised is not None and recognised.call is not None:
             return _launch(recognised.call, recognised.addresses, plan, arrays, stream)
     if plan is not None and not isinstance(plan, SparsePlan):
-        raise InvalidArgumentError("plan", "a SparsePlan from plan_sparse_decode, or None", type(plan).__name__)
+        expected = "a SparsePlan from plan_sparse_decode, or None (torch.ops.cupy_mla and cupy_mla.jax_ops have arrays)"
+        raise InvalidArgumentError("plan", expected, type(plan).__name__)
     checked = SparseOptions(*options)
     problem, inputs = describe_sparse_decode(SparseDecodeArrays(*arrays), checked, stream)
     on_gpu = require_backend(*inputs.location, "q")

@@ -94,7 +94,8 @@ class SparsePlan(Plan[SparseProblem]):
 
     A plan belongs to the shapes and settings it was made with, and to the topk_length it was last updated with; not to
     the indices, which may differ from call to call. Calls that share a plan must follow one another on one stream, as
-    they share its workspace.
+    they share its workspace. Compiled programs have the same in an array: ``torch.ops.cupy_mla.plan_sparse_decode`` and
+    `cupy_mla.jax_ops.plan_sparse_decode`; `DecodePlan` is that of dense calls.
     """
 
     def update(self, topk_length: Any = None, *, stream: int | None = None) -> None:

@@ -202,18 +202,29 @@ def _time_on_gpu(case: Case | SparseCase) -> Timing:
         return result
 
     caches = [case.kv_cache, *(each_part(copy, case.kv_cache) for _ in range(copies - 1))]
-    timer = make_timer(case.library, prepare_call(case), caches, calls)
-    protocol = f"CUDA graph of {calls} calls, {copies} caches in turn, median of {REPLAYS} replays"
-    return _timing([timer.seconds() for _ in range(REPLAYS)], calls, protocol)
+    return time_replays(make_timer(case.library, prepare_call(case), caches, calls), calls, copies)
 
 
 def _time_on_cpu(case: Case | SparseCase) -> Timing:
-    timer = make_timer(case.library, lambda _: case.run(), [case.kv_cache], 1)
-    seconds: list[float] = []
-    while len(seconds) < CPU_REPEATS and sum(seconds) < CPU_SECONDS:
-        seconds.append(timer.seconds())
-    return _timing(seconds, 1, f"wall time, median of {len(seconds)}")
+    return time_replays(make_timer(case.library, lambda _: case.run(), [case.kv_cache], 1), 1, 1)
 
 
-def _timing(seconds: list[float], calls: int, protocol: str) -> Timing:
+def time_replays(timer: Timer, calls: int, copies: int) -> Timing:
+    """The median of several replays.
+
+    Parameters
+    ----------
+    timer
+        Of `make_timer`.
+    calls, copies
+        Calls of a replay, and the copies of the cache that they take in turn.
+    """
+    if isinstance(timer, WallClock):
+        seconds: list[float] = []
+        while len(seconds) < CPU_REPEATS and sum(seconds) < CPU_SECONDS:
+            seconds.append(timer.seconds())
+        protocol = f"wall time, median of {len(seconds)}"
+    else:
+        seconds = [timer.seconds() for _ in range(REPLAYS)]
+        protocol = f"CUDA graph of {calls} calls, {copies} caches in turn, median of {REPLAYS} replays"
     return Timing(statistics.median(seconds), min(seconds), max(seconds), calls, protocol)
