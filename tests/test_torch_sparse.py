@@ -34,7 +34,8 @@ def _graphs_of_this_code() -> Iterator[None]:
 
 
 def tensors_of(given: dict[str, Any]) -> Tensors:
-    arrays = {name: value for name, value in given.items() if value is not None and name != "head_dim_v"}
+    options = ("head_dim_v", "strict")
+    arrays = {name: value for name, value in given.items() if value is not None and name not in options}
     return {name: torch.from_numpy(value) for name, value in arrays.items()}
 
 
