@@ -300,7 +300,10 @@ def test_plans_of_one_kind_share_what_was_prepared(gpu: FakeGpu) -> None:
     assert len(known_calls._known) == 2
 
 
-@pytest.mark.parametrize("kernel", [AUTO, *(family.name for family in FAMILIES if not isinstance(family, Fp8Family))])
+BY_TMA = [family.name for family in FAMILIES if not isinstance(family, Fp8Family) and not family.gathers]
+
+
+@pytest.mark.parametrize("kernel", [AUTO, *BY_TMA])
 def test_a_plan_names_the_kernel(gpu: FakeGpu, kernel: str) -> None:
     arrays = packed(gpu, heads=128)
     plan = plan_decode(**arrays, kernel=kernel)
@@ -312,6 +315,46 @@ def test_a_plan_names_the_kernel(gpu: FakeGpu, kernel: str) -> None:
     rows = {"wide64": 64, "narrow32": 32}.get(kernel, 16)
     assert combine.arguments[0]["rows"] == plan.config.rows == rows
     assert decode.grid == (plan.shape.blocks_per_job, plan.shape.num_parts, 1)  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize("parts", ["packed", "pairs"])
+@pytest.mark.parametrize("kernel", [family.name for family in FAMILIES if family.gathers])
+def test_pages_of_one_token_are_named_by_their_addresses(gpu: FakeGpu, kernel: str, parts: str) -> None:
+    arrays = packed(gpu, heads=128)
+    arrays["block_table"] = gpu.array((4, 1000), "int32", strides=(1024, 1))
+    cache = gpu.array((5000, 1, 1, LATENT + ROPE), strides=(640, 640, 640, 1))
+    q, kv_cache = arrays["q"], cache
+    arrays["kv_cache"] = cache
+    if parts == "pairs":
+        q = gpu.array((4, 1, 128, LATENT)), gpu.array((4, 1, 128, ROPE))
+        kv_cache = gpu.array((5000, 1, 1, LATENT)), gpu.array((5000, 1, 1, ROPE))
+        arrays |= {"q": q, "kv_cache": kv_cache}
+    plan = plan_decode(**arrays, kernel=kernel)
+    assert plan.config is not None
+    assert plan.config.family.name == kernel
+    gpu.take()
+    for _ in range(2):  # checked, and recognised
+        mla_decode(**arrays, plan=plan)
+        decode, combine = gpu.take()
+        (params,) = decode.arguments
+        latent_q, rope_q = q if parts == "pairs" else (q, q)
+        latent_kv, rope_kv = kv_cache if parts == "pairs" else (cache, cache)
+        inside = LATENT * 2 * (parts == "packed")
+        assert params["q"] == latent_q.pointer
+        assert params["q_rope"] == rope_q.pointer + inside
+        assert params["kv"] == latent_kv.pointer
+        assert params["kv_rope"] == rope_kv.pointer + inside
+        row = LATENT if parts == "pairs" else 640
+        assert params["kv_stride_page"] == row * 2 // 16
+        assert params["kv_rope_stride_page"] == (ROPE if parts == "pairs" else 640) * 2 // 16
+        assert (params["kv_stride_head"], params["kv_rope_stride_head"]) == (0, 0)
+        assert params["indices"] == arrays["block_table"].pointer
+        assert params["indices_strides"][0].tolist() == [1024, 0, 0]
+        assert params["num_slots"] == 5000
+        assert params["plan"] == combine.arguments[0]["plan"] == plan.pointer
+        assert combine.arguments[0]["rows"] == plan.config.rows
+    with pytest.raises(InvalidArgumentError, match="pages of 1 token, not of 64"):
+        plan_decode(**packed(gpu), kernel=kernel)
 
 
 @pytest.mark.parametrize(("kernel", "words"), [("wide", "one of auto, narrow16"), ("wide64", "rope widths of")])

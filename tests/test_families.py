@@ -174,6 +174,8 @@ def test_the_kernel_that_is_asked_for_is_chosen(family: DecodeFamily, heads: int
     call = problem(4, 8192, heads)
     if isinstance(family, Fp8Family):
         call = fp8(call)
+    if family.gathers:
+        call = replace(call, keys=PagedKeys(1, 8192))
     config = choose_config(call, NUM_SMS, None, split, kernel=family.name)
     assert config == family.configure(call, heads)
     assert config.float_partials == (family.rows == 16 and heads == 4)
@@ -182,6 +184,20 @@ def test_the_kernel_that_is_asked_for_is_chosen(family: DecodeFamily, heads: int
         for other in FAMILIES
         if other.why_unsupported(call) is None
     ]
+
+
+@pytest.mark.parametrize("split", [None, 256])
+@pytest.mark.parametrize("heads", [4, 16, 128])
+@pytest.mark.parametrize(("batch", "seqlen_q"), [(1, 1), (128, 1), (8, 3)])
+def test_pages_of_one_token_are_gathered_where_they_can_be(
+    batch: int, seqlen_q: int, heads: int, split: int | None
+) -> None:
+    call = replace(problem(batch, 2048, heads, seqlen_q=seqlen_q, causal=True), keys=PagedKeys(1, 2048))
+    config = choose_config(call, NUM_SMS, None, split)
+    assert config.family.gathers
+    assert config.causal == (seqlen_q > 1)
+    # TMA brings larger pages.
+    assert not choose_config(problem(batch, 2048, heads), NUM_SMS, None, split).family.gathers
 
 
 @pytest.mark.parametrize(

@@ -20,8 +20,9 @@ from .blueprint import DenseBlueprint, PlanMemory
 from .known import identify, recall, remember
 from .plan import DecodePlan, plan_kind
 from .plan_arrays import check_plan_array
-from .prepared import CallStrides, DecodeCall, prepare
+from .prepared import CallStrides, DecodeCall
 from .reference import mla_decode_reference
+from .token_pages import prepare
 
 # Places in the tuples that calls are recognised by.
 _VALIDATE = option_names(DECODE).index("validate")

@@ -24,8 +24,8 @@ from ..schedule.pieces import ceil_div
 from .prepared import CALLS_KEPT
 
 _LOG2_E = math.log2(math.e)
-_KV_UNIT = 16  # bytes; strides of pages and tokens are counted in it
-_MAX_SLOTS = 2**31  # what an index can name, so that a negative one names nothing
+KV_UNIT = 16  # bytes; strides of pages and tokens are counted in it
+MAX_SLOTS = 2**31  # what an index can name, so that a negative one names nothing
 
 _PREFILL_WORDS = words_of(
     GATHER_PARAMS, *("kv_scale_at" if name == "kv_scale" else name for name in SPARSE_PREFILL_ARRAYS)
@@ -90,10 +90,10 @@ def gather_params(
     params["q_strides"], params["indices_strides"] = strides.q, strides.indices
     params["out_strides"], params["lse_strides"] = strides.out, strides.lse
     page, token, head = (step * ITEM_SIZES[problem.layout.dtype] for step in strides.kv)
-    params["kv_stride_page"], params["kv_stride_token"] = page // _KV_UNIT, token // _KV_UNIT
+    params["kv_stride_page"], params["kv_stride_token"] = page // KV_UNIT, token // KV_UNIT
     params["kv_stride_head"] = head if queries.num_heads_kv > 1 else 0
     params["kv_scale_value"] = kv_scale
-    params["num_slots"] = min(strides.num_slots, _MAX_SLOTS)
+    params["num_slots"] = min(strides.num_slots, MAX_SLOTS)
     params["topk"], params["group_heads"] = problem.keys.topk, queries.group_heads
     params["scale_log2"], params["empty_lse"] = softmax_scale * _LOG2_E, empty_lse
     return params

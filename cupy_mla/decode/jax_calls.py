@@ -27,8 +27,9 @@ from ..settings import wants_validation
 from .blueprint import DenseBlueprint, PlanMemory
 from .merge import check_states, merge_views
 from .plan import plan_kind
-from .prepared import CallStrides, prepare
+from .prepared import CallStrides
 from .reference import mla_decode_reference
+from .token_pages import prepare
 
 DECODE_TARGET = "cupy_mla.mla_decode"
 PLAN_TARGET = "cupy_mla.plan_decode"

@@ -9,12 +9,14 @@ from __future__ import annotations
 import math
 import threading
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
 from ..arrays.frameworks import CUDA
 from ..arrays.view import ArrayView, contiguous_strides
-from ..call.memo import Memo, remembered
+from ..call.memo import Memo
 from ..call.problem import DecodeInputs, DecodeProblem
 from ..gpu.launch import Launch, is_capturing
 from ..kernels.combine import STORE_ALIGNMENT, combine_geometry
@@ -120,18 +122,11 @@ class DecodeCall:
         self._is_scaled = problem.layout.needs_scale
         if self._is_scaled:
             params["latent_scale_value"] = params["rope_scale_value"] = kv_scale
-        params["q_latent_strides"] = strides.q_latent
-        if strides.q_rope is not None:
-            params["q_rope_strides"] = strides.q_rope
-        params["block_table_stride"] = strides.block_table
+        self._say_where(params)
         params["out_strides"], params["lse_strides"] = strides.out, strides.lse
         params["num_parts"], params["blocks_per_job"] = shape.num_parts, shape.blocks_per_job
         params["group_heads"], params["scale_log2"] = problem.queries.group_heads, softmax_scale * _LOG2_E
         params["empty_lse"] = empty_lse
-        for part, pages in (("latent", strides.kv_latent), ("rope", strides.kv_rope)):
-            if pages is not None:
-                steps = PageSteps.of(pages.shape, pages.strides)
-                params[f"{part}_page_step"], params[f"{part}_head_step"] = steps.page, steps.head
         if shape.may_claim:
             params["second_half"] = half = second_half(kind.location[1])
             num_second = sum(int(word).bit_count() for word in half)
@@ -139,13 +134,12 @@ class DecodeCall:
         self.params = params
         self._words = params.view(np.uint64).data
         self._flags = params.view(np.int32).data
-        no_map = np.zeros(1, TENSOR_MAP)  # the launch is pointed at those of the cache
         self._decode = Launch(
             kind.decode_kernel,
             (shape.blocks_per_job, shape.num_parts, 1),
             (config.threads, 1, 1),
             config.shared_memory,
-            (no_map, no_map, params),
+            (*self._leading_arguments(), params),
             programmatic=True,
             cluster=PAIR if shape.blocks_per_job % PAIR == 0 else 1,
         )
@@ -153,6 +147,23 @@ class DecodeCall:
         self._combine_words = self.combine_params.view(np.uint64).data
         self.combine_params["empty_lse"] = empty_lse
         self._combine = self._prepare_combine()
+
+    def _say_where(self, params: npt.NDArray[Any]) -> None:
+        """Write where queries and keys lie from one another."""
+        strides = self._strides
+        params["q_latent_strides"] = strides.q_latent
+        if strides.q_rope is not None:
+            params["q_rope_strides"] = strides.q_rope
+        params["block_table_stride"] = strides.block_table
+        for part, pages in (("latent", strides.kv_latent), ("rope", strides.kv_rope)):
+            if pages is not None:
+                steps = PageSteps.of(pages.shape, pages.strides)
+                params[f"{part}_page_step"], params[f"{part}_head_step"] = steps.page, steps.head
+
+    def _leading_arguments(self) -> tuple[npt.NDArray[Any], ...]:
+        """What the kernel takes ahead of its parameters: tensor maps. Each launch is pointed at those of its cache."""
+        no_map = np.zeros(1, TENSOR_MAP)
+        return no_map, no_map
 
     def _prepare_combine(self) -> Launch | None:
         kind, strides, params = self.kind, self._strides, self.combine_params
@@ -217,20 +228,6 @@ class DecodeCall:
         return ArrayView(
             pointer, pages.shape, pages.strides, self.kind.problem.layout.dtype, CUDA, self.kind.location[1], None
         )
-
-
-@remembered(CALLS_KEPT)
-def prepare(
-    kind: DenseBlueprint, softmax_scale: float, empty_lse: float, strides: CallStrides, kv_scale: float = 1.0
-) -> DecodeCall:
-    """The prepared call of a kind and of these strides; the same object whenever it is asked for again.
-
-    Raises
-    ------
-    CompilationError, UnsupportedDeviceError, DriverError, MissingDependencyError
-        A kernel cannot be compiled or loaded.
-    """
-    return DecodeCall(kind, softmax_scale, empty_lse, strides, kv_scale)
 
 
 def _query_strides(strides: Strides, ragged: bool) -> Strides:

@@ -90,6 +90,11 @@ class DecodeFamily(ABC):
         """Its by-value parameters: a struct that begins with the fields of DecodeParams."""
         return DECODE_PARAMS
 
+    @property
+    def gathers(self) -> bool:
+        """Whether a kernel of dense decode brings tokens one by one, by their addresses; else TMA brings pages."""
+        return False
+
     def copies_whole_tokens(self, config: KernelConfig) -> bool:
         """Whether one copy of a chunk brings all latent columns; else it brings one box."""
         return False

@@ -2,7 +2,8 @@
 
 One kernel file serves two schedules. *Planned*: query tokens are requests of a plan, as for sparse decode, cut where
 the load asks for it and merged (`combine.gathered_combine_source`). *Static*: a CTA takes every so many-th query token,
-as for sparse prefill; the grid is (row blocks of a kv head, parts, kv heads), and any number of parts is right.
+as for sparse prefill; the grid is (row blocks of a kv head, parts, kv heads), and any number of parts is right. A third
+schedule, *by request*, makes them kernels of dense decode: token_pages.py.
 """
 
 from __future__ import annotations
@@ -36,14 +37,19 @@ class GatheredConfig(KernelConfig):
         Whether it takes its work from a plan.
     layout : CacheLayout
         Of the cache.
+    by_request : bool
+        Whether a job has all query tokens of a request, as in dense decode, and a mask of dense decode.
     """
 
     planned: bool = True
     layout: CacheLayout = BF16
+    by_request: bool = False
 
     @property
     def suffix(self) -> str:
         """The end of the name: a layout that is not that of the type, and the schedule."""
+        if self.by_request:
+            return ("_causal" if self.causal else "") + ("_float" if self.float_partials else "")
         layout = f"_{self.layout.name}" if self.layout.codec is not None else ""
         return layout + ("_planned" if self.planned else "_static") + ("_float" if self.float_partials else "")
 
@@ -68,7 +74,8 @@ def gathered_defines(family: DecodeFamily, config: KernelConfig) -> tuple[tuple[
     """The macros of decode/config.h and decode/gathered/work.h."""
     assert isinstance(config, GatheredConfig)
     defines = dict(DecodeFamily.defines(family, config))
-    return tuple({**defines, "MLA_GATHERED": "1", "MLA_PLANNED": str(int(config.planned))}.items())
+    own = {"GATHERED": True, "PLANNED": config.planned, "BY_REQUEST": config.by_request}
+    return tuple({**defines, **{f"MLA_{name}": str(int(value)) for name, value in own.items()}}.items())
 
 
 @dataclass(frozen=True, slots=True)

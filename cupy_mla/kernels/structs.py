@@ -95,6 +95,11 @@ GATHER_PARAMS = np.dtype(
         ("second_half", np.uint32, SM_WORDS),
         ("kv_scale_value", np.float32),
         ("kv_scale_at", _POINTER),
+        ("q_rope", _POINTER),
+        ("q_rope_strides", np.int64, 3),  # batch, seq, head
+        ("kv_rope", _POINTER),
+        ("kv_rope_stride_head", np.int64),  # bytes
+        ("kv_rope_stride_page", np.uint32),  # 16 bytes
     ],
     align=True,
 )

@@ -8,8 +8,9 @@ namespace mla {
 // decode it would move bytes that nobody wants.
 constexpr bool kWholeLines = !kIsPlanned;
 
-// A query token's row of `indices`.
+// A query token's row of `indices`; by request, the row of all of its query tokens.
 MLA_DEVICE const i32* indices_of(const GatherParams& params, const BlockWork& work) {
+    if constexpr (kByRequest) return params.indices + work.request * params.indices_stride_batch;
     return params.indices + work.request * params.indices_stride_batch + work.q_begin * params.indices_stride_seq +
            work.kv_head * params.indices_stride_head;
 }
@@ -22,6 +23,11 @@ MLA_DEVICE const u8* token_address(const GatherParams& params, u32 slot) {
     u64 units = static_cast<u64>(page) * params.kv_stride_page;
     if (kPageSize > 1) units += static_cast<u64>(slot - page * kPageSize) * params.kv_stride_token;
     return params.kv + units * 16;
+}
+
+// The rope part, where it may lie anywhere: by request.
+MLA_DEVICE const u8* token_rope_address(const GatherParams& params, u32 slot) {
+    return params.kv_rope + static_cast<u64>(slot) * params.kv_rope_stride_page * 16;
 }
 
 }  // namespace mla

@@ -30,6 +30,9 @@ RUNS = 10
 LENGTHS = (0, 1, 63, 64, 65, 140, 4096)
 
 
+OF_TOKEN_PAGES = [family.name for family in FAMILIES if family.gathers]
+
+
 @pytest.fixture(params=[AUTO, *(family.name for family in FAMILIES if not isinstance(family, Fp8Family))])
 def kernel(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     """Every test runs on the kernel that is chosen for its case, and on each of the kernels."""
@@ -44,6 +47,8 @@ class OnGpu:
     kernel = AUTO  # of the test that runs
 
     def __init__(self, case: DenseCase) -> None:
+        if self.kernel in OF_TOKEN_PAGES:
+            case = replace(case, page_size=1)
         self.case = case
         self.host = case.build()
         on_gpu = self.host.on(gpu.LIBRARY)

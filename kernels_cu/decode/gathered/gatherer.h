@@ -106,6 +106,19 @@ private:
         return {first, is_token(params_, slot) ? 16u : 0u};
     }
 
+    // The same of its rope part. By request it may lie anywhere, and is looked for when its turn has come.
+    MLA_DEVICE const u8* rope_chunk(const RowChunk& source, i32 item, u32 row, u32 chunk) {
+        if constexpr (!kByRequest) return source.first + kLatentBoxes * kBoxRowBytes;
+        if (item < 0) {
+            const BlockWork work = load_block_work(params_, ~item);
+            return reinterpret_cast<const u8*>(query_row(params_, work, warp() * kAtomRows + row, chunk * 8).rope);
+        }
+        const u8* rope = token_rope_address(params_, __shfl_sync(kFullWarp, index_, row)) + chunk * 16;
+        if (params_.kv_rope_stride_head != 0)
+            rope += load_block_work(params_, item).kv_head * params_.kv_rope_stride_head;
+        return rope;
+    }
+
     // Eight lanes bring a row, 16 bytes each of every box; four rows at once.
     MLA_DEVICE void gather(u32 stage_index) {
         constexpr u32 kChunks = kBoxRowBytes / 16;
@@ -122,7 +135,7 @@ private:
             for (u32 box = 0; box < kLatentBoxes; ++box)
                 copy_async_16b<kWholeLines>(latent + box * kSwizzleAtomBytes, source.first + box * kBoxRowBytes, source.bytes);
             if constexpr (kRopeBoxes > 0)
-                copy_async_16b<kWholeLines>(stage + kStageRope + warp() * kSwizzleAtomBytes + in_atom, source.first + kLatentBoxes * kBoxRowBytes, source.bytes);
+                copy_async_16b<kWholeLines>(stage + kStageRope + warp() * kSwizzleAtomBytes + in_atom, rope_chunk(source, item, row, chunk), source.bytes);
         }
         const u32 full = tile_full(smem_, stage_index);
         copy_async_arrive(full);

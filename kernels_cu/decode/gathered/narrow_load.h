@@ -68,19 +68,30 @@ private:
         return work.has_tiles() && place < work.seqlen_k ? __ldg(indices_of(params_, work) + place) : -1;
     }
 
+    // Of this warp's tokens, the one that this lane copies from in a pass; and its row, from this lane's chunk on, given the
+    // address of the row of token lane % 16.
+    MLA_DEVICE u32 token_of_pass(u32 pass) const { return pass * kPassTokens + lane_ / kLineLanes; }
+    MLA_DEVICE const u8* row_of_pass(u64 address, u32 pass) const {
+        const u64 row = __shfl_sync(kFullWarp, address, token_of_pass(pass));
+        return reinterpret_cast<const u8*>(row) + lane_ % kLineLanes * 16;
+    }
+
     MLA_DEVICE void load_tile(i32 kv_head, i32 slot) {
         const bool is_valid = is_token(params_, slot);
         const u32 valid = __ballot_sync(kFullWarp, is_valid) & kAllValid;
         // Of a token that there is not, any place within the cache: nothing is read, but an address outside might be checked.
         const u64 address =
             reinterpret_cast<u64>(token_address(params_, is_valid ? slot : 0) + kv_head * params_.kv_stride_head);
+        u64 rope_address = 0;
+        if constexpr (kByRequest && kRopeBoxes > 0)
+            rope_address = reinterpret_cast<u64>(token_rope_address(params_, is_valid ? slot : 0) +
+                                                 kv_head * params_.kv_rope_stride_head);
         const u8* rows[kPasses];  // of this lane's token in each pass, from its chunk on
         u32 bytes[kPasses];
 #pragma unroll
         for (u32 pass = 0; pass < kPasses; ++pass) {
-            const u32 source = pass * kPassTokens + lane_ / kLineLanes;
-            rows[pass] = reinterpret_cast<const u8*>(__shfl_sync(kFullWarp, address, source)) + lane_ % kLineLanes * 16;
-            bytes[pass] = (valid >> source & 1) * 16;  // a token that there is not is zeros
+            rows[pass] = row_of_pass(address, pass);
+            bytes[pass] = (valid >> token_of_pass(pass) & 1) * 16;  // a token that there is not is zeros
         }
 #pragma unroll
         for (u32 group = 0; group < kTileGroups; ++group) {
@@ -91,10 +102,14 @@ private:
 #pragma unroll
             for (u32 pass = 0; pass < kPasses; ++pass) {
                 const u32 destination = boxes + (pass % 2 ? odd_row_ : even_row_) + pass / 2 * kSwizzleAtomBytes;
+                const u8* source = rows[pass];
 #pragma unroll
-                for (u32 box = 0; box < kGroupBoxes; ++box)
-                    copy_async_16b<kWholeLines>(destination + box * kBoxBytes,
-                                                rows[pass] + (group * kGroupBoxes + box) * kBoxRowBytes, bytes[pass]);
+                for (u32 box = group * kGroupBoxes; box < (group + 1) * kGroupBoxes; ++box) {
+                    if (kByRequest && box == kLatentBoxes)  // from here on it is another array, in place of these boxes
+                        source = row_of_pass(rope_address, pass) - kLatentBoxes * kBoxRowBytes;
+                    copy_async_16b<kWholeLines>(destination + box % kGroupBoxes * kBoxBytes, source + box * kBoxRowBytes,
+                                                bytes[pass]);
+                }
             }
             copy_async_arrive(full_barrier(smem_, place.index));
             if (lane_ == 0) mbarrier_arrive(full_barrier(smem_, place.index));

@@ -2,6 +2,7 @@
 #pragma once
 #include "decode/gathered/narrow_load.h"
 #include "decode/gathered/narrow_work.h"
+#include "decode/masks.h"
 #include "decode/narrow/store.h"
 #include "decode/rows.h"
 
@@ -66,7 +67,10 @@ private:
             wgmma_pin(scores);
 #pragma unroll
             for (u32 i = 0; i < kFragment; ++i) scores[i] *= params_.scale_log2;
-            hide(scores);
+            if constexpr (kByRequest)
+                hide_unseen(work, tile, scores);
+            else
+                hide(scores);
             const u32 buffer = buffers_.index;
             softmax(tile == work.tile_begin, scores, rows);
             ring_.advance();
@@ -106,6 +110,22 @@ private:
             float& lower = scores[row_element(i) + 2];
             upper = has_upper ? upper : minus_infinity();
             lower = has_lower ? lower : minus_infinity();
+        }
+    }
+
+    // By request: what is past a row's end, as in decode/narrow/consumer.h. Nothing else is hidden; a page outside of the cache is
+    // zeros.
+    MLA_DEVICE void hide_unseen(const BlockWork& work, i32 tile, float (&scores)[kFragment]) const {
+        const i32 first_key = tile * kTileTokens;
+        if (first_key + static_cast<i32>(kTileTokens) <= block_visible_end(params_, work)) return;
+        const i32 key = first_key + static_cast<i32>(warp_ * kWarpTokens + lane_ / 4);
+#pragma unroll
+        for (u32 i = 0; i < kThreadRows; ++i) {
+            const i32 end = row_visible_end(params_, work, row_of_lane(lane_, i));
+            float& upper = scores[row_element(i)];
+            float& lower = scores[row_element(i) + 2];
+            upper = key < end ? upper : minus_infinity();
+            lower = key + 8 < end ? lower : minus_infinity();
         }
     }
 

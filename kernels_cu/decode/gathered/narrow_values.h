@@ -15,12 +15,12 @@ public:
     MLA_DEVICE void run(const Items& items) {
         for (i32 item = items.first(); item < items.end(); item += items.step()) {
             const BlockWork work = load_block_work(params_, item);
-            if (work.exists()) run_item(work);
+            if (work.exists()) run_item(work, item);
         }
     }
 
 private:
-    MLA_DEVICE void run_item(const BlockWork& work) {
+    MLA_DEVICE void run_item(const BlockWork& work, i32 item) {
         if (work.tile_begin >= work.tile_end) {
             store_empty(params_, work, thread_);
             if (thread_ < kRows) store_max_logit(params_, work, thread_, minus_infinity());
@@ -44,7 +44,7 @@ private:
         sums_parities_ ^= 1u << buffers_.index;
         rescale_by(Smem::inverse_sums, output);
         release_probabilities();
-        store(work, output);
+        store(work, item, output);
         ring_.advance();
         buffers_.advance();
     }
@@ -103,7 +103,7 @@ private:
         if (lane_ == 0) mbarrier_arrive(probabilities_empty_barrier(smem_, buffers_.index));
     }
 
-    MLA_DEVICE void store(const BlockWork& work, float (&output)[kLatentBoxes][kFragment]) const {
+    MLA_DEVICE void store(const BlockWork& work, i32 item, float (&output)[kLatentBoxes][kFragment]) const {
         if (kPartialIsFloat && work.is_partial()) {
             release(0, kStagedGroups);
             store_float_partial(params_, work, warp_, lane_, output);
@@ -115,7 +115,9 @@ private:
             store_fragment_transposed<Output>(staged_box(box), warp_, lane_, output[box]);
         barrier();  // all of the output is staged
         // Of prefill it is much, nobody reads it soon, and tokens are read again.
-        store_output_rows<!kIsPlanned>(params_, work, thread_, [this](u32 box, u32 row, u32 index) {
+        // The work is read again where no register is left to keep all of it in.
+        const BlockWork place = kByRequest ? load_block_work(params_, item) : work;
+        store_output_rows<!kIsPlanned>(params_, place, thread_, [this](u32 box, u32 row, u32 index) {
             return load_shared_16b(staged_box(box) + box_chunk_offset(row, index));
         });
         release(0, kStagedGroups);

@@ -4,6 +4,9 @@
 // Every query token attends to tokens of its own, which its row of `indices` names by their slots in the cache: page *
 // page_size + offset. -1 and every other number outside the cache is no token. To the plan each query token is a request of
 // one token, in the order of [batch, seqlen_q], and the places in its row are its keys. "static": of the schedule without a plan.
+//
+// "By request": dense decode over pages of one token. The block table is the indices, the same for all query tokens of a
+// request, and the plan is that of dense decode; queries may be ragged, latent and rope parts arrays of their own.
 #pragma once
 #include "core/plan_format.h"
 #include "decode/params.h"
@@ -46,6 +49,11 @@ struct GatherParams {
     u32 second_half[kSmWords];
     f32 kv_scale_value;      // of an e4m3 cache with one scale, where there is no address of it
     const f32* kv_scale_at;
+    const u16* q_rope;  // by request, also the next; those above are then of the latent part
+    i64 q_rope_stride_batch, q_rope_stride_seq, q_rope_stride_head;
+    const u8* kv_rope;
+    i64 kv_rope_stride_head;  // bytes
+    u32 kv_rope_stride_page;  // in 16 bytes
 };
 
 }  // namespace mla

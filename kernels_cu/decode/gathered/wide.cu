@@ -2,6 +2,7 @@
 //   0    scores: S = Q K^T, softmax, P
 //   1, 2 values: O += P V, half of the columns each; and all of their warps gather queries and KV tiles
 #include "decode/gathered/gatherer.h"
+#include "decode/gathered/request_mask.h"
 #include "decode/gathered/results.h"
 #include "decode/gathered/valid_mask.h"
 #include "decode/gathered/work.h"
@@ -10,10 +11,16 @@
 
 namespace mla {
 
+#if MLA_BY_REQUEST
+using TokenMask = RequestMask;
+#else
+using TokenMask = ValidMask;
+#endif
+
 // What the roles are part of: decode/wide/scores.h.
 struct GatheredWide {
     using Params = GatherParams;
-    using Mask = ValidMask;
+    using Mask = TokenMask;
     using Results = SinkAndLargest;
     static constexpr bool kStreamsOutput = !kIsPlanned;
 };

@@ -8,6 +8,8 @@
 namespace mla {
 
 constexpr bool kIsPlanned = MLA_PLANNED;
+constexpr bool kByRequest = MLA_BY_REQUEST;  // decode/gathered/params.h
+static_assert(!kByRequest || kIsPlanned, "requests are planned");
 
 // A static item is a query token. The grid is (row blocks of a kv head, parts, kv heads): the CTAs of a token are neighbours.
 MLA_DEVICE BlockWork static_block_work(const GatherParams& params, i32 token) {
@@ -34,7 +36,7 @@ MLA_DEVICE BlockWork load_block_work(const GatherParams& params, i32 item) {
     if constexpr (kIsPlanned) {
         pin_register(item);
         BlockWork work = planned_block_work(params, item);
-        if (params.seqlen_q > 1) {
+        if (!kByRequest && params.seqlen_q > 1) {
             const i32 token = work.request;
             work.request = token / params.seqlen_q;
             work.q_begin = token - work.request * params.seqlen_q;
@@ -45,19 +47,28 @@ MLA_DEVICE BlockWork load_block_work(const GatherParams& params, i32 item) {
     }
 }
 
-// Rows of a job are heads of one query token.
+// Rows of a job are heads of one query token; by request, of all of its query tokens.
 MLA_DEVICE RowPlace locate_row(const GatherParams& params, const BlockWork& work, i32 row_in_block) {
     const i32 row = work.first_row + row_in_block;
+    if constexpr (kByRequest) {
+        const u32 token = static_cast<u32>(row) / static_cast<u32>(params.group_heads);
+        return {static_cast<i32>(token), work.kv_head * params.group_heads + row - static_cast<i32>(token) * params.group_heads,
+                row < work.num_rows};
+    }
     return {0, work.kv_head * params.group_heads + row, row < work.num_rows};
 }
 
 MLA_DEVICE QueryRow query_row(const GatherParams& params, const BlockWork& work, i32 row_in_block, u32 column) {
     const RowPlace place = locate_row(params, work, row_in_block);
     QueryRow row;
+    const i64 token = work.q_begin + place.token;
     row.exists = place.exists;
-    row.latent = params.q + work.request * params.q_stride_batch + work.q_begin * params.q_stride_seq +
+    row.latent = params.q + work.request * params.q_stride_batch + token * params.q_stride_seq +
                  place.head * params.q_stride_head + column;
     row.rope = row.latent + kLatent;
+    if constexpr (kByRequest)
+        row.rope = params.q_rope + work.request * params.q_rope_stride_batch + token * params.q_rope_stride_seq +
+                   place.head * params.q_rope_stride_head + column;
     return row;
 }
 

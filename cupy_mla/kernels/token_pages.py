@@ -1,0 +1,93 @@
+"""The kernels of gathered tokens in dense decode over pages of one token: the block table is the list of tokens.
+
+TMA brings such pages token by token. These kernels gather them, and are else those of sparse decode: their jobs are the
+requests of a dense plan (decode/gathered/params.h: by request).
+"""
+
+from __future__ import annotations
+
+import itertools
+from dataclasses import dataclass, fields
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from ..layouts import DENSE_LAYOUTS
+from .family import STANDARD_DIMS, DecodeFamily, KernelConfig
+from .gathered import GATHERED_WIDE64, GatheredConfig, GatheredWideFamily
+from .gathered_narrow import GATHERED_NARROW16, GATHERED_NARROW32, GatheredNarrowFamily
+from .structs import GATHER_PARAMS
+
+if TYPE_CHECKING:
+    from ..call.problem import DecodeProblem
+    from ..call.sparse_problem import SparseProblem
+
+_PAGE_SIZE = 1
+
+
+class _OfTokenPages(DecodeFamily):
+    """What the families have in common."""
+
+    @property
+    def params(self) -> np.dtype[np.void]:
+        """GatherParams of decode/gathered/params.h."""
+        return GATHER_PARAMS
+
+    @property
+    def gathers(self) -> bool:
+        """Always."""
+        return True
+
+    def configure(self, problem: DecodeProblem, rows: int) -> KernelConfig:
+        """As for every kernel of dense decode."""
+        queries = problem.queries
+        return self._config(
+            *(queries.latent_dim, queries.rope_dim, queries.dtype),
+            causal=queries.causal and queries.seqlen_q > 1,
+            float_partials=self.has_float_partials(rows),
+        )
+
+    def standard_configs(self) -> list[KernelConfig]:
+        """What `cupy-mla compile` prepares ahead of time and the tests compile."""
+        partials = (False, True) if self.has_float_partials(1) else (False,)
+        return [
+            self._config(latent, rope, dtype, causal=causal, float_partials=float_partials)
+            for float_partials, (latent, rope), dtype, causal in itertools.product(
+                partials, STANDARD_DIMS, DENSE_LAYOUTS, (False, True)
+            )
+        ]
+
+    def _config(self, latent: int, rope: int, dtype: str, *, causal: bool, float_partials: bool) -> KernelConfig:
+        return GatheredConfig(self, latent, rope, dtype, _PAGE_SIZE, causal, float_partials, by_request=True)
+
+
+@dataclass(frozen=True, slots=True)
+class TokenPagesWideFamily(_OfTokenPages, GatheredWideFamily):
+    """The wide one."""
+
+    def why_unsupported(self, problem: DecodeProblem | SparseProblem) -> str | None:
+        """Larger pages, other layouts than the dense ones, and widths that it does not take in sparse decode."""
+        return _why_not_token_pages(problem) or GatheredWideFamily.why_unsupported(self, problem)
+
+
+@dataclass(frozen=True, slots=True)
+class TokenPagesNarrowFamily(_OfTokenPages, GatheredNarrowFamily):
+    """A narrow one."""
+
+    def why_unsupported(self, problem: DecodeProblem | SparseProblem) -> str | None:
+        """Larger pages, other layouts than the dense ones, and widths that it does not take in sparse decode."""
+        return _why_not_token_pages(problem) or GatheredNarrowFamily.why_unsupported(self, problem)
+
+
+def _why_not_token_pages(problem: DecodeProblem | SparseProblem) -> str | None:
+    page_size = problem.keys.page_size
+    return None if page_size == _PAGE_SIZE else f"takes pages of {_PAGE_SIZE} token, not of {page_size}"
+
+
+def _values(family: DecodeFamily, name: str) -> dict[str, Any]:
+    return {field.name: getattr(family, field.name) for field in fields(family)} | {"name": name}
+
+
+TOKEN_PAGES_NARROW16 = TokenPagesNarrowFamily(**_values(GATHERED_NARROW16, "token_pages16"))
+TOKEN_PAGES_NARROW32 = TokenPagesNarrowFamily(**_values(GATHERED_NARROW32, "token_pages32"))
+TOKEN_PAGES_WIDE64 = TokenPagesWideFamily(**_values(GATHERED_WIDE64, "token_pages64"))
