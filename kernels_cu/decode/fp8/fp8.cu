@@ -18,7 +18,7 @@ MLA_DEVICE void initialise_barriers(u32 smem) {
         mbarrier_init(barrier_of(smem, Fp8Smem::probabilities_full, buffer), kWarpgroupThreads);
         mbarrier_init(barrier_of(smem, Fp8Smem::probabilities_empty, buffer), kValueWarpgroups * kWarpgroupWarps);
     }
-    mbarrier_init(smem + Fp8Smem::sums_full, kScoresWarps);
+    mbarrier_init(smem + Fp8Smem::sums_full, kWarpgroupThreads);
     mbarrier_init(smem + Fp8Smem::sums_empty, kValueWarpgroups * kWarpgroupWarps);
     mbarrier_init_fence();
 }

@@ -166,7 +166,8 @@ private:
 
     // Hidden scores are overwritten, not added to: K past a sequence's end may be NaN. V past it may be too, or left over from
     // another tile, and 0 * NaN is NaN: each warp clears the tokens that its own share of QK has read; the values warps read
-    // them after P, which follows.
+    // them after P, which follows. Lanes clear what other lanes of
+    // their warp have read, before a wgmma.wait of all: racecheck, which does not follow that, warns of it (a __syncwarp spills).
     MLA_DEVICE void mask(i32 item, const Tiles& tiles, float (&scores)[kFragment]) const {
         const BlockWork work = load_block_work(params_, item);
         const i32 key = work.seqlen_k - tiles.sequence_end + static_cast<i32>(warp_ * kWarpTokens + lane_ / 4);
@@ -255,7 +256,7 @@ private:
             store_lse(params_, work, row, lse_of(params_, work, rows.maximum[i], sum));
         }
         __syncwarp();
-        if (lane_ == 0) mbarrier_arrive(smem_ + Fp8Smem::sums_full);
+        mbarrier_arrive(smem_ + Fp8Smem::sums_full);  // each thread for what it has written itself, or racecheck reports it
     }
 
     const Fp8Params& params_;
