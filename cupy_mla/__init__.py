@@ -18,6 +18,7 @@ from .errors import (
     PlanMismatchError,
     UnsupportedDeviceError,
 )
+from .torch_compile import teach
 
 if TYPE_CHECKING:
     from .cache.slots import slots_of
@@ -69,6 +70,8 @@ __all__ = [
     "slots_of",
 ]
 
+teach(append_tokens, merge_states, mla_decode, plan_decode)
+
 
 def __getattr__(name: str) -> Any:
     if name in _MODULES:
@@ -77,6 +80,7 @@ def __getattr__(name: str) -> Any:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     value = getattr(importlib.import_module(f".{_LOADED_LATER[name]}", __name__), name)
     globals()[name] = value
+    teach(value)
     return value
 
 

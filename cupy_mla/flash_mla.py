@@ -18,6 +18,7 @@ from .decode.prefill import mla_sparse_prefill
 from .decode.sparse import mla_sparse_decode, plan_sparse_decode
 from .decode.sparse_plan import SparsePlan
 from .errors import InvalidArgumentError, MlaError
+from .torch_compile import teach
 
 __all__ = [
     "FlashMLASchedMeta",
@@ -306,3 +307,6 @@ def _in_words_of_flash_mla(error: InvalidArgumentError, names: dict[str, str]) -
     """The same error under the argument's name in FlashMLA."""
     name, bracket, index = error.argument.partition("[")
     return type(error)(names.get(name, name) + bracket + index, error.expected, error.got)
+
+
+teach(get_mla_metadata, flash_mla_with_kvcache, flash_mla_sparse_fwd)

@@ -34,7 +34,10 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("kernels",),
     ("decode",),
     ("cache",),
-    ("flash_mla", "torch_ops", "jax_ops"),
+    ("torch_ops", "jax_ops"),
+    ("torch_rules",),
+    ("torch_compile",),
+    ("flash_mla",),
     ("lab",),
     ("bench",),
     (ROOT,),  # what users import: names from the rows above
