@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -13,6 +14,9 @@ from .errors import InvalidArgumentError
 CACHE_DIR_VARIABLE = "CUPY_MLA_CACHE_DIR"
 VALIDATE_VARIABLE = "CUPY_MLA_VALIDATE"
 BACKEND_VARIABLE = "CUPY_MLA_BACKEND"
+
+# What the linear algebra libraries of NumPy's builds read when they are loaded.
+_THREADS_VARIABLES = ("OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS", "MKL_NUM_THREADS")
 
 BACKENDS = ("auto", "cuda", "numpy")
 _TRUE_WORDS = frozenset({"1", "true", "yes", "on"})
@@ -57,6 +61,21 @@ def wants_validation(asked: bool | None, on_gpu: bool) -> bool:
     """Whether a call that asked for validation, asked for none, or did not say (None) is validated. It costs nothing to
     speak of where values need not be read back from a GPU."""
     return (not on_gpu or get_settings().validate) if asked is None else asked
+
+
+@contextmanager
+def one_thread_each() -> Iterator[None]:
+    """Processes that are started meanwhile compute with one thread each: there are as many as processors."""
+    before = {name: os.environ.get(name) for name in _THREADS_VARIABLES}
+    os.environ.update(dict.fromkeys(_THREADS_VARIABLES, "1"))
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                del os.environ[name]
+            else:
+                os.environ[name] = value
 
 
 def reload_settings() -> Settings:

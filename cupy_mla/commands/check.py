@@ -3,23 +3,38 @@
 from __future__ import annotations
 
 import time
+from collections import Counter
 
 import click
+from click.core import ParameterSource
 
+from ..errors import InvalidArgumentError
 from .command import Command
-from .common import backend_option, choose_backend, note
+from .common import COUNT, Backend, backend_option, choose_backend, note
 
 
 @click.command(cls=Command)
 @backend_option
+@click.option("--random", "random_problems", type=COUNT, help="Run so many random problems of every operation instead.")
+@click.option(
+    "--seed", type=click.IntRange(0, 2**62), default=0, show_default=True, help="Of the first random problem."
+)
 @click.pass_context
-def check(ctx: click.Context, backend: str) -> None:
+def check(ctx: click.Context, backend: str, random_problems: int | None, seed: int) -> None:
     """Run small cases on poisoned caches and compare them with float64: dense decoding, also over e4m3 caches, sparse
     decoding and sparse prefill.
 
     Heads, query tokens, masks, types, page sizes, splits and strides; each case runs twice and must give the same
     bits. Takes a minute, with the compilation of the kernels. Exits with 1 if a case fails.
+
+    With --random, problems of every operation (dense and sparse decode, sparse prefill, merges, appends, slots) are
+    drawn, one for each number from --seed on, and run in several processes. A problem that fails is shown with the
+    command that runs it alone.
     """
+    if random_problems is not None:
+        ctx.exit(1 if _run_campaign(range(seed, seed + random_problems), choose_backend(backend)) else 0)
+    if ctx.get_parameter_source("seed") is ParameterSource.COMMANDLINE:
+        raise InvalidArgumentError("seed", "none without --random", str(seed))
     from ..lab.libraries import LIBRARY_OF_BACKEND
     from ..lab.selftest import CHECK_CASES, run_checks
 
@@ -41,3 +56,32 @@ def check(ctx: click.Context, backend: str) -> None:
     seconds = time.perf_counter() - start
     click.echo(f"{len(CHECK_CASES) - failed} of {len(CHECK_CASES)} cases passed in {seconds:.1f} s")
     ctx.exit(1 if failed else 0)
+
+
+def _run_campaign(seeds: range, chosen: Backend) -> int:
+    """Run random problems, print what came of them, and return how many failed."""
+    from ..lab.campaign import compile_for, run_campaign, usual_jobs
+
+    if chosen.note:
+        note(chosen.note)
+    jobs = usual_jobs()
+    click.echo(f"{len(seeds)} random problems, seeds {seeds[0]} to {seeds[-1]}, on {chosen.device}, {jobs} processes")
+    start = time.perf_counter()
+    if chosen.name == "cuda":
+        compile_for(seeds, jobs)
+        click.echo(f"kernels ready after {time.perf_counter() - start:.1f} s")
+    counts: Counter[str] = Counter()
+    shares: dict[str, float] = {}
+    failed = 0
+    for result in run_campaign(seeds, chosen.name, jobs):
+        counts[result.operation] += 1
+        shares[result.operation] = max(shares.get(result.operation, 0.0), result.share)
+        if result.failure:
+            failed += 1
+            click.echo(f"FAILED  {result.operation}: {result.failure}")
+            click.echo(f"        again: cupy-mla check --random 1 --seed {result.seed} --backend {chosen.name}")
+    for operation, count in sorted(counts.items()):
+        click.echo(f"{operation:15} {count:7}  largest error {shares[operation]:4.0%} of its bound")
+    seconds = time.perf_counter() - start
+    click.echo(f"{len(seeds) - failed} of {len(seeds)} problems passed in {seconds:.1f} s")
+    return failed

@@ -273,7 +273,8 @@ def run_decode(
     given, checked = DecodeArrays(*arrays), DecodeOptions(*options)
     if plan is not None and given.cu_seqlens_q is not None and checked.max_seqlen_q is None:
         planned = plan.problem.queries
-        checked = replace(checked, max_seqlen_q=planned.seqlen_q) if planned.ragged else checked
+        if planned.ragged and not planned.is_empty:
+            checked = replace(checked, max_seqlen_q=planned.seqlen_q)
     problem, inputs = describe_decode(given, checked, stream)
     on_gpu = require_backend(*inputs.location, "q")
     most = checked.max_seqlen_k

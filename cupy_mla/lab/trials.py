@@ -1,0 +1,327 @@
+"""The trials of the campaign: one random problem of each operation, against float64 or bit by bit."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+
+from ..cache.append import append_tokens
+from ..cache.slots import slots_of
+from ..call.options import EXACT, SPLIT
+from ..decode.dense import mla_decode, plan_decode
+from ..decode.merge import merge_states
+from ..decode.prefill import mla_sparse_prefill
+from ..decode.sparse import mla_sparse_decode, plan_sparse_decode
+from ..kernels.choose import FAMILIES, GATHERED_FAMILIES
+from ..kernels.fp8 import Fp8Family
+from ..schedule.pieces import TILE_TOKENS, ceil_div
+from .accuracy import LSE_BOUNDS
+from .trial import Array, Trial, attention
+
+_INT32 = np.iinfo(np.int32)
+_FP8 = "float8_e4m3fn"
+_FP8_FACTOR = 8.0  # of stored values, which are then scaled by its inverse
+_LONGEST, _LONG = 300, 4000
+_LONG_CHANCE = 0.03
+_MERGE_TYPES = ("bfloat16", "float16", "float32")
+
+
+def dense(trial: Trial) -> None:
+    """`mla_decode` over a paged cache, 16-bit or e4m3."""
+    settings, rng = trial.settings, trial.rng
+    heads, kv_heads = trial.heads()
+    batch, ragged = trial.up_to(6), trial.chance(0.25)
+    fp8 = settings.dtype == "bfloat16" and settings.page_size % 8 == 0 and trial.chance(0.25)
+    counts = rng.integers(0, 5, batch) if ragged else np.full(batch, trial.pick(1, 1, 1, 2, 3, 5))
+    most = _LONG if trial.chance(_LONG_CHANCE) else _LONGEST
+    lengths = np.array([trial.length(most) for _ in range(batch)])
+    trial.words |= {"heads": heads, "kv_heads": kv_heads, "lengths": lengths.tolist(), "tokens": counts.tolist()}
+    cache, table, exact_cache, scale = _paged_cache(trial, lengths, kv_heads, fp8)
+    q = trial.values((int(counts.sum()), heads, settings.width), settings.dtype)
+    shaped = q if ragged else q.reshape(batch, int(counts[0]), heads, settings.width)
+    starts = np.concatenate([[0], np.cumsum(counts)]).astype(np.int32)
+    arrays = [_maybe_pair(trial, trial.stored(shaped)), _maybe_pair(trial, cache), table, lengths.astype(np.int32)]
+    arrays = [trial.upload(array) for array in arrays]
+    options: dict[str, Any] = {"head_dim_v": settings.latent_dim, "causal": settings.causal}
+    if ragged:
+        options |= {"cu_seqlens_q": trial.upload(starts), "max_seqlen_q": int(counts.max(initial=0)) or None}
+    if fp8:
+        number = trial.chance(0.5)
+        options["kv_scale"] = scale if number else trial.upload(np.array([scale], np.float32))
+    plan = _dense_plan(trial, arrays, options, lengths)
+    softmax_scale = trial.pick(None, settings.width**-0.5 * float(rng.uniform(0.5, 2)))
+    empty_lse = trial.pick(-math.inf, math.inf)
+    out, lse = mla_decode(
+        *arrays, **options, softmax_scale=softmax_scale, plan=plan, empty_lse=empty_lse, validate=trial.chance(0.3)
+    )
+    out, lse = trial.download(out), trial.download(lse)
+    factor = settings.width**-0.5 if softmax_scale is None else softmax_scale
+    for request in range(batch):
+        rows = slice(starts[request], starts[request + 1])
+        got_out = out[rows] if ragged else out[request]
+        got_lse = lse[:, rows].T if ragged else lse[request].T
+        _compare_request(
+            trial, q[rows].astype(np.float64), exact_cache[request], factor, (got_out, got_lse), kv_heads, empty_lse,
+            LSE_BOUNDS[SPLIT if fp8 else EXACT],
+        )  # fmt: skip
+
+
+def sparse_decode(trial: Trial) -> None:
+    """`mla_sparse_decode`: tokens that indices name."""
+    batch, seqlen_q = trial.up_to(4), trial.pick(1, 1, 2, 3)
+    drawn = _Sparse(trial, (batch, seqlen_q))
+    arrays, options = drawn.arrays(trial), drawn.options(trial)
+    plan = None
+    if trial.chance(0.6):
+        split = trial.pick(None, None, TILE_TOKENS * trial.up_to(3))
+        kernel = trial.pick("auto", *(family.name for family in GATHERED_FAMILIES))
+        plan_options = {name: options[name] for name in ("topk_length", "head_dim_v")}
+        plan = plan_sparse_decode(*arrays, **plan_options, fixed_split_tokens=split, kernel=kernel)
+        trial.words |= {"split": split, "kernel": kernel}
+    out, lse = map(trial.download, mla_sparse_decode(*arrays, **options, plan=plan))
+    drawn.compare(trial, out, lse.swapaxes(1, 2), None)
+
+
+def sparse_prefill(trial: Trial) -> None:
+    """`mla_sparse_prefill`: query tokens with tokens of their own."""
+    drawn = _Sparse(trial, (trial.up_to(8),))
+    arrays, options = drawn.arrays(trial), drawn.options(trial)
+    out, logits, lse = map(trial.download, mla_sparse_prefill(*arrays, **options))
+    drawn.compare(trial, out, lse, logits)
+
+
+def merges(trial: Trial) -> None:
+    """`merge_states` of shards, some of which saw nothing."""
+    rng, dtype = trial.rng, trial.pick(*_MERGE_TYPES)
+    ragged = trial.chance(0.3)
+    shape = (trial.up_to(6), trial.up_to(64)) if ragged else (trial.up_to(3), trial.up_to(3), trial.up_to(128))
+    states, d_v = trial.up_to(6), trial.settings.latent_dim
+    outs = np.array(trial.values((states, *shape, d_v), dtype))
+    lses = (rng.standard_normal((states, *shape)) * 3).astype(np.float32)
+    unseen = rng.random(lses.shape) < trial.pick(0.0, 0.3, 0.9)
+    lses[unseen] = rng.choice(np.array([-np.inf, np.inf], np.float32), int(unseen.sum()))
+    outs[unseen] = np.nan
+    trial.words |= {"states": states, "shape": shape, "dtype": dtype}
+    given = np.ascontiguousarray(lses.swapaxes(-1, -2))
+    if trial.chance(0.5):
+        results = merge_states(trial.upload(trial.stored(outs)), trial.upload(given))
+    else:
+        results = merge_states([trial.upload(out) for out in outs], [trial.upload(np.array(lse)) for lse in given])
+    out, lse = map(trial.download, results)
+    known = np.where(unseen, -np.inf, lses.astype(np.float64))
+    top = known.max(axis=0)
+    weights = np.exp(known - np.where(np.isneginf(top), 0, top))
+    total = weights.sum(axis=0)
+    summed = (weights[..., None] * np.where(unseen[..., None], 0, outs.astype(np.float64))).sum(axis=0)
+    exact = summed / np.where(total == 0, 1, total)[..., None]
+    exact_lse = np.where(total == 0, -np.inf, top + np.log(np.where(total == 0, 1, total)))
+    trial.compare_out("out", out, exact, dtype)
+    trial.compare_lse("lse", lse.swapaxes(-1, -2), exact_lse)
+
+
+def appends(trial: Trial) -> None:
+    """`append_tokens`: every bit of the cache, also those that nobody writes."""
+    rng, settings = trial.rng, trial.settings
+    num_pages, kv_heads, num_tokens = trial.up_to(8), trial.pick(1, 1, 2), trial.up_to(40) - 1
+    dtype = trial.pick(settings.dtype, _FP8)
+    shape = (num_pages, settings.page_size, kv_heads, settings.width)
+    cache, rows = trial.stored(trial.values(shape, dtype)), trial.values((num_tokens, *shape[2:]), dtype)
+    slots = rng.permutation(num_pages * settings.page_size)[:num_tokens].astype(np.int64)
+    rows, expected = rows[: slots.size], cache.copy()
+    stray = rng.random(slots.size) < 0.2
+    slots[stray] = rng.choice([-1, num_pages * settings.page_size, 2**40, -(2**40)], int(stray.sum()))
+    for row, slot in zip(rows, slots, strict=True):
+        if 0 <= slot < num_pages * settings.page_size:
+            expected[slot // settings.page_size, slot % settings.page_size] = row
+    trial.words |= {"shape": shape, "dtype": dtype, "tokens": int(slots.size), "stray": int(stray.sum())}
+    uploaded = trial.upload(_maybe_pair(trial, cache))
+    places: dict[str, Any] = {"slot_mapping": trial.upload(slots)}
+    if trial.chance(0.5):  # pages of one request, one behind the other; what is no token is past its row
+        places = {
+            "block_table": trial.upload(np.arange(num_pages, dtype=np.int32)[None]),
+            "positions": trial.upload(np.clip(slots, _INT32.min, _INT32.max).astype(np.int32)),
+            "requests": trial.upload(np.zeros(slots.size, np.int32)),
+        }
+    append_tokens(uploaded, trial.upload(_maybe_pair(trial, np.ascontiguousarray(rows))), **places)
+    parts = [trial.download(part) for part in (uploaded if isinstance(uploaded, tuple) else (uploaded,))]
+    trial.compare_equal("cache", np.concatenate(parts, axis=-1), expected)
+
+
+def slots(trial: Trial) -> None:
+    """`slots_of`: token numbers of requests, some of which are none."""
+    rng, page_size = trial.rng, trial.settings.page_size
+    num_requests, columns = trial.up_to(6), trial.up_to(20)
+    table = rng.integers(-1, 50, (num_requests, columns), dtype=np.int32)
+    by_request = trial.chance(0.5)
+    count = trial.up_to(10) if by_request else num_requests
+    tokens = rng.integers(-5, columns * page_size + 5, (count, trial.up_to(3), trial.up_to(300)), dtype=np.int32)
+    requests = rng.integers(-1, num_requests + 1, count, dtype=np.int32) if by_request else None
+    trial.words |= {"tokens": tokens.shape, "table": table.shape, "requests": by_request}
+    expected = np.full(tokens.shape, -1, np.int32)
+    for place, token in np.ndenumerate(tokens):
+        row = place[0] if requests is None else requests[place[0]]
+        if 0 <= row < num_requests and 0 <= token < columns * page_size and table[row, token // page_size] >= 0:
+            expected[place] = table[row, token // page_size] * page_size + token % page_size
+    got = slots_of(trial.upload(tokens), trial.upload(table), page_size, requests=trial.upload(requests))
+    trial.compare_equal("slots", trial.download(got), expected)
+
+
+TRIALS: tuple[Callable[[Trial], None], ...] = (
+    *(dense, dense, dense, dense),
+    *(sparse_decode, sparse_decode, sparse_prefill),
+    *(merges, appends, slots),
+)
+
+
+# Parts of trials -----------------------------------------------------------------------------------------------------
+
+
+def _paged_cache(
+    trial: Trial, lengths: Array, kv_heads: int, fp8: bool
+) -> tuple[Array, Array, list[Array], float]:
+    """Pages in any order with poison between, the table, each request's keys [tokens, kv heads, width], the scale."""
+    rng, settings = trial.rng, trial.settings
+    counts = ceil_div(lengths, settings.page_size)
+    num_pages, columns = int(counts.sum()) + 3, int(counts.max()) + trial.pick(0, 1, 5) or 1
+    dtype = _FP8 if fp8 else settings.dtype
+    scale = 1 / _FP8_FACTOR if fp8 else 1.0
+    cache = trial.store((num_pages, settings.page_size, kv_heads, settings.width), dtype)
+    order = rng.permutation(num_pages)
+    table = rng.choice(np.array([-1, num_pages, _INT32.max, _INT32.min, 0], np.int32), (len(lengths), columns))
+    exact, taken = [], 0
+    for request, (length, pages) in enumerate(zip(lengths, counts, strict=True)):
+        table[request, :pages] = order[taken : taken + pages]
+        taken += int(pages)
+        tokens = np.arange(length)
+        keys = trial.values((int(length), kv_heads, settings.width), dtype, 1 / scale)
+        cache[table[request, tokens // settings.page_size], tokens % settings.page_size] = keys
+        exact.append(keys.astype(np.float64) * scale)
+    trial.words |= {"cache": dtype, "strides": cache.strides}
+    return cache, table, exact, scale
+
+
+def _maybe_pair(trial: Trial, packed: Array) -> Any:
+    """The array, or its latent and rope columns apart."""
+    latent = trial.settings.latent_dim
+    if trial.settings.rope_dim == 0 or trial.chance(0.7):
+        return packed
+    return trial.stored(packed[..., :latent]), trial.stored(packed[..., latent:])
+
+
+def _dense_plan(trial: Trial, arrays: list[Any], options: dict[str, Any], lengths: Array) -> Any:
+    if trial.chance(0.3):
+        return None
+    fp8 = "kv_scale" in options
+    kernels = [family.name for family in FAMILIES if isinstance(family, Fp8Family) == fp8]
+    chosen: dict[str, Any] = {
+        "fixed_split_tokens": trial.pick(None, None, TILE_TOKENS * trial.up_to(4)),
+        "kernel": trial.pick("auto", *kernels),
+        "max_seqlen_k": trial.pick(None, int(lengths.max())),
+    }
+    trial.words |= chosen
+    if trial.chance(0.3):  # planned for other lengths before
+        others = trial.upload(np.minimum(lengths, trial.rng.integers(0, 99, len(lengths))).astype(np.int32))
+        plan = plan_decode(arrays[0], arrays[1], arrays[2], others, **options, **chosen)
+        plan.update(arrays[3], options.get("cu_seqlens_q"))
+        return plan
+    return plan_decode(arrays[0], arrays[1], arrays[2], arrays[3], **options, **chosen)
+
+
+def _compare_request(
+    trial: Trial, q: Array, keys: Array, scale: float, got: tuple[Array, Array], kv_heads: int, empty_lse: float,
+    lse_bound: float,
+) -> None:  # fmt: skip
+    """One request of dense decoding: out and lse [tokens, heads]."""
+    out, lse = np.zeros(got[0].shape), np.full(got[1].shape, empty_lse)
+    group, visible = q.shape[1] // kv_heads, None
+    if trial.settings.causal:
+        visible = [len(keys) - len(q) + token + 1 for token in range(len(q))]
+    for head in range(kv_heads):
+        heads = slice(head * group, (head + 1) * group)
+        out[:, heads], head_lse, _ = attention(q[:, heads], keys[:, head], trial.settings.latent_dim, scale, visible)
+        lse[:, heads] = np.where(np.isneginf(head_lse), empty_lse, head_lse)
+    trial.compare_out("out", got[0], out, trial.settings.dtype)
+    trial.compare_lse("lse", got[1], lse, lse_bound)
+
+
+class _Sparse:
+    """A drawn sparse problem: ``queries`` is [batch, seqlen_q] of decode, [s_q] of prefill."""
+
+    def __init__(self, trial: Trial, queries: tuple[int, ...]) -> None:
+        rng, settings = trial.rng, trial.settings
+        self.queries = queries
+        heads, self.kv_heads = trial.heads()
+        self.num_pages, self.topk = trial.up_to(6), trial.up_to(250) - 1
+        num_slots = self.num_pages * settings.page_size
+        self.q = trial.values((*queries, heads, settings.width), settings.dtype)
+        self.indices = rng.integers(0, num_slots, (*queries, self.kv_heads, self.topk), dtype=np.int32)
+        none = rng.choice(np.array([-1, num_slots, _INT32.min, _INT32.max], np.int32), self.indices.shape)
+        self.indices = np.where(rng.random(self.indices.shape) < trial.pick(0, 0.2, 0.2, 0.2, 1), none, self.indices)
+        self.lengths = None
+        if trial.chance(0.5):
+            shape = trial.pick(queries, queries[:1])
+            self.lengths = rng.integers(0, self.topk + 1, shape, dtype=np.int32)
+        self.sinks = None
+        if trial.chance(0.4):
+            self.sinks = rng.standard_normal(heads).astype(np.float32)
+            self.sinks[rng.random(heads) < 0.2] = trial.pick(-np.inf, np.inf)
+        self.scale = trial.pick(None, settings.width**-0.5 * float(rng.uniform(0.5, 2)))
+        self.empty_lse = trial.pick(-math.inf, math.inf)
+        self.kv = trial.store((self.num_pages, settings.page_size, self.kv_heads, settings.width), settings.dtype)
+        for query in np.ndindex(queries):
+            for head in range(self.kv_heads):
+                chosen = np.unique(self.chosen(query, head))
+                values = trial.values((chosen.size, settings.width), settings.dtype)
+                fresh = np.isnan(self.kv[chosen // settings.page_size, chosen % settings.page_size, head, 0])
+                chosen, values = chosen[fresh], values[fresh]
+                self.kv[chosen // settings.page_size, chosen % settings.page_size, head] = values
+        trial.words |= {
+            "queries": queries, "heads": heads, "kv_heads": self.kv_heads, "pages": self.num_pages, "topk": self.topk,
+            "lengths": None if self.lengths is None else self.lengths.tolist(), "sinks": self.sinks is not None,
+            "strides": self.kv.strides,
+        }  # fmt: skip
+
+    def chosen(self, query: tuple[int, ...], head: int) -> Array:
+        """Slots that a query token attends to, as often as it does."""
+        count = self.topk if self.lengths is None else int(self.lengths[query[: self.lengths.ndim]])
+        slots = self.indices[(*query, head)][:count]
+        inside: Array = slots[(slots >= 0) & (slots < self.num_pages * self.kv.shape[1])]
+        return inside
+
+    def arrays(self, trial: Trial) -> list[Any]:
+        shared = self.kv_heads == 1 and trial.chance(0.5)
+        indices = np.ascontiguousarray(self.indices[..., 0, :] if shared else self.indices)
+        return [trial.upload(array) for array in (trial.stored(self.q), self.kv, indices)]
+
+    def options(self, trial: Trial) -> dict[str, Any]:
+        return {
+            "topk_length": trial.upload(self.lengths), "attn_sink": trial.upload(self.sinks),
+            "softmax_scale": self.scale, "head_dim_v": trial.settings.latent_dim, "empty_lse": self.empty_lse,
+            "validate": trial.chance(0.3),
+        }  # fmt: skip
+
+    def compare(self, trial: Trial, out: Array, lse: Array, logits: Array | None) -> None:
+        """Results of [*queries, heads]."""
+        settings, group = trial.settings, self.q.shape[-2] // self.kv_heads
+        scale = settings.width**-0.5 if self.scale is None else self.scale
+        all_exact = np.zeros(out.shape)
+        for query in np.ndindex(self.queries):
+            for head in range(self.kv_heads):
+                slots, heads = self.chosen(query, head), slice(head * group, (head + 1) * group)
+                keys = self.kv[slots // settings.page_size, slots % settings.page_size, head].astype(np.float64)
+                exact, exact_lse, top = attention(
+                    self.q[query][None, heads].astype(np.float64), keys, settings.latent_dim, scale
+                )
+                if self.sinks is not None and slots.size:
+                    with np.errstate(over="ignore"):
+                        exact /= 1 + np.exp(self.sinks[heads].astype(np.float64) - exact_lse[0])[None, :, None]
+                all_exact[query][heads] = exact[0]
+                wanted = np.where(np.isneginf(exact_lse[0]), self.empty_lse, exact_lse[0])
+                trial.compare_lse("lse", lse[query][heads], wanted)
+                if logits is not None:
+                    trial.compare_lse("max_logits", logits[query][heads], top[0])
+        for request in range(self.queries[0]):
+            trial.compare_out("out", out[request], all_exact[request], settings.dtype)
