@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -214,6 +215,7 @@ class PageAllocator:
         OutOfPagesError
             Too few free pages.
         """
+        requests = as_list(requests, "requests", "requests, e.g. [request]")
         rows = self._distinct_rows(requests)
         counts = _settled_counts(token_counts, len(requests), num_tokens)
         lengths = self._lengths[rows]
@@ -272,7 +274,7 @@ class PageAllocator:
             raise InvalidArgumentError(argument, "a request that exists", repr(request)) from None
 
     def _batch_rows(self, requests: Sequence[int] | None) -> npt.NDArray[np.int64]:
-        chosen = self._rows if requests is None else requests
+        chosen = self._rows if requests is None else as_list(requests, "requests", "requests, e.g. [request]")
         return np.array([self._row(request, "requests") for request in chosen], np.int64)
 
     def _distinct_rows(self, requests: Sequence[int]) -> npt.NDArray[np.int64]:
@@ -331,6 +333,33 @@ class PageAllocator:
         return page * self.page_size + position % self.page_size, position
 
 
+def as_list(values: Any, name: str, what: str) -> list[Any]:
+    """A list of any sequence.
+
+    Raises
+    ------
+    InvalidArgumentError
+        It is none: a number, text, or None.
+    """
+    if not isinstance(values, str):
+        try:
+            return list(values)
+        except TypeError:
+            pass
+    raise InvalidArgumentError(name, f"a list of {what}", f"{type(values).__name__} {values!r}")
+
+
+def as_counts(counts: Any) -> list[int]:
+    """Numbers of tokens, one for each request.
+
+    Raises
+    ------
+    InvalidArgumentError
+        They are no list of integers.
+    """
+    return [as_integer(count, "counts") for count in as_list(counts, "counts", "numbers of tokens")]
+
+
 def _settled_counts(counts: Sequence[int] | None, batch: int, num_tokens: int) -> npt.NDArray[np.int64]:
     if counts is None:
         if num_tokens % max(1, batch) != 0 or (batch == 0 and num_tokens > 0):
@@ -338,7 +367,7 @@ def _settled_counts(counts: Sequence[int] | None, batch: int, num_tokens: int) -
                 "kv_new", f"a multiple of {batch} tokens, one per request (or counts given)", str(num_tokens)
             )
         return np.full(batch, num_tokens // max(1, batch), np.int64)
-    numbers = [as_integer(count, "counts") for count in counts]
+    numbers = as_counts(counts)
     if len(numbers) != batch or any(count < 0 for count in numbers) or sum(numbers) != num_tokens:
         raise InvalidArgumentError(
             "counts", f"{batch} non-negative numbers that add up to {num_tokens} tokens", str(numbers)

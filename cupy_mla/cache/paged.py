@@ -10,10 +10,10 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from ..arrays import view as arrays
-from ..arrays.frameworks import CPU, CUDA, current_stream
+from ..arrays.frameworks import CPU, CUDA, check_stream, current_stream
 from ..errors import InvalidArgumentError
 from ..layouts import CacheLayout
-from .allocator import AppendPlan
+from .allocator import AppendPlan, as_counts, as_list
 from .append import append_tokens
 from .requests import Requests
 from .storage import JAX, Storage, settle_device, settle_framework, settle_layout, size, spread
@@ -260,7 +260,9 @@ class PagedKVCache(Requests):
         """
         from .step import CacheStep
 
-        return CacheStep(self, requests, [1] * len(requests) if counts is None else counts, stream)
+        check_stream(stream)
+        batch = as_list(requests, "requests", "requests, e.g. [request]")
+        return CacheStep(self, batch, [1] * len(batch) if counts is None else as_counts(counts), stream)
 
     def make_room(self, requests: Sequence[int], counts: Sequence[int], stream: int | None = None) -> AppendPlan:
         """Lengthen requests by tokens that are to be written: the bookkeeping of `step`.
@@ -270,7 +272,8 @@ class PagedKVCache(Requests):
         InvalidArgumentError, OutOfPagesError
             As in `step`.
         """
-        plan = self._allocator.plan_append(requests, counts, sum(counts))
+        numbers = as_counts(counts)
+        plan = self._allocator.plan_append(requests, numbers, sum(numbers))
         self._copy_pages(plan, stream)
         self._allocator.commit(plan)
         return plan
@@ -379,6 +382,7 @@ class PagedKVCache(Requests):
             self.storage.copy_page(copy.old, copy.new, stream)
 
     def _hand_out(self, host: Any, out: Any, stream: int | None) -> Any:
+        check_stream(stream)
         if out is None:
             return self.storage.upload(host, stream)
         if not isinstance(self.storage, Storage):
