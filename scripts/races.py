@@ -1,0 +1,353 @@
+#!/usr/bin/env python3
+"""Run every kernel family under compute-sanitizer, and look for races without it; needs a Hopper GPU.
+
+    python scripts/races.py                          # memcheck, racecheck, synccheck, initcheck over every family
+    python scripts/races.py --every                  # memcheck over every standard configuration
+    python scripts/races.py --tools racecheck narrow # of families whose names begin so
+    python scripts/races.py --repeats 10000          # equal bits of one problem beside other work, streams and threads
+    python scripts/races.py --calls 100000           # memory of host and device over so many calls
+
+Exits with 1 if anything is found.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import re
+import resource
+import shutil
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+
+from cupy_mla import (
+    append_tokens,
+    merge_states,
+    mla_decode,
+    mla_sparse_decode,
+    mla_sparse_prefill,
+    plan_decode,
+    plan_sparse_decode,
+    slots_of,
+)
+from cupy_mla.kernels.choose import FAMILIES, GATHERED_FAMILIES
+from cupy_mla.kernels.family import DecodeFamily, KernelConfig
+from cupy_mla.kernels.fp8 import Fp8Family
+from cupy_mla.lab.libraries import CUPY
+from cupy_mla.lab.trial import Settings, Trial
+
+TOOLS = ("memcheck", "racecheck", "synccheck", "initcheck")
+AROUND = "around"  # merging, appending, slots
+HAZARDS = "hazards"  # lengths, pages and indices that nobody checked
+UNITS = (*(family.name for family in (*FAMILIES, *GATHERED_FAMILIES)), AROUND, HAZARDS)
+# racecheck warns of accesses whose order it cannot see; kernels_cu/TRIED.md says of which, and why they are in order.
+SUMMARY = re.compile(
+    r"(?:ERROR SUMMARY: (\d+) error|RACECHECK SUMMARY: .*\((\d+) errors?, (\d+) warning)"
+)
+SANITIZER_SECONDS = 300
+LENGTHS = (0, 5, 64, 130, 700)
+THREADS, BYSTANDER, SWITCH_SECONDS = 4, 8192, 1e-5
+WORD_BYTES, BLOCKS, BLOCK_THREADS = 4, 64, 256
+COUNT_DIFFERENT = r"""
+extern "C" __global__ void count_different(const unsigned* a, const unsigned* b, long long n,
+                                            unsigned long long* count) {
+    for (long long i = blockIdx.x * blockDim.x + threadIdx.x; i < n; i += gridDim.x * blockDim.x)
+        if (a[i] != b[i]) atomicAdd(count, 1ull);
+}
+"""
+WARM_CALLS = 2000
+GROWTH_BYTES = 8 << 20  # of the host: Python's own pools breathe
+WHERE = ("host", "pool", "device")
+INT32 = np.iinfo(np.int32)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("families", nargs="*", help="beginnings of names; all unless given: " + ", ".join(UNITS))
+    parser.add_argument("--tools", nargs="+", choices=TOOLS, default=None)
+    parser.add_argument("--every", action="store_true", help="every standard configuration, not one of each family")
+    parser.add_argument("--jobs", type=int, default=4, help="families at once (default: 4)")
+    parser.add_argument("--repeats", type=int, default=0)
+    parser.add_argument("--calls", type=int, default=0)
+    parser.add_argument("--work", help=argparse.SUPPRESS)  # what runs under the tool
+    options = parser.parse_args()
+    if options.work:
+        run_unit(options.work, options.every)
+        return 0
+    found = 0
+    if options.repeats or options.calls:
+        found += repeat_beside_other_work(options.repeats) if options.repeats else 0
+        found += count_memory(options.calls) if options.calls else 0
+        return min(found, 1)
+    tools = options.tools or (("memcheck",) if options.every else TOOLS)
+    units = [unit for unit in UNITS if not options.families or unit.startswith(tuple(options.families))]
+    return min(run_tools(tools, units, options), 1)
+
+
+# Under compute-sanitizer ---------------------------------------------------------------------------------------------
+
+
+def run_tools(tools: tuple[str, ...], units: list[str], options: argparse.Namespace) -> int:
+    """Print a line for each unit and tool, and return how many have errors or did not run."""
+    sanitizer = shutil.which("compute-sanitizer") or "/usr/local/cuda/bin/compute-sanitizer"
+    found = 0
+
+    def run(tool: str, unit: str) -> tuple[str, str, int, str]:
+        command = [sanitizer, "--tool", tool, "--target-processes", "all", sys.executable, __file__, "--work", unit]
+        command += ["--every"] * options.every
+        try:
+            done = subprocess.run(command, capture_output=True, text=True, timeout=SANITIZER_SECONDS)
+        except subprocess.TimeoutExpired:
+            return tool, unit, -1, f"not done after {SANITIZER_SECONDS} s"
+        summary = SUMMARY.findall(done.stdout)
+        if done.returncode or not summary:
+            return tool, unit, -1, (done.stdout + done.stderr)[-600:]
+        errors, raced, warned = summary[-1]
+        return tool, unit, int(errors or raced), f"{warned} warnings" if int(errors or raced) == 0 else done.stdout
+
+    with ThreadPoolExecutor(options.jobs) as pool:
+        for tool, unit, count, text in pool.map(lambda pair: run(*pair), [(t, u) for t in tools for u in units]):
+            verdict = {-1: "did not run", 0: "clean"}.get(count, f"{count} errors")
+            warned = count == 0 and text not in (" warnings", "0 warnings")
+            print(f"{tool:10} {unit:18} {verdict}" + (f", {text}" if warned else ""), flush=True)
+            if count != 0:
+                found += 1
+                print(*[f"    {line}" for line in text.splitlines()[-12:]], sep="\n", flush=True)
+    return found
+
+
+def run_unit(unit: str, every: bool) -> None:
+    """What the tool watches."""
+    if unit == AROUND:
+        run_around()
+    elif unit == HAZARDS:
+        run_hazards()
+    else:
+        family = next(family for family in (*FAMILIES, *GATHERED_FAMILIES) if family.name == unit)
+        for config in family.standard_configs() if every else typical_configs(family):
+            (run_gathered if family in GATHERED_FAMILIES else run_dense)(config)
+    CUPY.synchronize()
+
+
+def typical_configs(family: DecodeFamily) -> Iterator[KernelConfig]:
+    """The model dimensions in bfloat16; with a mask where the family has one, with float partials where it has them."""
+    for config in family.standard_configs():
+        if (config.latent_dim, config.rope_dim, config.dtype) == (512, 64, "bfloat16") and config.page_size in (1, 64):
+            yield config
+
+
+def trial_of(config: KernelConfig) -> Trial:
+    trial = Trial(0, CUPY)
+    trial.settings = Settings(config.latent_dim, config.rope_dim, config.dtype, config.page_size, config.causal)
+    return trial
+
+
+def dense_arrays(config: KernelConfig, lengths: tuple[int, ...] = LENGTHS) -> tuple[list[Any], dict[str, Any]]:
+    """A small problem that this configuration serves."""
+    trial = trial_of(config)
+    fp8 = isinstance(config.family, Fp8Family)
+    width = config.latent_dim + config.rope_dim
+    counts = [-(-length // config.page_size) for length in lengths]
+    tokens, heads = (2 if config.causal else 1), (1 if config.float_partials else config.rows + 3)
+    cache = trial.values((sum(counts) + 1, config.page_size, 1, width), "float8_e4m3fn" if fp8 else config.dtype)
+    table = np.zeros((len(lengths), max(counts)), np.int32)
+    for row, count in enumerate(counts):
+        table[row, :count] = sum(counts[:row]) + np.arange(count)
+    q = trial.values((len(lengths), tokens, heads, width), config.dtype)
+    arrays = [trial.upload(array) for array in (q, cache, table, np.array(lengths, np.int32))]
+    options: dict[str, Any] = {"head_dim_v": config.latent_dim, "causal": config.causal}
+    return arrays, options | ({"kv_scale": 0.5} if fp8 else {})
+
+
+def run_dense(config: KernelConfig) -> None:
+    arrays, options = dense_arrays(config)
+    for split in (None, 64):
+        plan = plan_decode(*arrays, **options, kernel=config.family.name, fixed_split_tokens=split)
+        for _ in range(2):
+            mla_decode(*arrays, **options, plan=plan)
+
+
+def gathered_arrays(config: KernelConfig) -> tuple[list[Any], dict[str, Any]]:
+    trial = trial_of(config)
+    width, heads, topk, batch, pages = config.latent_dim + config.rope_dim, config.rows + 3, 200, 3, 6
+    cache = trial.values((pages, 64, 1, width), config.dtype)
+    indices = trial.rng.integers(-3, pages * 64 + 3, (batch, 2, topk), dtype=np.int32)
+    lengths, sinks = np.array([0, 70, topk], np.int32), trial.rng.standard_normal(heads).astype(np.float32)
+    q = trial.values((batch, 2, heads, width), config.dtype)
+    options = {"topk_length": trial.upload(lengths), "head_dim_v": config.latent_dim}
+    return [trial.upload(array) for array in (q, cache, indices)], options | {"attn_sink": trial.upload(sinks)}
+
+
+def run_gathered(config: KernelConfig) -> None:
+    arrays, options = gathered_arrays(config)
+    planned = {name: options[name] for name in ("topk_length", "head_dim_v")}
+    for split in (None, 64):
+        plan = plan_sparse_decode(*arrays, **planned, kernel=config.family.name, fixed_split_tokens=split)
+        for _ in range(2):
+            mla_sparse_decode(*arrays, **options, plan=plan)
+    q, cache, indices = arrays
+    mla_sparse_prefill(q[:, 0], cache, indices[:, 0], **options)
+
+
+def run_around() -> None:
+    trial = Trial(0, CUPY)
+    for dtype in ("bfloat16", "float16", "float32"):
+        outs = trial.upload(trial.values((3, 2, 2, 24, 512), dtype))
+        merge_states(outs, trial.upload(trial.values((3, 2, 24, 2), "float32")))
+    cache, rows = (trial.upload(trial.values(shape, "bfloat16")) for shape in ((4, 64, 1, 576), (40, 1, 576)))
+    append_tokens(cache, rows, trial.upload(np.arange(-4, 36, dtype=np.int64) * 8))
+    table, tokens = np.arange(8, dtype=np.int32).reshape(2, 4), np.arange(-5, 595, dtype=np.int32).reshape(2, 300)
+    slots_of(trial.upload(tokens), trial.upload(table), 64)
+
+
+def run_hazards() -> None:
+    """Whatever lengths, pages and indices hold, only the cache is read."""
+    wrong = np.array([-1, INT32.min, INT32.max, 701, 1 << 20], np.int32)
+    for family in FAMILIES:
+        config = next(iter(typical_configs(family)))
+        (q, cache, table, _), options = dense_arrays(config)
+        trial = Trial(1, CUPY)
+        bad = trial.rng.choice([-1, cache.shape[0], INT32.max, INT32.min, 0], table.shape).astype(np.int32)
+        good_lengths, bad_table = np.array(LENGTHS, np.int32), CUPY.upload(bad)
+        for pages, lengths in ((table, wrong), (bad_table, good_lengths), (bad_table, wrong)):
+            given = q, cache, pages, CUPY.upload(lengths)
+            plan = plan_decode(*given, **options, kernel=family.name, validate=False)
+            mla_decode(*given, **options, plan=plan, validate=False)
+    for family in GATHERED_FAMILIES:
+        (q, cache, indices), options = gathered_arrays(next(iter(typical_configs(family))))
+        bad = np.resize(wrong, indices.shape).astype(np.int32)
+        options["topk_length"] = CUPY.upload(wrong[:3])
+        planned = {name: options[name] for name in ("topk_length", "head_dim_v")}
+        plan = plan_sparse_decode(q, cache, indices, **planned, kernel=family.name, validate=False)
+        mla_sparse_decode(q, cache, CUPY.upload(bad), **options, plan=plan, validate=False)
+        mla_sparse_prefill(q[:, 0], cache, CUPY.upload(bad)[:, 0], **options, validate=False)
+
+
+# Without it ----------------------------------------------------------------------------------------------------------
+
+
+def typical_calls() -> Iterator[tuple[str, Callable[[], Any]]]:
+    """A call of each family whose work is split and merged, with its plan; returns out and lse."""
+    for family in FAMILIES:
+        config = replace(next(iter(typical_configs(family))), causal=False)
+        arrays, options = dense_arrays(config, (3000, 1, 700, 64))
+        yield family.name, lambda a=arrays, o=options, f=family: mla_decode(
+            *a, **o, plan=plan_decode(*a, **o, kernel=f.name)
+        )
+    for family in GATHERED_FAMILIES:
+        arrays, options = gathered_arrays(next(iter(typical_configs(family))))
+        planned = {name: options[name] for name in ("topk_length", "head_dim_v")}
+        yield family.name, lambda a=arrays, o=options, p=planned, f=family: mla_sparse_decode(
+            *a, **o, plan=plan_sparse_decode(*a, **p, kernel=f.name, fixed_split_tokens=64)
+        )
+
+
+def unplanned_calls() -> Iterator[tuple[str, Callable[[], Any]]]:
+    """Calls that make their own plan, workspace and results."""
+    for family in (FAMILIES[0], *(family for family in FAMILIES if isinstance(family, Fp8Family))):
+        arrays, options = dense_arrays(replace(next(iter(typical_configs(family))), causal=False), (3000, 1, 700, 64))
+        yield f"mla_decode, {arrays[1].dtype}", lambda a=arrays, o=options: mla_decode(*a, **o)
+        if isinstance(family, Fp8Family):
+            break
+    arrays, options = gathered_arrays(next(iter(typical_configs(GATHERED_FAMILIES[0]))))
+    yield "mla_sparse_decode", lambda: mla_sparse_decode(*arrays, **options)
+    q, cache, indices = arrays
+    yield "mla_sparse_prefill", lambda: mla_sparse_prefill(q[:, 0], cache, indices[:, 0], **options)
+
+
+def repeat_beside_other_work(repeats: int) -> int:
+    """Calls from several threads on several streams, beside matrix products; every result has the bits of the first."""
+    import cupy
+
+    different = 0
+    differ = cupy.RawKernel(COUNT_DIFFERENT, "count_different")
+    before = sys.getswitchinterval()
+    sys.setswitchinterval(SWITCH_SECONDS)  # threads that wait for each other at every launch
+    stop = threading.Event()
+    bystander = threading.Thread(target=multiply_until, args=(stop,))
+    bystander.start()
+    try:
+        for name, call in typical_calls():
+            expected = call()
+            cupy.cuda.Device().synchronize()
+            counts = [cupy.zeros((1,), np.uint64) for _ in range(THREADS)]
+
+            def work(number: int, call: Any = call, expected: Any = expected, counts: Any = counts) -> None:
+                with cupy.cuda.Stream(non_blocking=True) as stream:
+                    for _ in range(repeats // THREADS):
+                        for result, wanted in zip(call(), expected, strict=True):
+                            words = result.nbytes // WORD_BYTES
+                            differ((BLOCKS,), (BLOCK_THREADS,), (result, wanted, np.int64(words), counts[number]))
+                    stream.synchronize()
+
+            threads = [threading.Thread(target=work, args=(number,)) for number in range(THREADS)]
+            for thread in threads:
+                thread.start()
+            for thread in threads:
+                thread.join()
+            cupy.cuda.Device().synchronize()
+            wrong = sum(int(count[0]) for count in counts)
+            different += wrong
+            print(f"{name:18} {repeats} repeats in {THREADS} threads: {wrong} words differ", flush=True)
+    finally:
+        stop.set()
+        bystander.join()
+        sys.setswitchinterval(before)
+    return different
+
+
+def multiply_until(stop: threading.Event) -> None:
+    """Keeps a part of the GPU and its memory busy."""
+    import cupy
+
+    with cupy.cuda.Stream(non_blocking=True) as stream:
+        values = cupy.ones((BYSTANDER, BYSTANDER), np.float32)
+        while not stop.is_set():
+            for _ in range(8):
+                values = cupy.sqrt(values + 1)
+            stream.synchronize()
+
+
+def count_memory(calls: int) -> int:
+    """Memory of the process and of the device after so many calls of each kind, less that after a few of them."""
+    import cupy
+
+    grown = 0
+    for name, call in unplanned_calls():
+        for count in (WARM_CALLS, calls):
+            for index in range(count):
+                call()
+                if index % 1000 == 0:
+                    cupy.cuda.Device().synchronize()
+            cupy.cuda.Device().synchronize()
+            host = resident_bytes()
+            device = cupy.get_default_memory_pool().total_bytes()
+            free = cupy.cuda.runtime.memGetInfo()[0]
+            if count == WARM_CALLS:
+                before = host, device, free
+        changes = host - before[0], device - before[1], before[2] - free
+        bad = changes[0] > GROWTH_BYTES or changes[1] > 0
+        grown += bad
+        words = ", ".join(f"{what} {change:+,}" for what, change in zip(WHERE, changes, strict=True))
+        print(f"{name:18} {calls} calls: bytes of {words}" + " GROWN" * bad, flush=True)
+    return grown
+
+
+def resident_bytes() -> int:
+    """Of this process, now; elsewhere than on Linux the most it ever had."""
+    try:
+        with open("/proc/self/statm", encoding="ascii") as file:
+            return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    except OSError:
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+if __name__ == "__main__":
+    sys.exit(main())
