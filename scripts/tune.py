@@ -27,8 +27,9 @@ from cupy_mla.bench.report import print_results
 from cupy_mla.bench.results import Results, load_results
 from cupy_mla.bench.rows import Row
 from cupy_mla.bench.run import run_bench
-from cupy_mla.commands.command import Command
+from cupy_mla.commands.command import CannotRun, Command
 from cupy_mla.commands.common import raise_failures
+from cupy_mla.gpu.device import why_unsupported
 from cupy_mla.lab.files import Writing
 from cupy_mla.lab.timing import DEFAULT_LIMIT_SECONDS
 
@@ -52,6 +53,8 @@ DEFAULT_PEERS = "flash_mla,flashinfer,fa3"
 )
 def main(names: tuple[str, ...], **options: Any) -> None:
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stdout)  # failures, with their tracebacks
+    if options["load"] is None and options["backend"] == "auto":
+        refuse_without_gpu(names or tuple(SUITES))
     writing = Writing()
     all_results = run_suites(names or tuple(SUITES), writing, **options)
     if options["part"] and not any(results.rows for results in all_results.values()):
@@ -60,6 +63,17 @@ def main(names: tuple[str, ...], **options: Any) -> None:
         click.echo(summary(name, results))
     raise_failures(writing)
     sys.exit(1 if any(results.failed for results in all_results.values()) else 0)
+
+
+def refuse_without_gpu(names: tuple[str, ...]) -> None:
+    """End with what would be timed on a Hopper GPU: its cases would take NumPy hours, and mean nothing."""
+    reason = why_unsupported()
+    if reason is None:
+        return
+    for name in names:
+        cases = [case for group in SUITES[name].groups() for case in as_cases(group)]
+        click.echo(f"{name}: {len(cases)} cases, {cases[0].name} to {cases[-1].name}")
+    raise CannotRun(f"these are timed on a Hopper GPU: {reason} (cupy-mla bench times small cases with NumPy)")
 
 
 def run_suites(

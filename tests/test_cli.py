@@ -71,7 +71,7 @@ def test_the_package_runs_as_a_module() -> None:
     assert refused.returncode == 2
     assert refused.stderr.startswith("Usage: python -m cupy_mla plan ")
     done = subprocess.run(command[:-1], capture_output=True, text=True, check=True)
-    assert done.stdout.startswith("1 requests, 64 to 64 tokens")
+    assert done.stdout.startswith("1 request, 64 to 64 tokens")
 
 
 # --- decode ---
@@ -432,7 +432,11 @@ def test_compile_reports_and_uses_the_cache(tmp_path: Path, set_environment: Any
     assert "5 kernels, 5 compiled now, 0 with problems" in first.output
     assert "combine_float16_float" in first.output
     assert "5 kernels, 0 compiled now" in run("compile", "append", "combine_*").output
-    assert "1 kernels, 1 compiled now" in run("compile", "append", "--fresh").output
+    assert "1 kernel, 1 compiled now" in run("compile", "append", "--fresh").output
+    facts = json.loads(run("compile", "append", "plan", "--json").stdout)
+    assert [fact["kernel"] for fact in facts] == ["plan", "append"]
+    assert facts[1]["registers"] > 0
+    assert facts[1]["problems"] == []
 
 
 BAD_KERNELS = {
@@ -486,6 +490,23 @@ def test_plan_draws_real_lengths_and_fixed_splits() -> None:
     result = run("plan", "--batch", "4", "--fixed-split-tokens", "512", "--seqlen-q", "2", "--causal")
     assert result.exit_code == 0
     assert "4 requests" in result.output
+
+
+def test_plan_prints_json() -> None:
+    result = run("plan", "4096", "64", "--tp", "8", "--sms", "16", "--json")
+    facts = json.loads(result.stdout)
+    assert (facts["kv_lengths"], facts["num_sms"], facts["num_heads_q"]) == ([4096, 64], 16, 16)
+    pieces = [piece for part in facts["parts"] for piece in part]
+    assert len(facts["parts"]) == facts["num_parts"]
+    assert sum(end - begin for _, _, _, begin, end, _ in pieces) == 64 + 1
+    assert facts["merges"] == [[0, 0, 0, sum(not whole for *_, whole in pieces)]]
+
+
+def test_plan_keeps_to_the_width() -> None:
+    for width in (40, 80):
+        lines = run("plan", "4096", "1", "--width", str(width)).output.splitlines()
+        assert max(map(len, lines)) <= max(width, 60)
+    assert "1 job in 1 piece, none of them cut" in run("plan", "1", "--tp", "8").output
 
 
 @pytest.mark.parametrize(

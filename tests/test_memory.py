@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import pytest
 from click.testing import CliRunner
+from rich.console import Console
 
 from cupy_mla.cli import main
 from cupy_mla.errors import InvalidArgumentError
 from cupy_mla.lab.cache_sizes import CLAIM, CacheSize, cache_sizes, compare_claim, explain_claim
 from cupy_mla.lab.presets import GROUPED_PRESETS, PRESETS, find_model, find_preset
+from cupy_mla.shown import tables
 
 
 def size_of(model: str, attention: str, layout: str = "bf16", tensor_parallel: int = 1) -> CacheSize:
@@ -132,6 +135,77 @@ def test_command_prints_json() -> None:
     assert len(values["rows"]) == 9
     assert round(values["claim"]["comparisons"][0]["percent_saved"], 1) == 93.3
     assert values["claim"]["claim"] == CLAIM
+
+
+CONFIGS: dict[str, tuple[dict[str, object], str, int]] = {
+    "V3.2": (
+        {"num_hidden_layers": 61, "num_attention_heads": 128, "kv_lora_rank": 512, "qk_rope_head_dim": 64}
+        | {"qk_nope_head_dim": 128, "v_head_dim": 128, "num_key_value_heads": 128},
+        "MLA",
+        61 * 1152,
+    ),
+    "Llama": (
+        {"num_hidden_layers": 32, "num_attention_heads": 32, "num_key_value_heads": 8, "hidden_size": 4096},
+        "GQA-8",
+        128 << 10,
+    ),
+    "head_dim": (
+        {"num_hidden_layers": 2, "num_attention_heads": 4, "hidden_size": 100, "head_dim": 256},
+        "MHA",
+        2 * 4 * 512 * 2,
+    ),
+    "of several parts": (
+        {"vision_config": {}, "text_config": {"num_hidden_layers": 3, "num_attention_heads": 4, "hidden_size": 256}},
+        "MHA",
+        3 * 4 * 128 * 2,
+    ),
+    "GPT-2": ({"n_layer": 12, "n_head": 12, "n_embd": 768}, "MHA", 12 * 768 * 2 * 2),
+    "Falcon": ({"n_layer": 32, "num_attention_heads": 71, "hidden_size": 4544, "multi_query": True}, "MQA", 8192),
+}
+
+
+@pytest.mark.parametrize(("config", "attention", "expected"), CONFIGS.values(), ids=CONFIGS)
+def test_configurations_of_models(config: dict[str, object], attention: str, expected: int, tmp_path: Path) -> None:
+    folder = tmp_path / "some-model"
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps(config))
+    for path in (folder, folder / "config.json"):
+        first = json.loads(run("--config", str(path), "--json"))["rows"][0]
+        assert (first["model"], first["attention"], first["own"]) == ("some-model", attention, True)
+        assert (first["layout"], first["bytes_per_token"]) == ("bf16", expected)
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        (None, "a file that can be read"),
+        ("{", "a JSON file"),
+        ("[1]", "a JSON object"),
+        ("{}", "a file with num_hidden_layers"),
+        ('{"num_hidden_layers": 2, "num_attention_heads": "many"}', "num_attention_heads as an integer"),
+        ('{"num_hidden_layers": 2, "num_attention_heads": 4}', "a file with hidden_size"),
+    ],
+)
+def test_a_configuration_that_does_not_do_is_refused(text: str | None, words: str, tmp_path: Path) -> None:
+    path = tmp_path / "config.json"
+    if text is not None:
+        path.write_text(text)
+    result = CliRunner().invoke(main, ["memory", "--config", str(path)])
+    assert result.exit_code == 2
+    assert f"--config: expected {words}" in result.output
+
+
+def test_the_claim_is_not_every_model_s() -> None:
+    assert CLAIM not in run("--model", "mistral-7b")
+
+
+def test_nothing_is_cut_on_a_narrow_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
+    for columns in (80, 60):
+        monkeypatch.setattr(tables, "_console", lambda width, columns=columns: Console(width=columns))
+        output = run("--model", "deepseek-v3")
+        for number in ("4,997,120", "70,272", "610.000", "0.703", "fp8_ds_mla", "(GQA-8)"):
+            assert number in output
+        assert max(map(len, output.splitlines())) <= columns
 
 
 def test_unknown_models_are_refused() -> None:

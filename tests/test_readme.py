@@ -216,6 +216,15 @@ def test_host_cost_runs() -> None:
     assert "torch.ops, plan and outputs given" in output.splitlines()[-2]
 
 
+def test_model_step_runs() -> None:
+    """Without a GPU the bookkeeping of a small step."""
+    if importlib.util.find_spec("torch") is None:
+        pytest.skip("torch is not installed")
+    command = [sys.executable, str(ROOT / "scripts" / "model_step.py"), "--layers", "2", "--batch", "2"]
+    output = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    assert re.search(r"bookkeeping +\d", output)
+
+
 def test_the_first_number_is_that_of_the_figures(monkeypatch: pytest.MonkeyPatch) -> None:
     by_heads = load_script(ROOT / "scripts" / "draw_speedup.py", monkeypatch).read_speedups(FIGURES / "scaling.csv")
     lines = [by_tokens for by_batch in by_heads.values() for by_tokens in by_batch.values()]

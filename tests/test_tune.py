@@ -16,6 +16,7 @@ from cupy_mla.bench import (
     Row,
     load_results,
 )
+from cupy_mla.gpu import device
 
 SCRIPTS = Path(__file__).resolve().parent.parent / "scripts"
 
@@ -129,3 +130,13 @@ def test_times_are_judged_by_those_on_file(suites: Any, name: str, count: int, f
     wanted = suites.read_time_targets(name)[cases[0]][1]
     rows = [Row(cases[0], ours=Measurement(us=wanted * factor)) for factor in (0.99, 1.01)]
     assert columns_of(suites, name, Results({}, None, rows))["met"] == ["yes", "NO"]
+
+
+@pytest.mark.skipif(device.why_unsupported() is None, reason="there is a Hopper GPU")
+def test_without_a_gpu_tune_says_what_it_would_time() -> None:
+    command = [sys.executable, str(SCRIPTS / "tune.py"), "targets", "parity"]
+    result = subprocess.run(command, capture_output=True, text=True)
+    assert result.returncode == 3
+    assert result.stdout.splitlines()[0] == "targets: 20 cases, b128_k8192_h16_q1 to b1_k131072_h128_q1"
+    assert "timed on a Hopper GPU: " in result.stderr
+    assert "Traceback" not in result.stderr

@@ -178,8 +178,9 @@ def _pack_segment(packed: Any, segment: Segment) -> None:
     cache, rows = segment.cache, segment.rows
     packed["cache"] = cache.pointer + segment.cache_column * cache.itemsize
     packed["rows"] = rows.pointer + segment.rows_column * rows.itemsize
-    for name, stride in zip(("page", "token", "head"), cache.strides[:3], strict=True):
-        packed[f"cache_{name}_stride"] = stride * cache.itemsize
+    packed["cache_page_stride"] = cache.strides[0] * cache.itemsize
+    packed["cache_token_stride"] = segment.token_bytes
+    packed["cache_head_stride"] = cache.strides[2] * cache.itemsize
     for name, stride in zip(("token", "head"), rows.strides[:2], strict=True):
         packed[f"rows_{name}_stride"] = stride * rows.itemsize
     packed["chunks"] = segment.width * rows.itemsize // CHUNK_BYTES

@@ -117,10 +117,11 @@ def quantised_segments(layout: CacheLayout, caches: list[ArrayView], rows: list[
         check_same_place(part, "kv_new", cache)
         if part.dtype != rows[0].dtype:
             raise InvalidArgumentError("kv_new", f"one type, {rows[0].dtype}", part.dtype)
-    segments = [Segment(cache, 0, rows[0], 0, layout.coded, 1)]
+    token_bytes, _, _ = layout.steps(cache)
+    segments = [Segment(cache, 0, rows[0], 0, layout.coded, 1, token_bytes)]
     if uncoded:
         column = 0 if len(rows) == 2 else layout.coded
-        segments.append(Segment(cache, layout.uncoded_start, rows[-1], column, uncoded, _BFLOAT16_BYTES))
+        segments.append(Segment(cache, layout.uncoded_start, rows[-1], column, uncoded, _BFLOAT16_BYTES, token_bytes))
     return segments
 
 
@@ -154,9 +155,7 @@ def pack_quantiser(fields: Any, quantiser: Quantiser, segments: list[Segment]) -
     fields["kv_scale_value"] = quantiser.scale_value
     if not isinstance(layout, BlockScaled):
         return
-    token_bytes, first_scales, scale_bytes = layout.steps(cache)
-    for packed in fields["segments"]:
-        packed["cache_token_stride"] = token_bytes
+    _, first_scales, scale_bytes = layout.steps(cache)
     fields["scales"] = cache.pointer + first_scales
     fields["scales_page_stride"], fields["scales_token_stride"] = cache.strides[0], scale_bytes
     fields["block_lanes"] = layout.block // CHUNK_VALUES

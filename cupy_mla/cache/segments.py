@@ -18,6 +18,7 @@ from ..errors import InvalidArgumentError
 from ..kernels.append import CHUNK_BYTES
 from ..layouts.base import CACHE_RANK
 
+TOKEN_AXIS = 1  # of a cache
 _ROWS_RANK = 3
 _INT32_MAX = 2**31 - 1
 
@@ -36,6 +37,8 @@ class Segment:
         How many values.
     value_bytes
         What a value takes in the cache.
+    token_bytes
+        From the values of one token of a page of the cache to those of the next.
     """
 
     cache: ArrayView
@@ -44,6 +47,7 @@ class Segment:
     rows_column: int
     width: int
     value_bytes: int
+    token_bytes: int
 
 
 def _parts(value: Any, name: str) -> list[tuple[Any, str]]:
@@ -196,7 +200,8 @@ def match_segments(cache_views: list[ArrayView], rows_views: list[ArrayView], ro
         cache = cache_views[min(index, len(cache_views) - 1)]
         rows = rows_views[min(index, len(rows_views) - 1)]
         if width > 0:
-            segments.append(Segment(cache, cache_column, rows, rows_column, width, cache.itemsize))
+            token_bytes = cache.strides[1] * cache.itemsize
+            segments.append(Segment(cache, cache_column, rows, rows_column, width, cache.itemsize, token_bytes))
         column += width
     return segments
 
@@ -221,7 +226,8 @@ def check_chunks(segments: list[Segment]) -> None:
             values = {"width": segment.width * value_bytes, "address": view.pointer + column * view.itemsize}
             for axis, (size, stride) in enumerate(zip(view.shape[:-1], view.strides[:-1], strict=True)):
                 if size > 1:
-                    values[f"stride of dimension {axis}"] = stride * view.itemsize
+                    of_tokens = view is cache and axis == TOKEN_AXIS
+                    values[f"stride of dimension {axis}"] = segment.token_bytes if of_tokens else stride * view.itemsize
             for what, value in values.items():
                 if value % chunk != 0:
                     raise InvalidArgumentError(name, f"{what} a multiple of {chunk} bytes", f"{value} bytes")

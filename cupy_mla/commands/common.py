@@ -16,6 +16,7 @@ from ..lab.files import Writing
 from ..lab.lengths import mid_decode_lengths, read_lengths, shipped_lengths
 from ..lab.presets import DEFAULT_PRESET, PRESETS
 from ..lab.spec import DEFAULT_DTYPE, DEFAULT_PAGE_SIZE, DTYPES
+from ..schedule.text import counted
 from ..settings import BACKENDS, get_settings
 
 Function = TypeVar("Function", bound=Callable[..., Any])
@@ -117,7 +118,7 @@ def describe_lengths(kv_lengths: npt.NDArray[np.int64]) -> str:
     if len(kv_lengths) == 0:
         return "no requests"
     return (
-        f"{len(kv_lengths)} requests, {kv_lengths.min():,} to {kv_lengths.max():,} tokens each, "
+        f"{counted(len(kv_lengths), 'request')}, {kv_lengths.min():,} to {kv_lengths.max():,} tokens each, "
         f"{kv_lengths.sum():,} in all"
     )
 

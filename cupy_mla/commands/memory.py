@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Sequence
 from dataclasses import asdict
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
@@ -32,6 +34,13 @@ TEXT_WIDTH = 120
     help="May be repeated; all MLA models, and the attention that others really have, unless given.",
 )
 @click.option(
+    "--config",
+    "configs",
+    multiple=True,
+    type=click.Path(path_type=Path),
+    help="A model's config.json (Hugging Face), or the folder that has it; may be repeated.",
+)
+@click.option(
     "--length",
     "lengths",
     multiple=True,
@@ -42,24 +51,37 @@ TEXT_WIDTH = 120
 )
 @click.option("--tp", type=click.IntRange(min=1), default=1, show_default=True, help="Sizes on one of so many ranks.")
 @json_option
-def memory(models: tuple[str, ...], lengths: tuple[int, ...], tp: int, as_json: bool) -> None:
+def memory(
+    models: tuple[str, ...], configs: tuple[Path, ...], lengths: tuple[int, ...], tp: int, as_json: bool
+) -> None:
     """Print the KV cache of models with MLA, MHA, GQA and MQA, in bf16 and fp8.
 
     Bytes per token of all layers together, and per request of each length. Attention in parentheses is what the model
-    does not have: the same heads and widths, cached that way. Below: what is true of the claim that MLA needs 1/15 of
-    the memory at 32K and compresses 93.3%. Needs no GPU.
+    does not have: the same heads and widths, cached that way. Without --model and --config, what is true of the claim
+    that MLA needs 1/15 of the memory at 32K and compresses 93.3% comes below. Needs no GPU.
     """
-    from ..lab.cache_sizes import CLAIM, cache_sizes, compare_claim, explain_claim
+    from ..lab.cache_sizes import cache_sizes
+    from ..lab.model_config import read_model_config
 
-    sizes = []
-    for name in models or (*PRESETS, *GROUPED_PRESETS):
-        sizes += [size for size in cache_sizes(find_model(name), tp) if models or size.own or name in PRESETS]
+    chosen = [*map(find_model, models), *map(read_model_config, configs)]
+    sizes = [size for model in chosen for size in cache_sizes(model, tp)]
+    if not chosen:
+        for name in (*PRESETS, *GROUPED_PRESETS):
+            sizes += [size for size in cache_sizes(find_model(name), tp) if size.own or name in PRESETS]
     lengths = tuple(dict.fromkeys(lengths))
     if as_json:
         _print_json(sizes, lengths, tp)
         return
     _print_sizes(sizes, lengths, tp)
-    click.echo(f'The claim: "{CLAIM}". With DeepSeek-V2:')
+    if not chosen:
+        _print_claim()
+
+
+def _print_claim() -> None:
+    from ..lab.cache_sizes import CLAIM, compare_claim, explain_claim
+
+    width = min(TEXT_WIDTH, shutil.get_terminal_size((TEXT_WIDTH, 24)).columns)
+    click.echo(click.wrap_text(f'The claim: "{CLAIM}". With DeepSeek-V2:', width))
     print_table(
         ("comparison", "the other, per token", "MLA, per token", "times", "saved"),
         [(c.question, c.other, c.mla, f"{c.factor:.2f}", f"{c.percent_saved:.1f}%") for c in compare_claim()],
@@ -67,7 +89,7 @@ def memory(models: tuple[str, ...], lengths: tuple[int, ...], tp: int, as_json: 
         file_width=FILE_WIDTH,
     )
     for paragraph in explain_claim().splitlines():
-        click.echo(click.wrap_text(paragraph, TEXT_WIDTH, subsequent_indent="  "))
+        click.echo(click.wrap_text(paragraph, width, subsequent_indent="  "))
 
 
 def _print_json(sizes: Sequence[CacheSize], lengths: Sequence[int], tp: int) -> None:

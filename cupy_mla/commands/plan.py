@@ -16,13 +16,14 @@ from ..decode.plan import schedule_shape
 from ..errors import InvalidArgumentError
 from ..gpu import hopper
 from ..kernels.choose import KERNELS, choose_config
+from ..lab.files import to_json
 from ..lab.presets import find_preset
 from ..layouts import DENSE_LAYOUTS
 from ..schedule.make import make_schedule
 from ..schedule.pieces import ceil_div
-from ..schedule.text import draw_schedule
+from ..schedule.text import draw_schedule, list_schedule
 from .command import Command
-from .common import batch_options, describe_lengths, draw_lengths
+from .common import batch_options, describe_lengths, draw_lengths, json_option
 
 
 @click.command(cls=Command)
@@ -33,6 +34,7 @@ from .common import batch_options, describe_lengths, draw_lengths
 @click.option("--kernel", type=click.Choice(KERNELS), default=AUTO, show_default=True, help="The decode kernel.")
 @click.option("--width", type=click.IntRange(min=40), help="Characters of a line; the terminal's unless given.")
 @click.option("--lines", type=click.IntRange(min=1), default=40, show_default=True, help="Lines for the parts.")
+@json_option
 def plan(
     kv_lengths: tuple[int, ...],
     lengths: Path | None,
@@ -43,6 +45,7 @@ def plan(
     kernel: str,
     width: int | None,
     lines: int,
+    as_json: bool,
     **options: Any,
 ) -> None:
     """Draw how a batch is divided among the SMs: for the KV lengths given, or drawn from real ones. Needs no GPU."""
@@ -52,9 +55,15 @@ def plan(
     problem = _describe(drawn, **options)
     config = choose_config(problem, sms, fixed_split_tokens=fixed_split_tokens, kernel=kernel)
     shape = schedule_shape(problem, config, sms, fixed_split_tokens=fixed_split_tokens)
-    click.echo(f"{describe_lengths(drawn)}; {problem.queries.num_heads_q} heads, {sms} SMs, kernel {config.name}")
+    schedule = make_schedule(shape, drawn)
+    if as_json:
+        facts = {"kernel": config.name, "num_sms": sms, "num_heads_q": problem.queries.num_heads_q}
+        click.echo(to_json({**facts, "kv_lengths": drawn.tolist(), **list_schedule(schedule, shape)}))
+        return
     columns = width or shutil.get_terminal_size().columns
-    click.echo(draw_schedule(make_schedule(shape, drawn), shape, width=columns, max_lines=lines))
+    batch_text = f"{describe_lengths(drawn)}; {problem.queries.num_heads_q} heads, {sms} SMs, kernel {config.name}"
+    click.echo(click.wrap_text(batch_text, columns))
+    click.echo(draw_schedule(schedule, shape, width=columns, max_lines=lines))
 
 
 def _describe(

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from rich.console import Console
 
+_GAP = 2  # characters between what is printed beside each other, and before it
 FILE_WIDTH = 300  # characters of a line where there is no terminal: a wide table is not cut
 
 
@@ -19,7 +20,8 @@ def print_table(
     texts: int = 1,
     file_width: int = FILE_WIDTH,
 ) -> None:
-    """Print a table with a header; its first column is never wrapped.
+    """Print a table with a header; on a narrow terminal closer together, and if that does not do, line by line with the
+    titles inside.
 
     Parameters
     ----------
@@ -38,13 +40,52 @@ def print_table(
     from rich.table import Table
     from rich.text import Text
 
-    table = Table(title=title, title_justify="left", box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
-    for index, name in enumerate(titles):
-        right = index >= texts
-        table.add_column(Text(name), justify="right" if right else "left", no_wrap=index == 0, overflow="fold")
+    lines = list(lines)
+    console = _console(file_width)
+    cells = [max(map(len, column)) for column in zip(*lines, strict=True)] if lines else [0] * len(titles)
+    for title_width, gap in ((_longest_line, 1), (_longest_word, 1), (_longest_word, 0)):
+        widths = [max(cell, title_width(name)) for cell, name in zip(cells, titles, strict=True)]
+        if sum(widths) + len(widths) * (gap + 1) + 1 <= console.width:  # with a space on both sides
+            break
+    else:
+        _print_one_by_one(console, titles, lines, title, texts)
+        return
+    table = Table(title=title, title_justify="left", box=SIMPLE_HEAD, padding=(0, gap, 0, 0))
+    for index, (name, width) in enumerate(zip(titles, widths, strict=True)):
+        table.add_column(Text(name), justify="right" if index >= texts else "left", width=width)
     for line in lines:
         table.add_row(*(Text(text) for text in line))
-    _console(file_width).print(table)
+    console.print(table)
+
+
+def _longest_line(title: str) -> int:
+    return max(map(len, title.splitlines()), default=0)
+
+
+def _longest_word(title: str) -> int:
+    return max(map(len, title.split()), default=0)
+
+
+def _print_one_by_one(
+    console: Console, titles: Sequence[str], lines: Sequence[Sequence[str]], title: str | None, texts: int
+) -> None:
+    """Each line's texts, and below them the other columns, as many beside each other as have room."""
+    from rich.text import Text
+
+    if title is not None:
+        console.print(Text(title, style="italic"))
+    for line in lines:
+        heading = "  ".join(filter(None, line[:texts]))
+        shown = texts if len(heading) <= console.width else 1
+        console.print(Text("  ".join(filter(None, line[:shown])), style="bold"))
+        row = ""
+        for name, value in zip(titles[shown:], line[shown:], strict=True):
+            item = f"{' '.join(name.split())}: {value}"
+            if row and len(row) + len(item) + _GAP > console.width:
+                console.print(Text(row))
+                row = ""
+            row += f"{' ' * _GAP}{item}"
+        console.print(Text(row))
 
 
 def print_facts(title: str, facts: Mapping[str, str]) -> None:
