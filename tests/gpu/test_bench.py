@@ -22,6 +22,9 @@ CASES = (
     BenchCase(2, 200, 12, seqlen_q=2, causal=True, dtype="float16"),
     BenchCase(2, 200, 16, ragged=(1, 3), causal=True),
     BenchCase(2, 300, 16, fixed_split_tokens=64),
+    BenchCase(2, 300, 16, layout="fp8_e4m3"),
+    BenchCase(2, 300, 16, seqlen_q=2, topk=100),
+    BenchCase(1, 300, 16, seqlen_q=5, topk=100, prefill=True),
 )
 
 
@@ -45,7 +48,7 @@ def test_a_run_times_every_kind_of_case() -> None:
 
 
 def test_cupy_arrays_are_timed_without_torch() -> None:
-    for row in measure(CASES[:4], [OurSide()], CUPY, sustained=True):
+    for row in measure([*CASES[:4], *CASES[-3:]], [OurSide()], CUPY, sustained=True):
         assert row.failure is None, f"{row.name}: {row.failure}"
         assert row.ours.us is not None
         assert row.ours.sustained_us is not None

@@ -182,10 +182,10 @@ def load() -> FlashMlaPeer:
     interface = import_first(_OWN_MODULE, _VLLM_MODULE)
     if interface.__name__ == _OWN_MODULE:
         return FlashMlaPeer(interface, installed_version("flash_mla"))
-    return FlashMlaPeer(interface, f"vllm {installed_version('vllm')}", _load_fp8())
+    return FlashMlaPeer(interface, f"vllm {installed_version('vllm')}", load_fp8())
 
 
-def _load_fp8() -> Any:
+def load_fp8() -> Any:
     """vLLM's operators for e4m3 caches, or why they are not there."""
     import torch
 
