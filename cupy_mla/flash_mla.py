@@ -1,9 +1,10 @@
 """FlashMLA's functions over ours, name by name: ``import cupy_mla.flash_mla as flash_mla`` is the whole migration.
 
 The interface is the one of FlashMLA with dense and sparse decoding and sparse prefill
-(https://github.com/deepseek-ai/FlashMLA): scheduling metadata is an object that is filled by the first call that uses
-it. What differs: arrays may come from any framework, more page sizes and widths are taken, errors are this package's,
-and what this package does not have raises `MissingFeatureError`, a NotImplementedError.
+(https://github.com/deepseek-ai/FlashMLA), with what vLLM's and SGLang's copies have besides: e4m3 caches in dense
+decoding. Scheduling metadata is an object that is filled by the first call that uses it. What differs: arrays may come
+from any framework, more page sizes and widths are taken, errors are this package's, and what this package does not have
+raises `MissingFeatureError`, a NotImplementedError.
 """
 
 from __future__ import annotations
@@ -11,13 +12,19 @@ from __future__ import annotations
 import math
 from typing import Any, NoReturn
 
-from .decode.dense import mla_decode, plan_decode
+from .decode.flash_mla_dense import (
+    INVARIANT_SPLIT_TOKENS,
+    check_copies_arguments,
+    decode_dense,
+    fold_descale,
+    is_e4m3,
+)
 from .decode.flash_mla_meta import FlashMLASchedMeta, fill, meta_of, plan_of
-from .decode.plan import DecodePlan
 from .decode.prefill import mla_sparse_prefill
 from .decode.sparse import mla_sparse_decode, plan_sparse_decode
 from .decode.sparse_plan import SparsePlan
 from .errors import InvalidArgumentError, MlaError
+from .layouts import DENSE_LAYOUTS
 from .torch_compile import teach
 
 __all__ = [
@@ -28,19 +35,25 @@ __all__ = [
     "flash_attn_varlen_qkvpacked_func",
     "flash_mla_sparse_fwd",
     "flash_mla_with_kvcache",
+    "flash_mla_with_kvcache_fp8",
+    "get_mla_decoding_metadata",
     "get_mla_metadata",
+    "get_mla_metadata_dense_fp8",
 ]
 
 # What FlashMLA calls the arguments that have another name here.
-_FLASH_MLA_NAMES = {"kv_cache": "k_cache", "plan": "tile_scheduler_metadata"}
+_FLASH_MLA_NAMES = {
+    "kv_cache": "k_cache",
+    "kv_scale": "descale_k",
+    "layout": "k_cache",
+    "plan": "tile_scheduler_metadata",
+}
 _PREFILL_NAMES = {"softmax_scale": "sm_scale", "head_dim_v": "d_v"}
 _LOG2_E = math.log2(math.e)
 _MULTI_HEAD = "multi-head attention for prefill and training"
-# Arguments of flash_mla_with_kvcache that ask for what is not there, and what that is. Beside indices into a 16-bit
-# cache, attn_sink and topk_length are served.
+# Arguments of flash_mla_with_kvcache that ask for what is not there, and what that is. Beside indices, is_fp8_kvcache,
+# attn_sink and topk_length are served.
 _MISSING_FEATURES = {
-    "is_fp8_kvcache": "FP8 caches",
-    "indices": "sparse attention to FP8 caches",
     "attn_sink": "attention sinks in dense attention",
     "extra_k_cache": "a second cache",
     "extra_indices_in_kvcache": "sparse attention to a second cache",
@@ -72,6 +85,18 @@ def get_mla_metadata(*args: Any, **kwargs: Any) -> tuple[FlashMLASchedMeta, None
     return FlashMLASchedMeta(), None
 
 
+def get_mla_decoding_metadata(*args: Any, **kwargs: Any) -> tuple[FlashMLASchedMeta, None]:
+    """`get_mla_metadata` as SGLang's copy has it; the first may also become the metadata of a FlashMLASchedMeta."""
+    return get_mla_metadata()
+
+
+def get_mla_metadata_dense_fp8(
+    cache_seqlens: Any, num_q_tokens_per_head_k: Any, num_heads_k: Any
+) -> tuple[FlashMLASchedMeta, None]:
+    """`get_mla_metadata` for `flash_mla_with_kvcache_fp8`, as vLLM has it; the arguments are not used."""
+    return get_mla_metadata()
+
+
 def flash_mla_with_kvcache(
     q: Any,
     k_cache: Any,
@@ -90,6 +115,11 @@ def flash_mla_with_kvcache(
     topk_length: Any = None,
     extra_topk_length: Any = None,
     out: Any = None,
+    enable_batch_invariant: bool = False,
+    use_legacy: bool = False,
+    kv_format: str | None = None,
+    descale_q: Any = None,
+    descale_k: Any = None,
 ) -> tuple[Any, Any]:
     """Decode over a paged latent cache, called as in FlashMLA.
 
@@ -98,7 +128,9 @@ def flash_mla_with_kvcache(
     q
         [batch, seqlen_q, num_heads_q, head_dim] bfloat16 or float16, of any framework.
     k_cache
-        [num_pages, page_size, num_heads_k, head_dim] of q's type. Any page size that `cupy_mla.mla_decode` takes.
+        [num_pages, page_size, num_heads_k, head_dim] of q's type. Any page size that `cupy_mla.mla_decode` takes. With
+        ``is_fp8_kvcache`` bytes, [num_pages, page_size, 1, bytes of a token], e.g. 656 of DeepSeek V3.2, in sparse
+        attention; in dense attention [num_pages, page_size, 1, head_dim] float8_e4m3fn.
     block_table
         [batch, max_pages_per_seq] int32; not looked at in sparse attention, as the next.
     cache_seqlens
@@ -117,12 +149,23 @@ def flash_mla_with_kvcache(
     causal
         Query i of s_q sees keys up to ``cache_seqlen - s_q + i`` only; of dense attention.
     indices, attn_sink, topk_length
-        Sparse attention to a 16-bit cache, as in `cupy_mla.mla_sparse_decode`; the last two only together with the
-        first.
-    is_fp8_kvcache, extra_k_cache, extra_indices_in_kvcache, extra_topk_length
-        FP8 caches and a second cache: not there yet, refused unless left out.
+        Sparse attention, as in `cupy_mla.mla_sparse_decode`; the last two only together with the first.
+    is_fp8_kvcache
+        Whether the cache is one of FP8.
+    extra_k_cache, extra_indices_in_kvcache, extra_topk_length
+        A second cache: not there yet, refused unless left out.
     out
         Array to write to, of the shape and type returned; None: a new one of q's framework.
+    enable_batch_invariant
+        Whether a request gives the same bits in any batch. Work is then cut after every 4096 tokens and nowhere else.
+    use_legacy
+        Not used: in SGLang's copy it chooses between two builds.
+    kv_format
+        None: what a cache holds is found from its type and width.
+    descale_q, descale_k
+        Of dense attention to an e4m3 cache: what q (of bfloat16) and the stored keys and values are multiplied by. One
+        float32 in an array, or a number; None: 1. ``descale_q`` goes into the factor on the scores, so in an array it
+        is read back, which waits for the device.
 
     Returns
     -------
@@ -143,53 +186,64 @@ def flash_mla_with_kvcache(
     UnsupportedDeviceError
         The arrays are on a GPU that is not Hopper, or the backend that the settings ask for cannot take them.
     """
-    sparse = indices is not None and not is_fp8_kvcache
-    features = (None, None, extra_k_cache, extra_indices_in_kvcache, None, extra_topk_length)
-    if not sparse:
-        features = (indices, attn_sink, *features[2:4], topk_length, extra_topk_length)
-    if is_fp8_kvcache or any(feature is not None for feature in features):
-        _refuse_features((is_fp8_kvcache or None, *features))
+    sparse = indices is not None
+    of_sparse = (None, None) if sparse else (attn_sink, topk_length)
+    features = (of_sparse[0], extra_k_cache, extra_indices_in_kvcache, of_sparse[1], extra_topk_length)
+    if any(feature is not None for feature in features):
+        _refuse_features(features)
+    check_copies_arguments(enable_batch_invariant, kv_format, descale_q, descale_k, is_fp8_kvcache and not sparse)
     meta = meta_of(tile_scheduler_metadata, num_splits)
     if sparse:
         if causal:
             raise InvalidArgumentError("causal", "False in sparse attention", "True")
         arrays = (q, k_cache, indices, topk_length, attn_sink)
-        return _attend_to_chosen(arrays, meta, head_dim_v, softmax_scale, out)
+        return _attend_to_chosen(arrays, meta, head_dim_v, softmax_scale, out, is_fp8_kvcache, enable_batch_invariant)
     for name, array in (("block_table", block_table), ("cache_seqlens", cache_seqlens)):
         if array is None:
             raise InvalidArgumentError(name, "an array (only sparse attention goes without)", "None")
+    kv_scale = None
     try:
-        plan = plan_of(meta, DecodePlan, "cache_seqlens", cache_seqlens)
-        if meta is not None and plan is None:
-            plan = plan_decode(q, k_cache, block_table, cache_seqlens, head_dim_v=head_dim_v, causal=causal)
-        result, lse = mla_decode(
-            q,
-            k_cache,
-            block_table,
-            cache_seqlens,
+        if is_fp8_kvcache:
+            if is_e4m3(q, "q"):
+                _refuse("flash_mla_with_kvcache", "e4m3 queries (q)")
+            if not is_e4m3(k_cache, "k_cache"):
+                raise InvalidArgumentError("is_fp8_kvcache", "False: k_cache is not of float8_e4m3fn", "True")
+            kv_scale = 1.0 if descale_k is None else descale_k
+            softmax_scale = fold_descale(descale_q, q, softmax_scale)
+        return decode_dense(
+            (q, k_cache, block_table, cache_seqlens),
+            meta,
             head_dim_v=head_dim_v,
             softmax_scale=softmax_scale,
             causal=causal,
-            plan=plan,
             out=out,
-            empty_lse=math.inf,
+            kv_scale=kv_scale,
+            enable_batch_invariant=enable_batch_invariant,
         )
     except InvalidArgumentError as error:
         raise _in_words_of_flash_mla(error, _FLASH_MLA_NAMES) from error
-    if meta is not None and plan is not None and not meta.have_initialized:
-        fill(meta, plan, plan.problem.keys.page_size, cache_seqlens)  # a call that was refused leaves it empty
-    return result, lse
 
 
 def _attend_to_chosen(
-    arrays: tuple[Any, ...], meta: FlashMLASchedMeta | None, head_dim_v: int, softmax_scale: float | None, out: Any
+    arrays: tuple[Any, ...],
+    meta: FlashMLASchedMeta | None,
+    head_dim_v: int,
+    softmax_scale: float | None,
+    out: Any,
+    is_fp8: bool,
+    invariant: bool,
 ) -> tuple[Any, Any]:
     """The sparse half of `flash_mla_with_kvcache`."""
     q, k_cache, indices, topk_length, attn_sink = arrays
     try:
-        plan = plan_of(meta, SparsePlan, "topk_length", topk_length)
-        if meta is not None and plan is None:
-            plan = plan_sparse_decode(q, k_cache, indices, topk_length=topk_length, head_dim_v=head_dim_v)
+        plan = plan_of(meta, SparsePlan, "topk_length", topk_length, invariant)
+        if plan is None:
+            split = INVARIANT_SPLIT_TOKENS if invariant else None
+            options: dict[str, Any] = {"topk_length": topk_length, "head_dim_v": head_dim_v}
+            plan = plan_sparse_decode(q, k_cache, indices, **options, fixed_split_tokens=split)
+        layout = plan.problem.layout
+        if is_fp8 == (layout in DENSE_LAYOUTS.values()):
+            raise InvalidArgumentError("is_fp8_kvcache", f"{not is_fp8} for a cache of {layout.name}", str(is_fp8))
         result, lse = mla_sparse_decode(
             q,
             k_cache,
@@ -204,9 +258,42 @@ def _attend_to_chosen(
         )
     except InvalidArgumentError as error:
         raise _in_words_of_flash_mla(error, _FLASH_MLA_NAMES) from error
-    if meta is not None and plan is not None and not meta.have_initialized:
-        fill(meta, plan, k_cache.shape[1], topk_length)
+    if meta is not None and not meta.have_initialized:
+        fill(meta, plan, k_cache.shape[1], topk_length, invariant)
     return result, lse
+
+
+def flash_mla_with_kvcache_fp8(
+    q: Any,
+    k_cache: Any,
+    block_table: Any,
+    cache_seqlens: Any,
+    head_dim_v: int,
+    tile_scheduler_metadata: Any,
+    num_splits: Any,
+    softmax_scale: float | None = None,
+    causal: bool = False,
+    descale_q: Any = None,
+    descale_k: Any = None,
+) -> tuple[Any, Any]:
+    """Dense decode over an e4m3 cache, called as in vLLM: `flash_mla_with_kvcache` with ``is_fp8_kvcache``.
+
+    Queries are of bfloat16. Those of e4m3, which vLLM's kernel wants, raise MissingFeatureError.
+    """
+    return flash_mla_with_kvcache(
+        q,
+        k_cache,
+        block_table,
+        cache_seqlens,
+        head_dim_v,
+        tile_scheduler_metadata,
+        num_splits,
+        softmax_scale,
+        causal,
+        is_fp8_kvcache=True,
+        descale_q=descale_q,
+        descale_k=descale_k,
+    )
 
 
 def flash_mla_sparse_fwd(

@@ -179,13 +179,19 @@ def _flash_mla_with_kvcache(
     topk_length: Any = None,
     extra_topk_length: Any = None,
     out: Any = None,
+    enable_batch_invariant: bool = False,
+    use_legacy: bool = False,
+    kv_format: str | None = None,
+    descale_q: Any = None,
+    descale_k: Any = None,
 ) -> Any:
     """Plans in the program, as metadata is no tensor: the results are those of a plan that is kept in it."""
     import torch
 
     from . import torch_rules
 
-    others = is_fp8_kvcache, extra_k_cache, extra_indices_in_kvcache, extra_topk_length, out
+    of_copies = enable_batch_invariant, use_legacy, kv_format, descale_q, descale_k
+    others = is_fp8_kvcache, extra_k_cache, extra_indices_in_kvcache, extra_topk_length, out, *of_copies
     served = all(other is None or other is False for other in others)
     shared = {"head_dim_v": head_dim_v, "softmax_scale": softmax_scale, "empty_lse": math.inf}
     if served and indices is None and attn_sink is None and topk_length is None:
@@ -196,7 +202,7 @@ def _flash_mla_with_kvcache(
     sparse = indices, attn_sink, extra_k_cache, extra_indices_in_kvcache, topk_length, extra_topk_length
     return torch_rules.as_it_is(
         _TAUGHT["flash_mla_with_kvcache"], q, k_cache, block_table, cache_seqlens, head_dim_v, tile_scheduler_metadata,
-        num_splits, softmax_scale, causal, is_fp8_kvcache, *sparse, out,
+        num_splits, softmax_scale, causal, is_fp8_kvcache, *sparse, out, *of_copies,
     )  # fmt: skip
 
 

@@ -20,6 +20,7 @@ from cases_dense import DTYPES, DenseCase, exact_decode, frobenius_error
 import cupy_mla
 import cupy_mla.flash_mla as flash_mla
 from cupy_mla import InvalidArgumentError, MlaError, PlanMismatchError, mla_decode
+from cupy_mla.decode import flash_mla_dense
 from cupy_mla.decode.plan import DecodePlan
 from cupy_mla.lab.cases import Case
 
@@ -46,6 +47,29 @@ SIGNATURES: dict[str, list[tuple[str, Any]]] = {
         ("topk_length", None),
         ("extra_topk_length", None),
         ("out", None),
+        ("enable_batch_invariant", False),
+        ("use_legacy", False),
+        ("kv_format", None),
+        ("descale_q", None),
+        ("descale_k", None),
+    ],
+    "flash_mla_with_kvcache_fp8": [
+        ("q", REQUIRED),
+        ("k_cache", REQUIRED),
+        ("block_table", REQUIRED),
+        ("cache_seqlens", REQUIRED),
+        ("head_dim_v", REQUIRED),
+        ("tile_scheduler_metadata", REQUIRED),
+        ("num_splits", REQUIRED),
+        ("softmax_scale", None),
+        ("causal", False),
+        ("descale_q", None),
+        ("descale_k", None),
+    ],
+    "get_mla_metadata_dense_fp8": [
+        ("cache_seqlens", REQUIRED),
+        ("num_q_tokens_per_head_k", REQUIRED),
+        ("num_heads_k", REQUIRED),
     ],
     "flash_mla_sparse_fwd": [
         ("q", REQUIRED),
@@ -71,6 +95,7 @@ CONFIG_FIELDS = [
     "topk",
     "extra_page_block_size",
     "extra_topk",
+    "enable_batch_invariant",
 ]
 # Rows without a visible key: an empty request, and, when causal, a request shorter than its queries.
 SOME_EMPTY = DenseCase(lengths=(0, 1, 140, 64), seqlens_q=2, num_heads_q=4, causal=True)
@@ -203,13 +228,13 @@ def test_metadata_is_filled_once_and_serves_every_layer(monkeypatch: pytest.Monk
     case = SOME_EMPTY
     meta, _ = flash_mla.get_mla_metadata()
     plans: list[DecodePlan] = []
-    plan_decode = flash_mla.plan_decode
+    plan_decode = flash_mla_dense.plan_decode
 
     def counting_plan(*arguments: Any, **options: Any) -> DecodePlan:
         plans.append(plan_decode(*arguments, **options))
         return plans[-1]
 
-    monkeypatch.setattr(flash_mla, "plan_decode", counting_plan)
+    monkeypatch.setattr(flash_mla_dense, "plan_decode", counting_plan)
     for seed in range(3):
         arrays = DenseCase(**{**vars(case), "seed": seed}).build()
         check(case, arrays, *call(case, tensors_of(arrays), meta))
@@ -339,7 +364,6 @@ ANY_ARRAY = np.zeros(3, np.int32)
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        ({"is_fp8_kvcache": True}, ["FP8 caches"]),
         ({"indices": ANY_ARRAY, "extra_k_cache": ANY_ARRAY}, ["second cache", "extra_k_cache"]),
         ({"attn_sink": ANY_ARRAY}, ["attn_sink"]),
         ({"extra_k_cache": ANY_ARRAY}, ["second cache", "extra_k_cache"]),
@@ -347,8 +371,8 @@ ANY_ARRAY = np.zeros(3, np.int32)
         ({"topk_length": ANY_ARRAY}, ["topk_length"]),
         ({"extra_topk_length": ANY_ARRAY}, ["extra_topk_length"]),
         (
-            {"is_fp8_kvcache": True, "indices": ANY_ARRAY},
-            ["FP8 caches (is_fp8_kvcache), sparse attention to FP8 caches (indices)"],
+            {"extra_k_cache": ANY_ARRAY, "attn_sink": ANY_ARRAY},
+            ["attention sinks in dense attention (attn_sink), a second cache (extra_k_cache)"],
         ),
     ],
 )
@@ -362,8 +386,7 @@ def test_missing_features_are_named(options: dict[str, Any], words: list[str]):
     for word in words:
         assert word in str(caught.value)
     named = [name for name, _ in SIGNATURES["flash_mla_with_kvcache"] if f"({name})" in str(caught.value)]
-    missing = options if options.get("is_fp8_kvcache") else options.keys() - {"indices"}
-    assert named == [name for name, _ in SIGNATURES["flash_mla_with_kvcache"] if name in missing]
+    assert named == [name for name, _ in SIGNATURES["flash_mla_with_kvcache"] if name in options.keys() - {"indices"}]
     assert not meta.have_initialized
     assert str(pickle.loads(pickle.dumps(caught.value))) == str(caught.value)
 

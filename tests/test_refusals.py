@@ -407,6 +407,11 @@ def flash_rows(make: Make) -> list[tuple[str, str, Changes]]:
         ("topk_length", "int32", {"indices": indices, "topk_length": make((2,), "int64")}),
         ("attn_sink", "float32", {"indices": indices, "attn_sink": make((3,), "float32")}),
         *outputs(make, out=((2, 1, 16, 512), "bfloat16")),
+        *no_flag("enable_batch_invariant"),
+        ("is_fp8_kvcache", "False: k_cache is not", {"is_fp8_kvcache": True}),
+        ("kv_format", "None: the cache itself", {"kv_format": "v41"}),
+        ("descale_q", "None but in dense attention", {"descale_q": 1.0}),
+        ("descale_k", "None but in dense attention", {"descale_k": make((1,), "float32")}),
     ]
 
 
@@ -501,7 +506,7 @@ TARGETS: dict[str, Target] = {
     "slots_of": Target(cupy_mla.slots_of, slots, slots_rows, ("out",)),
     "flash_mla.flash_mla_with_kvcache": Target(
         flash_mla.flash_mla_with_kvcache, flash, flash_rows, ("out",),
-        unchecked=("is_fp8_kvcache", "extra_k_cache", "extra_indices_in_kvcache", "extra_topk_length"),
+        unchecked=("extra_k_cache", "extra_indices_in_kvcache", "extra_topk_length", "use_legacy"),
     ),
     "flash_mla.flash_mla_sparse_fwd": Target(
         flash_mla.flash_mla_sparse_fwd, flash_prefill, flash_prefill_rows, ("out",), unchecked=("return_log2_lse",)

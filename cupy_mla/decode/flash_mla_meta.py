@@ -10,6 +10,7 @@ import numpy as np
 from ..arrays.exchange import as_numpy
 from ..arrays.view import view
 from ..errors import InvalidArgumentError, PlanMismatchError
+from ..layouts import DENSE_LAYOUTS
 from ..settings import get_settings
 from .plan import DecodePlan
 from .sparse_plan import SparsePlan
@@ -51,6 +52,7 @@ class FlashMLASchedMeta:
         topk: int | None
         extra_page_block_size: int | None
         extra_topk: int | None
+        enable_batch_invariant: bool = False
 
     have_initialized: bool = False
     config: Config | None = None
@@ -60,19 +62,26 @@ class FlashMLASchedMeta:
     _lengths: np.ndarray | None = field(default=None, init=False, repr=False, compare=False)
 
 
-def plan_of(meta: FlashMLASchedMeta | None, kind: type[_Plan], name: str, lengths: Any) -> _Plan | None:
+def plan_of(
+    meta: FlashMLASchedMeta | None, kind: type[_Plan], name: str, lengths: Any, enable_batch_invariant: bool
+) -> _Plan | None:
     """The plan of filled metadata; None of empty metadata, or none.
 
     Raises
     ------
     PlanMismatchError
-        It is a plan of the other kind, or settings ask for validation and the lengths are others.
+        It is a plan of the other kind, or batch-invariant where the call is not or not where it is, or settings ask for
+        validation and the lengths are others.
     """
     if meta is None or not meta.have_initialized:
         return None
     plan = meta.tile_scheduler_metadata
     if not isinstance(plan, kind):
         raise PlanMismatchError("plan", f"metadata that holds a {kind.__name__}", f"a {type(plan).__name__}")
+    if meta.config is not None and meta.config.enable_batch_invariant != enable_batch_invariant:
+        planned = meta.config.enable_batch_invariant
+        expected = f"{planned}, as in the call that filled tile_scheduler_metadata"
+        raise PlanMismatchError("enable_batch_invariant", expected, str(enable_batch_invariant))
     if meta._lengths is not None and lengths is not None:
         _check_lengths(name, lengths, meta._lengths)
     return plan
@@ -100,7 +109,13 @@ def meta_of(metadata: Any, num_splits: Any) -> FlashMLASchedMeta | None:
     return None
 
 
-def fill(meta: FlashMLASchedMeta, plan: DecodePlan | SparsePlan, page_size: int, lengths: Any) -> None:
+def fill(
+    meta: FlashMLASchedMeta,
+    plan: DecodePlan | SparsePlan,
+    page_size: int,
+    lengths: Any,
+    enable_batch_invariant: bool,
+) -> None:
     """Keep a plan in empty metadata."""
     problem = plan.problem
     meta.config = FlashMLASchedMeta.Config(
@@ -110,10 +125,11 @@ def fill(meta: FlashMLASchedMeta, plan: DecodePlan | SparsePlan, page_size: int,
         page_block_size=page_size,
         h_k=problem.queries.num_heads_kv,
         causal=problem.queries.causal,
-        is_fp8_kvcache=False,
+        is_fp8_kvcache=problem.layout not in DENSE_LAYOUTS.values(),
         topk=None if isinstance(plan, DecodePlan) else plan.problem.keys.topk,
         extra_page_block_size=None,
         extra_topk=None,
+        enable_batch_invariant=enable_batch_invariant,
     )
     meta.tile_scheduler_metadata = plan
     if get_settings().validate and lengths is not None:
