@@ -23,18 +23,29 @@ OPTIONS = ("-std=c++17", "-O2", "-Wall", "-Wextra", "-Werror", "-Wno-unknown-pra
 needs_compiler = pytest.mark.skipif(shutil.which("g++") is None, reason="no g++ to compile kernels for the CPU")
 
 
+# fp16 partial results with a power of two for each part of a row's columns (kernels_cu/core/partial_format.h).
+SCALED = "Scaled"
+SCALE_COLUMNS, SCALE_PARTS = 16, 3
+
+
 @functools.cache
 def _folder() -> tempfile.TemporaryDirectory[str]:
     return tempfile.TemporaryDirectory(prefix="host_kernels_")  # removed at exit
 
 
 @functools.cache
-def library(merge_states_tag: str = "Bf16") -> ctypes.CDLL:
-    """The kernels; mla_merge_states is for the type of this tag, mla_combine for bf16."""
-    path = Path(_folder().name) / f"kernels_{merge_states_tag}.so"
+def library(tag: str = "Bf16") -> ctypes.CDLL:
+    """The kernels; mla_merge_states is for the type of this tag, mla_combine for bf16, or for `SCALED`."""
+    path = Path(_folder().name) / f"kernels_{tag}.so"
     includes = ("-I", str(HOST_CUDA), "-I", str(kernels_root()), "-include", str(HOST_CUDA / "cuda_on_host.h"))
-    define = f"-DMERGE_STATES_DTYPE={merge_states_tag}"
-    command = ["g++", *OPTIONS, define, *includes, str(HOST_CUDA / "kernels.cpp"), "-o", str(path)]
+    defines = [f"-DMERGE_STATES_DTYPE={tag}"]
+    if tag == SCALED:
+        defines = [
+            "-DMERGE_STATES_DTYPE=Fp16",
+            f"-DMLA_SCALE_COLUMNS={SCALE_COLUMNS}",
+            f"-DMLA_SCALE_PARTS={SCALE_PARTS}",
+        ]
+    command = ["g++", *OPTIONS, *defines, *includes, str(HOST_CUDA / "kernels.cpp"), "-o", str(path)]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     return ctypes.CDLL(str(path))

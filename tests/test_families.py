@@ -119,6 +119,15 @@ def test_partial_results_of_four_rows_and_fewer_are_float32(
     assert config.partial_dtype == ("float32" if expected else "bfloat16")
 
 
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+@pytest.mark.parametrize(("heads", "expected"), [(1, True), (16, True), (17, False), (128, False)])
+def test_partial_results_of_few_rows_of_the_wide_kernel_are_scaled(heads: int, dtype: str, expected: bool) -> None:
+    config = choose_config(problem(8, 1024, heads, dtype=dtype), NUM_SMS, None, None, "wide64")
+    assert (config.scale_parts is not None) == (expected and dtype == "bfloat16")
+    assert config.partial_dtype == ("float16" if config.scale_parts else dtype)
+    assert config.partial_lse_bytes == (8 if config.scale_parts else 4)
+
+
 def test_the_length_that_is_promised_counts() -> None:
     wide_table = problem(1, 131072, 128)
     assert name(choose_config(wide_table, NUM_SMS, max_seqlen_k=1024)) == "narrow16"

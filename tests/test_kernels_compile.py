@@ -19,8 +19,9 @@ from cupy_mla.gpu.jit.compiler import CompiledKernel
 from cupy_mla.gpu.jit.module import get_cubin
 from cupy_mla.gpu.jit.source import kernels_root
 from cupy_mla.kernels.catalogue import all_kernels, standard_configs
+from cupy_mla.kernels.combine import combine_source, gathered_combine_source
 from cupy_mla.kernels.family import KernelConfig
-from cupy_mla.kernels.gathered import GatheredConfig
+from cupy_mla.kernels.gathered import GATHERED_WIDE64, GatheredConfig
 from cupy_mla.kernels.gathered_narrow import GATHERED_NARROW16, GATHERED_NARROW32
 from cupy_mla.kernels.narrow import NARROW16, NARROW32
 from cupy_mla.kernels.wide import WIDE64
@@ -54,8 +55,21 @@ OTHER_CONFIGS += [
         (GATHERED_NARROW32, 512, 128, 256, True),
     )
 ]
+# Few rows in the wide kernels, which are chosen by name alone: partial results with powers of two.
+SCALED_CONFIGS: list[KernelConfig] = [
+    *(
+        KernelConfig(WIDE64, latent, 64, "bfloat16", 64, causal, scale_parts=WIDE64.scale_parts(latent, "bfloat16", 8))
+        for latent, causal in ((512, False), (512, True), (256, False), (128, True))
+    ),
+    GatheredConfig(
+        GATHERED_WIDE64, 512, 64, "bfloat16", 1, causal=False, scale_parts=WIDE64.scale_parts(512, "bfloat16", 8)
+    ),
+]
+OTHER_CONFIGS += SCALED_CONFIGS
 STANDARD = {config.name: config for config in standard_configs()}
 SOURCES = {kernel.name: kernel.source for kernel in all_kernels()} | {c.name: c.source() for c in OTHER_CONFIGS}
+SOURCES |= {f"combine of {c.name}": combine_source(c) for c in SCALED_CONFIGS[1:3]}
+SOURCES |= {f"combine of {c.name}": gathered_combine_source(c) for c in SCALED_CONFIGS[-1:]}
 
 
 @pytest.fixture(scope="module")

@@ -7,7 +7,16 @@ import dataclasses
 import ml_dtypes
 import numpy as np
 import pytest
-from host_kernels import needs_compiler, run_combine, run_combine_gathered, run_merge_states, run_plan
+from host_kernels import (
+    SCALE_COLUMNS,
+    SCALE_PARTS,
+    SCALED,
+    needs_compiler,
+    run_combine,
+    run_combine_gathered,
+    run_merge_states,
+    run_plan,
+)
 from test_schedule import dense
 
 from cupy_mla.kernels.combine import OCTET, merge_states_geometry
@@ -51,6 +60,23 @@ def with_flash_mla_lses(lses: np.ndarray) -> np.ndarray:
     mixed[::2][np.isneginf(mixed[::2])] = np.inf
     assert np.isposinf(mixed).any()
     return mixed
+
+
+def random_partials(
+    rng: np.random.Generator, tag: str, *shape: int
+) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    """Partial results [slots, rows, d_v] and their lse as a decode kernel leaves them, and what they stand for."""
+    if tag != SCALED:
+        states = random_states(rng, TYPES[tag][0], *shape)
+        return *states, *states
+    outs, lses = random_states(rng, np.dtype(np.float16), *shape)
+    exponents = rng.integers(60, 190, (*shape[:2], SCALE_PARTS), dtype=np.uint8)
+    exponents[0] = 127
+    records = np.zeros((*shape[:2], 2), np.float32)
+    records[..., 0] = lses
+    records[..., 1:].view(np.uint8)[..., :SCALE_PARTS] = exponents
+    parts = np.arange(shape[-1]) // SCALE_COLUMNS % SCALE_PARTS
+    return outs, records, np.ldexp(outs.astype(np.float64), exponents[..., parts].astype(int) - 127), lses
 
 
 def element_strides(array: np.ndarray) -> tuple[int, ...]:
@@ -132,7 +158,7 @@ COMBINE_SHAPES = {
 
 @pytest.mark.parametrize("name", COMBINE_SHAPES)
 @pytest.mark.parametrize("out_padding", [0, 1])
-@pytest.mark.parametrize("tag", TYPES)
+@pytest.mark.parametrize("tag", [*TYPES, SCALED])
 def test_combine(name: str, out_padding: int, tag: str) -> None:
     shape = dataclasses.replace(COMBINE_SHAPES[name], max_seqlen_k=4096)
     d_v = 8 * OCTET
@@ -145,7 +171,8 @@ def test_combine(name: str, out_padding: int, tag: str) -> None:
     assert (len(plan.merges) == 0) == (name == "whole")
 
     # What the decode kernel leaves: rows past a request's end are never written, so they hold anything.
-    partial_out, partial_lse = random_states(rng, TYPES[tag][0], max(plan.num_slots, 1), shape.rows_per_job, d_v)
+    states = random_partials(rng, tag, max(plan.num_slots, 1), shape.rows_per_job, d_v)
+    partial_out, partial_lse, exact_out, exact_lse = states
     tokens = shape.total_q if shape.ragged else shape.seqlen_q
     out_shape = (1 if shape.ragged else shape.batch, tokens, heads)
     wide_out = np.full((*out_shape, d_v + out_padding), 99, bf16)
@@ -153,7 +180,7 @@ def test_combine(name: str, out_padding: int, tag: str) -> None:
     out = wide_out[..., :d_v]
     expected_out, expected_lse = np.full(out.shape, 99.0), np.full(lse.shape, 99.0)
     for request, head_block, seqlen_q, q_begin, begin, count, *_ in plan.merges.tolist():
-        merged_out, merged_lse = merge_exactly(partial_out[begin : begin + count], partial_lse[begin : begin + count])
+        merged_out, merged_lse = merge_exactly(exact_out[begin : begin + count], exact_lse[begin : begin + count])
         for row_in_slot in range(shape.rows_per_job):
             token, head = divmod((head_block & 0xFFFF) * shape.rows + row_in_slot, shape.group_heads)
             if token < seqlen_q:
@@ -182,7 +209,7 @@ def test_combine(name: str, out_padding: int, tag: str) -> None:
 
 
 @pytest.mark.parametrize("has_sinks", [False, True])
-@pytest.mark.parametrize("tag", TYPES)
+@pytest.mark.parametrize("tag", [*TYPES, SCALED])
 def test_combine_of_gathered_tokens(tag: str, has_sinks: bool) -> None:
     """Requests are query tokens, two of a batch entry; a sink divides the output and is not in the lse."""
     batch, seqlen_q, d_v = 3, 2, 8 * OCTET
@@ -191,14 +218,15 @@ def test_combine_of_gathered_tokens(tag: str, has_sinks: bool) -> None:
     lengths = rng.integers(1000, 4097, shape.batch)
     plan = make_schedule(shape, lengths)
     assert len(plan.merges) > 0
-    partial_out, partial_lse = random_states(rng, TYPES[tag][0], plan.num_slots, shape.rows_per_job, d_v)
+    states = random_partials(rng, tag, plan.num_slots, shape.rows_per_job, d_v)
+    partial_out, partial_lse, exact_out, exact_lse = states
     sinks = (rng.standard_normal(shape.group_heads) * 6 + 3).astype(np.float32)
     sinks[:2] = -np.inf, np.inf
     out = np.full((batch, seqlen_q, shape.group_heads, d_v), 99, ml_dtypes.bfloat16)
     lse = np.full((batch, shape.group_heads, seqlen_q), 99, np.float32)
     expected_out, expected_lse = np.full(out.shape, 99.0), np.full(lse.shape, 99.0)
     for request, _, _, _, begin, count, *_ in plan.merges.tolist():
-        merged_out, merged_lse = merge_exactly(partial_out[begin : begin + count], partial_lse[begin : begin + count])
+        merged_out, merged_lse = merge_exactly(exact_out[begin : begin + count], exact_lse[begin : begin + count])
         place = divmod(request, seqlen_q)
         for head in range(shape.group_heads):
             with np.errstate(over="ignore", invalid="ignore"):

@@ -61,9 +61,7 @@ def rounded(layout: CacheLayout, rows: Any) -> Any:
     """What a cache of the layout makes of rows [layers, tokens, d]."""
     scales = SCALES if layout.needs_scale else [None] * LAYERS
     stored = [layout.quantise(row[:, None, None], scale) for row, scale in zip(rows, scales, strict=True)]
-    return np.stack(
-        [layout.dequantise(page, scale)[:, 0, 0] for page, scale in zip(stored, scales, strict=True)]
-    )
+    return np.stack([layout.dequantise(page, scale)[:, 0, 0] for page, scale in zip(stored, scales, strict=True)])
 
 
 def stored_tokens(cache: PagedKVCache, request: int) -> Any:

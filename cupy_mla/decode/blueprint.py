@@ -80,7 +80,7 @@ class Blueprint(Generic[P]):
         rows = self.shape.max_slots * self.shape.rows_per_job
         self.plan_bytes = _section(sections.total_ints * _WORD_BYTES)
         self.partial_out_bytes = _section(rows * problem.queries.head_dim_v * ITEM_SIZES[self.config.partial_dtype])
-        self.partial_bytes = self.partial_out_bytes + _section(rows * _WORD_BYTES)
+        self.partial_bytes = self.partial_out_bytes + _section(rows * self.config.partial_lse_bytes)
         self.workspace_bytes = self.plan_bytes + self.partial_bytes
         self._lock = threading.Lock()
         self._pointers = np.zeros(3, np.uint64)  # cache_seqlens, cu_seqlens_q, plan

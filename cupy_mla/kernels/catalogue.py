@@ -40,7 +40,7 @@ def all_kernels() -> list[NamedKernel]:
         NamedKernel(config.name, config.source(), config.threads, config.shared_memory) for config in standard_configs()
     ]
     sources = {
-        f"{name}_{config.dtype}" + ("_float" if config.float_partials else ""): source(config)
+        f"{name}_{config.dtype}{config.partial_suffix}": source(config)
         for name, source, families in (
             ("combine", combine_source, FAMILIES),
             ("gathered_combine", gathered_combine_source, GATHERED_FAMILIES),

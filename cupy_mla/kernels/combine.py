@@ -6,7 +6,7 @@ from ..arrays.dtypes import KERNEL_TYPES
 from ..gpu.jit.source import KernelSource
 from ..gpu.launch import Geometry
 from ..schedule.pieces import ceil_div
-from .family import KernelConfig
+from .family import KernelConfig, scale_defines
 
 MERGE_STATES_THREADS = 256
 OCTET = 8  # columns that a lane merges: d_v is a multiple of this
@@ -24,6 +24,7 @@ def combine_source(config: KernelConfig) -> KernelSource:
         ("MLA_DTYPE", KERNEL_TYPES[config.dtype]),
         ("MLA_PARTIAL", KERNEL_TYPES[config.partial_dtype]),
         ("MLA_REGISTERS", str(registers)),
+        *scale_defines(config),
     )
     return KernelSource("combine/combine.cu", "mla_combine", defines)
 

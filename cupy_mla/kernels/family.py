@@ -33,6 +33,7 @@ FLOAT_BYTES = 4
 BOX_BYTES = TILE_TOKENS * BOX_COLUMNS * ELEMENT_BYTES
 BARRIER_BYTES = 8
 CLAIM_BYTES = 8
+_EXPONENTS_BYTES = 4  # of the parts of a row
 
 # What the models in use need: (latent, rope) of DeepSeek V2/V3/R1 and Kimi K2, without rope, and a small MLA.
 STANDARD_DIMS = ((512, 64), (512, 0), (256, 64))
@@ -46,6 +47,14 @@ class Role:
     name: str
     threads: int
     registers: int
+
+
+@dataclass(frozen=True, slots=True)
+class ColumnParts:
+    """Parts of a row's columns, each in one warp: column c is in part ``c // columns % count``."""
+
+    columns: int
+    count: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,6 +112,12 @@ class DecodeFamily(ABC):
         """Whether partial results are float32 when so many query rows share a kv head: decode/config.h says why."""
         return False
 
+    def scale_parts(self, latent_dim: int, dtype: str, rows: int) -> ColumnParts | None:
+        """Parts of a row of partial results that are fp16 with a power of two each, when so many query rows share a kv
+        head (core/partial_format.h); None: they are not.
+        """
+        return None
+
     def configure(self, problem: DecodeProblem, rows: int) -> KernelConfig:
         """The configuration for a problem whose kv heads have so many query rows each.
 
@@ -117,6 +132,7 @@ class DecodeFamily(ABC):
             page_size=problem.keys.page_size,
             causal=queries.causal and queries.seqlen_q > 1,
             float_partials=self.has_float_partials(rows),
+            scale_parts=self.scale_parts(queries.latent_dim, queries.dtype, rows),
         )
 
     def defines(self, config: KernelConfig) -> tuple[tuple[str, str], ...]:
@@ -130,6 +146,7 @@ class DecodeFamily(ABC):
             ("MLA_CAUSAL", str(int(config.causal))),
             ("MLA_ROWS", str(self.rows)),
             ("MLA_FLOAT_PARTIALS", str(int(config.float_partials))),
+            *scale_defines(config),
             ("MLA_SHARED_BYTES", str(config.shared_memory)),
         )
 
@@ -162,6 +179,8 @@ class KernelConfig:
         Whether the mask of speculative decoding is compiled in.
     float_partials : bool
         Whether partial results are float32, not of ``dtype``.
+    scale_parts : ColumnParts or None
+        Parts of a row of partial results that are fp16 with a power of two each, where ``dtype`` is bfloat16.
     """
 
     family: DecodeFamily
@@ -171,6 +190,7 @@ class KernelConfig:
     page_size: int
     causal: bool
     float_partials: bool = False
+    scale_parts: ColumnParts | None = None
 
     @property
     def name(self) -> str:
@@ -180,7 +200,7 @@ class KernelConfig:
     @property
     def suffix(self) -> str:
         """The end of the name: what besides type, widths and page size it is compiled for."""
-        return ("_causal" if self.causal else "") + ("_float" if self.float_partials else "")
+        return ("_causal" if self.causal else "") + self.partial_suffix
 
     @property
     def rows(self) -> int:
@@ -205,7 +225,21 @@ class KernelConfig:
     @property
     def partial_dtype(self) -> str:
         """Type of partial results."""
-        return "float32" if self.float_partials else self.dtype
+        if self.float_partials:
+            return "float32"
+        return self.dtype if self.scale_parts is None else "float16"
+
+    @property
+    def partial_suffix(self) -> str:
+        """What the name of a kernel says of partial results that are not of ``dtype``."""
+        if self.scale_parts is not None:
+            return f"_scaled{self.scale_parts.columns}x{self.scale_parts.count}"
+        return "_float" if self.float_partials else ""
+
+    @property
+    def partial_lse_bytes(self) -> int:
+        """Of a row of partial results: its lse, and behind it the exponents of its parts."""
+        return FLOAT_BYTES if self.scale_parts is None else FLOAT_BYTES + _EXPONENTS_BYTES
 
     @property
     def chunk_tokens(self) -> int:
@@ -225,6 +259,12 @@ class KernelConfig:
     def source(self) -> KernelSource:
         """What the run-time compiler is given."""
         return KernelSource(self.family.entry, self.family.function, self.family.defines(self))
+
+
+def scale_defines(config: KernelConfig) -> tuple[tuple[str, str], ...]:
+    """The macros of core/partial_format.h."""
+    parts = config.scale_parts or ColumnParts(columns=1, count=0)
+    return ("MLA_SCALE_COLUMNS", str(parts.columns)), ("MLA_SCALE_PARTS", str(parts.count))
 
 
 def why_not_dense(problem: DecodeProblem | SparseProblem) -> str | None:

@@ -49,9 +49,9 @@ class GatheredConfig(KernelConfig):
     def suffix(self) -> str:
         """The end of the name: a layout that is not that of the type, and the schedule."""
         if self.by_request:
-            return ("_causal" if self.causal else "") + ("_float" if self.float_partials else "")
+            return ("_causal" if self.causal else "") + self.partial_suffix
         layout = f"_{self.layout.name}" if self.layout.codec is not None else ""
-        return layout + ("_planned" if self.planned else "_static") + ("_float" if self.float_partials else "")
+        return layout + ("_planned" if self.planned else "_static") + self.partial_suffix
 
 
 def gathered_config(family: DecodeFamily, problem: SparseProblem, planned: bool) -> GatheredConfig:
@@ -65,6 +65,7 @@ def gathered_config(family: DecodeFamily, problem: SparseProblem, planned: bool)
         page_size=problem.keys.page_size,
         causal=False,
         float_partials=planned and family.has_float_partials(queries.group_heads),
+        scale_parts=family.scale_parts(queries.latent_dim, queries.dtype, queries.group_heads) if planned else None,
         planned=planned,
         layout=problem.layout,
     )

@@ -45,6 +45,7 @@ class _OfTokenPages(DecodeFamily):
             *(queries.latent_dim, queries.rope_dim, queries.dtype),
             causal=queries.causal and queries.seqlen_q > 1,
             float_partials=self.has_float_partials(rows),
+            scale_parts=self.scale_parts(queries.latent_dim, queries.dtype, rows),
         )
 
     def standard_configs(self) -> list[KernelConfig]:
@@ -57,8 +58,8 @@ class _OfTokenPages(DecodeFamily):
             )
         ]
 
-    def _config(self, latent: int, rope: int, dtype: str, *, causal: bool, float_partials: bool) -> KernelConfig:
-        return GatheredConfig(self, latent, rope, dtype, _PAGE_SIZE, causal, float_partials, by_request=True)
+    def _config(self, latent: int, rope: int, dtype: str, **options: Any) -> KernelConfig:
+        return GatheredConfig(self, latent, rope, dtype, _PAGE_SIZE, by_request=True, **options)
 
 
 @dataclass(frozen=True, slots=True)

@@ -16,6 +16,7 @@ from .family import (
     CLAIM_BYTES,
     ELEMENT_BYTES,
     FLOAT_BYTES,
+    ColumnParts,
     DecodeFamily,
     KernelConfig,
     Role,
@@ -26,7 +27,11 @@ if TYPE_CHECKING:
     from ..call.problem import DecodeProblem
     from ..call.sparse_problem import SparseProblem
 
-_ROLES = (Role("scores", WARPGROUP_THREADS, 184), Role("values", 2 * WARPGROUP_THREADS, 160))
+_VALUES_WARPGROUPS = 2
+# Few rows have up to 3.1e-3 of error with bf16 partial results; over many the mean counts. For all rows fp16 partial
+# results would cost 0.2 to 1 us (kernels_cu/TRIED.md).
+_SCALED_PARTIAL_ROWS = 16
+_ROLES = (Role("scores", WARPGROUP_THREADS, 184), Role("values", _VALUES_WARPGROUPS * WARPGROUP_THREADS, 160))
 # Two warpgroups share the values' columns, in a width that wgmma has; a stage has one rope box, which P replaces.
 _LATENT_DIMS = (128, 256, 512)
 _ROPE_DIMS = (0, BOX_COLUMNS)
@@ -57,6 +62,12 @@ class WideFamily(DecodeFamily):
     def copies_whole_tokens(self, config: KernelConfig) -> bool:
         """As a stage holds whole tiles: where no swizzle atom is shared by pages."""
         return config.group_tokens == ATOM_TOKENS
+
+    def scale_parts(self, latent_dim: int, dtype: str, rows: int) -> ColumnParts | None:
+        """For few rows of bf16: two warpgroups share the columns."""
+        if rows > _SCALED_PARTIAL_ROWS or dtype != "bfloat16":
+            return None
+        return ColumnParts(latent_dim // _VALUES_WARPGROUPS, _VALUES_WARPGROUPS)
 
     def shared_memory(self, config: KernelConfig) -> int:
         """The total of decode/wide/smem.h."""

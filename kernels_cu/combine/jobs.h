@@ -2,13 +2,14 @@
 #pragma once
 #include "combine/merge_octets.h"
 #include "combine/params.h"
+#include "core/partial_format.h"
 #include "core/plan_format.h"
 #include "ptx/launch.h"
 
 namespace mla {
 
 using Output = MLA_DTYPE;     // Bf16 or Fp16
-using Partial = MLA_PARTIAL;  // Fp32, or Output
+using Partial = MLA_PARTIAL;  // Fp32, Output, or Fp16 with powers of two
 
 // As many as leave room for two warps in the quarter of an SM that holds two of the decode kernel's; cupy_mla/kernels/combine.py
 constexpr i32 kRegisters = MLA_REGISTERS;
@@ -34,6 +35,41 @@ MLA_DEVICE SinkStates add_sink(const GatherCombineParams& params, const RowState
     return {states, params.attn_sink == nullptr ? minus_infinity() : params.attn_sink[head]};
 }
 
+// States whose values have the powers of two of core/partial_format.h.
+template <class States>
+struct ScaledStates : States {
+    u32 shifts[2];  // of the exponents of the caller's octets
+
+    MLA_DEVICE f32 lse_of(i32 state, u32& exponents) const {
+        const uint2 record = *reinterpret_cast<const uint2*>(States::lses + state * States::lse_stride);
+        exponents = record.y;
+        return __uint_as_float(record.x);
+    }
+
+    MLA_DEVICE void select(i32 first, i32 second) {
+        shifts[0] = shift_of(first);
+        shifts[1] = shift_of(second);
+    }
+
+    MLA_DEVICE f32 scale_of(u32 exponents, i32 octet) const {
+        return power_of_exponent(exponents >> shifts[octet] & kExponentMask);
+    }
+
+private:
+    static MLA_DEVICE u32 shift_of(i32 octet) {
+        constexpr u32 kParts = kPartialIsScaled ? kScaleParts : 1;  // this is compiled, not used, without
+        return static_cast<u32>(octet * kOctet) / kScaleColumns % kParts * kExponentBits;
+    }
+};
+
+template <class States>
+MLA_DEVICE auto add_scales(const States& states) {
+    if constexpr (kPartialIsScaled)
+        return ScaledStates<States>{states, {}};
+    else
+        return states;
+}
+
 // A chunk of a row of a merge item: a warp's task.
 template <class Params>
 struct Task {
@@ -50,7 +86,7 @@ struct Task {
         chunk = task - index * tasks_of_item - row_in_slot * chunks.chunks_of_row;
         const i64 first = static_cast<i64>(item.slot_begin) * params.slot_rows + row_in_slot;
         outs = static_cast<const u8*>(params.partial_out) + first * params.d_v * Partial::kBytes;
-        lses = params.partial_lse + first;
+        lses = params.partial_lse + first * kLseWords;
     }
 
     // Rows past the request's end do not exist: the decode kernel never wrote their partials.
@@ -58,8 +94,9 @@ struct Task {
         const i32 row = first_row_block_of(item.head_block) * params.rows + row_in_slot;
         if (row >= item.seqlen_q * params.group_heads) return;
         const i64 slot_bytes = static_cast<i64>(params.slot_rows) * params.d_v * Partial::kBytes;
-        const auto states =
-            add_sink(params, RowStates{outs, slot_bytes, lses, params.slot_rows, item.slot_count, true}, item, row);
+        const i64 slot_lses = static_cast<i64>(params.slot_rows) * kLseWords;
+        const auto states = add_scales(
+            add_sink(params, RowStates{outs, slot_bytes, lses, slot_lses, item.slot_count, true}, item, row));
         merge_chunk<Partial, Output>(states, chunks, chunk, params.d_v, lane, [&] {
             const i32 token = row / params.group_heads;
             const i32 head = kv_head_of(item.head_block) * params.group_heads + row - token * params.group_heads;

@@ -134,7 +134,14 @@ struct RowStates {
     bool aligned;
     i32 second = 0;
     static constexpr bool kHasSink = false;
-    MLA_DEVICE f32 lse_of(i32 state) const { return lses[state * lse_stride]; }
+    // A state's lse, and beside it what says what its values are to be multiplied by: here nothing.
+    MLA_DEVICE f32 lse_of(i32 state, u32& scales) const {
+        scales = 0;
+        return lses[state * lse_stride];
+    }
+    // Which octets of the row the caller's first and second are.
+    MLA_DEVICE void select(i32, i32) {}
+    MLA_DEVICE f32 scale_of(u32, i32) const { return 1.0f; }
 };
 
 // The row has a sink, natural logarithm: one state more in the denominator, without output and not in the lse.
@@ -169,11 +176,12 @@ struct PartialMerge {
     template <typename T, i32 kBatch, typename States>
     MLA_DEVICE void take(const States& states, i32 first, i32 step) {
         f32 lses[kBatch];
+        u32 scales[kBatch];
         Octet<T> octets[kBatch][kOctets];
 #pragma unroll
         for (i32 i = 0; i < kBatch; ++i) {
             const i32 state = min_i32(first + i * step, states.count - 1);
-            lses[i] = states.lse_of(state);
+            lses[i] = states.lse_of(state, scales[i]);
 #pragma unroll
             for (i32 j = 0; j < kOctets; ++j)
                 octets[i][j].load(states.outs + state * states.out_stride + j * states.second, states.aligned);
@@ -201,7 +209,7 @@ struct PartialMerge {
 #pragma unroll
                 for (i32 j = 0; j < kOctets; ++j) {
                     octets[i][j].keep_if(seen);
-                    octets[i][j].add_to(sums[j], weight);
+                    octets[i][j].add_to(sums[j], weight * states.scale_of(scales[i], j));
                 }
             }
         }
@@ -289,7 +297,9 @@ MLA_DEVICE void merge_columns(States states, i32 first, i32 end, i32 lane, LaneG
     const i32 octet = first + groups.lane_in_group(lane);
     const i32 loaded = min_i32(octet, end - 1);
     states.outs += loaded * kOctetBytes;
-    states.second = (min_i32(octet + groups.lanes(), end - 1) - loaded) * kOctetBytes;
+    const i32 second = min_i32(octet + groups.lanes(), end - 1);
+    states.second = (second - loaded) * kOctetBytes;
+    states.select(loaded, second);
     Octet<Out> merged[kOctets];
     const f32 lse = merge_octets<T, Out, kOctets>(states, lane, groups, merged);
     if (octet >= end || lane >= groups.lanes()) return;

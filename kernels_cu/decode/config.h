@@ -7,7 +7,7 @@
 
 namespace mla {
 
-using Output = MLA_DTYPE;            // of q, of out and of 16-bit partial results: Bf16 or Fp16
+using Output = MLA_DTYPE;            // of q and of out: Bf16 or Fp16; of 16-bit partial results, but: core/partial_format.h
 #ifdef MLA_STORED
 using Stored = MLA_STORED;           // what the cache holds
 using Operand = Fp16;                // what wgmma multiplies: it holds every e4m3 value

@@ -1,6 +1,7 @@
 // Where the query rows of a CTA lie: in q, in the output, in partial results. Params: DecodeParams or GatherParams, whose
 // members for these have the same names.
 #pragma once
+#include "core/partial_format.h"
 #include "core/softmax.h"
 #include "decode/work_item.h"
 #include "ptx/warp.h"
@@ -73,7 +74,8 @@ template <class Params>
 MLA_DEVICE f32* lse_row(const Params& params, const BlockWork& work, i32 row_in_block) {
     if (work.is_partial()) {
         const i64 slot_rows = static_cast<i64>(params.blocks_per_job) * kRows;
-        return params.partial_lse + work.slot * slot_rows + block_in_job() * static_cast<i32>(kRows) + row_in_block;
+        const i64 row = work.slot * slot_rows + block_in_job() * static_cast<i32>(kRows) + row_in_block;
+        return params.partial_lse + row * kLseWords;
     }
     const RowPlace place = locate_row(params, work, row_in_block);
     return params.lse + work.request * params.lse_stride_batch + (work.q_begin + place.token) * params.lse_stride_seq +

@@ -21,6 +21,10 @@
 #define __maxnreg__(...)
 #define __align__(n) __attribute__((aligned(n)))
 
+struct uint2 {
+    unsigned x, y;
+};
+
 struct uint4 {
     unsigned x, y, z, w;
 };

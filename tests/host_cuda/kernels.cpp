@@ -3,6 +3,10 @@
 #define MLA_DTYPE Bf16
 #define MLA_PARTIAL MERGE_STATES_DTYPE
 #define MLA_REGISTERS 96
+#ifndef MLA_SCALE_PARTS
+#define MLA_SCALE_PARTS 0
+#define MLA_SCALE_COLUMNS 1
+#endif
 #include "cache/slots.cu"
 #include "combine/combine.cu"
 #include "combine/gathered.cu"

@@ -1,7 +1,7 @@
 // A values warpgroup: O += P V for half of the latent columns; rescales O when the running maximum moved; stores O.
 #pragma once
 #include "core/quad.h"
-#include "decode/rows.h"
+#include "decode/partial.h"
 #include "decode/wide/smem.h"
 #include "ptx/convert.h"
 #include "ptx/mbarrier.h"
@@ -93,13 +93,19 @@ private:
         wgmma_pin(output);
     }
 
-    MLA_DEVICE void store(i32 item, const float (&output)[kAccumulators]) {
+    MLA_DEVICE void store(i32 item, float (&output)[kAccumulators]) {
+        if (kPartialIsScaled) pin_register(item);  // looked up after the last tile: there are no registers to keep it in
         // Packing first frees the registers that the addresses below need.
         u32 packed[kAccumulators / 2];
-#pragma unroll
-        for (u32 i = 0; i < kAccumulators / 2; ++i) {
-            packed[i] = pack2<Output>(output[2 * i], output[2 * i + 1]);
-            pin_register(packed[i]);
+        if (kPartialIsScaled && load_block_work(params_, item).is_partial()) {
+            const u32 exponent = fit_half(output);
+            pack<Fp16>(output, packed);
+            const BlockWork work = load_block_work(params_, item);
+            const i32 row = warp() * 16 + lane();
+            if (lane() < 16 && row_exists(work, row))
+                partial_exponents(params_, work, row)[first_column() / kValueColumns] = exponent;
+        } else {
+            pack<Output>(output, packed);
         }
         const BlockWork work = load_block_work(params_, item);
         const u32 lane_in_quad = lane() % 4;
@@ -118,6 +124,28 @@ private:
                 if (exists && Kernel::kStreamsOutput) store_streaming_16b(destination + block * 32, chunk);
                 if (exists && !Kernel::kStreamsOutput) *reinterpret_cast<uint4*>(destination + block * 32) = chunk;
             }
+        }
+    }
+
+    // Divides by a power of two, if need be, so that fp16 holds the values; its exponent.
+    static MLA_DEVICE u32 fit_half(float (&output)[kAccumulators]) {
+        MagnitudeBound bound;
+#pragma unroll
+        for (u32 i = 0; i < kAccumulators; ++i) bound.add(i, output[i]);
+        const u32 exponent = choose_exponent(bound.get());
+        if (exponent != kExponentOfOne) {
+#pragma unroll
+            for (u32 i = 0; i < kAccumulators; ++i) output[i] *= inverse_power(exponent);
+        }
+        return exponent;
+    }
+
+    template <class T>
+    static MLA_DEVICE void pack(const float (&output)[kAccumulators], u32 (&packed)[kAccumulators / 2]) {
+#pragma unroll
+        for (u32 i = 0; i < kAccumulators / 2; ++i) {
+            packed[i] = pack2<T>(output[2 * i], output[2 * i + 1]);
+            pin_register(packed[i]);
         }
     }
 
