@@ -13,7 +13,7 @@ import pytest
 from cupy_mla.bench import BenchCase, Ceilings, Measurement, Results, Row, expand_grid
 from cupy_mla.bench import panels as panels_module
 from cupy_mla.bench import plots as plots_module
-from cupy_mla.bench.panels import draw_latency, draw_ratios, draw_roofline, latency_groups
+from cupy_mla.bench.panels import draw_latency, draw_ratios, draw_roofline, draw_speedups, latency_groups
 from cupy_mla.bench.plots import write_plots
 from cupy_mla.errors import InvalidArgumentError, MissingDependencyError
 from cupy_mla.schedule.make import WHOLE_JOB, ScheduleShape, make_schedule
@@ -54,9 +54,11 @@ def test_all_pictures_are_written(tmp_path: Path) -> None:
 
 def test_pictures_without_content_are_left_out(tmp_path: Path) -> None:
     alone = Results({}, None, [row_of(case, 10.0) for case in expand_grid(batches=(1,), lengths=(64,), heads=(8,))])
+    assert [path.name for path in write_plots(alone, tmp_path)] == ["latency.png"]  # there is no roof
+    alone.ceilings = CEILINGS
     assert [path.name for path in write_plots(alone, tmp_path)] == ["roofline.png", "latency.png"]
     drawn_lengths = Results({}, None, [row_of(case, 1.0) for case in expand_grid(batches=(2,), lengths=(), traces=1)])
-    assert [path.name for path in write_plots(drawn_lengths, tmp_path)] == ["roofline.png"]
+    assert write_plots(drawn_lengths, tmp_path) == []
     failed = Results({}, None, [Row(BenchCase(1, 64, 8), Measurement(failure="no"))])
     assert write_plots(failed, tmp_path) == []
 
@@ -101,12 +103,12 @@ def test_roofline_points_are_the_rows_and_lie_below_the_ceilings(axes: Any) -> N
     assert "GPU <1>" in axes.get_title(loc="left")
     texts = legend_texts(axes)
     assert texts[0] == "800 TFLOPS, 4,000 GB/s (measured)"
-    assert texts[2:] == ["cupy-mla", "flash_mla", "torch"]
+    assert texts[2:] == ["cupy-mla", "FlashMLA", "torch's SDPA"]
 
 
 def test_roofline_without_ceilings_or_times(axes: Any) -> None:
     draw_roofline(axes, some_results(ceilings=None))
-    assert legend_texts(axes) == ["cupy-mla", "flash_mla", "torch"]
+    assert legend_texts(axes) == ["cupy-mla", "FlashMLA", "torch's SDPA"]
     empty = make_figure(4, 3).subplots()
     draw_roofline(empty, Results({}))
     assert legend_texts(empty) == ["no case has a time"]
@@ -138,8 +140,21 @@ def test_latency_has_a_line_for_each_side_and_batch(axes: Any) -> None:
     assert len(least) == 2
     assert least[0][3] == [CEILINGS.least_seconds(row.case.work) * 1e6 for row in rows[:2]]
     assert axes.get_title(loc="left") == "16 heads, 1 query token"
-    assert legend_texts(axes)[-3:] == ["batch 1", "batch 16", "least, by the ceilings"]
+    assert legend_texts(axes)[-3:] == ["1 request", "16 requests", "least that this GPU allows"]
+    assert axes.get_ylabel() == "time per call, us"
     assert [text.get_text() for text in axes.get_xticklabels()] == ["1K", "8K"]
+
+
+def test_the_ratio_to_the_fastest_peer_is_below_the_times(axes: Any) -> None:
+    rows = latency_groups(some_results(traces=0).rows)["h16_q1"]
+    rows[0].peers["torch"] = Measurement(failure="out of memory")
+    draw_speedups(axes, rows)
+    level, first, second = axes.lines
+    assert list(level.get_ydata()) == [1.0, 1.0]
+    assert (list(first.get_xdata()), list(first.get_ydata())) == ([1024, 8192], [1.5, 0.5])
+    assert list(second.get_ydata()) == [0.5, 0.5]
+    assert first.get_marker() != second.get_marker()
+    assert axes.get_ylabel() == "fastest peer's time / ours"
 
 
 def test_a_batch_looks_the_same_in_all_panels() -> None:
@@ -162,8 +177,8 @@ def test_ratio_bars_begin_at_one(axes: Any) -> None:
     bars = [(bar.get_x(), bar.get_x() + bar.get_width()) for bar in axes.patches]
     assert bars == [(1.0, 1.5), (1.0, 0.5)]
     assert [text.get_text() for text in axes.texts] == ["1.50", "0.50"]
-    assert [label.get_text() for label in axes.get_yticklabels()] == ["b1_k64_h8_q1"]
-    assert legend_texts(axes) == ["flash_mla", "torch"]
+    assert [label.get_text() for label in axes.get_yticklabels()] == ["1 x 64 tokens, 8 heads, 1 query token"]
+    assert legend_texts(axes) == ["FlashMLA", "torch's SDPA"]
     low, high = axes.get_xlim()
     assert low < 0.5 < 1.5 < high
 

@@ -7,7 +7,8 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from ..shown.drawing import FAINT, INK, PALETTE, legend_beside, plain_ticks, tidy, token_ticks
+from ..schedule.text import counted
+from ..shown.drawing import FAINT, INK, PALETTE, format_tokens, legend_beside, plain_ticks, tidy, token_ticks
 from .ceilings import Ceilings
 from .columns import rate
 from .grid import BenchCase
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
 
 # A side has the same colour and mark in every picture; ours is drawn last, on top.
 _SIDES = {OURS: 0, "flash_mla": 1, "flashinfer": 2, "fa3": 3, "torch": 4}
+_WORDS = {"flash_mla": "FlashMLA", "flashinfer": "FlashInfer", "fa3": "FlashAttention-3", "torch": "torch's SDPA"}
 _MARKS = ("o", "s", "^", "D", "v", "X")
 _LINE_STYLES = ("-", "--", ":", "-.")
 
@@ -67,7 +69,7 @@ def draw_roofline(axes: Axes, results: Results) -> None:
     plain_ticks(axes.xaxis)
     plain_ticks(axes.yaxis)
     axes.set_xlabel("arithmetic intensity, FLOP per byte")
-    axes.set_ylabel("TFLOPS")
+    axes.set_ylabel("throughput, TFLOPS")
     axes.set_title(f"Roofline, {device_of(results)}", loc="left", weight="bold")
     tidy(axes)
     legend_beside(axes, handles)
@@ -132,15 +134,42 @@ def draw_latency(
             axes.plot(xs, ys, zorder=10 - _side_rank(side), linewidth=2.0 if side == OURS else 1.2, **style)
     axes.set_xscale("log", base=2)
     axes.set_yscale("log")
-    lengths = sorted({_length(row) for row in rows})
-    token_ticks(axes.xaxis, lengths[:: math.ceil(len(lengths) / _MOST_LENGTH_TICKS)])
+    _length_ticks(axes, rows)
     plain_ticks(axes.yaxis)
     axes.set_xlabel("KV tokens of a request")
-    axes.set_ylabel("us")
+    axes.set_ylabel("time per call, us")
     axes.set_title(_panel_title(rows[0].case), loc="left", fontsize=10)
     tidy(axes)
     if batches is None:
         legend_beside(axes, latency_handles(rows, ceilings))
+
+
+def draw_speedups(axes: Axes, rows: Sequence[Row], batches: Sequence[int] | None = None) -> None:
+    """Time of the fastest peer over ours against KV length: a line for each batch, ours faster above 1.
+
+    Parameters
+    ----------
+    axes, rows, batches
+        As in `draw_latency`, whose lines are read over decades; here a tenth is seen.
+    """
+    axes.axhline(1.0, color=INK, linewidth=1.2)
+    for number, batch in enumerate(batches or batches_of(rows)):
+        compared = sorted((row for row in rows if row.case.batch == batch and row.best_ratio), key=_length)
+        mark, stroke = _batch_style(number)
+        style = {"color": _colour(OURS), "marker": mark, "linestyle": stroke, "markersize": 5.0}
+        axes.plot([_length(row) for row in compared], [row.best_ratio for row in compared], **style)
+    axes.set_xscale("log", base=2)
+    axes.set_yscale("log")
+    _length_ticks(axes, rows)
+    plain_ticks(axes.yaxis)
+    axes.set_xlabel("KV tokens of a request")
+    axes.set_ylabel("fastest peer's time / ours")
+    tidy(axes)
+
+
+def _length_ticks(axes: Axes, rows: Sequence[Row]) -> None:
+    lengths = sorted({_length(row) for row in rows})
+    token_ticks(axes.xaxis, lengths[:: math.ceil(len(lengths) / _MOST_LENGTH_TICKS)])
 
 
 def draw_ratios(axes: Axes, rows: Sequence[Row]) -> None:
@@ -169,12 +198,12 @@ def draw_ratios(axes: Axes, rows: Sequence[Row]) -> None:
     room = (max(ratios) / min(ratios)) ** _RATIO_ROOM * 1.02  # for the numbers beside the bars
     axes.set_xlim(min(ratios) / room, max(ratios) * room)
     plain_ticks(axes.xaxis)
-    axes.set_yticks(ticks, [row.name for row in rows], fontsize=9)
+    axes.set_yticks(ticks, [_case_words(row) for row in rows], fontsize=9)
     axes.set_ylim(place - 0.9, -0.8)
     axes.set_xlabel(f"time of the peer / time of {OURS} (right of 1: {OURS} is faster)")
     axes.set_title("Time of the peers over ours", loc="left", weight="bold")
     tidy(axes, grid="x")
-    legend_beside(axes, [Patch(facecolor=_colour(peer), label=peer) for peer in timed_peers(rows)])
+    legend_beside(axes, [Patch(facecolor=_colour(peer), label=words_of(peer)) for peer in timed_peers(rows)])
 
 
 def latency_handles(rows: Sequence[Row], ceilings: Ceilings | None) -> list[Artist]:
@@ -183,10 +212,10 @@ def latency_handles(rows: Sequence[Row], ceilings: Ceilings | None) -> list[Arti
     handles: list[Artist] = [_side_handle(side, line=True) for side in _sides(rows)]
     for number, batch in enumerate(batches_of(rows)):
         mark, stroke = _batch_style(number)
-        label = f"batch {batch}"
+        label = counted(batch, "request")
         handles.append(Line2D([], [], color=INK, marker=mark, linestyle=stroke, markersize=5.0, label=label))
     if ceilings is not None:
-        handles.append(Line2D([], [], color=FAINT, linewidth=1.0, label="least, by the ceilings"))
+        handles.append(Line2D([], [], color=FAINT, linewidth=1.0, label="least that this GPU allows"))
     return handles
 
 
@@ -194,17 +223,29 @@ def _side_handle(side: str, line: bool) -> Artist:
     from matplotlib.lines import Line2D
 
     if line:
-        return Line2D([], [], color=_colour(side), linewidth=2.5, label=side)
+        return Line2D([], [], color=_colour(side), linewidth=2.5, label=words_of(side))
     style = {"marker": _mark(side), "markeredgecolor": "white", "markersize": 7.5}
-    return Line2D([], [], color=_colour(side), linestyle="", label=side, **style)
+    return Line2D([], [], color=_colour(side), linestyle="", label=words_of(side), **style)
 
 
 def _panel_title(case: BenchCase) -> str:
     """In words, with what differs from the defaults behind it."""
-    heads = f"{case.num_heads_q} head" + "s" * (case.num_heads_q != 1)
-    tokens = f"{case.seqlen_q} query token" + "s" * (case.seqlen_q != 1)
+    heads, tokens = counted(case.num_heads_q, "head"), counted(case.seqlen_q, "query token")
     rest = replace(case, name="").name.split("_")[_USUAL_NAME:]
     return ", ".join((heads, tokens, *rest))
+
+
+def _case_words(row: Row) -> str:
+    """Like ``16 x 4K tokens, 128 heads, 1 query token``; a case of other lengths by its name."""
+    lengths = row.case.lengths
+    if not isinstance(lengths, int) or row.case.ragged is not None:
+        return row.name
+    return f"{row.case.batch} x {format_tokens(lengths)} tokens, {_panel_title(row.case)}"
+
+
+def words_of(side: str) -> str:
+    """What people call a side."""
+    return _WORDS.get(side, side)
 
 
 def _sides(rows: Sequence[Row]) -> list[str]:

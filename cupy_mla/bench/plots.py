@@ -15,6 +15,7 @@ from .panels import (
     draw_latency,
     draw_ratios,
     draw_roofline,
+    draw_speedups,
     latency_groups,
     latency_handles,
     timed_peers,
@@ -28,6 +29,7 @@ _Entry = TypeVar("_Entry")
 
 _PANELS_PER_FIGURE, _PANEL_COLUMNS = 6, 2
 _PANEL_SIZE = (5.4, 4.4)  # inches
+_SPEEDUP_HEIGHT = 2.4
 _CASES_PER_FIGURE = 24
 _BAR_INCHES = 0.19
 
@@ -45,8 +47,9 @@ def write_plots(results: Results, folder: Path) -> list[Path]:
     Returns
     -------
     list of Path
-        ``roofline.png``; ``latency.png`` (cases of equal lengths only); ``ratio.png`` (when a peer was timed). What
-        does not fit one picture goes on in ``latency-2.png`` and so on.
+        ``roofline.png`` (with ceilings); ``latency.png`` (cases of equal lengths only; when a peer was timed, with the
+        ratio to the fastest below); ``ratio.png`` (when a peer was timed). What does not fit one picture goes on in
+        ``latency-2.png`` and so on.
 
     Raises
     ------
@@ -56,21 +59,29 @@ def write_plots(results: Results, folder: Path) -> list[Path]:
         A file cannot be written.
     """
     written = []
-    if any(row.ours.us is not None or row.best_peer for row in results.rows):
+    timed = any(row.ours.us is not None or row.best_peer for row in results.rows)
+    if timed and results.ceilings is not None:  # no roofline without a roof
         figure = make_figure(9.0, 5.5)
         draw_roofline(figure.subplots(), results)
         written.append(save_figure(figure, folder / "roofline.png"))
     groups = list(latency_groups(results.rows).values())
     for index, page in enumerate(_pages(groups, _PANELS_PER_FIGURE)):
+        shown = [row for rows in page for row in rows]
+        heights = [_PANEL_SIZE[1], _SPEEDUP_HEIGHT] if timed_peers(shown) else [_PANEL_SIZE[1]]
         columns = min(len(page), _PANEL_COLUMNS)
         lines = math.ceil(len(page) / columns)
-        figure = make_figure(columns * _PANEL_SIZE[0] + 2.0, lines * _PANEL_SIZE[1] + 0.4)
-        shown = [row for rows in page for row in rows]
-        panels = figure.subplots(lines, columns, squeeze=False).flatten()
-        for axes, rows in zip(panels, page, strict=False):
-            draw_latency(axes, rows, results.ceilings, batches=batches_of(shown))
-        for axes in panels[len(page) :]:
-            axes.set_axis_off()
+        figure = make_figure(columns * _PANEL_SIZE[0] + 2.0, lines * sum(heights) + 0.4)
+        panels = figure.subplots(lines * len(heights), columns, squeeze=False, height_ratios=heights * lines)
+        for place in range(lines * columns):
+            line, column = divmod(place, columns)
+            own = [panels[line * len(heights) + index, column] for index in range(len(heights))]
+            if place >= len(page):
+                for axes in own:
+                    axes.set_axis_off()
+                continue
+            draw_latency(own[0], page[place], results.ceilings, batches=batches_of(shown))
+            for axes in own[1:]:
+                draw_speedups(axes, page[place], batches_of(shown))
         figure.suptitle(f"Time of a call against KV length, {device_of(results)}", x=0.01, ha="left", weight="bold")
         figure.legend(handles=latency_handles(shown, results.ceilings), loc="outside right upper", frameon=False)
         written.append(save_figure(figure, folder / f"{_numbered('latency', index)}.png"))
