@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import os
+import re
 from pathlib import Path
 from typing import Any
 
@@ -40,10 +41,14 @@ def shown(cell: Any, kind: str) -> list[str]:
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.name)
-def test_notebooks_are_committed_without_outputs(path: Path) -> None:
-    for cell in code_cells(read(path)).values():
-        assert cell.outputs == []
-        assert cell.execution_count is None
+def test_notebooks_are_committed_with_the_outputs_of_one_run(path: Path) -> None:
+    cells = code_cells(read(path))
+    assert [cell.execution_count for cell in cells.values()] == list(range(1, len(cells) + 1))
+    for cell in cells.values():
+        assert all(output.output_type != "error" for output in cell.outputs)
+        for picture in shown(cell, "image/png"):
+            assert base64.b64decode(picture).startswith(PNG_START)
+    assert sum(len(shown(cell, "image/png")) for cell in cells.values()) >= 6
 
 
 @pytest.fixture(scope="module")
@@ -76,7 +81,7 @@ def test_its_objects_are_shown_as_html(tour: dict[str, Any]) -> None:
     assert "failed" not in results
 
 
-@pytest.mark.parametrize("name", ["schedule", "roofline", "latency", "fp8", "memory"])
+@pytest.mark.parametrize("name", ["schedule", "roofline", "latency", "fp8", "sparse", "memory"])
 def test_its_pictures_are_drawn(tour: dict[str, Any], name: str) -> None:
     (picture,) = shown(tour[name], "image/png")
     assert base64.b64decode(picture).startswith(PNG_START)
@@ -93,6 +98,21 @@ def test_what_it_says_of_fp8_is_so(tour: dict[str, Any]) -> None:
         assert one_scale == pytest.approx(of_blocks, rel=0.25)  # alike on plain values
     for one_scale, of_blocks in zip(errors["outliers", "fp8_e4m3"], errors["outliers", "fp8_ds_mla"], strict=True):
         assert one_scale > 2 * of_blocks
+
+
+def test_an_e4m3_cache_is_decoded_as_it_is_stored(tour: dict[str, Any]) -> None:
+    assert "1,179,648 bytes for 2,048 tokens" in text_of(tour["fp8_decode"])
+    of_stored, of_values = map(float, re.findall(r"\de-\d\d|\d\.\de-\d\d", text_of(tour["fp8_decode"])))
+    assert of_stored < 3e-3 < of_values
+
+
+def test_chosen_tokens_do_the_better_the_more_peaked_attention_is(tour: dict[str, Any]) -> None:
+    lines = [line for line in text_of(tour["sparse"]).splitlines() if line.startswith("peak")]
+    errors = [[float(word) for word in re.findall(r"tokens (\S+),", line)] for line in lines]
+    assert len(errors) == 3
+    assert errors[0][1] > errors[1][1] > errors[2][1]  # with 64 tokens
+    assert all(of_peak == sorted(of_peak, reverse=True) for of_peak in errors[:2])
+    assert max(of_peak[-1] for of_peak in errors) < 1e-3
 
 
 def test_its_memory_picture_comes_with_the_arithmetic(tour: dict[str, Any]) -> None:
