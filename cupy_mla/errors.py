@@ -3,6 +3,13 @@
 from __future__ import annotations
 
 
+def install_command(extra: str) -> str:
+    """How to install what an extra of this package brings. There is no release on a package index yet; when there is,
+    this is the place to say so.
+    """
+    return f'pip install ".[{extra}]" in the checkout, or a wheel as "WHEEL[{extra}]"'
+
+
 class MlaError(Exception):
     """Base of every exception of this package."""
 
@@ -68,13 +75,13 @@ class MissingDependencyError(MlaError, ImportError):
     package
         The package that is missing.
     extra
-        The extra of cupy-mla that brings it, as in ``pip install "cupy-mla[cuda12]"``.
+        The extra of cupy-mla that brings it, e.g. ``cuda12``.
     purpose
         What it is needed for.
     """
 
     def __init__(self, package: str, extra: str, purpose: str) -> None:
-        super().__init__(f'{purpose} needs {package}: pip install "cupy-mla[{extra}]"', name=package)
+        super().__init__(f"{purpose} needs {package}: {install_command(extra)}", name=package)
         self.package = package
         self.extra = extra
         self.purpose = purpose

@@ -20,6 +20,7 @@ from cupy_mla.bench import (
 )
 from cupy_mla.cli import main
 from cupy_mla.commands import bench as command
+from cupy_mla.errors import install_command
 from cupy_mla.lab import accuracy
 from cupy_mla.lab.spec import STORAGES
 
@@ -114,7 +115,7 @@ def test_bench_without_matplotlib_does_not_start(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     result = bench(*TINY, "--plot", str(tmp_path / "pictures"), "--json", str(tmp_path / "results.json"))
     assert result.exit_code == 3
-    assert result.stderr.strip().endswith('drawing pictures needs matplotlib: pip install "cupy-mla[plot]"')
+    assert f"drawing pictures needs matplotlib: {install_command('plot')}" in result.stderr
     assert not list(tmp_path.iterdir())
 
 

@@ -49,7 +49,7 @@ def test_compilation_error_carries_the_log():
 
 
 def test_missing_dependency_names_the_extra():
-    assert 'pip install "cupy-mla[cuda12]"' in str(errors.MissingDependencyError("cupy", "cuda12", "a CUDA array"))
+    assert 'pip install ".[cuda12]"' in str(errors.MissingDependencyError("cupy", "cuda12", "a CUDA array"))
 
 
 def test_driver_error_names_call_and_code():

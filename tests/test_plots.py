@@ -77,7 +77,7 @@ def test_a_folder_that_is_not_there_is_refused(tmp_path: Path) -> None:
 
 def test_without_matplotlib_the_extra_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
-    with pytest.raises(MissingDependencyError, match=r'pip install "cupy-mla\[plot\]"'):
+    with pytest.raises(MissingDependencyError, match=r'pip install "\.\[plot\]"'):
         write_plots(some_results(), tmp_path)
 
 

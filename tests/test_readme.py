@@ -17,6 +17,7 @@ from typing import Any
 import pytest
 from click.testing import CliRunner
 
+import cupy_mla
 from cupy_mla import settings
 from cupy_mla.bench import expand_grid, run_bench
 from cupy_mla.cli import main
@@ -33,6 +34,7 @@ PAGES = [*(ROOT / f"{name}.md" for name in ("README", "CONTRIBUTING", "CHANGELOG
 TEXTS = {page: page.read_text(encoding="utf-8") for page in PAGES}
 TEXT = "\n".join(TEXTS.values())
 PROJECT = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
+WHEEL = f"dist/cupy_mla-{cupy_mla.__version__}-py3-none-any.whl"
 CI = ROOT / ".ci" / "run"  # not in a source distribution
 
 # Each starts with a comment that says what it is.
@@ -180,10 +182,13 @@ def check_module(arguments: list[str]) -> None:
 
 
 def check_pip(arguments: list[str]) -> None:
+    if arguments[0] == "wheel":
+        assert arguments == ["wheel", "--no-deps", "--wheel-dir", "dist", "."]
+        return
     action, package = arguments
     assert action == "install"
     name, _, names = package.rstrip("]").partition("[")
-    if name in ("cupy-mla", "."):
+    if name in (WHEEL, "."):
         assert set(filter(None, names.split(","))) <= set(extras())
     else:
         assert package == "jax[cuda12]"

@@ -7,10 +7,11 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..arrays.frameworks import CUDA
-from ..errors import UnsupportedDeviceError
+from ..errors import UnsupportedDeviceError, install_command
 from ..settings import get_settings
 from . import hopper
 
+CUDA_EXTRA = "cuda12"  # runs on every driver that the kernels do
 NUMPY_WAY_OUT = "arrays in host memory run on the NumPy backend instead"
 
 
@@ -177,7 +178,7 @@ def _why_no_cuda() -> str | None:
     try:
         runtime = _runtime()
     except ImportError as error:
-        return f'CuPy cannot be imported ({error}): pip install "cupy-mla[cuda12]"'
+        return f"CuPy cannot be imported ({error}): {install_command(CUDA_EXTRA)}"
     except OSError as error:  # CuPy makes its cache folder when it is imported
         return f"CuPy cannot be imported ({error}): set CUPY_CACHE_DIR to a folder that can be written"
     driver = _driver_version()
@@ -190,7 +191,7 @@ def _why_no_cuda() -> str | None:
         if driver // 1000 < built_for // 1000:
             return (
                 f"the driver supports CUDA {_version_text(driver)}, but this CuPy is built for "
-                f'CUDA {_version_text(built_for)}: pip install "cupy-mla[cuda12]" in a fresh environment'
+                f"CUDA {_version_text(built_for)}: in a fresh environment, {install_command(CUDA_EXTRA)}"
             )
         return f"CUDA does not start: {error}"
 
