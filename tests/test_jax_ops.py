@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import functools
 import inspect
+import os
+import subprocess
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -265,6 +268,41 @@ def test_options_survive_as_attributes(options: dict[str, Any]) -> None:
     arrays = told.arrays([*views, "result"])
     assert arrays.q == (None, views[0]) or arrays.q is views[0]
     assert [arrays.block_table, arrays.cache_seqlens, arrays.cu_seqlens_q] == parts[4:7]
+
+
+SHARDED = """
+import jax, numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec as P
+import cupy_mla
+from cupy_mla import jax_ops
+
+mesh = Mesh(np.array(jax.devices()), ("x",))
+random = np.random.default_rng(0)
+q, kv = (jax.numpy.asarray(random.standard_normal(s), "bfloat16") for s in ((2, 1, 16, 576), (8, 64, 1, 576)))
+arrays = q, kv, jax.numpy.arange(8, dtype="int32").reshape(2, 4), jax.numpy.asarray([200, 17], "int32")
+expected = cupy_mla.mla_decode(*arrays)
+heads, whole = P(None, None, "x"), P()
+placed = [jax.device_put(a, NamedSharding(mesh, s)) for a, s in zip(arrays, (heads, whole, whole, whole))]
+call = jax_ops.mla_decode
+specs = {"mesh": mesh, "in_specs": (heads, whole, whole, whole), "out_specs": (heads, P(None, "x")), "check_vma": False}
+for program in (call, jax.shard_map(call, **specs)):
+    for found, value in zip(jax.jit(program)(*placed), expected):
+        np.testing.assert_array_equal(np.asarray(found), np.asarray(value))
+try:
+    cupy_mla.mla_decode(*placed)
+except cupy_mla.InvalidArgumentError as error:
+    print(error)
+"""
+
+
+@pytest.mark.skipif(not hasattr(jax, "shard_map"), reason="this JAX is older than jax.shard_map")
+def test_sharded_arrays_are_served_or_refused_in_words(bridge: str) -> None:
+    if bridge == "callback":
+        pytest.skip("another process, with the bridge if there is one")
+    environment = {**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": "--xla_force_host_platform_device_count=2"}
+    done = subprocess.run([sys.executable, "-c", SHARDED], capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("q: expected an array on one device (cupy_mla.jax_ops inside jax.shard_map")
 
 
 def test_words_of_any_length_reach_the_call() -> None:

@@ -102,6 +102,9 @@ def not_exportable(obj: Any, name: str, error: Exception) -> InvalidArgumentErro
         return InvalidArgumentError(
             name, "an array (inside jax.jit, cupy_mla.jax_ops.mla_decode takes what is traced)", type(obj).__name__
         )
+    if jax is not None and isinstance(obj, jax.Array) and len(obj.devices()) > 1:
+        expected = "an array on one device (cupy_mla.jax_ops inside jax.shard_map takes each device's part)"
+        return InvalidArgumentError(name, expected, f"a JAX array on {len(obj.devices())} devices")
     reason = (str(error).splitlines() or [type(error).__name__])[0]
     return InvalidArgumentError(name, "an array on one device with memory to share", f"{type(obj).__name__} ({reason})")
 
