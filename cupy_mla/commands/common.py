@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -97,6 +98,13 @@ def draw_lengths(
 def note(text: str) -> None:
     """Print what is no result: on standard error, so that it stays out of a file with the results."""
     click.echo(text, err=True)
+
+
+def busy(text: str) -> AbstractContextManager[Any]:
+    """Show on a terminal, on standard error, that something goes on which may take more than a moment."""
+    from rich.console import Console
+
+    return Console(stderr=True).status(text)
 
 
 def raise_failures(writing: Writing) -> None:

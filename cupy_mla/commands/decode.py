@@ -30,6 +30,7 @@ from .common import (
     Backend,
     backend_option,
     batch_options,
+    busy,
     choose_backend,
     describe_lengths,
     draw_lengths,
@@ -98,7 +99,8 @@ def decode(
 
     from ..lab.decode_job import run_case
 
-    report = run_case(case, requests_checked=sample, seed=build["seed"])
+    with busy("first call (kernels are compiled once), timing, check"):
+        report = run_case(case, requests_checked=sample, seed=build["seed"])
     facts = {
         "backend": chosen.name,
         "device": chosen.device,
