@@ -395,6 +395,11 @@ def test_check_runs_on_numpy(monkeypatch: pytest.MonkeyPatch) -> None:
     result = run("check", "--backend", "numpy")
     assert result.exit_code == 0
     assert "4 of 4 cases passed" in result.output
+    result = run("check", "--backend", "numpy", "--json")
+    facts = json.loads(result.stdout)
+    assert facts["passed"] == len(facts["cases"]) == 4
+    assert all(case["passed"] and case["out_error"] <= case["out_bound"] for case in facts["cases"])
+    assert "4 cases on CPU" in result.stderr
 
 
 def test_check_exits_with_1_when_a_case_fails(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -4,13 +4,19 @@ from __future__ import annotations
 
 import time
 from collections import Counter
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Any
 
 import click
 from click.core import ParameterSource
 
 from ..errors import InvalidArgumentError
+from ..lab.files import to_json
 from .command import Command
-from .common import COUNT, Backend, backend_option, choose_backend, note
+from .common import COUNT, Backend, backend_option, choose_backend, json_option, note
+
+if TYPE_CHECKING:
+    from ..lab.selftest import CheckResult
 
 
 @click.command(cls=Command)
@@ -19,8 +25,9 @@ from .common import COUNT, Backend, backend_option, choose_backend, note
 @click.option(
     "--seed", type=click.IntRange(0, 2**62), default=0, show_default=True, help="Of the first random problem."
 )
+@json_option
 @click.pass_context
-def check(ctx: click.Context, backend: str, random_problems: int | None, seed: int) -> None:
+def check(ctx: click.Context, backend: str, random_problems: int | None, seed: int, as_json: bool) -> None:
     """Run small cases on poisoned caches and compare them with float64: dense decoding, also over e4m3 caches, sparse
     decoding and sparse prefill.
 
@@ -32,6 +39,8 @@ def check(ctx: click.Context, backend: str, random_problems: int | None, seed: i
     command that runs it alone.
     """
     if random_problems is not None:
+        if as_json:
+            raise InvalidArgumentError("--json", "nothing beside --random", "both")
         ctx.exit(1 if _run_campaign(range(seed, seed + random_problems), choose_backend(backend)) else 0)
     if ctx.get_parameter_source("seed") is ParameterSource.COMMANDLINE:
         raise InvalidArgumentError("seed", "none without --random", str(seed))
@@ -41,21 +50,33 @@ def check(ctx: click.Context, backend: str, random_problems: int | None, seed: i
     chosen = choose_backend(backend)
     if chosen.note:
         note(chosen.note)
-    click.echo(f"{len(CHECK_CASES)} cases on {chosen.device}; errors as shares of their bounds")
-    failed = 0
+    # With --json these lines are no result: they show that it goes on.
+    click.echo(f"{len(CHECK_CASES)} cases on {chosen.device}; errors as shares of their bounds", err=as_json)
+    results = []
     start = time.perf_counter()
     for result in run_checks(LIBRARY_OF_BACKEND[chosen.name]):
-        failed += not result.passed
+        results.append(result)
         verdict = "ok    " if result.passed else "FAILED"
         line = f"{verdict}  {result.case.name}"
         if result.accuracy is not None:
             out = result.accuracy.out_error / result.accuracy.out_bound
             lse = result.accuracy.lse_error / result.accuracy.lse_bound
             line = f"{verdict}  out {out:4.0%}  lse {lse:4.0%}  {result.case.name}"
-        click.echo(line + (f": {result.problem}" if result.problem else ""))
+        click.echo(line + (f": {result.problem}" if result.problem else ""), err=as_json)
     seconds = time.perf_counter() - start
-    click.echo(f"{len(CHECK_CASES) - failed} of {len(CHECK_CASES)} cases passed in {seconds:.1f} s")
-    ctx.exit(1 if failed else 0)
+    passed = sum(result.passed for result in results)
+    if as_json:
+        facts = {"backend": chosen.name, "device": chosen.device, "seconds": seconds, "passed": passed}
+        click.echo(to_json({**facts, "cases": list(map(_facts, results))}, indent=1))
+    else:
+        click.echo(f"{passed} of {len(results)} cases passed in {seconds:.1f} s")
+    ctx.exit(0 if passed == len(results) else 1)
+
+
+def _facts(result: CheckResult) -> dict[str, Any]:
+    accuracy = result.accuracy
+    errors = {} if accuracy is None else asdict(accuracy)
+    return {"name": result.case.name, "passed": result.passed, "problem": result.problem, **errors}
 
 
 def _run_campaign(seeds: range, chosen: Backend) -> int:
