@@ -21,7 +21,7 @@ if [ "$TEST_SECONDS" -gt 0 ]; then
     "$PYTHON" -m cupy_mla compile >/dev/null || status=$? # in parallel; the tests would compile one after the other
     # shellcheck disable=SC2086  # PYTEST_ARGS is several words
     timeout -k 10 "$TEST_SECONDS" "$PYTHON" -m pytest tests/gpu tests/test_cache_ops.py tests/test_kv_cache.py \
-        tests/test_bench_peers.py tests/test_readme.py -q --tb=short --durations=8 ${PYTEST_ARGS:-} || status=$?
+        tests/test_own_call.py tests/test_bench_peers.py tests/test_readme.py -q --tb=short --durations=8 ${PYTEST_ARGS:-} || status=$?
 fi
 if [ "$TUNE_SECONDS" -gt 0 ]; then
     PYTHONUNBUFFERED=1 timeout -k 10 "$TUNE_SECONDS" "$PYTHON" scripts/tune.py ${PEERS:+--peers-path "$PEERS"} \

@@ -1,4 +1,4 @@
-"""Appending 16-bit rows to caches of e4m3 against the layouts' own quantisers, and the kernel against NumPy."""
+"""Appending 16-bit rows to caches of e4m3 against the layouts' own quantisers."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 import pytest
-from test_cache_ops import to_device, to_host
 
 from cupy_mla import append_tokens
 from cupy_mla.errors import InvalidArgumentError
@@ -124,53 +123,3 @@ def bad_calls() -> dict[str, tuple[str, dict[str, Any]]]:
 def test_a_bad_call_is_refused(argument: str, call: dict[str, Any]) -> None:
     with pytest.raises(InvalidArgumentError, match=rf"^{argument}(\[\d\])?: "):
         append_tokens(call.pop("kv_cache"), call.pop("kv_new"), **call)
-
-
-# On the GPU -----------------------------------------------------------------------------------------------------------
-
-
-def cache_on_device(layout: CacheLayout) -> Any:
-    """As `to_device`, with the gaps between pages that a layout may have."""
-    import cupy
-
-    cache = empty_cache(layout)
-    page_bytes = layout.page_bytes(PAGE_SIZE, width_of(layout) - layout_rope(layout), layout_rope(layout))
-    memory = cupy.zeros((PAGES, page_bytes), cupy.uint8)
-    used = PAGE_SIZE * cache.shape[-1] * cache.itemsize
-    memory[:, :used] = cupy.asarray(cache.reshape(PAGES, -1).view(np.uint8))
-    return memory[:, :used].reshape(PAGES, PAGE_SIZE, 1, -1).view(cache.dtype)
-
-
-def layout_rope(layout: CacheLayout) -> int:
-    return width_of(layout) - 512
-
-
-@pytest.mark.gpu
-@pytest.mark.parametrize("layout", WRITTEN, ids=ids)
-@rows_types
-def test_gpu_stores_what_numpy_stores(layout: CacheLayout, dtype: Any) -> None:
-    rows, slots = make_rows(layout, dtype, 4)
-    cache = cache_on_device(layout)
-    scale = scale_of(layout)
-    append_tokens(cache, to_device(rows), to_device(slots), kv_scale=scale, layout=layout)
-    bits = np.ascontiguousarray(to_host(cache.view(np.uint8).copy())).view(cache.dtype)
-    stored = np.zeros((PAGES, layout.page_bytes(PAGE_SIZE, 512, layout_rope(layout))), np.uint8)
-    stored[:, : bits[0].nbytes] = bits.view(np.uint8).reshape(PAGES, -1)
-    got = stored[:, : bits[0].nbytes].reshape(PAGES, PAGE_SIZE, 1, -1).view(bits.dtype)
-    np.testing.assert_array_equal(layout.dequantise(got, scale), expected_values(layout, rows, slots))
-
-
-@pytest.mark.gpu
-def test_gpu_scale_in_an_array_and_pairs() -> None:
-    rows, slots = make_rows(FP8_E4M3, ml_dtypes.bfloat16, 5)
-    cache = empty_cache(FP8_E4M3)
-    parts = to_device((cache[..., :512].view(np.uint8), cache[..., 512:].view(np.uint8)))
-    target = tuple(part.view(FP8_E4M3_TYPE) for part in parts)
-    scale = to_device(np.array([SCALE], np.float32))
-    append_tokens(target, to_device(rows), to_device(slots), kv_scale=scale)
-    got = np.concatenate([to_host(part.view(np.uint8)) for part in target], axis=-1).view(FP8_E4M3_TYPE)
-    expected = expected_values(FP8_E4M3, rows, slots)
-    np.testing.assert_array_equal(FP8_E4M3.dequantise(got, np.float32(SCALE)), expected)
-
-
-FP8_E4M3_TYPE = np.dtype(ml_dtypes.float8_e4m3fn)
