@@ -40,6 +40,7 @@ from cupy_mla import (
 from cupy_mla.kernels.choose import FAMILIES, GATHERED_FAMILIES
 from cupy_mla.kernels.family import DecodeFamily, KernelConfig
 from cupy_mla.kernels.fp8 import Fp8Family
+from cupy_mla.kernels.gathered import GatheredConfig
 from cupy_mla.lab.libraries import CUPY
 from cupy_mla.lab.trial import Settings, Trial
 
@@ -177,17 +178,22 @@ def run_dense(config: KernelConfig) -> None:
 def gathered_arrays(config: KernelConfig) -> tuple[list[Any], dict[str, Any]]:
     trial = trial_of(config)
     width, heads, topk, batch, pages = config.latent_dim + config.rope_dim, config.rows + 3, 200, 3, 6
-    cache = trial.values((pages, 64, 1, width), config.dtype)
+    cache: Any = trial.values((pages, 64, 1, width), config.dtype)
+    of_cache: dict[str, Any] = {}
+    if isinstance(config, GatheredConfig) and config.layout.codec is not None:
+        scale = 0.5 if config.layout.needs_scale else None
+        cache = config.layout.quantise(np.asarray(cache, np.float32), scale)
+        of_cache = {"layout": config.layout.name} | ({} if scale is None else {"kv_scale": scale})
     indices = trial.rng.integers(-3, pages * 64 + 3, (batch, 2, topk), dtype=np.int32)
     lengths, sinks = np.array([0, 70, topk], np.int32), trial.rng.standard_normal(heads).astype(np.float32)
     q = trial.values((batch, 2, heads, width), config.dtype)
-    options = {"topk_length": trial.upload(lengths), "head_dim_v": config.latent_dim}
+    options = {"topk_length": trial.upload(lengths), "head_dim_v": config.latent_dim, **of_cache}
     return [trial.upload(array) for array in (q, cache, indices)], options | {"attn_sink": trial.upload(sinks)}
 
 
 def run_gathered(config: KernelConfig) -> None:
     arrays, options = gathered_arrays(config)
-    planned = {name: options[name] for name in ("topk_length", "head_dim_v")}
+    planned = {name: value for name, value in options.items() if name != "attn_sink"}
     for split in (None, 64):
         plan = plan_sparse_decode(*arrays, **planned, kernel=config.family.name, fixed_split_tokens=split)
         for _ in range(2):
@@ -224,7 +230,7 @@ def run_hazards() -> None:
         (q, cache, indices), options = gathered_arrays(next(iter(typical_configs(family))))
         bad = np.resize(wrong, indices.shape).astype(np.int32)
         options["topk_length"] = CUPY.upload(wrong[:3])
-        planned = {name: options[name] for name in ("topk_length", "head_dim_v")}
+        planned = {name: value for name, value in options.items() if name != "attn_sink"}
         plan = plan_sparse_decode(q, cache, indices, **planned, kernel=family.name, validate=False)
         mla_sparse_decode(q, cache, CUPY.upload(bad), **options, plan=plan, validate=False)
         mla_sparse_prefill(q[:, 0], cache, CUPY.upload(bad)[:, 0], **options, validate=False)
@@ -243,7 +249,7 @@ def typical_calls() -> Iterator[tuple[str, Callable[[], Any]]]:
         )
     for family in GATHERED_FAMILIES:
         arrays, options = gathered_arrays(next(iter(typical_configs(family))))
-        planned = {name: options[name] for name in ("topk_length", "head_dim_v")}
+        planned = {name: value for name, value in options.items() if name != "attn_sink"}
         yield family.name, lambda a=arrays, o=options, p=planned, f=family: mla_sparse_decode(
             *a, **o, plan=plan_sparse_decode(*a, **p, kernel=f.name, fixed_split_tokens=64)
         )

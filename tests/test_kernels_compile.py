@@ -22,9 +22,11 @@ from cupy_mla.kernels.catalogue import all_kernels, standard_configs
 from cupy_mla.kernels.combine import combine_source, gathered_combine_source
 from cupy_mla.kernels.family import KernelConfig
 from cupy_mla.kernels.gathered import GATHERED_WIDE64, GatheredConfig
+from cupy_mla.kernels.gathered_fp8 import GATHERED_FP8_NARROW16, GATHERED_FP8_NARROW32
 from cupy_mla.kernels.gathered_narrow import GATHERED_NARROW16, GATHERED_NARROW32
 from cupy_mla.kernels.narrow import NARROW16, NARROW32
 from cupy_mla.kernels.wide import WIDE64
+from cupy_mla.layouts import FP8_DS_MLA, FP8_E4M3
 from cupy_mla.schedule.pieces import ceil_div
 
 needs_nvrtc = pytest.mark.skipif(
@@ -53,6 +55,17 @@ OTHER_CONFIGS += [
         (GATHERED_NARROW16, 512, 256, 64, True),
         (GATHERED_NARROW32, 384, 64, 2, False),
         (GATHERED_NARROW32, 512, 128, 256, True),
+    )
+]
+# FP8 caches of other widths and with gaps between pages.
+OTHER_CONFIGS += [
+    GatheredConfig(family, latent, rope, "bfloat16", page_size, causal=False, planned=planned, layout=layout)
+    for family, layout, latent, rope, page_size, planned in (
+        (GATHERED_FP8_NARROW16, FP8_E4M3, 64, 0, 61, True),
+        (GATHERED_FP8_NARROW16, FP8_E4M3, 512, 128, 1, False),
+        (GATHERED_FP8_NARROW32, FP8_E4M3, 320, 64, 2, True),
+        (GATHERED_FP8_NARROW32, FP8_E4M3, 512, 128, 1, True),
+        (GATHERED_FP8_NARROW32, FP8_DS_MLA, 512, 64, 69, True),
     )
 ]
 # Few rows in the wide kernels, which are chosen by name alone: partial results with powers of two.

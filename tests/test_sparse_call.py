@@ -339,13 +339,17 @@ def test_a_fixed_split(gpu: FakeGpu) -> None:
 @pytest.mark.parametrize("kernel", [family.name for family in GATHERED_FAMILIES])
 def test_a_plan_names_its_kernel(gpu: FakeGpu, kernel: str) -> None:
     arrays = decode_arrays(gpu)
+    if "fp8" in kernel:
+        arrays["kv_cache"] = gpu.array((*arrays["kv_cache"].shape[:3], 656), "uint8")
     plan = plan_sparse_decode(**arrays, kernel=kernel)
     assert plan.config is not None
     assert plan.shape is not None
     assert plan.config.family.name == kernel
     gpu.take()
     mla_sparse_decode(**arrays, plan=plan)
-    assert gpu.take()[0].arguments[0][0]["blocks_per_job"] == plan.shape.blocks_per_job
+    params = gpu.take()[0].arguments[0][0]
+    assert params["blocks_per_job"] == plan.shape.blocks_per_job
+    assert params["kv_stride_page"] * 16 == (656 if "fp8" in kernel else 576 * 2)
 
 
 def test_every_width_has_a_kernel(gpu: FakeGpu) -> None:

@@ -28,16 +28,23 @@ if TYPE_CHECKING:
     from ..call.sparse_problem import SparseProblem
 
 # Layouts that these kernels are compiled for, with their widths.
-STANDARD_LAYOUTS: tuple[tuple[CacheLayout, int, int], ...] = ((FP8_DS_MLA, 512, 64), (FP8_DS_MLA_NO_ROPE, 512, 0))
+STANDARD_LAYOUTS: tuple[tuple[CacheLayout, int, int], ...] = (
+    (FP8_DS_MLA, 512, 64),
+    (FP8_DS_MLA_NO_ROPE, 512, 0),
+    (FP8_E4M3, 512, 64),
+)
 
 _ROLES = ("scores", "values", "loaders")  # a warpgroup each
+_MAX_ROPE_DIM = 128
 _SLAB_TOKENS = 16  # of a tile: those of one scores warp
-_FREED_BOXES = 2  # of values, that are freed together
+_LINE_BYTES = 128  # rows of whole lines are padded by half a line
 _BUFFERS = 2  # of P and of what goes with it
 _WARPS = 4  # of a warpgroup
 _WORD_BYTES = 4
 _FLOAT_PARTIAL_ROWS = 4  # as in the dense narrow kernel
-_COMBINE_THREADS = 256
+# Of the merge, by rows: beside a CTA of 16 rows, 112 registers a thread on average, there is room for them; beside one
+# of 32 rows there is none.
+_COMBINE_THREADS = {16: 224, 32: 256}
 # Planned, float32 partials, pages: slots that are all equally far apart, as in every contiguous cache, or that are not.
 _STANDARD_FORMS = ((False, False, 1), (True, False, 1), (True, True, 1), (True, False, 64))
 
@@ -73,7 +80,9 @@ class GatheredFp8NarrowFamily(DecodeFamily):
     float_partials: bool
 
     def why_unsupported(self, problem: DecodeProblem | SparseProblem) -> str | None:
-        """Other layouts than those that have a codec, which has the widths too."""
+        """Other layouts than those that have a codec; wider rope parts than registers hold Q of while it is loaded."""
+        if problem.queries.rope_dim > _MAX_ROPE_DIM:
+            return f"takes rope widths up to {_MAX_ROPE_DIM}, not {problem.queries.rope_dim}"
         return why_no_codec(problem)
 
     def roles(self, config: KernelConfig) -> tuple[Role, ...]:
@@ -93,7 +102,8 @@ class GatheredFp8NarrowFamily(DecodeFamily):
         latent_boxes, rope_boxes = config.latent_dim // BOX_COLUMNS, config.rope_dim // BOX_COLUMNS
         row_box = self.rows * BOX_COLUMNS * ELEMENT_BYTES
         row_floats = _WARPS + 2 * _BUFFERS + 1  # exchanged, factors and inverse sums, the scale of Q
-        barriers = latent_boxes // _FREED_BOXES + 3 * _BUFFERS
+        freed_groups = latent_boxes // 2 if latent_boxes % 2 == 0 else latent_boxes
+        barriers = freed_groups + 3 * _BUFFERS
         fixed = (
             (latent_boxes + rope_boxes + _BUFFERS) * row_box
             + latent_boxes * BOX_BYTES
@@ -103,7 +113,8 @@ class GatheredFp8NarrowFamily(DecodeFamily):
             + CLAIM_BYTES
         )
         row_bytes = config.layout.width(config.latent_dim, config.rope_dim)
-        slab = _SLAB_TOKENS * row_bytes + 2 * BARRIER_BYTES + _WORD_BYTES
+        pitch = row_bytes + (0 if row_bytes % _LINE_BYTES else _LINE_BYTES // 2)
+        slab = _SLAB_TOKENS * pitch + 2 * BARRIER_BYTES + _WORD_BYTES
         return fixed + (hopper.MAX_SHARED_BYTES - hopper.CTA_SHARED_BYTES - fixed) // slab * slab
 
     def defines(self, config: KernelConfig) -> tuple[tuple[str, str], ...]:
@@ -134,17 +145,18 @@ def _narrow(
         function="mla_gathered_fp8_narrow",
         rows=rows,
         cost=cost,
-        combine_threads=_COMBINE_THREADS,
+        combine_threads=_COMBINE_THREADS[rows],
         registers=registers,
         float_partials=float_partials,
     )
 
 
+# Start and tile from 1, 16 and 128 requests of 2048 tokens; the rest as for 16-bit caches.
 GATHERED_FP8_NARROW16 = _narrow(
     16,
-    (112, 136, 40),
+    (144, 152, 40),
     CostModel(
-        start=4.0,
+        start=6.5,
         tile=1.7,
         item=3.4,
         merge=2.2,
@@ -156,7 +168,7 @@ GATHERED_FP8_NARROW32 = _narrow(
     32,
     (208, 240, 56),
     CostModel(
-        start=6.0,
+        start=8.5,
         tile=1.9,
         item=5.6,
         merge=2.2,

@@ -15,7 +15,7 @@ from ..decode.dense import mla_decode, plan_decode
 from ..decode.merge import merge_states
 from ..decode.prefill import mla_sparse_prefill
 from ..decode.sparse import mla_sparse_decode, plan_sparse_decode
-from ..kernels.choose import FAMILIES, GATHERED_FAMILIES
+from ..kernels.choose import FAMILIES, GATHERED_DENSE_FAMILIES
 from ..kernels.fp8 import Fp8Family
 from ..schedule.pieces import TILE_TOKENS, ceil_div
 from .accuracy import LSE_BOUNDS
@@ -77,7 +77,7 @@ def sparse_decode(trial: Trial) -> None:
     plan = None
     if trial.chance(0.6):
         split = trial.pick(None, None, TILE_TOKENS * trial.up_to(3))
-        kernel = trial.pick("auto", *(family.name for family in GATHERED_FAMILIES))
+        kernel = trial.pick("auto", *(family.name for family in GATHERED_DENSE_FAMILIES))
         plan_options = {name: options[name] for name in ("topk_length", "head_dim_v")}
         plan = plan_sparse_decode(*arrays, **plan_options, fixed_split_tokens=split, kernel=kernel)
         trial.words |= {"split": split, "kernel": kernel}

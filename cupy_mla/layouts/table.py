@@ -26,7 +26,9 @@ FP16 = DenseLayout(
     tma_type="FLOAT16",
     kernel_type=KERNEL_TYPES["float16"],
 )
-FP8_E4M3 = TensorScaled(name="fp8_e4m3", dtypes=("float8_e4m3fn",), query_dtypes=("bfloat16",), kernel_type="E4m3")
+FP8_E4M3 = TensorScaled(
+    name="fp8_e4m3", dtypes=("float8_e4m3fn",), query_dtypes=("bfloat16",), kernel_type="E4m3", codec="CachedE4m3"
+)
 # DeepSeek V3.2: 512 e4m3, 4 float32 scales, 64 bfloat16 with the position: 656 bytes.
 FP8_DS_MLA = BlockScaled(
     name="fp8_ds_mla",

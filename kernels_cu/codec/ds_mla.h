@@ -8,6 +8,7 @@ namespace mla {
 struct DsMla {
     static constexpr u32 kCoded = 512;
     static constexpr u32 kUncoded = 64;
+    static constexpr bool kHasScales = true;
     static constexpr u32 kScales = 4;
     static constexpr u32 kScalesOffset = kCoded;
     static constexpr u32 kUncodedOffset = kScalesOffset + kScales * sizeof(f32);

@@ -17,6 +17,13 @@ MLA_DEVICE u32 e4m3_pair_high(u32 word) {
     return pair;
 }
 
+// Products of two pairs of fp16 values, rounded to nearest.
+MLA_DEVICE u32 multiply_fp16_pairs(u32 a, u32 b) {
+    u32 product;
+    asm("mul.rn.f16x2 %0, %1, %2;" : "=r"(product) : "r"(a), "r"(b));
+    return product;
+}
+
 // Two float32 rounded to e4m3, the first in the low byte. What is too large becomes 448; NaN stays.
 MLA_DEVICE u32 pack_e4m3(f32 first, f32 second) {
     u16 pair;

@@ -1,5 +1,5 @@
-// TMA, the tensor memory accelerator: tiled loads from global to shared memory through a tensor map.
-// PTX ISA, "cp.async.bulk.tensor".
+// TMA, the tensor memory accelerator: loads from global to shared memory, of tiles through a tensor map or of plain bytes.
+// PTX ISA, "cp.async.bulk.tensor", "cp.async.bulk".
 #pragma once
 #include "core/types.h"
 
@@ -23,6 +23,13 @@ MLA_DEVICE void tma_load_5d(u32 destination, const TensorMap* map, u32 barrier, 
         "[%2];" ::"r"(destination),
         "l"(map), "r"(barrier), "r"(c0), "r"(c1), "r"(c2), "r"(c3), "r"(c4)
         : "memory");
+}
+
+// Addresses and size are multiples of 16 bytes. The bytes count at the barrier when they are there.
+MLA_DEVICE void tma_load_bytes(u32 destination, const void* source, u32 bytes, u32 barrier) {
+    asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(destination),
+                 "l"(source), "r"(bytes), "r"(barrier)
+                 : "memory");
 }
 
 // A hint: brings to L2 what tma_load_5d would load.

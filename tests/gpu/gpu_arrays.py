@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 from cases_dense import DenseCase
 
+from cupy_mla.arrays.dtypes import numpy_dtype
 from cupy_mla.lab.cases import Case
 from cupy_mla.lab.libraries import CUPY, ArrayLibrary, TorchLibrary
 
@@ -45,6 +46,11 @@ def empty(shape: tuple[int, ...], dtype: str) -> Any:
     if dtype != "float32":
         return full(shape, dtype, NAN_BITS)
     return upload(np.full(shape, np.nan, np.float32))
+
+
+def as_e4m3(array: Any) -> Any:
+    """Bytes on the GPU as e4m3."""
+    return array.view(numpy_dtype("float8_e4m3fn") if torch is None else torch.float8_e4m3fn)
 
 
 def stack(arrays: list[Any]) -> Any:

@@ -13,7 +13,7 @@ import pytest
 from cases_dense import DTYPES
 
 from cupy_mla import InvalidArgumentError, mla_decode, mla_sparse_decode, mla_sparse_prefill, plan_decode
-from cupy_mla.kernels.choose import FAMILIES, GATHERED_FAMILIES
+from cupy_mla.kernels.choose import FAMILIES, GATHERED_DENSE_FAMILIES
 from cupy_mla.kernels.family import DecodeFamily
 from cupy_mla.kernels.fp8 import Fp8Family
 
@@ -70,7 +70,7 @@ def test_validation_names_the_request(name: str, place: str) -> None:
     assert np.isnan(gpu.download(out)).all()  # nothing was launched
 
 
-@pytest.mark.parametrize("kernel", [family.name for family in GATHERED_FAMILIES])
+@pytest.mark.parametrize("kernel", [family.name for family in GATHERED_DENSE_FAMILIES])
 def test_sparse(kernel: str) -> None:
     rng = np.random.default_rng(1)
     host = arrays(16)

@@ -26,14 +26,14 @@ from cupy_mla import (
 from cupy_mla.call.memo import forget
 from cupy_mla.call.options import AUTO
 from cupy_mla.decode import gathered, sparse_plan
-from cupy_mla.kernels.choose import GATHERED_FAMILIES, choose_gathered_config
+from cupy_mla.kernels.choose import GATHERED_DENSE_FAMILIES, choose_gathered_config
 
 from . import gpu_arrays as gpu
 
 MAX_ERROR = {"bfloat16": 3e-3, "float16": 1e-3}
 LSE_TOLERANCE = 1e-5  # relative, and absolute
 RUNS = 10
-KERNELS = (AUTO, *(family.name for family in GATHERED_FAMILIES))
+KERNELS = (AUTO, *(family.name for family in GATHERED_DENSE_FAMILIES))
 DECODE = SparseCase(batch=5, seqlen_q=2, num_pages=40, page_size=64, topk=300)
 PREFILL = SparseCase(batch=150, num_pages=3000, page_size=1, topk=300)  # more query tokens than SMs
 

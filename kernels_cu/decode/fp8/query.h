@@ -1,5 +1,6 @@
 // Q of a block to shared memory, as the fp8 kernel's Q K^T wants it: 16-bit values in, with a power of two for each row.
 #pragma once
+#include "core/row_power.h"
 #include "decode/fp8/params.h"
 #include "decode/fp8/smem.h"
 #include "decode/narrow/store.h"
@@ -8,23 +9,11 @@
 namespace mla {
 
 constexpr f32 kLowPart = 16.0f;       // x = high + low / 16
-constexpr f32 kFp16Headroom = 64.0f;  // a row's largest value is at most 448 in e4m3, and 28,672 in fp16
 
 // fp8 tensor cores add with 13 fraction bits below the largest product of a step. In a row with a value that is so many
 // times the row's root mean square, those bits do not reach the others, and K may have outliers in the same columns: scores
 // were off by 0.1. Blocks with such a row are computed exactly. Of 576 normal values the largest is 3 to 5 times that.
 constexpr f32 kOutlier = 8.0f;
-
-// 2^e with largest / 2^e in (224, 448], the upper half of what e4m3 holds; 1 for a row of zeros. A row with infinities has
-// no scores: NaN shows that.
-MLA_DEVICE f32 power_for_row(f32 largest) {
-    constexpr f32 kLargestE4m3 = 448.0f;
-    constexpr u32 kMantissa = 0x007FFFFF, kExponent = 0x7F800000, kSmallestNormal = 0x00800000, kNan = 0x7FC00000;
-    if (largest == 0.0f) return 1.0f;
-    const u32 rounded_up = (__float_as_uint(largest / kLargestE4m3) + kMantissa) & kExponent;
-    if (rounded_up >= kExponent) return __uint_as_float(kNan);
-    return __uint_as_float(rounded_up < kSmallestNormal ? kSmallestNormal : rounded_up);
-}
 
 class Fp8Query {
 public:

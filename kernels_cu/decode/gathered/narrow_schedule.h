@@ -33,14 +33,4 @@ constexpr u32 kGroupBytes = kGroupBoxes * kBoxBytes;
 constexpr u32 kTileGroups = kTileBoxes / kGroupBoxes;
 static_assert(kTileGroups <= kWarpThreads, "one lane per group of a tile releases it");
 
-constexpr u32 kBuffers = 2;  // of P and of what goes with it: the scores warpgroup is a tile ahead of the values warpgroup
-
-// Four neighbouring lanes hold all rows between them, and all warps hold the same: the first four threads tell the values
-// warpgroup. Each arrives for what it has written itself, or racecheck would report it.
-constexpr u32 kRowLanes = 4;
-
-// Named barriers of the two warpgroups.
-constexpr u32 kScoresBarrier = 1;
-constexpr u32 kValuesBarrier = 2;
-
 }  // namespace mla

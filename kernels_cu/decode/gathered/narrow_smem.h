@@ -2,6 +2,7 @@
 #pragma once
 #include "decode/claim.h"
 #include "decode/gathered/narrow_schedule.h"
+#include "decode/gathered/narrow_softmax.h"
 #include "ptx/mbarrier.h"
 
 namespace mla {
@@ -60,17 +61,6 @@ struct GroupRing {
     }
 };
 
-// The buffer of the tile at hand.
-struct Buffers {
-    u32 index = 0;
-    u32 parity = 0;
-
-    MLA_DEVICE void advance() {
-        parity ^= index;
-        index ^= 1;
-    }
-};
-
 MLA_DEVICE u32 box_address(u32 smem, const GroupRing& ring, u32 box) {
     return smem + Smem::ring + ring.place(box / kGroupBoxes).index * kGroupBytes + box % kGroupBoxes * kBoxBytes;
 }
@@ -81,13 +71,11 @@ MLA_DEVICE u32 full_barrier(u32 smem, u32 place) { return smem + Smem::full + pl
 constexpr u32 kFullArrivals = kLoaderWarps * (kWarpThreads + 1);
 // empty: one lane of each values warp, once its PV has read the group (QK has before, or there would be no P); loaders.
 MLA_DEVICE u32 empty_barrier(u32 smem, u32 place) { return smem + Smem::empty + place * sizeof(u64); }
-// kRowLanes threads of the scores warpgroup, after a barrier of all of them: P is there, and the factors; values.
+// Those of NarrowSoftmax:
 MLA_DEVICE u32 probabilities_full_barrier(u32 smem, u32 buffer) { return smem + Smem::probabilities_full + buffer * sizeof(u64); }
-// One lane of each values warp: PV is done, and in an item's last tile its inverse sums have been read; scores.
 MLA_DEVICE u32 probabilities_empty_barrier(u32 smem, u32 buffer) {
     return smem + Smem::probabilities_empty + buffer * sizeof(u64);
 }
-// The same threads: the inverse sums of the item that ended with this buffer's tile are there; values.
 MLA_DEVICE u32 sums_full_barrier(u32 smem, u32 buffer) { return smem + Smem::sums_full + buffer * sizeof(u64); }
 
 MLA_DEVICE void initialise_barriers(u32 smem) {

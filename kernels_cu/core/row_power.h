@@ -1,0 +1,20 @@
+// The power of two by which a row of Q is divided, so that narrower types hold it.
+#pragma once
+#include "core/types.h"
+
+namespace mla {
+
+constexpr f32 kFp16Headroom = 64.0f;  // a row's largest value is at most 448 in e4m3, and 28,672 in fp16
+
+// 2^e with largest / 2^e in (224, 448], the upper half of what e4m3 holds; 1 for a row of zeros. A row with infinities has
+// no scores: NaN shows that.
+MLA_DEVICE f32 power_for_row(f32 largest) {
+    constexpr f32 kLargestE4m3 = 448.0f;
+    constexpr u32 kMantissa = 0x007FFFFF, kExponent = 0x7F800000, kSmallestNormal = 0x00800000, kNan = 0x7FC00000;
+    if (largest == 0.0f) return 1.0f;
+    const u32 rounded_up = (__float_as_uint(largest / kLargestE4m3) + kMantissa) & kExponent;
+    if (rounded_up >= kExponent) return __uint_as_float(kNan);
+    return __uint_as_float(rounded_up < kSmallestNormal ? kSmallestNormal : rounded_up);
+}
+
+}  // namespace mla

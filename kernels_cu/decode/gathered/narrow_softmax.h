@@ -1,0 +1,230 @@
+// The softmax of the narrow kernels of gathered tokens, and what becomes of it: P, the factors by which O is rescaled, inverse
+// sums, lse and largest scores. By the scores warpgroup.
+#pragma once
+#include "decode/gathered/narrow_work.h"
+#include "decode/narrow/store.h"
+#include "decode/rows.h"
+
+namespace mla {
+
+constexpr u32 kBuffers = 2;  // of P and of what goes with it: the scores warpgroup is a tile ahead of the values warpgroup
+
+// Four neighbouring lanes hold all rows between them, and all warps hold the same: the first four threads tell the values
+// warpgroup. Each arrives for what it has written itself, or racecheck would report it.
+constexpr u32 kRowLanes = 4;
+
+// Named barriers of the two warpgroups.
+constexpr u32 kScoresBarrier = 1;
+constexpr u32 kValuesBarrier = 2;
+
+// The buffer of the tile at hand.
+struct Buffers {
+    u32 index = 0;
+    u32 parity = 0;
+
+    MLA_DEVICE void advance() {
+        parity ^= index;
+        index ^= 1;
+    }
+};
+
+// Powers of two that stay out of V: of a thread's two tokens, whose V is as much smaller than it should be.
+struct TokenUnits {
+    float of[2];
+
+    MLA_DEVICE bool are_one() const { return of[0] == 1.0f && of[1] == 1.0f; }
+};
+
+// Smem: the kernel's shared memory. It has, for each buffer, P, factors, inverse sums, the barriers
+//   probabilities_full   kRowLanes threads of the scores warpgroup, after a barrier of all of them: P is there, and the factors
+//   probabilities_empty  one lane of each values warp: PV is done, and in an item's last tile its inverse sums have been read
+//   sums_full            the same threads: the inverse sums of the item that ended with this buffer's tile are there
+// and a word (`rescales`), whether any factor is not 1; and room for one value of each (scores warp, row).
+// kHasUnits: whether V may have units.
+template <class Smem, bool kHasUnits = false>
+class NarrowSoftmax {
+public:
+    // The statistics, and the largest score that this thread has seen of each row: the maximum may lag behind.
+    struct Rows : RowStatistics {
+        float largest[kThreadRows];
+        float unit[kThreadRows];  // a power of two by which O of the row is to be multiplied
+        MLA_DEVICE Rows() {
+#pragma unroll
+            for (u32 i = 0; i < kThreadRows; ++i) {
+                largest[i] = minus_infinity();
+                unit[i] = 1.0f;
+            }
+        }
+
+        MLA_DEVICE bool have_units() const {
+            bool any = false;
+#pragma unroll
+            for (u32 i = 0; i < kThreadRows; ++i) any |= unit[i] != 1.0f;
+            return kHasUnits && any;
+        }
+    };
+
+    MLA_DEVICE NarrowSoftmax(const GatherParams& params, u32 smem, u32 thread)
+        : params_(params), smem_(smem), thread_(thread), warp_(thread / kWarpThreads), lane_(thread % kWarpThreads) {}
+
+    MLA_DEVICE void barrier() const { named_barrier_sync(kScoresBarrier, kWarpgroupThreads); }
+
+    // What is no token: bits of this warp's 16. Its values are zeros already.
+    MLA_DEVICE void hide(u32 valid, float (&scores)[kFragment]) const {
+        const bool has_upper = valid >> (lane_ / 4) & 1;
+        const bool has_lower = valid >> (lane_ / 4 + 8) & 1;
+#pragma unroll
+        for (u32 i = 0; i < kThreadRows; ++i) {
+            float& upper = scores[row_element(i)];
+            float& lower = scores[row_element(i) + 2];
+            upper = has_upper ? upper : minus_infinity();
+            lower = has_lower ? lower : minus_infinity();
+        }
+    }
+
+    // P of a tile, of type T, to the buffer at hand, which it leaves. P is first made with the old maxima, which nearly always
+    // stand; the one barrier that publishes it also tells whether any row outgrew its own, or any token or row has a unit.
+    template <class T>
+    MLA_DEVICE void add_tile(bool is_first, const float (&scores)[kFragment], Rows& rows, const TokenUnits& units = {1.0f, 1.0f}) {
+        const bool has_units = kHasUnits && (!units.are_one() || rows.have_units());
+        float probabilities[kFragment];
+        float maxima[kThreadRows];  // of this thread's scores
+        column_maxima(scores, maxima);
+        if (!kIsPlanned) {
+#pragma unroll
+            for (u32 i = 0; i < kThreadRows; ++i) rows.largest[i] = fmaxf(rows.largest[i], maxima[i]);
+        }
+        mbarrier_wait(of_buffer(Smem::probabilities_empty), buffers_.parity ^ 1);
+        bool moves = is_first;
+        if (!is_first) {
+            bool outgrown = has_units;
+#pragma unroll
+            for (u32 i = 0; i < kThreadRows; ++i) outgrown |= maxima[i] > rows.maximum[i] + kRescaleThreshold;
+            store_probabilities<T>(scores, rows, probabilities);
+            moves = named_barrier_or(kScoresBarrier, kWarpgroupThreads, outgrown);
+        }
+        if (moves) {
+            float factor[kThreadRows];
+            across_warps(maxima, [](float a, float b) { return fmaxf(a, b); });
+            rows.raise(maxima, factor);
+#pragma unroll
+            for (u32 i = 0; i < kThreadRows; ++i) rows.sum[i] *= factor[i];
+            // Also: all have read the maxima.
+            if (kHasUnits && named_barrier_or(kScoresBarrier, kWarpgroupThreads, has_units))
+                weigh<T>(is_first, scores, units, rows, factor, probabilities);
+            else
+                store_probabilities<T>(scores, rows, probabilities);
+            store_of_rows(Smem::factors, buffers_.index, factor);
+            barrier();  // all of P is written; and all have read the maxima
+        }
+        if (thread_ < kRowLanes) {
+            if (thread_ == 0) store_shared_u32(smem_ + Smem::rescales + buffers_.index * sizeof(u32), moves && !is_first);
+            mbarrier_arrive(of_buffer(Smem::probabilities_full));
+        }
+#pragma unroll
+        for (u32 i = 0; i < kThreadRows; ++i)
+            rows.sum[i] += probabilities[row_element(i)] + probabilities[row_element(i) + 2];
+        last_ = buffers_.index;
+        buffers_.advance();
+    }
+
+    // After an item's last tile: what O is multiplied by (the sums' inverses, times what V is to be multiplied by) to the values
+    // warpgroup, then lse and largest scores.
+    MLA_DEVICE void finish(const BlockWork& work, Rows& rows, float value_scale = 1.0f) const {
+        float inverse[kThreadRows];
+        across_warps(rows.sum, [](float a, float b) { return a + b; });
+#pragma unroll
+        for (u32 i = 0; i < kThreadRows; ++i)
+            inverse[i] = rows.sum[i] == 0.0f ? 0.0f : (kHasUnits ? value_scale * rows.unit[i] : value_scale) / with_sink(work, row_of_lane(lane_, i), rows.maximum[i], rows.sum[i]);
+        store_of_rows(Smem::inverse_sums, last_, inverse);
+        if (thread_ < kRowLanes) mbarrier_arrive(smem_ + Smem::sums_full + last_ * sizeof(u64));
+#pragma unroll
+        for (u32 i = 0; i < kThreadRows; ++i) {
+            if (i % kWarpgroupWarps != warp_ || lane_ >= kRowLanes) continue;  // all warps know all rows: each writes some
+            store_lse(params_, work, row_of_lane(lane_, i), lse_of(params_, work, rows.maximum[i], rows.sum[i]));
+        }
+        if (kIsPlanned || params_.max_logits == nullptr) return;
+        barrier();  // all have read the sums
+        across_warps(rows.largest, [](float a, float b) { return fmaxf(a, b); });
+#pragma unroll
+        for (u32 i = 0; i < kThreadRows; ++i) {
+            if (i % kWarpgroupWarps != warp_ || lane_ >= kRowLanes) continue;
+            store_max_logit(params_, work, row_of_lane(lane_, i), rows.largest[i] * kLn2);
+        }
+    }
+
+private:
+    MLA_DEVICE u32 of_buffer(u32 barriers) const { return smem_ + barriers + buffers_.index * sizeof(u64); }
+
+    // P of a tile where V or O have units: what V's rows lack is in P, in proportion to the row's largest, which O's unit is
+    // then. `factor` is that of the maxima, and becomes what O is multiplied by.
+    template <class T>
+    MLA_DEVICE void weigh(bool is_first, const float (&scores)[kFragment], const TokenUnits& units, Rows& rows,
+                          float (&factor)[kThreadRows], float (&probabilities)[kFragment]) const {
+        exponentiate(scores, rows, probabilities);
+        float most[kThreadRows];
+#pragma unroll
+        for (u32 i = 0; i < kThreadRows; ++i)
+            most[i] = fmaxf(probabilities[row_element(i)] * units.of[0], probabilities[row_element(i) + 2] * units.of[1]);
+        across_warps(most, [](float a, float b) { return fmaxf(a, b); });
+        float weighted[kFragment];
+#pragma unroll
+        for (u32 i = 0; i < kThreadRows; ++i) {
+            const float unit = unit_for(is_first ? most[i] : fmaxf(most[i], rows.unit[i] * factor[i]));
+            factor[i] = factor[i] * rows.unit[i] / unit;  // in this order nothing overflows
+            rows.unit[i] = unit;
+            weighted[row_element(i)] = probabilities[row_element(i)] * units.of[0] / unit;
+            weighted[row_element(i) + 2] = probabilities[row_element(i) + 2] * units.of[1] / unit;
+        }
+        store_as_operand<T>(weighted);
+    }
+
+    // 1 if numbers up to `largest` are what fp16 is good at; else the power of two that is not above it. 1 for 0.
+    static MLA_DEVICE float unit_for(float largest) {
+        constexpr float kGood = 1024.0f;
+        constexpr u32 kExponent = 0x7F800000;
+        if (largest == 0.0f || (largest >= 1.0f / kGood && largest <= kGood)) return 1.0f;
+        return __uint_as_float(__float_as_uint(largest) & kExponent);
+    }
+
+    template <class T>
+    MLA_DEVICE void store_probabilities(const float (&scores)[kFragment], const RowStatistics& rows,
+                                        float (&probabilities)[kFragment]) const {
+        exponentiate(scores, rows, probabilities);
+        store_as_operand<T>(probabilities);
+    }
+
+    template <class T>
+    MLA_DEVICE void store_as_operand(const float (&probabilities)[kFragment]) const {
+        store_fragment_transposed<T>(smem_ + Smem::probabilities + buffers_.index * kRowBoxBytes, warp_, lane_, probabilities);
+        fence_async_proxy();
+    }
+
+    template <class Reduce>
+    MLA_DEVICE void across_warps(float (&values)[kThreadRows], Reduce reduce) const {
+        reduce_across_warps(smem_ + Smem::exchange, warp_, lane_, kScoresBarrier, values, reduce);
+    }
+
+    // By lanes that together have all rows.
+    MLA_DEVICE void store_of_rows(u32 place, u32 buffer, const float (&values)[kThreadRows]) const {
+        if (thread_ >= kRowLanes) return;
+#pragma unroll
+        for (u32 i = 0; i < kThreadRows; ++i)
+            store_shared_f32(smem_ + place + (buffer * kRows + row_of_lane(lane_, i)) * sizeof(f32), values[i]);
+    }
+
+    // What a row's sum is divided by: a sink is one more score, of a key without value. A partial result is without: the merge
+    // adds it.
+    MLA_DEVICE float with_sink(const BlockWork& work, i32 row_in_block, float maximum, float sum) const {
+        if (params_.attn_sink == nullptr || work.is_partial()) return sum;
+        const RowPlace row = locate_row(params_, work, row_in_block);
+        return row.exists ? sum + fast_exp2(__ldg(params_.attn_sink + row.head) * kLog2e - maximum) : sum;
+    }
+
+    const GatherParams& params_;
+    u32 smem_, thread_, warp_, lane_;
+    u32 last_ = 0;  // buffer of the tile before
+    Buffers buffers_;
+};
+
+}  // namespace mla

@@ -1,0 +1,240 @@
+// The scores warpgroup of the narrow kernel for FP8 caches: turns a tile's stored rows into K, which is wgmma's A operand in
+// registers, multiplies, and leaves the same registers in shared memory as V; then softmax and P.
+#pragma once
+#include "decode/gathered_fp8/narrow_query.h"
+#include "ptx/convert_fp8.h"
+#include "ptx/wgmma.h"
+
+namespace mla {
+
+class ScoresRole {
+public:
+    MLA_DEVICE ScoresRole(const GatherParams& params, u32 smem, u32 thread)
+        : params_(params), smem_(smem), thread_(thread), lane_(thread % kWarpThreads), softmax_(params, smem, thread),
+          ring_{thread / kWarpThreads} {
+        // Tokens lane / 4 and lane / 4 + 8 of this warp's 16, of each 64 columns those from 16 * (lane % 4) on.
+        const u32 token = ring_.index * kSlabTokens + lane_ / 4;
+        values_ = smem + Smem::values + box_chunk_offset(token, lane_ % 4 * 2);
+    }
+
+    // Items that have tiles. Q of the next is read once QK of an item's last tile is done.
+    MLA_DEVICE void run(const Items& items) {
+        i32 item = items.first();
+        BlockWork work = next_work(params_, items, item);
+        if (work.has_tiles()) {
+            QueryLoad query;
+            query.read(params_, work, thread_);
+            query.write(smem_, thread_, params_.scale_log2 * cache_scale());
+        }
+        while (work.has_tiles()) {
+            const BlockWork next = next_work(params_, items, item);
+            run_item(work, next);
+            work = next;
+        }
+    }
+
+private:
+    using Softmax = NarrowSoftmax<Smem, Codec::kHasScales>;
+    static constexpr u32 kBoxWords = 4;  // of a thread's 16 bytes of a token and box: one for each k16 step
+    static_assert(Codec::kUncoded <= kBoxColumns, "there is one box at most that is not coded");
+    static_assert(kBoxWords == kBoxSteps, "a word of four e4m3 values is a thread's share of a step of one token");
+
+    // What this thread needs of its two tokens besides their values.
+    struct Tokens {
+        u32 rows[2];                     // addresses
+        u32 scales[2][Codec::kScales];  // pairs of fp16, of the scale over the token's unit
+        TokenUnits units;
+        u32 valid;  // bits of the warp's tokens
+    };
+
+    MLA_DEVICE void run_item(const BlockWork& work, const BlockWork& next) {
+        fence_async_proxy();
+        softmax_.barrier();  // Q and its scales are complete before any warp reads them
+        float row_scale[kThreadRows];
+#pragma unroll
+        for (u32 i = 0; i < kThreadRows; ++i)
+            row_scale[i] = load_shared_f32(smem_ + Smem::row_scales + row_of_lane(lane_, i) * sizeof(f32));
+        Softmax::Rows rows;
+        for (i32 tile = work.tile_begin; tile < work.tile_end; ++tile) {
+            const bool is_first = tile == work.tile_begin;
+            const Tokens tokens = open_tile();
+            run_tile(is_first, tokens, row_scale, rows);
+        }
+        if (next.has_tiles()) {
+            QueryLoad query;
+            query.read(params_, next, thread_);
+            softmax_.finish(work, rows, cache_scale());
+            query.write(smem_, thread_, params_.scale_log2 * cache_scale());
+        } else {
+            softmax_.finish(work, rows, cache_scale());
+        }
+    }
+
+    // What all coded values are multiplied by besides their own scales: scores and sums are, not they.
+    MLA_DEVICE f32 cache_scale() const {
+        if (Codec::kHasScales) return 1.0f;
+        return params_.kv_scale_at != nullptr ? __ldg(params_.kv_scale_at) : params_.kv_scale_value;
+    }
+
+    MLA_DEVICE Tokens open_tile() const {
+        mbarrier_wait(raw_full_barrier(smem_, ring_.index), ring_.parity);
+        Tokens tokens;
+        tokens.valid = load_shared_u32(valid_word(smem_, ring_.index));
+#pragma unroll
+        for (u32 half = 0; half < 2; ++half) {
+            tokens.rows[half] = slab_address(smem_, ring_.index) + (row_place(lane_ / 4) + half * 8) * kRowPitch;
+            f32 scales[Codec::kScales];
+            Codec::load_scales(tokens.rows[half], scales);
+            const f32 inverse = take_unit(scales, tokens.units.of[half]);
+#pragma unroll
+            for (u32 i = 0; i < Codec::kScales; ++i)
+                tokens.scales[half][i] = pack2<Fp16>(scales[i] * inverse, scales[i] * inverse);
+        }
+        return tokens;
+    }
+
+    // The unit of a token: 1 where fp16 holds what its scales make of e4m3 values, else a power of two with which it does.
+    // Returns its inverse. A scale that is NaN stays.
+    static MLA_DEVICE f32 take_unit(const f32 (&scales)[Codec::kScales], f32& unit) {
+        constexpr i32 kBias = 127, kMantissaBits = 23;
+        constexpr i32 kRoom = 6;  // bits of the largest scale over the unit: 448 * 2^7 is an fp16
+        constexpr i32 kLeast = -100, kMost = 113;  // exponents of units: P times them and their ratios are float32
+        unit = 1.0f;
+        f32 largest = 0.0f;
+        bool fit = true;
+#pragma unroll
+        for (u32 i = 0; i < Codec::kScales; ++i) {
+            fit &= fits_fp16(scales[i]);
+            largest = fmaxf(largest, fabsf(scales[i]));
+        }
+        if (fit || largest == 0.0f) return 1.0f;
+        const i32 exponent = clamp_i32((__float_as_int(largest) >> kMantissaBits) - kBias - kRoom, kLeast, kMost);
+        unit = __int_as_float((kBias + exponent) << kMantissaBits);
+        return __int_as_float((kBias - exponent) << kMantissaBits);
+    }
+
+    MLA_DEVICE void run_tile(bool is_first, const Tokens& tokens, const float (&row_scale)[kThreadRows], Softmax::Rows& rows) {
+        float scores[kFragment];
+        multiply(tokens, scores);
+#pragma unroll
+        for (u32 i = 0; i < kThreadRows; ++i) {
+#pragma unroll
+            for (u32 half = 0; half < 2; ++half) {
+                float& score = scores[row_element(i) + half * 2];
+                score *= row_scale[i];
+                if (Codec::kHasScales) score *= tokens.units.of[half];
+            }
+        }
+        if (tokens.valid != kAllValid) softmax_.hide(tokens.valid, scores);
+        softmax_.add_tile<Operand>(is_first, scores, rows, tokens.units);
+        values_parity_ ^= 1;
+        ring_.advance();
+    }
+
+    // S^T of the tile, over the tokens' units, and its V. A box at a time: while it is multiplied, the next one is made.
+    MLA_DEVICE void multiply(const Tokens& tokens, float (&scores)[kFragment]) const {
+        const u64 query = descriptor_at(kBoxKMajor, smem_ + Smem::query);
+        u32 raw[2][2][kBoxWords];  // of two boxes and the two tokens
+        u32 keys[2][kBoxSteps][4];
+        wgmma_pin(scores);
+        load_codes(tokens, 0, raw[0]);
+        if constexpr (Codec::kUncoded > 0) multiply_uncoded(tokens, query, keys[1], scores);
+#pragma unroll
+        for (u32 box = 0; box < kCodedBoxes; ++box) {
+            if (box + 1 < kCodedBoxes) load_codes(tokens, box + 1, raw[(box + 1) % 2]);
+            if (box >= 2) wgmma_wait<1>();
+            u32(&key)[kBoxSteps][4] = keys[box % 2];
+            const u32(&codes)[2][kBoxWords] = raw[box % 2];
+#pragma unroll
+            for (u32 step = 0; step < kBoxSteps; ++step) {
+#pragma unroll
+                for (u32 half = 0; half < 2; ++half) {
+                    const u32 scale = tokens.scales[half][box / kScaleBoxes];
+                    key[step][half] = scaled(e4m3_pair_low(codes[half][step]), scale);
+                    key[step][2 + half] = scaled(e4m3_pair_high(codes[half][step]), scale);
+                }
+            }
+            if (box < kLatentBoxes) store_values(box, key);
+            wgmma_fence();
+#pragma unroll
+            for (u32 step = 0; step < kBoxSteps; ++step)
+                multiply_step<Operand>(box, step, key, query, Codec::kUncoded > 0 || box > 0, scores);
+            wgmma_commit();
+        }
+        __syncwarp();
+        if (lane_ == 0) mbarrier_arrive(raw_empty_barrier(smem_, ring_.index));
+        wgmma_wait<0>();
+        wgmma_pin(scores);
+    }
+
+    static MLA_DEVICE u32 scaled(u32 pair, u32 scale) {
+        return Codec::kHasScales ? multiply_fp16_pairs(pair, scale) : pair;
+    }
+
+    template <class T>
+    static MLA_DEVICE void multiply_step(u32 box, u32 step, const u32 (&key)[kBoxSteps][4], u64 query, bool accumulate,
+                                         float (&scores)[kFragment]) {
+        wgmma_rs<T, 0>(scores, key[step][0], key[step][1], key[step][2], key[step][3],
+                       query + descriptor_offset(box * kRowBoxBytes + step * kStepBytes), accumulate || step > 0);
+    }
+
+    MLA_DEVICE void load_codes(const Tokens& tokens, u32 box, u32 (&codes)[2][kBoxWords]) const {
+#pragma unroll
+        for (u32 half = 0; half < 2; ++half)
+            load_shared_words(tokens.rows[half] + box * kBoxCodes + lane_ % 4 * 16, codes[half]);
+    }
+
+    // The box that is stored in bf16: a lane takes 16 bytes of each half, two words of which are its share of a step. A token's
+    // unit is taken out here too.
+    MLA_DEVICE void multiply_uncoded(const Tokens& tokens, u64 query, u32 (&key)[kBoxSteps][4],
+                                     float (&scores)[kFragment]) const {
+#pragma unroll
+        for (u32 half = 0; half < 2; ++half) {
+#pragma unroll
+            for (u32 chunk = 0; chunk < 2; ++chunk) {
+                u32 words[4];
+                load_shared_words(tokens.rows[half] + Codec::kUncodedOffset + chunk * 64 + lane_ % 4 * 16, words);
+#pragma unroll
+                for (u32 i = 0; i < 4; ++i) key[chunk * 2 + i / 2][i % 2 * 2 + half] = words[i];
+            }
+        }
+        if (!tokens.units.are_one()) {
+#pragma unroll
+            for (u32 step = 0; step < kBoxSteps; ++step) {
+#pragma unroll
+                for (u32 i = 0; i < 4; ++i) {
+                    f32 first, second;
+                    unpack2<Bf16>(key[step][i], first, second);
+                    const f32 unit = tokens.units.of[i % 2];
+                    key[step][i] = pack2<Bf16>(first / unit, second / unit);
+                }
+            }
+        }
+        wgmma_fence();
+#pragma unroll
+        for (u32 step = 0; step < kBoxSteps; ++step) multiply_step<Bf16>(kCodedBoxes, step, key, query, false, scores);
+        wgmma_commit();
+    }
+
+    // Once PV of the tile before has read what is there. 32 bytes of two tokens.
+    MLA_DEVICE void store_values(u32 box, const u32 (&key)[kBoxSteps][4]) const {
+        if (box % kFreedBoxes == 0) mbarrier_wait(values_empty_barrier(smem_, box / kFreedBoxes), values_parity_ ^ 1);
+#pragma unroll
+        for (u32 half = 0; half < 2; ++half) {
+#pragma unroll
+            for (u32 chunk = 0; chunk < 2; ++chunk)
+                store_shared_16b((values_ ^ chunk * 16) + box * kBoxBytes + half * kSwizzleAtomBytes,
+                                 uint4{key[chunk * 2][half], key[chunk * 2][2 + half], key[chunk * 2 + 1][half],
+                                       key[chunk * 2 + 1][2 + half]});
+        }
+    }
+
+    const GatherParams& params_;
+    u32 smem_, thread_, lane_;
+    u32 values_;             // where this thread's first chunk of V lies in a box
+    u32 values_parity_ = 0;  // of the tile at hand
+    Softmax softmax_;
+    SlabRing ring_;
+};
+
+}  // namespace mla
