@@ -15,7 +15,6 @@ from cases_sparse_fp8 import KINDS, NAN_BYTE, Fp8SparseArrays, Fp8SparseCase
 
 from cupy_mla import InvalidArgumentError, mla_sparse_decode, mla_sparse_prefill, plan_sparse_decode
 from cupy_mla.call.memo import forget
-from cupy_mla.call.options import AUTO
 from cupy_mla.decode import gathered, sparse_plan
 from cupy_mla.kernels.choose import GATHERED_FP8_FAMILIES, choose_gathered_config
 
@@ -23,9 +22,9 @@ from . import gpu_arrays as gpu
 
 MAX_ERROR = 3e-3
 RUNS = 5
-KERNELS = (AUTO, *(family.name for family in GATHERED_FP8_FAMILIES))
+KERNELS = tuple(family.name for family in GATHERED_FP8_FAMILIES)
 DECODE = Fp8SparseCase(batch=5, seqlen_q=2, num_pages=40, page_size=64, topk=300)
-PREFILL = Fp8SparseCase(batch=150, num_pages=3000, page_size=1, topk=300)
+PREFILL = Fp8SparseCase(batch=150, num_pages=3000, page_size=1, topk=130)
 LAYOUTS = {"fp8_ds_mla": 64, "fp8_ds_mla_no_rope": 0, "fp8_e4m3": 64}  # and their rope width
 
 pytestmark = [pytest.mark.timeout(60), pytest.mark.usefixtures("kernel")]
@@ -33,7 +32,7 @@ pytestmark = [pytest.mark.timeout(60), pytest.mark.usefixtures("kernel")]
 
 @pytest.fixture(params=KERNELS)
 def kernel(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
-    """Every test runs on the kernel that is chosen for its case, and on each of the kernels that serve its layout."""
+    """Every test runs on each of the kernels that serve its layout."""
 
     def choose(problem: Any, *arguments: Any, **options: Any) -> Any:
         try:
@@ -96,33 +95,30 @@ def run_prefill(case: Fp8SparseCase) -> None:
     )
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("heads", [1, 3, 4, 5, 8, 16, 17, 32, 63, 64, 96, 128])
+@pytest.mark.parametrize(
+    ("layout", "heads"),
+    [*(("fp8_ds_mla", heads) for heads in (1, 4, 5, 16, 17, 32, 63, 128)), ("fp8_ds_mla_no_rope", 40), ("fp8_e4m3", 3)],
+)
 def test_heads(layout: str, heads: int) -> None:
     run_decode(replace(DECODE, num_heads_q=heads, layout=layout, rope_dim=LAYOUTS[layout]))
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("heads", [16, 128])
-def test_scales(layout: str, kind: str, heads: int) -> None:
-    case = replace(DECODE, num_heads_q=heads, kind=kind, layout=layout, rope_dim=LAYOUTS[layout], sinks=kind == "any")
+def test_scales(layout: str, kind: str) -> None:
+    case = replace(DECODE, num_heads_q=24, kind=kind, layout=layout, rope_dim=LAYOUTS[layout], sinks=kind == "any")
     run_decode(case)
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("heads", [16, 128])
-@pytest.mark.parametrize("topk", [0, 1, 15, 17, 63, 64, 65, 129, 640, 2048])
-def test_topk(layout: str, heads: int, topk: int) -> None:
-    run_decode(replace(DECODE, num_heads_q=heads, topk=topk, layout=layout, rope_dim=LAYOUTS[layout]))
+@pytest.mark.parametrize("topk", [0, 1, 15, 17, 64, 65, 640, 2048])
+def test_topk(topk: int) -> None:
+    run_decode(replace(DECODE, topk=topk))
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("page_size", [1, 2, 61, 64, 69, 256, 576])
-@pytest.mark.parametrize("gap", [0, 1], ids=["contiguous", "gaps between pages"])
-def test_page_sizes(layout: str, page_size: int, gap: int) -> None:
+@pytest.mark.parametrize(("page_size", "gap"), [(1, 0), (64, 0), (256, 0), (2, 1), (61, 1), (64, 1), (576, 1)])
+def test_page_sizes(page_size: int, gap: int) -> None:
     num_pages = max(1200 // page_size, 1)
-    case = replace(DECODE, page_size=page_size, num_pages=num_pages, layout=layout, rope_dim=LAYOUTS[layout])
+    case = replace(DECODE, page_size=page_size, num_pages=num_pages)
     stored = build(case)[0].stored
     larger = np.full((num_pages, page_size + gap, *stored.shape[2:]), NAN_BYTE, np.uint8)
     larger[:, gap:] = stored
@@ -130,22 +126,23 @@ def test_page_sizes(layout: str, page_size: int, gap: int) -> None:
 
 
 @pytest.mark.parametrize("batch", [1, 16, 128])
-@pytest.mark.parametrize("heads", [8, 64, 128])
+@pytest.mark.parametrize("heads", [8, 64])
 def test_batches(batch: int, heads: int) -> None:
     run_decode(replace(DECODE, batch=batch, num_heads_q=heads, lengths="token", sinks=True))
 
 
 @pytest.mark.parametrize("invalid", [0.0, 0.9, 1.0])
-@pytest.mark.parametrize("lengths", [None, "request", "token"])
+@pytest.mark.parametrize("lengths", [None, "token"])
 def test_indices_that_name_no_token(invalid: float, lengths: str | None) -> None:
     run_decode(replace(DECODE, invalid=invalid, lengths=lengths, sinks=True))
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("heads", [16, 128])
-@pytest.mark.parametrize("kind", ["any", "mixed"])
-def test_prefill(layout: str, heads: int, kind: str) -> None:
-    case = replace(PREFILL, num_heads_q=heads, kind=kind, layout=layout, rope_dim=LAYOUTS[layout], lengths="token")
+@pytest.mark.parametrize("heads", [16, 72])
+def test_prefill(layout: str, heads: int) -> None:
+    case = replace(
+        PREFILL, num_heads_q=heads, kind="mixed any", layout=layout, rope_dim=LAYOUTS[layout], lengths="token"
+    )
     run_prefill(replace(case, sinks=True))
 
 
