@@ -134,8 +134,11 @@ public:
         float inverse[kThreadRows];
         across_warps(rows.sum, [](float a, float b) { return a + b; });
 #pragma unroll
-        for (u32 i = 0; i < kThreadRows; ++i)
-            inverse[i] = rows.sum[i] == 0.0f ? 0.0f : (kHasUnits ? value_scale * rows.unit[i] : value_scale) / with_sink(work, row_of_lane(lane_, i), rows.maximum[i], rows.sum[i]);
+        for (u32 i = 0; i < kThreadRows; ++i) {
+            const float scale = kHasUnits ? value_scale * rows.unit[i] : value_scale;
+            const i32 row = row_of_lane(lane_, i);
+            inverse[i] = rows.sum[i] == 0.0f ? 0.0f : scale / with_sink(work, row, rows.maximum[i], rows.sum[i]);
+        }
         store_of_rows(Smem::inverse_sums, last_, inverse);
         if (thread_ < kRowLanes) mbarrier_arrive(smem_ + Smem::sums_full + last_ * sizeof(u64));
 #pragma unroll
