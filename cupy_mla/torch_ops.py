@@ -8,8 +8,8 @@ an option or an array is named in one place; pairs (latent, rope) come as two te
 
 A plan is a tensor here: a compiled program can hold tensors across its parts, and a Python object cannot be in it. See
 `cupy_mla.decode.plan_arrays`. Its size says what it is for; on the CPU it holds nothing. Calls that share it are given
-the options it was made with and follow one another on one stream: a decode counts its CTAs in it and writes its partial
-results behind it. A decode without one plans by itself, by the same options.
+the options it was made with and follow one another on one stream: a decode counts its CTAs in it. A decode without one
+plans by itself, by the same options.
 """
 
 from __future__ import annotations

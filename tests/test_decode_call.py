@@ -528,20 +528,21 @@ def test_a_plan_in_an_array_of_its_own(gpu: FakeGpu) -> None:
     plain = packed(gpu)
     kind = plan_decode(**plain).blueprint
     assert kind is not None
-    size = plan_array_bytes(kind.problem, DecodeOptions(), kind, with_room=True)
+    size = plan_array_bytes(kind.problem, DecodeOptions(), kind)
     for _ in range(3):  # checked, recognised, recognised; each time at other addresses
         arrays, made = packed(gpu), gpu.array((size,), "uint8")
         gpu.take()
         gpu.allocated.clear()
         out, lse = run_decode((*arrays.values(), None, None, made, None, None), DEFAULTS)
-        assert gpu.allocated == [out, lse]
+        assert gpu.allocated[:2] == [out, lse]
+        [workspace] = gpu.allocated[2:]
+        assert workspace.shape == (kind.partial_bytes,)
         decode, combine = gpu.take()
         expect_decode(decode, arrays, out, lse)
         [params] = decode.arguments[2]
         assert params["plan"] == combine.arguments[0]["plan"][0] == made.pointer
-        assert params["partial_out"] == made.pointer + kind.plan_bytes
-        assert params["partial_lse"] == made.pointer + kind.plan_bytes + kind.partial_out_bytes
-        assert params["partial_lse"] < made.pointer + kind.workspace_bytes <= made.pointer + size
+        assert params["partial_out"] == workspace.pointer
+        assert params["partial_lse"] == workspace.pointer + kind.partial_out_bytes
         assert not params["plan_is_settled"]
         assert len(known_calls._known) == 1
 
@@ -550,7 +551,7 @@ def test_wrong_plans_in_arrays_are_refused_after_good_calls(gpu: FakeGpu) -> Non
     plain = packed(gpu)
     kind = plan_decode(**plain).blueprint
     assert kind is not None
-    size = plan_array_bytes(kind.problem, DecodeOptions(), kind, with_room=True)
+    size = plan_array_bytes(kind.problem, DecodeOptions(), kind)
 
     def decode(made: Any, options: tuple[Any, ...] = DEFAULTS) -> None:
         run_decode((*plain.values(), None, None, made, None, None), options)
@@ -671,7 +672,7 @@ def test_a_plan_serves_pools_of_any_size(gpu: FakeGpu) -> None:
     plan = plan_decode(**arrays)
     kind = plan.blueprint
     assert kind is not None
-    made = gpu.array((plan_array_bytes(kind.problem, DecodeOptions(), kind, with_room=True),), "uint8")
+    made = gpu.array((plan_array_bytes(kind.problem, DecodeOptions(), kind),), "uint8")
     for pages in (64, 640, 3, 64):
         arrays["kv_cache"] = gpu.array((pages, 64, 1, LATENT + ROPE))
         assert plan_decode(**arrays).blueprint is kind

@@ -284,7 +284,7 @@ def run_decode(
     else:
         kind = plan_kind(problem, inputs.location, checked)
         if inputs.plan is not None:
-            check_plan_array(inputs.plan.shape[0], problem, checked, kind, with_room=True)
+            check_plan_array(inputs.plan.shape[0], problem, checked, kind)
     if wants_validation(checked.validate, on_gpu):
         validate_values(problem, inputs, stream, most)
     scale = problem.queries.default_softmax_scale if checked.softmax_scale is None else checked.softmax_scale
@@ -345,11 +345,10 @@ def _launch(
         memory = plan
     else:
         named = Addresses(*addresses)
-        if named.plan:
-            memory = PlanMemory(kind, named.plan)
-        else:
-            workspace = empty_like(q, (kind.workspace_bytes,), PLAN_DTYPE, given_stream)
-            memory = PlanMemory(kind, pointer_of(workspace))
+        size = kind.partial_bytes if named.plan else kind.workspace_bytes
+        workspace = empty_like(q, (size,), PLAN_DTYPE, given_stream)
+        memory = PlanMemory(kind, pointer_of(workspace), named.plan)
+        if not named.plan:
             kind.launch_planner(named.cache_seqlens, named.cu_seqlens_q, memory.pointer, stream)
     call(addresses, memory, stream)
     if inputs is None:  # recognised, which only arrays of torch and CuPy are

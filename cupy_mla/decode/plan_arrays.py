@@ -1,12 +1,10 @@
 """Plans in ordinary arrays, for compilers of whole programs (torch.compile, jax.jit).
 
 Such a compiler sees arrays, not objects; it may copy them, move them, and run later or in another process. A plan in an
-array therefore holds nothing that must last but what the planner wrote, and all else is worked out again from the
-arguments of each call. (A decode may count its CTAs in it, kernels_cu/decode/claim.h; the count is back at 0 at its
-end.) Behind the plan torch's have room for the partial results of a call, which saves every call an allocation; XLA
-gives each call its own. The size of an array shows what it was made for: to its bytes are added as many as a
-fingerprint of the problem says, so that a plan of other shapes or settings is refused although nothing is read back
-from the GPU.
+array therefore holds nothing but what the planner wrote, and all else is worked out again from the arguments of each
+call. (A decode may count its CTAs in it, kernels_cu/decode/claim.h; the count is back at 0 at its end.) Its size shows
+what it was made for: to the bytes of the plan are added as many as a fingerprint of the problem says, so that a plan of
+other shapes or settings is refused although nothing is read back from the GPU.
 """
 
 from __future__ import annotations
@@ -21,9 +19,7 @@ from .blueprint import Blueprint, P
 _FINGERPRINTS = 1 << 15  # at most 32 KiB more; a wrong plan of the same size otherwise passes once in so many cases
 
 
-def plan_array_bytes(
-    problem: P, options: DecodeOptions | SparseOptions, kind: Blueprint[P] | None, *, with_room: bool = False
-) -> int:
+def plan_array_bytes(problem: P, options: DecodeOptions | SparseOptions, kind: Blueprint[P] | None) -> int:
     """Size of the uint8 array that holds the plan of a call; the same in every process.
 
     Parameters
@@ -32,33 +28,21 @@ def plan_array_bytes(
         Of the call.
     kind
         What its plans are; None on the CPU.
-    with_room
-        Whether there is room for partial results behind the plan.
     """
     settings = (problem.facts(), *options.of_plan_alone())
     fingerprint = zlib.crc32(repr(settings).encode()) % _FINGERPRINTS
-    size = 0
-    if kind is not None:
-        size = kind.workspace_bytes if with_room else kind.plan_bytes
-    return size + fingerprint + 1
+    return (0 if kind is None else kind.plan_bytes) + fingerprint + 1
 
 
-def check_plan_array(
-    size: int,
-    problem: P,
-    options: DecodeOptions | SparseOptions,
-    kind: Blueprint[P] | None,
-    *,
-    with_room: bool = False,
-) -> None:
-    """Refuse a plan whose array has another size than `plan_array_bytes` says.
+def check_plan_array(size: int, problem: P, options: DecodeOptions | SparseOptions, kind: Blueprint[P] | None) -> None:
+    """Refuse a plan whose array has another size than one for this call has.
 
     Raises
     ------
     PlanMismatchError
         The sizes differ: the plan is for other shapes or options.
     """
-    expected = plan_array_bytes(problem, options, kind, with_room=with_room)
+    expected = plan_array_bytes(problem, options, kind)
     if size != expected:
         raise PlanMismatchError(
             "plan",

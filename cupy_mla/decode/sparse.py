@@ -256,7 +256,7 @@ def run_sparse_decode(
     else:
         kind = sparse_plan_kind(problem, inputs.location, checked)
         if inputs.plan is not None:
-            check_plan_array(inputs.plan.shape[0], problem, checked, kind, with_room=True)
+            check_plan_array(inputs.plan.shape[0], problem, checked, kind)
     if wants_validation(checked.validate, on_gpu):
         validate_lengths(problem, inputs, stream)
     scale = problem.queries.default_softmax_scale if checked.softmax_scale is None else checked.softmax_scale
@@ -299,11 +299,10 @@ def _launch(
     if plan is not None:
         memory = plan
     else:
-        if addresses[_PLAN]:
-            memory = PlanMemory(kind, addresses[_PLAN])
-        else:
-            workspace = empty_like(q, (kind.workspace_bytes,), PLAN_DTYPE, given_stream)
-            memory = PlanMemory(kind, pointer_of(workspace))
+        made = addresses[_PLAN]
+        workspace = empty_like(q, (kind.partial_bytes if made else kind.workspace_bytes,), PLAN_DTYPE, given_stream)
+        memory = PlanMemory(kind, pointer_of(workspace), made)
+        if not made:
             kind.launch_planner(addresses[_LENGTHS], 0, memory.pointer, stream)
     call(addresses, memory, stream)
     if inputs is None:  # recognised, which only arrays of torch and CuPy are

@@ -46,7 +46,7 @@ def run_plan(arrays: Values, options: Values) -> Any:
     problem, inputs, kind = describe_plan(given, checked)
     addresses = inputs.addresses()
     lengths = addresses.cache_seqlens, addresses.cu_seqlens_q
-    return _fill_plan(_first(given.q), plan_array_bytes(problem, checked, kind, with_room=True), kind, lengths)
+    return _fill_plan(_first(given.q), plan_array_bytes(problem, checked, kind), kind, lengths)
 
 
 def run_sparse_plan(arrays: Values, options: Values) -> Any:
@@ -54,7 +54,7 @@ def run_sparse_plan(arrays: Values, options: Values) -> Any:
     given, checked = SparseDecodeArrays(*arrays), SparseOptions(*options)
     problem, inputs, kind = describe_sparse_plan(given, checked)
     [lengths] = inputs.addresses("topk_length")
-    return _fill_plan(given.q, plan_array_bytes(problem, checked, kind, with_room=True), kind, (lengths, 0))
+    return _fill_plan(given.q, plan_array_bytes(problem, checked, kind), kind, (lengths, 0))
 
 
 def _fill_plan(q: Any, size: int, kind: Blueprint[Any] | None, lengths: tuple[int, int]) -> Any:
@@ -72,7 +72,7 @@ def fake_plan(arrays: Values, options: Values) -> Any:
     def size_of() -> int:
         checked = DecodeOptions(*options)
         problem, inputs = describe_decode(DecodeArrays(*map(_view_of_fake, arrays)), checked)
-        return plan_array_bytes(problem, checked, plan_kind(problem, inputs.location, checked), with_room=True)
+        return plan_array_bytes(problem, checked, plan_kind(problem, inputs.location, checked))
 
     return _fake_plan(arrays, size_of)
 
@@ -84,7 +84,7 @@ def fake_sparse_plan(arrays: Values, options: Values) -> Any:
         checked = SparseOptions(*options)
         problem, inputs = describe_sparse_decode(SparseDecodeArrays(*map(_view_of_fake, arrays)), checked)
         kind = sparse_plan_kind(problem, inputs.location, checked)
-        return plan_array_bytes(problem, checked, kind, with_room=True)
+        return plan_array_bytes(problem, checked, kind)
 
     return _fake_plan(arrays, size_of)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import subprocess
 import sys
 import threading
@@ -37,9 +38,17 @@ def no_memory() -> Any:
     """A pool that gives nothing more until it is freed of its limit."""
     pool = cupy.get_default_memory_pool()
 
+    kept: list[Any] = []
+
     def limit(is_on: bool) -> None:
+        kept.clear()
         pool.free_all_blocks()
         pool.set_limit(size=max(pool.used_bytes(), 1) if is_on else 0)
+        if is_on:  # what is left of chunks that are in use
+            for size in (1 << power for power in range(24, 8, -1)):
+                with contextlib.suppress(cupy.cuda.memory.OutOfMemoryError):
+                    while True:
+                        kept.append(cupy.empty(size, np.uint8))
 
     yield limit
     limit(False)

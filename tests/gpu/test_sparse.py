@@ -101,10 +101,12 @@ class OnGpu:
         return {"out": out, **{name: gpu.empty((tokens, heads), "float32") for name in ("max_logits", "lse")}}
 
     def decode(self, **options: Any) -> tuple[Any, Any]:
-        return mla_sparse_decode(**{**self.of_plan, "attn_sink": self.sinks, **self.outputs(), **options})
+        outputs = {} if "out" in options else self.outputs()  # none are made where a graph is captured
+        return mla_sparse_decode(**{**self.of_plan, "attn_sink": self.sinks, **outputs, **options})
 
     def prefill(self, **options: Any) -> tuple[Any, Any, Any]:
-        return mla_sparse_prefill(**{**self.of_prefill, **self.prefill_outputs(), **options})
+        outputs = {} if "out" in options else self.prefill_outputs()
+        return mla_sparse_prefill(**{**self.of_prefill, **outputs, **options})
 
     def check_decode(self, out: Any, lse: Any) -> None:
         gpu.synchronize()
@@ -292,7 +294,7 @@ def test_all_tokens_are_dense_decode() -> None:
     sparse = mla_sparse_decode(on_gpu.q, cache, slots, topk_length=lengths)
     dense = mla_decode(on_gpu.q, cache, table, lengths)
     for ours, theirs in zip(sparse, dense, strict=True):
-        assert frobenius_error(gpu.download(ours), gpu.download(theirs)) < MAX_ERROR[case.dtype]
+        assert frobenius_error(gpu.download(ours), gpu.download(theirs)) < 2 * MAX_ERROR[case.dtype]  # each has its own
 
 
 @pytest.mark.parametrize("heads", [16, 128])
