@@ -6,6 +6,7 @@ import click
 
 from . import __version__
 from .commands.bench import bench
+from .commands.cache import cache
 from .commands.check import check
 from .commands.command import Commands
 from .commands.compile import compile_kernels
@@ -26,5 +27,5 @@ def main() -> None:
     """
 
 
-for _command in (decode, info, check, compile_kernels, plan, bench, memory):
+for _command in (decode, info, check, compile_kernels, plan, bench, memory, cache):
     main.add_command(_command)

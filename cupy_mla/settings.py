@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import atexit
 import os
+import shutil
+import stat
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -31,7 +34,7 @@ class Settings:
     ----------
     cache_dir
         Where compiled kernels are kept. ``CUPY_MLA_CACHE_DIR``; by default ``$XDG_CACHE_HOME/cupy_mla`` or
-        ``~/.cache/cupy_mla``.
+        ``~/.cache/cupy_mla``; where that cannot be written, a folder of the user's among the temporary files.
     validate
         Whether calls on a GPU that do not say so themselves read lengths and page numbers back and check them; those on
         the CPU always do. ``CUPY_MLA_VALIDATE``: 1/true/yes/on or 0/false/no/off; off by default.
@@ -129,10 +132,35 @@ def _cache_dir(environment: Mapping[str, str]) -> Path:
     if os.path.isabs(base):  # by the XDG specification a relative path is ignored
         return Path(base) / "cupy_mla"
     try:
-        return Path.home() / ".cache" / "cupy_mla"
+        home = Path.home()
     except RuntimeError:
-        # A user without a home directory (some containers). Private to this process: a fixed name in a shared
-        # temporary directory could be planted by someone else.
-        import tempfile
+        return _private_folder()
+    folder = home / ".cache" / "cupy_mla"
+    return folder if _can_be_made(folder) else _private_folder()
 
-        return Path(tempfile.mkdtemp(prefix="cupy_mla-"))
+
+def _can_be_made(folder: Path) -> bool:
+    """Whether a folder is there and can be written to, or its first ancestor that is there can."""
+    for place in (folder, *folder.parents):
+        try:
+            if place.exists():
+                return os.access(place, os.W_OK | os.X_OK)
+        except OSError:  # a home that may not even be looked at
+            return False
+    return False
+
+
+def _private_folder() -> Path:
+    """A user without a home that can be written to (some containers) has one folder for all processes, in that for
+    temporary files: if nobody else has planted it there. Else each process has its own, removed at its end."""
+    import tempfile
+
+    folder = Path(tempfile.gettempdir()) / f"cupy_mla-{os.getuid()}"
+    with suppress(OSError):
+        folder.mkdir(mode=0o700, exist_ok=True)
+        status = folder.lstat()
+        if stat.S_ISDIR(status.st_mode) and status.st_uid == os.getuid() and not status.st_mode & 0o077:
+            return folder
+    own = Path(tempfile.mkdtemp(prefix="cupy_mla-"))
+    atexit.register(shutil.rmtree, own, ignore_errors=True)
+    return own

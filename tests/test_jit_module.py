@@ -153,14 +153,16 @@ def get_cubin(root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
 
 @needs_nvrtc
 @pytest.mark.usefixtures("get_cubin")
-def test_a_kernel_is_loaded_once_per_device_from_the_cached_file(cupy: FakeCupy, tmp_path: Path) -> None:
+def test_a_kernel_is_loaded_once_per_device_from_a_file_of_what_was_verified(cupy: FakeCupy, tmp_path: Path) -> None:
     loaded = module.load(SOURCE, 0)
     assert loaded.handle == HANDLE
     assert loaded.usage.registers > 0
     assert loaded.max_dynamic_smem == HOPPER.max_smem_per_cta
     assert cupy.functions[0].name == "scale"
     assert cupy.functions[0].max_dynamic_shared_size_bytes == HOPPER.max_smem_per_cta
-    assert cupy.paths[0].is_relative_to(tmp_path / "cache")
+    assert cupy.cubins[0] == module.get_cubin(SOURCE).cubin
+    assert not cupy.paths[0].is_relative_to(tmp_path / "cache")  # where it may be swapped after the check
+    assert not cupy.paths[0].exists()
     assert module.load(SOURCE, 0) is loaded
     assert module.load(SOURCE, 1).device_id == 1
     assert cupy.entered == [0, 1]

@@ -102,6 +102,9 @@ def not_exportable(obj: Any, name: str, error: Exception) -> InvalidArgumentErro
         return InvalidArgumentError(
             name, "an array (inside jax.jit, cupy_mla.jax_ops.mla_decode takes what is traced)", type(obj).__name__
         )
+    if getattr(obj, "is_deleted", bool)() is True:
+        expected = "an array that is still there"
+        return InvalidArgumentError(name, expected, f"a {type(obj).__name__} that was deleted, or donated to a program")
     if jax is not None and isinstance(obj, jax.Array) and len(obj.devices()) > 1:
         expected = "an array on one device (cupy_mla.jax_ops inside jax.shard_map takes each device's part)"
         return InvalidArgumentError(name, expected, f"a JAX array on {len(obj.devices())} devices")

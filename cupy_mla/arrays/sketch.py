@@ -18,7 +18,8 @@ _TORCH = (
     "{a}.data_ptr()",
     # Of contiguous tensors the strides follow from the shape, but for axes of one element, where they mean nothing. The
     # number of the device (-1: the CPU) says which it is: torch has one kind of accelerator in a process.
-    "{a}.shape, {a}.is_contiguous() or {a}.stride(), {a}.dtype, {a}.get_device()",
+    # Parts of conjugated complex tensors, whose sign is a lazy bit, lie apart.
+    "{a}.shape, {a}.is_contiguous() or ({a}.stride(), {a}.is_neg()), {a}.dtype, {a}.get_device()",
 )
 _EXPRESSIONS: dict[tuple[str, str], tuple[str, str]] = {
     ("torch", "Tensor"): _TORCH,

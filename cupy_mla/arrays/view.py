@@ -108,8 +108,8 @@ def view(obj: Any, name: str, stream: int | None = None) -> ArrayView:
     Raises
     ------
     InvalidArgumentError
-        ``obj`` is no array, has no memory of its own (a tracer, a sparse or a meta tensor), or has an element type
-        or device that nothing here can use.
+        ``obj`` is no array, has no memory of its own (a tracer, a sparse or a meta tensor, a deleted array), has other
+        values than its memory (a lazy sign), or an element type or device that nothing here can use.
     """
     reader = _READERS.get(type(obj))
     if reader is None:
@@ -139,6 +139,9 @@ def _read_torch(tensor: Any, name: str, stream: int | None) -> ArrayView:
         device_id = 0
     if pointer == 0 and tensor.numel() > 0:
         raise InvalidArgumentError(name, "a tensor with memory", f"{type(tensor).__name__} without")
+    if tensor.is_neg():
+        expected = "a tensor whose memory holds its values (tensor.resolve_neg() makes one)"
+        raise InvalidArgumentError(name, expected, "one that is negated when it is read")
     return ArrayView(pointer, tuple(tensor.shape), strides, dtype, device, device_id, tensor)
 
 

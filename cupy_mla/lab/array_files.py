@@ -5,6 +5,7 @@ NumPy stores a bfloat16 array in an .npz as two-byte raw values (V2); they are r
 
 from __future__ import annotations
 
+import math
 import zipfile
 from collections.abc import Container, Mapping
 from pathlib import Path
@@ -23,6 +24,7 @@ NPZ, SAFETENSORS = SUFFIXES = (".npz", ".safetensors")
 
 _RAW_BFLOAT16 = np.dtype("V2")
 _NPY_START = b"\x93NUMPY"
+_HEADER_READERS = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
 # What NumPy and ml_dtypes have of a safetensors file's types. FP8 may be stored as U8.
 _SAFETENSORS_TYPES = {
     *("BF16", "F16", "F32", "F64", "BOOL"),
@@ -92,8 +94,25 @@ def _read_npz(path: Path) -> dict[str, Array]:
         with path.open("rb") as file:
             single = file.read(len(_NPY_START)) == _NPY_START
         raise ValueError("one array without a name, as in an .npy file" if single else "no archive of arrays")
+    _check_sizes(path)
     with np.load(path, allow_pickle=False) as archive:
         return {name: _plain(archive[name]) for name in archive.files}
+
+
+def _check_sizes(path: Path) -> None:
+    """Refuse arrays whose headers promise other sizes than there are bytes, before there is memory for them."""
+    with zipfile.ZipFile(path) as archive:
+        for member in archive.infolist():
+            with archive.open(member) as file:
+                read_header = _HEADER_READERS.get(np.lib.format.read_magic(file))
+                if read_header is None:
+                    raise ValueError(f"{member.filename}: a version of the format that is not known")
+                shape, _, dtype = read_header(file)
+                if dtype.hasobject:
+                    raise ValueError(f"{member.filename}: Python objects, which are not read from files")
+                promised, there = math.prod(shape) * dtype.itemsize, member.file_size - file.tell()
+                if promised != there:
+                    raise ValueError(f"{member.filename}: {list(shape)} {dtype} is {promised} bytes, {there} are there")
 
 
 def _plain(array: Array) -> Array:

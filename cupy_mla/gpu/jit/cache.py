@@ -13,6 +13,7 @@ import functools
 import hashlib
 import json
 import os
+import re
 import secrets
 import shutil
 import warnings
@@ -25,6 +26,8 @@ from .compiler import CompiledKernel, ResourceUsage
 CUBIN_NAME = "kernel.cubin"
 RECORD_NAME = "kernel.json"
 LOCK_FOLDER = "locks"
+_DIGEST = re.compile(r"[0-9a-f]{64}")  # sha256
+_LEFTOVER = re.compile(r"[0-9a-f]{64}\.partial-[0-9a-f]+(\.damaged)?")
 
 
 def fetch(
@@ -126,6 +129,90 @@ def count_entries(cache_dir: Path) -> tuple[int, int]:
     """Return how many cubins the cache folder holds, and their size in bytes."""
     sizes = [path.stat().st_size for path in cache_dir.glob(f"*/{CUBIN_NAME}")]
     return len(sizes), sum(sizes)
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class CacheEntry:
+    """What the cache folder has under one digest.
+
+    Attributes
+    ----------
+    digest : str
+        Name of its folder.
+    title : str
+        Kernel and defines, as far as they can be read.
+    compiler : str
+        What compiled it.
+    size : int
+        Bytes of the cubin.
+    is_good : bool
+        Whether it would be loaded; else it counts as absent.
+    """
+
+    digest: str
+    title: str
+    compiler: str
+    size: int
+    is_good: bool
+
+
+def list_entries(cache_dir: Path) -> list[CacheEntry]:
+    """What the cache folder holds, by title; nothing where there is no folder.
+
+    Raises
+    ------
+    OSError
+        The folder cannot be looked at.
+    """
+    if not os.path.isdir(cache_dir):
+        return []
+    folders = (folder for folder in cache_dir.iterdir() if _DIGEST.fullmatch(folder.name))
+    return sorted(map(_list_entry, folders), key=lambda entry: (entry.title, entry.digest))
+
+
+def clear_cache(cache_dir: Path) -> tuple[int, int]:
+    """Remove all kernels and what killed processes left; other files stay, and so do locks, which may be held.
+
+    Returns
+    -------
+    (int, int)
+        Kernels and leftovers removed.
+
+    Raises
+    ------
+    OSError
+        Something cannot be removed.
+    """
+    removed = [0, 0]
+    if os.path.isdir(cache_dir):
+        for folder in list(cache_dir.iterdir()):
+            is_kernel = _DIGEST.fullmatch(folder.name) is not None
+            if is_kernel or _LEFTOVER.fullmatch(folder.name):
+                with contextlib.suppress(FileNotFoundError):  # another process was quicker
+                    shutil.rmtree(folder)
+                    removed[0 if is_kernel else 1] += 1
+    return removed[0], removed[1]
+
+
+def _list_entry(folder: Path) -> CacheEntry:
+    record: Any = {}
+    with contextlib.suppress(OSError, ValueError, RecursionError):
+        record = json.loads((folder / RECORD_NAME).read_text(encoding="utf-8"))
+    record = record if isinstance(record, dict) else {}
+    defines = record.get("defines")
+    words = []
+    if isinstance(defines, dict):
+        words = [f"{name.removeprefix('MLA_').lower()}={value}" for name, value in defines.items()]
+    size = 0
+    with contextlib.suppress(OSError):
+        size = (folder / CUBIN_NAME).stat().st_size
+    return CacheEntry(
+        digest=folder.name,
+        title=" ".join([str(record.get("function", "unknown")), *words]),
+        compiler=str(record.get("compiler", "")),
+        size=size,
+        is_good=read_entry(folder.parent, folder.name) is not None,
+    )
 
 
 def _replace_folder(new: Path, folder: Path) -> None:

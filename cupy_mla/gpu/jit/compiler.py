@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
+import os
 import re
+import tempfile
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,6 +31,7 @@ _SHARED_MEMORY = re.compile(r"(\d+) bytes smem")
 # C75xx are ptxas' performance advisories: wgmma serialised, setmaxnreg ignored. Some come as "info", not "warning".
 _ADVISORY = re.compile(r"\bC75\d\d\b")
 _WARNING = re.compile(r"\bwarning\b", re.IGNORECASE)
+_ENDS_A_NAME = re.compile(r'["\\\n]')
 # NVRTC's closing remark on how to silence warnings.
 _REMARK = "Remark: The warnings can be suppressed"
 
@@ -154,11 +159,24 @@ def compile_source(source: KernelSource, root: Path | None = None) -> CompiledKe
     root = kernels_root() if root is None else root
     text = read_entry_file(source, root)
     defines = (f"-D{name}={value}" for name, value in source.defines)
-    options = [*compile_options(source), f"--include-path={root}", *defines]
     started = time.perf_counter()
-    cubin, log = _run_nvrtc(text, str(root / source.entry), options, source)
+    with _plainly_named(root) as folder:
+        options = [*compile_options(source), f"--include-path={folder}", *defines]
+        cubin, log = _run_nvrtc(text, str(folder / source.entry), options, source)
     seconds = time.perf_counter() - started
     return CompiledKernel(cubin, log, parse_usage(log, source.function), parse_warnings(log), seconds)
+
+
+@contextlib.contextmanager
+def _plainly_named(root: Path) -> Iterator[Path]:
+    """A folder, or a link to it where its name has characters that end the names of files in what ptxas reads."""
+    if not _ENDS_A_NAME.search(str(root)):
+        yield root
+        return
+    with tempfile.TemporaryDirectory(prefix="cupy_mla-") as folder:
+        link = Path(folder) / "kernels"
+        link.symlink_to(root.absolute(), target_is_directory=True)
+        yield link
 
 
 def parse_usage(log: str, function: str) -> ResourceUsage:
@@ -223,10 +241,10 @@ def _import_nvrtc() -> Any:
 def _run_nvrtc(text: bytes, name: str, options: list[str], source: KernelSource) -> tuple[bytes, str]:
     """Compile; the file's own path as the program's name lets NVRTC find includes beside it and profilers the lines."""
     nvrtc = _import_nvrtc()
-    status, program = nvrtc.nvrtcCreateProgram(text, name.encode(), 0, [], [])
+    status, program = nvrtc.nvrtcCreateProgram(text, os.fsencode(name), 0, [], [])
     _check(nvrtc, status, "nvrtcCreateProgram")
     try:
-        (status,) = nvrtc.nvrtcCompileProgram(program, len(options), [option.encode() for option in options])
+        (status,) = nvrtc.nvrtcCompileProgram(program, len(options), [os.fsencode(option) for option in options])
         log = _read(nvrtc, program, "ProgramLog").rstrip(b"\0").decode(errors="replace").strip()
         if status != nvrtc.nvrtcResult.NVRTC_SUCCESS:
             raise CompilationError(f"{source} does not compile ({status.name})", log)

@@ -141,10 +141,8 @@ def _load(source: KernelSource, device_id: int) -> LoadedKernel:
 
 @contextlib.contextmanager
 def _cubin_file(kernel: CompiledKernel) -> Iterator[Path]:
-    """Give the cubin as a file, which RawModule wants: the cached one, or one that lasts as long as the loading."""
-    if kernel.path is not None:
-        yield kernel.path
-        return
+    """Give the cubin as a file, which RawModule wants: one that lasts as long as the loading, in a folder that nobody
+    else can write to. What is loaded is what was verified, whatever has become of the cached file since."""
     import tempfile
 
     from .cache import CUBIN_NAME
