@@ -13,9 +13,10 @@ from cupy_mla.errors import InvalidArgumentError
 from cupy_mla.settings import Settings, get_settings, one_thread_each, read_settings
 
 
-def test_defaults():
+def test_defaults(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(Path, "home", lambda: tmp_path)
     settings = read_settings({})
-    assert settings == Settings(Path.home() / ".cache" / "cupy_mla", validate=False, backend="auto")
+    assert settings == Settings(tmp_path / ".cache" / "cupy_mla", validate=False, backend="auto")
 
 
 def test_cache_dir_variables(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
