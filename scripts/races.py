@@ -1,18 +1,12 @@
 #!/usr/bin/env python3
-"""Run every kernel family under compute-sanitizer, and look for races without it; needs a Hopper GPU.
+"""Run every kernel family under compute-sanitizer, or look for races and leaks without it; needs a Hopper GPU.
 
-    python scripts/races.py                          # memcheck, racecheck, synccheck, initcheck over every family
-    python scripts/races.py --every                  # memcheck over every standard configuration
-    python scripts/races.py --tools racecheck narrow # of families whose names begin so
-    python scripts/races.py --repeats 10000          # equal bits of one problem beside other work, streams and threads
-    python scripts/races.py --calls 100000           # memory of host and device over so many calls
-
-Exits with 1 if anything is found.
+FAMILIES are beginnings of names: of kernel families, "around" (merges, appends, slots), "hazards" (lengths, pages and
+indices that nobody checked). All unless some are given. Exits with 1 if anything is found.
 """
 
 from __future__ import annotations
 
-import argparse
 import os
 import re
 import resource
@@ -25,6 +19,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from typing import Any
 
+import click
 import numpy as np
 
 from cupy_mla import (
@@ -69,40 +64,43 @@ WHERE = ("host", "pool", "device")
 INT32 = np.iinfo(np.int32)
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("families", nargs="*", help="beginnings of names; all unless given: " + ", ".join(UNITS))
-    parser.add_argument("--tools", nargs="+", choices=TOOLS, default=None)
-    parser.add_argument("--every", action="store_true", help="every standard configuration, not one of each family")
-    parser.add_argument("--jobs", type=int, default=4, help="families at once (default: 4)")
-    parser.add_argument("--repeats", type=int, default=0)
-    parser.add_argument("--calls", type=int, default=0)
-    parser.add_argument("--work", help=argparse.SUPPRESS)  # what runs under the tool
-    options = parser.parse_args()
-    if options.work:
-        run_unit(options.work, options.every)
-        return 0
+@click.command(help=__doc__)
+@click.argument("families", nargs=-1)
+@click.option("--tool", "tools", multiple=True, type=click.Choice(TOOLS), help="Of compute-sanitizer; all by default.")
+@click.option("--every", is_flag=True, help="Every standard configuration, not one of each family; memcheck by default.")
+@click.option("--jobs", type=click.IntRange(min=1), default=4, show_default=True, help="Families at once.")
+@click.option("--repeats", type=click.IntRange(min=1), help="Without a tool: equal bits of one problem.")
+@click.option("--calls", type=click.IntRange(min=1), help="Without a tool: memory over so many calls.")
+@click.option("--work", type=click.Choice(UNITS), hidden=True, help="What runs under the tool.")
+@click.pass_context
+def main(
+    ctx: click.Context, families: tuple[str, ...], tools: tuple[str, ...], every: bool, jobs: int,
+    repeats: int | None, calls: int | None, work: str | None,
+) -> None:  # fmt: skip
+    if work is not None:
+        run_unit(work, every)
+        return
     found = 0
-    if options.repeats or options.calls:
-        found += repeat_beside_other_work(options.repeats) if options.repeats else 0
-        found += count_memory(options.calls) if options.calls else 0
-        return min(found, 1)
-    tools = options.tools or (("memcheck",) if options.every else TOOLS)
-    units = [unit for unit in UNITS if not options.families or unit.startswith(tuple(options.families))]
-    return min(run_tools(tools, units, options), 1)
+    if repeats or calls:
+        found += repeat_beside_other_work(repeats) if repeats else 0
+        found += count_memory(calls) if calls else 0
+    else:
+        units = [unit for unit in UNITS if not families or unit.startswith(families)]
+        found += run_tools(tools or (("memcheck",) if every else TOOLS), units, every, jobs)
+    ctx.exit(min(found, 1))
 
 
 # Under compute-sanitizer ---------------------------------------------------------------------------------------------
 
 
-def run_tools(tools: tuple[str, ...], units: list[str], options: argparse.Namespace) -> int:
+def run_tools(tools: tuple[str, ...], units: list[str], every: bool, jobs: int) -> int:
     """Print a line for each unit and tool, and return how many have errors or did not run."""
     sanitizer = shutil.which("compute-sanitizer") or "/usr/local/cuda/bin/compute-sanitizer"
     found = 0
 
     def run(tool: str, unit: str) -> tuple[str, str, int, str]:
         command = [sanitizer, "--tool", tool, "--target-processes", "all", sys.executable, __file__, "--work", unit]
-        command += ["--every"] * options.every
+        command += ["--every"] * every
         try:
             done = subprocess.run(command, capture_output=True, text=True, timeout=SANITIZER_SECONDS)
         except subprocess.TimeoutExpired:
@@ -113,7 +111,7 @@ def run_tools(tools: tuple[str, ...], units: list[str], options: argparse.Namesp
         errors, raced, warned = summary[-1]
         return tool, unit, int(errors or raced), f"{warned} warnings" if int(errors or raced) == 0 else done.stdout
 
-    with ThreadPoolExecutor(options.jobs) as pool:
+    with ThreadPoolExecutor(jobs) as pool:
         for tool, unit, count, text in pool.map(lambda pair: run(*pair), [(t, u) for t in tools for u in units]):
             verdict = {-1: "did not run", 0: "clean"}.get(count, f"{count} errors")
             warned = count == 0 and text not in (" warnings", "0 warnings")
@@ -356,4 +354,4 @@ def resident_bytes() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

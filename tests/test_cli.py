@@ -59,7 +59,7 @@ def assert_mistake(result: Result, *words: str) -> None:
 
 def test_help_names_every_command() -> None:
     output = run("--help").output
-    assert set(main.commands) == {"decode", "info", "check", "compile", "plan", "bench", "memory"}
+    assert set(main.commands) == {"decode", "info", "check", "compile", "cache", "plan", "bench", "memory"}
     for command in main.commands:
         assert f"\n  {command} " in output
         assert run(command, "--help").exit_code == 0

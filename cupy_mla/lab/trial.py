@@ -28,9 +28,9 @@ _POOL_VALUES = 1 << 21
 _POISON = 0xFF  # as every byte: a NaN in bfloat16, float16, float32 and e4m3
 _ROW_UNIT = 8  # elements; strides of rows are multiples of 16 bytes of 16-bit values, of e4m3 twice as many
 _FLOAT32_BOUND = 1e-6
-# One key may hold nearly all of a row's weight, and the rounding of that one weight to bfloat16, up to 2^-8, is an error
-# of the whole row; that of the output and of partial results comes on top. Over many rows that averages out: fewer than
-# these share a kv head.
+# One key may hold nearly all of a row's weight, and the rounding of that one weight to bfloat16, up to 2^-8, is an
+# error of the whole row; that of the output and of partial results comes on top. Over many rows that averages out:
+# fewer than these share a kv head.
 _FEW_ROWS, _FEW_ROWS_BOUND = 16, 5e-3
 _TILE = 64
 
