@@ -12,7 +12,7 @@ from typing import Any
 
 from ..call.options import AUTO, EXACT, SPLIT
 from ..errors import MlaError
-from ..layouts import FP8_E4M3
+from ..layouts import FP8_DS_MLA, FP8_DS_MLA_NO_ROPE, FP8_E4M3
 from .accuracy import Accuracy, choose_requests, measure_accuracy
 from .build import build_case
 from .cases import Case
@@ -112,12 +112,18 @@ CHECK_CASES: tuple[CheckCase, ...] = (
     CheckCase(_EDGES, 128, topk=200, page_size=1, rope_dim=0),
     CheckCase((200, 64, 1), 128, topk=100, num_heads_kv=2),
     CheckCase((3000, 700, 64, 1), 16, topk=2048, fixed_split_tokens=512),
+    # The same over FP8 caches.
+    *(CheckCase(_EDGES, heads, topk=200, layout=FP8_DS_MLA.name, attn_sink=True) for heads in (3, 16, 32, 128)),
+    CheckCase((5000, 17, 3000), 16, topk=2048, topk_length=True, layout=FP8_DS_MLA.name),
+    CheckCase(_EDGES, 64, topk=200, layout=FP8_DS_MLA_NO_ROPE.name, rope_dim=0),
+    CheckCase(_EDGES, 16, topk=200, layout=FP8_E4M3.name),
     # Prefill: a row of indices for each query token.
     *(
         CheckCase((1000,), heads, seqlens_q=20, topk=140, prefill=True, topk_length=True, attn_sink=True)
         for heads in (16, 32, 128)
     ),
     CheckCase((100,), 64, seqlens_q=200, topk=200, prefill=True, dtype="float16", rope_dim=0),
+    CheckCase((1000,), 16, seqlens_q=20, topk=140, prefill=True, topk_length=True, layout=FP8_DS_MLA.name),
     # Views of wider arrays, and splits of a fixed length.
     *(CheckCase(_EDGES, heads, padded=True) for heads in (16, 128)),
     *(CheckCase((3000, 700, 64, 1), heads, fixed_split_tokens=512) for heads in (16, 128)),
