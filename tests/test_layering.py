@@ -178,10 +178,9 @@ def test_importing_the_package_is_quick(tmp_path: Path) -> None:
         [float(word) for word in subprocess.check_output(command, env=environment, text=True).split()]
         for _ in range(IMPORT_TRIES)
     ]
+    assert min(map(sum, tries)) < IMPORT_SECONDS
     numpy_seconds, own_seconds = map(min, zip(*tries, strict=True))
     assert own_seconds < IMPORT_RATIO * numpy_seconds
-    if numpy_seconds < IMPORT_SECONDS / 2:  # else the machine is so slow, or so busy, that NumPy alone is the yardstick
-        assert min(map(sum, tries)) < IMPORT_SECONDS
 
 
 @pytest.mark.parametrize("name", sorted(set(MODULES) - {"settings"}))

@@ -28,10 +28,6 @@ _POOL_VALUES = 1 << 21
 _POISON = 0xFF  # as every byte: a NaN in bfloat16, float16, float32 and e4m3
 _ROW_UNIT = 8  # elements; strides of rows are multiples of 16 bytes of 16-bit values, of e4m3 twice as many
 _FLOAT32_BOUND = 1e-6
-# One key may hold nearly all of a row's weight, and the rounding of that one weight to bfloat16, up to 2^-8, is an
-# error of the whole row; that of the output and of partial results comes on top. Over many rows that averages out:
-# fewer than these share a kv head.
-_FEW_ROWS, _FEW_ROWS_BOUND = 16, 5e-3
 _TILE = 64
 
 
@@ -157,8 +153,8 @@ class Trial:
 
     # Comparisons -----------------------------------------------------------------------------------------------------
 
-    def compare_out(self, name: str, out: Array, exact: Array, dtype: str, rows: int = _FEW_ROWS) -> None:
-        """The relative Frobenius error of all of out, [..., d_v] of one request whose kv heads have so many query rows.
+    def compare_out(self, name: str, out: Array, exact: Array, dtype: str) -> None:
+        """The relative Frobenius error of all of out, [..., d_v] of one request.
 
         Raises
         ------
@@ -166,10 +162,7 @@ class Trial:
             It is above the bound of the type.
         """
         error, size = (float(np.linalg.norm(part)) for part in (out.astype(np.float64) - exact, exact))
-        bound = OUT_BOUNDS.get(dtype, _FLOAT32_BOUND)
-        if dtype == "bfloat16" and rows < _FEW_ROWS:
-            bound = _FEW_ROWS_BOUND
-        self._note(name, error, bound * size)
+        self._note(name, error, OUT_BOUNDS.get(dtype, _FLOAT32_BOUND) * size)
 
     def compare_lse(self, name: str, lse: Array, exact: Array, bound: float = LSE_BOUNDS[EXACT]) -> None:
         """Errors of logarithms, in proportion where they are large; infinite ones are equal.
