@@ -152,22 +152,26 @@ private:
         wgmma_pin(scores);
     }
 
-    // 16 stored bytes of tokens lane / 4 and lane / 4 + 8 of this warp; query.h says which columns they are.
+    // The tokens of a tile that this thread has scores of, and where its 16 bytes of their 64 columns of a latent box lie in a
+    // stage; query.h says which columns they are.
+    MLA_DEVICE u32 token_of(u32 half) const { return warp_ * kWarpTokens + half * 8 + lane_ / 4; }
+    MLA_DEVICE u32 latent_offset(u32 half, u32 box) const {
+        return latent_chunk_offset(token_of(half), box / 2, lane_ % 4 * 2 + box % 2);
+    }
+
     MLA_DEVICE void load_keys(u32 box, u32 (&raw)[2][4]) const {
         const u32 stage = stage_address(smem_, stage_.index);
 #pragma unroll
         for (u32 half = 0; half < 2; ++half) {
-            const u32 token = warp_ * kWarpTokens + half * 8 + lane_ / 4;
-            const u32 offset = box < kLatentBoxes ? latent_chunk_offset(token, box / 2, lane_ % 4 * 2 + box % 2)
-                                                  : kStageRope + rope_chunk_offset(token, lane_ % 4);
-            load_shared_words(stage + offset, raw[half]);
+            load_shared_words(stage + (box < kLatentBoxes ? latent_offset(half, box)
+                                                          : kStageRope + rope_chunk_offset(token_of(half), lane_ % 4)),
+                              raw[half]);
         }
     }
 
     // Hidden scores are overwritten, not added to: K past a sequence's end may be NaN. V past it may be too, or left over from
-    // another tile, and 0 * NaN is NaN: each warp clears the tokens that its own share of QK has read; the values warps read
-    // them after P, which follows. Lanes clear what other lanes of
-    // their warp have read, before a wgmma.wait of all: racecheck, which does not follow that, warns of it (a __syncwarp spills).
+    // another tile, and 0 * NaN is NaN: each thread clears what load_keys gives it of these tokens, so that it overwrites only
+    // what it has read itself; the values warps read it after P, which follows.
     MLA_DEVICE void mask(i32 item, const Tiles& tiles, float (&scores)[kFragment]) const {
         const BlockWork work = load_block_work(params_, item);
         const i32 key = work.seqlen_k - tiles.sequence_end + static_cast<i32>(warp_ * kWarpTokens + lane_ / 4);
@@ -179,13 +183,12 @@ private:
             upper = key < end ? upper : minus_infinity();
             lower = key + 8 < end ? lower : minus_infinity();
         }
-        for (u32 row = lane_ / kChunksPerBoxRow; row < kWarpTokens; row += kWarpThreads / kChunksPerBoxRow) {
-            const u32 token = warp_ * kWarpTokens + row;
-            if (static_cast<i32>(token) < tiles.sequence_end) continue;
 #pragma unroll
-            for (u32 box = 0; box < kByteBoxes; ++box)
-                store_shared_16b(stage_address(smem_, stage_.index) + latent_chunk_offset(token, box, lane_ % kChunksPerBoxRow),
-                                 uint4{0, 0, 0, 0});
+        for (u32 half = 0; half < 2; ++half) {
+            if (static_cast<i32>(token_of(half)) < tiles.sequence_end) continue;
+#pragma unroll
+            for (u32 box = 0; box < kLatentBoxes; ++box)
+                store_shared_16b(stage_address(smem_, stage_.index) + latent_offset(half, box), uint4{0, 0, 0, 0});
         }
     }
 

@@ -63,19 +63,18 @@ private:
         const u32 row = slab_address(smem_, ring_.index) + row_place(lane_) * kRowPitch;
         mbarrier_wait(raw_empty_barrier(smem_, ring_.index), ring_.parity ^ 1);  // passes at once in the first lap
         fence_async_proxy();  // the rows before may have been cleared by ordinary stores
-        if (valid != kAllValid) {
-            // A token that there is not is zeros, scales too.
-            if (!is_valid && lane_ < kSlabTokens) {
+        if (lane_ == 0) store_shared_u32(valid_word(smem_, ring_.index), valid);
+        if (lane_ < kSlabTokens) {
+            if (is_valid) {
+                mbarrier_arrive_expect_bytes(full, Codec::kRowBytes);
+                tma_load_bytes(row, token_address(params_, slot), Codec::kRowBytes, full);
+            } else {
+                // A token that there is not is zeros, scales too.
 #pragma unroll 1
                 for (u32 byte = 0; byte < Codec::kRowBytes; byte += 16) store_shared_16b(row + byte, uint4{0, 0, 0, 0});
+                mbarrier_arrive(full);
             }
-            __syncwarp();
         }
-        if (lane_ == 0) {
-            store_shared_u32(valid_word(smem_, ring_.index), valid);
-            mbarrier_arrive_expect_bytes(full, __popc(valid) * Codec::kRowBytes);
-        }
-        if (is_valid) tma_load_bytes(row, token_address(params_, slot), Codec::kRowBytes, full);
         __syncwarp();
         ring_.advance();
     }

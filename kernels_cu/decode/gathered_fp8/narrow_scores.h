@@ -161,8 +161,7 @@ private:
                 multiply_step<Operand>(box, step, key, query, Codec::kUncoded > 0 || box > 0, scores);
             wgmma_commit();
         }
-        __syncwarp();
-        if (lane_ == 0) mbarrier_arrive(raw_empty_barrier(smem_, ring_.index));
+        mbarrier_arrive(raw_empty_barrier(smem_, ring_.index));
         wgmma_wait<0>();
         wgmma_pin(scores);
     }

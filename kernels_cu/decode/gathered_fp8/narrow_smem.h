@@ -63,9 +63,10 @@ MLA_DEVICE u32 valid_word(u32 smem, u32 slab) { return smem + Smem::valid + slab
 constexpr u32 kAllValid = (1u << kSlabTokens) - 1;
 
 // Barriers. Who arrives, who waits:
-// raw_full: one lane of the loader warp, with the bytes of its copies; the scores warp of the same number.
+// raw_full: the lane of each token, with the bytes of its copy or once it has cleared the row; the scores warp of the number of
+// that loader warp.
 MLA_DEVICE u32 raw_full_barrier(u32 smem, u32 slab) { return smem + Smem::raw_full + slab * sizeof(u64); }
-// raw_empty: one lane of that scores warp, once its slab is in registers; the loader warp.
+// raw_empty: every lane of that scores warp, once its share of the slab is in registers; the loader warp.
 MLA_DEVICE u32 raw_empty_barrier(u32 smem, u32 slab) { return smem + Smem::raw_empty + slab * sizeof(u64); }
 // values_empty: one lane of each values warp, once PV has read a group of boxes; scores.
 MLA_DEVICE u32 values_empty_barrier(u32 smem, u32 group) { return smem + Smem::values_empty + group * sizeof(u64); }
@@ -78,8 +79,8 @@ MLA_DEVICE u32 sums_full_barrier(u32 smem, u32 buffer) { return smem + Smem::sum
 
 MLA_DEVICE void initialise_barriers(u32 smem) {
     for (u32 slab = 0; slab < Smem::slabs; ++slab) {
-        mbarrier_init(raw_full_barrier(smem, slab), 1);
-        mbarrier_init(raw_empty_barrier(smem, slab), 1);
+        mbarrier_init(raw_full_barrier(smem, slab), kSlabTokens);
+        mbarrier_init(raw_empty_barrier(smem, slab), kWarpThreads);
     }
     for (u32 group = 0; group < kFreedGroups; ++group) mbarrier_init(values_empty_barrier(smem, group), kWarpgroupWarps);
     for (u32 buffer = 0; buffer < kBuffers; ++buffer) {
