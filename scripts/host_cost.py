@@ -113,6 +113,9 @@ class NoGpu:
 
         views._READER_OF_FRAMEWORK["torch"] = read_as_cuda
         torch._C._cuda_getCurrentRawStream = lambda device_id: 0
+        torch._C._cuda_getDevice = lambda: 0
+        torch._C._cuda_cudaCachingAllocator_raw_alloc = lambda size, stream: 1 << 40
+        torch._C._cuda_cudaCachingAllocator_raw_delete = lambda pointer: None
         info = DeviceInfo(0, "none", (9, 0), 132, 2**37, 2**25, 232448)
         for module in (plan, decode, torch_calls):
             module.current_stream = lambda array, device_id: 0  # type: ignore[attr-defined]

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from cupy_mla.arrays import frameworks
+from cupy_mla.arrays import frameworks, scratch
 from cupy_mla.arrays import sketch as sketches
 from cupy_mla.arrays import view as arrays
 from cupy_mla.arrays.view import ArrayView, contiguous_strides
@@ -180,7 +180,7 @@ def fake_gpu(patch: pytest.MonkeyPatch) -> FakeGpu:
     patch.setattr(device, "require_supported", lambda device_id: info)
     for module in (decode_call, gathered_decode):
         patch.setattr(module, "second_half", lambda device_id: HALF)
-    for module in (blueprint, decode, prefill, sparse):
+    for module in (blueprint, decode, prefill, scratch, sparse):
         patch.setattr(module, "empty_like", gpu.empty_like)
     for module in (plan, sparse_plan, decode, prefill, sparse):
         patch.setattr(module, "current_stream", lambda array, device_id: 77)

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import sys
 from typing import Any
 
 import pytest
 
+from cupy_mla.arrays import sketch as sketch_module
 from cupy_mla.arrays.sketch import Sketches, pointer_of
 from cupy_mla.arrays.view import view
 
 torch = pytest.importorskip("torch", reason="torch is not installed")
 
 
+REPEATS = 7  # enough for a call to be one that is made again and again
 sketches: dict[int, Sketches] = {}  # of functions of one array, of two, and so on
 sketch_pairs = Sketches(pairs=1).sketch
 
@@ -54,6 +57,67 @@ def test_layouts_are_equal_when_views_are() -> None:
             assert (found[0][2] == found[1][2]) == (described[0] == described[1])
             assert (found[0][1] is found[1][1]) == same_type
             assert found[0][0] == (first.data_ptr(),) == (pointer_of(first),)
+
+
+@pytest.mark.parametrize("name", tensors())
+def test_repeated_calls_are_recognised_and_others_are_not(name: str) -> None:
+    repeated, named = Sketches().sketch, tensors()
+    again = tensors()[name]  # other memory, the same form
+    for _ in range(REPEATS):
+        sketched = repeated((named[name], again))
+    assert repeated((again, named[name]))[2] is sketched[2]  # what was noted, without asking for forms
+    assert repeated((again, named[name]))[0] == (again.data_ptr(), named[name].data_ptr())
+    negative = torch.complex(torch.zeros(4, 6, 8), torch.zeros(4, 6, 8)).conj().imag
+    for other in (*named.values(), negative, named[name].detach().requires_grad_(named[name].is_floating_point())):
+        found, plain = repeated((again, other)), sketch((again, other))
+        assert found[0] == plain[0]
+        assert found[2] == plain[2]
+        for _ in range(REPEATS):  # recognised again, once it is repeated again
+            sketched = repeated((again, named[name]))
+        assert repeated((again, named[name]))[2] is sketched[2]
+
+
+def test_a_repeated_call_that_gives_an_array_twice_is_sketched() -> None:
+    repeated = Sketches().sketch
+    first, second = torch.zeros(3, 4), torch.zeros(3, 4)
+    for _ in range(REPEATS):
+        sketched = repeated((first, second))
+    assert repeated((first, first))[::2] == ((first.data_ptr(),) * 2, sketched[2])
+
+
+def test_repeated_calls_are_recognised_in_inference_mode() -> None:
+    repeated = Sketches().sketch
+    with torch.inference_mode():
+        tensor = torch.zeros(3, 4)
+        for _ in range(REPEATS):
+            sketched = repeated((tensor,))
+        assert repeated((torch.zeros(3, 4),))[2] is sketched[2]
+        assert repeated((torch.zeros(4, 3),))[2] != sketched[2]
+
+
+def test_numbers_in_the_places_of_arrays_count_in_repeated_calls() -> None:
+    repeated, tensor = Sketches().sketch, torch.zeros(3)
+    for _ in range(REPEATS):
+        sketched = repeated((tensor, 0.5))
+    assert repeated((tensor, 0.5))[2] is sketched[2]
+    assert repeated((tensor, 0.25))[2][-1] == 0.25
+
+
+def test_a_torch_without_guards_has_sketches(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "torch._C._dynamo.guards", None)
+    monkeypatch.setattr(sketch_module, "_tensor_guards", sketch_module._tensor_guards.__wrapped__)
+    repeated, tensor = Sketches().sketch, torch.zeros(3)
+    sketched = [repeated((tensor,)) for _ in range(REPEATS + 1)]
+    assert all(found == sketched[0] for found in sketched)
+    assert sketched[-1][2] is not sketched[-2][2]
+
+
+def test_a_repeated_call_without_memory_has_no_sketch() -> None:
+    repeated, tensor = Sketches().sketch, torch.zeros(3, 4)
+    for _ in range(REPEATS):
+        repeated((tensor,))
+    tensor.untyped_storage().resize_(0)
+    assert repeated((tensor,)) is None
 
 
 def _view(tensor: Any) -> Any:

@@ -11,6 +11,7 @@ import numpy as np
 from ..arrays.dtypes import ITEM_SIZES
 from ..arrays.exchange import empty_like
 from ..arrays.frameworks import CUDA
+from ..arrays.scratch import scratch_like
 from ..arrays.sketch import pointer_of
 from ..arrays.view import ArrayView, contiguous_strides
 from ..call.arguments import settled_strides
@@ -154,6 +155,35 @@ class PlanMemory:
         self.partial_lse = self.partial_out + kind.partial_out_bytes
         self.is_settled = False
         self.updated_in_capture: bool | None = None
+
+
+class CallMemory(PlanMemory):
+    """That of one call without a plan object: made by the call, planned by it too where no plan was made already.
+
+    Parameters
+    ----------
+    kind
+        What all plans of this kind share.
+    q
+        The array whose framework the memory comes from.
+    plan
+        Address of a plan that was made already, or 0.
+    cache_seqlens, cu_seqlens_q
+        Addresses of what is planned for, as `Blueprint.launch_planner` takes them.
+    stream
+        The stream of the call.
+    """
+
+    __slots__ = ("_scratch",)
+
+    def __init__(
+        self, kind: Blueprint[Any], q: Any, plan: int, cache_seqlens: int, cu_seqlens_q: int, stream: int
+    ) -> None:
+        size = kind.partial_bytes if plan else kind.workspace_bytes
+        self._scratch = scratch_like(q, size, kind.location[1], stream)
+        super().__init__(kind, self._scratch.pointer, plan)
+        if not plan:
+            kind.launch_planner(cache_seqlens, cu_seqlens_q, self.pointer, stream)
 
 
 class Plan(PlanMemory, Generic[P]):

@@ -12,11 +12,11 @@ from ..arrays.sketch import pointer_of
 from ..call.arguments import validate_values
 from ..call.describe import describe_decode
 from ..call.options import ARRAYS, DECODE, DecodeArrays, DecodeOptions, option_names
-from ..call.problem import LSE_DTYPE, PLAN_DTYPE, Addresses, DecodeInputs, DecodeProblem
+from ..call.problem import LSE_DTYPE, Addresses, DecodeInputs, DecodeProblem
 from ..errors import InvalidArgumentError
 from ..gpu.device import require_backend
 from ..settings import get_settings, wants_validation
-from .blueprint import DenseBlueprint, PlanMemory
+from .blueprint import CallMemory, DenseBlueprint, PlanMemory
 from .known import identify, recall, remember
 from .plan import DecodePlan, plan_kind
 from .plan_arrays import check_plan_array
@@ -27,6 +27,7 @@ from .token_pages import prepare
 # Places in the tuples that calls are recognised by.
 _VALIDATE = option_names(DECODE).index("validate")
 _Q, _OUT, _LSE = (ARRAYS.index(name) for name in ("q", "out", "lse"))
+_LENGTHS, _STARTS, _PLAN = (Addresses._fields.index(name) for name in ("cache_seqlens", "cu_seqlens_q", "plan"))
 
 
 def mla_decode(
@@ -340,16 +341,10 @@ def _launch(
         if lse is None:
             lse = empty_like(q, problem.queries.lse_shape, LSE_DTYPE, given_stream)
         addresses = (*addresses[:-2], pointer_of(out), pointer_of(lse))
-    memory: PlanMemory
-    if plan is not None:
-        memory = plan
-    else:
-        named = Addresses(*addresses)
-        size = kind.partial_bytes if named.plan else kind.workspace_bytes
-        workspace = empty_like(q, (size,), PLAN_DTYPE, given_stream)
-        memory = PlanMemory(kind, pointer_of(workspace), named.plan)
-        if not named.plan:
-            kind.launch_planner(named.cache_seqlens, named.cu_seqlens_q, memory.pointer, stream)
+    memory: PlanMemory | None = plan
+    if memory is None:
+        lengths, starts, made = addresses[_LENGTHS], addresses[_STARTS], addresses[_PLAN]
+        memory = CallMemory(kind, q, made, lengths, starts, stream)
     call(addresses, memory, stream)
     if inputs is None:  # recognised, which only arrays of torch and CuPy are
         return out, lse

@@ -8,7 +8,7 @@ from typing import Any
 from ..arrays.exchange import as_numpy, empty_like, finish, keep_imported
 from ..arrays.frameworks import check_stream, current_stream
 from ..arrays.sketch import pointer_of
-from ..call.problem import LSE_DTYPE, PLAN_DTYPE
+from ..call.problem import LSE_DTYPE
 from ..call.sparse import describe_sparse_decode, validate_lengths
 from ..call.sparse_options import (
     SPARSE_DECODE,
@@ -21,7 +21,7 @@ from ..call.sparse_problem import SparseInputs, SparseProblem
 from ..errors import InvalidArgumentError
 from ..gpu.device import require_backend
 from ..settings import get_settings, wants_validation
-from .blueprint import PlanMemory, SparseBlueprint
+from .blueprint import CallMemory, PlanMemory, SparseBlueprint
 from .gathered import SparseStrides
 from .gathered_decode import SparseDecodeCall, prepare_sparse_decode
 from .known_sparse import KnownCalls
@@ -295,15 +295,9 @@ def _launch(
     if out is None or lse is None:
         out, lse = _outputs(kind.problem, arrays, given_stream)
         addresses = (*addresses[:_OUT], pointer_of(out), pointer_of(lse))
-    memory: PlanMemory
-    if plan is not None:
-        memory = plan
-    else:
-        made = addresses[_PLAN]
-        workspace = empty_like(q, (kind.partial_bytes if made else kind.workspace_bytes,), PLAN_DTYPE, given_stream)
-        memory = PlanMemory(kind, pointer_of(workspace), made)
-        if not made:
-            kind.launch_planner(addresses[_LENGTHS], 0, memory.pointer, stream)
+    memory: PlanMemory | None = plan
+    if memory is None:
+        memory = CallMemory(kind, q, addresses[_PLAN], addresses[_LENGTHS], 0, stream)
     call(addresses, memory, stream)
     if inputs is None:  # recognised, which only arrays of torch and CuPy are
         return out, lse
