@@ -5,242 +5,150 @@ function has a stand-in that is traced in its place (``_torchdynamo_inline``, wh
 puts an operator of `cupy_mla.torch_ops` into the program, or, where an argument is nothing that an operator takes (a
 plan object, a stream, one output without the other), ends the graph, and the function runs as it is. Calls of a program
 that is not compiled do not come by here.
+
+What a function takes is written where the function is: a stand-in reads the names from it.
 """
 
 from __future__ import annotations
 
+import inspect
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
+
+from .call.options import OPERATOR_NAMES, ROPE_OF
 
 _TRACED_INSTEAD = "_torchdynamo_inline"
 _LOG2_E = math.log2(math.e)
-_TAUGHT: dict[str, Callable[..., Any]] = {}  # the functions themselves
+_NO_TENSORS = ("plan", "stream", "out")  # no operator has them; outputs go to one of their own
+_APPEND_ROPES = {"kv_cache": "kv_rope", "kv_new": "kv_new_rope"}
+Given = dict[str, Any]  # arguments of a call, by name; those left out are not in it
 
 
 def teach(*functions: Callable[..., Any]) -> None:
     """Have programs that torch.compile traces call the stand-ins of these functions, if they have one."""
     for function in functions:
-        stand_in = _STAND_INS.get(getattr(function, "__name__", ""))
-        if stand_in is not None:
-            _TAUGHT[function.__name__] = function
-            setattr(function, _TRACED_INSTEAD, stand_in)
+        name = getattr(function, "__name__", "")
+        if name in _OPERATORS:
+            setattr(function, _TRACED_INSTEAD, _stand_in(function, _OPERATORS[name]))
 
 
-def _pair(array: Any) -> tuple[Any, Any]:
-    return (array[0], array[1]) if isinstance(array, (tuple, list)) else (array, None)
+def _stand_in(function: Callable[..., Any], operator: Callable[[Given], Any]) -> Callable[..., Any]:
+    """What is traced instead of a function: its operator, or itself as it is where that returns NotImplemented."""
+    parameters = inspect.signature(function).parameters
+    names = tuple(parameters)
+    places = tuple(name for name, p in parameters.items() if p.kind is p.POSITIONAL_OR_KEYWORD)
+    needed = tuple(name for name, p in parameters.items() if p.default is p.empty)
+
+    def stand_in(*arguments: Any, **named: Any) -> Any:
+        from . import torch_rules
+
+        result = NotImplemented
+        given = {**dict(zip(places, arguments, strict=False)), **named}
+        is_right = len(given) == len(arguments) + len(named) and all(name in names for name in given)
+        if is_right and all(name in given for name in needed):  # what is wrong the function says itself
+            result = operator(given)
+        return torch_rules.as_it_is(function, *arguments, **named) if result is NotImplemented else result
+
+    return stand_in
 
 
-def _mla_decode(
-    q: Any,
-    kv_cache: Any,
-    block_table: Any,
-    cache_seqlens: Any,
-    *,
-    plan: Any = None,
-    out: Any = None,
-    lse: Any = None,
-    kv_scale: Any = None,
-    stream: int | None = None,
-    **options: Any,
-) -> Any:
-    import torch
+def _operator(
+    name: str, outputs: tuple[str, ...] = (), ropes: Mapping[str, str] = {}, names: Mapping[str, str] = {}
+) -> Callable[[Given], Any]:
+    """The operator of a name, for arrays of which some may be pairs, and options that it knows by other names.
 
-    from . import torch_rules
+    With outputs it is another that writes to them.
+    """
 
-    by_operator = plan is None and stream is None and (out is None) == (lse is None)
-    if not by_operator or not (kv_scale is None or isinstance(kv_scale, torch.Tensor)):
-        outputs = {"out": out, "lse": lse, "plan": plan, "kv_scale": kv_scale, "stream": stream}
-        arguments = q, kv_cache, block_table, cache_seqlens
-        return torch_rules.as_it_is(_TAUGHT["mla_decode"], *arguments, **outputs, **options)
-    (latent, q_rope), (cache, kv_rope) = _pair(q), _pair(kv_cache)
-    arrays = {"q_rope": q_rope, "kv_rope": kv_rope, "kv_scale": kv_scale}
-    if out is None:
-        return torch.ops.cupy_mla.mla_decode(latent, cache, block_table, cache_seqlens, **arrays, **options)
-    torch.ops.cupy_mla.mla_decode_out(latent, cache, block_table, cache_seqlens, **arrays, **options, out=out, lse=lse)
-    return out, lse
+    def call(given: Given) -> Any:
+        import torch
 
+        results = [given.pop(output, None) for output in outputs]
+        num_given = len([result for result in results if result is not None])
+        scale, layout = given.get("kv_scale"), given.get("layout")
+        if (
+            num_given not in (0, len(outputs))
+            or any(given.pop(argument, None) is not None for argument in _NO_TENSORS)
+            or not (scale is None or isinstance(scale, torch.Tensor))
+            or not (layout is None or isinstance(layout, str))
+        ):
+            return NotImplemented
+        for array, rope in ropes.items():
+            if isinstance(given[array], (tuple, list)):
+                if len(given[array]) != len((array, rope)):
+                    return NotImplemented
+                given[array], given[rope] = given[array]
+        arguments = {names.get(argument, argument): value for argument, value in given.items()}
+        if num_given == 0:
+            return getattr(torch.ops.cupy_mla, name)(**arguments)
+        getattr(torch.ops.cupy_mla, f"{name}_out")(**arguments, **dict(zip(outputs, results, strict=True)))
+        return tuple(results)
 
-def _mla_sparse_decode(
-    q: Any,
-    kv_cache: Any,
-    indices: Any,
-    *,
-    plan: Any = None,
-    out: Any = None,
-    lse: Any = None,
-    stream: int | None = None,
-    **options: Any,
-) -> Any:
-    import torch
-
-    from . import torch_rules
-
-    if plan is not None or stream is not None or (out is None) != (lse is None):
-        outputs = {"out": out, "lse": lse, "plan": plan, "stream": stream}
-        return torch_rules.as_it_is(_TAUGHT["mla_sparse_decode"], q, kv_cache, indices, **outputs, **options)
-    if out is None:
-        return torch.ops.cupy_mla.mla_sparse_decode(q, kv_cache, indices, **options)
-    torch.ops.cupy_mla.mla_sparse_decode_out(q, kv_cache, indices, **options, out=out, lse=lse)
-    return out, lse
+    return call
 
 
-def _mla_sparse_prefill(
-    q: Any,
-    kv: Any,
-    indices: Any,
-    *,
-    out: Any = None,
-    max_logits: Any = None,
-    lse: Any = None,
-    stream: int | None = None,
-    **options: Any,
-) -> Any:
-    import torch
-
-    from . import torch_rules
-
-    given = {"out": out, "max_logits": max_logits, "lse": lse}
-    if stream is None and out is None and max_logits is None and lse is None:
-        return torch.ops.cupy_mla.mla_sparse_prefill(q, kv, indices, **options)
-    return torch_rules.as_it_is(_TAUGHT["mla_sparse_prefill"], q, kv, indices, **given, stream=stream, **options)
+_mla_decode = _operator("mla_decode", ("out", "lse"), ROPE_OF)
+_mla_sparse_decode = _operator("mla_sparse_decode", ("out", "lse"), names=OPERATOR_NAMES)
+_mla_sparse_prefill = _operator("mla_sparse_prefill", ("out", "max_logits", "lse"), names=OPERATOR_NAMES)
+_merge_states_once = _operator("merge_states")
 
 
-def _merge_states(outs: Any, lses: Any, *, stream: int | None = None) -> Any:
-    import torch
-
-    from . import torch_rules
-
-    if stream is not None:
-        return torch_rules.as_it_is(_TAUGHT["merge_states"], outs, lses, stream=stream)
-    if isinstance(outs, (tuple, list)):
-        return torch.ops.cupy_mla.merge_states(list(outs), list(lses))
-    return torch.ops.cupy_mla.merge_states(outs, lses)
+def _merge_states(given: Given) -> Any:
+    listed = {name: list(value) if isinstance(value, tuple) else value for name, value in given.items()}
+    return _merge_states_once(listed)
 
 
-def _append_tokens(kv_cache: Any, kv_new: Any, *places: Any, stream: int | None = None, **named: Any) -> None:
-    import torch
-
-    from . import torch_rules
-
-    if stream is not None:
-        torch_rules.as_it_is(_TAUGHT["append_tokens"], kv_cache, kv_new, *places, stream=stream, **named)
-        return
-    (cache, kv_rope), (rows, kv_new_rope) = _pair(kv_cache), _pair(kv_new)
-    torch.ops.cupy_mla.append_tokens(cache, rows, *places, kv_rope=kv_rope, kv_new_rope=kv_new_rope, **named)
+def _no_operator(given: Given) -> Any:
+    return NotImplemented
 
 
-def _slots_of(
-    token_indices: Any, block_table: Any, page_size: int, *, requests: Any = None, out: Any = None, stream: Any = None
-) -> Any:
-    import torch
-
-    from . import torch_rules
-
-    if out is None and stream is None:
-        return torch.ops.cupy_mla.slots_of(token_indices, block_table, page_size, requests=requests)
-    given = {"requests": requests, "out": out, "stream": stream}
-    return torch_rules.as_it_is(_TAUGHT["slots_of"], token_indices, block_table, page_size, **given)
+# What FlashMLA calls the arguments that have another name here, of those that an operator takes.
+_OF_FLASH_MLA = {"k_cache": "kv_cache", "sm_scale": "softmax_scale", "d_v": "head_dim_v"}
+# Metadata is no tensor: such a call plans in the program, and its results are those of a plan that is kept in it.
+_NOT_LOOKED_AT = ("tile_scheduler_metadata", "num_splits", "use_legacy")
+_SHARED = ("q", "k_cache", "head_dim_v", "softmax_scale")
+_DENSE = (*_SHARED, "block_table", "cache_seqlens", "causal")
+_CHOSEN = (*_SHARED, "indices", "attn_sink", "topk_length")
 
 
-def _plan_decode(*arrays: Any, **options: Any) -> Any:
-    from . import torch_rules
-
-    return torch_rules.as_it_is(_TAUGHT["plan_decode"], *arrays, **options)
-
-
-def _plan_sparse_decode(*arrays: Any, **options: Any) -> Any:
-    from . import torch_rules
-
-    return torch_rules.as_it_is(_TAUGHT["plan_sparse_decode"], *arrays, **options)
-
-
-def _get_mla_metadata(*arguments: Any, **options: Any) -> Any:
-    from . import torch_rules
-
-    return torch_rules.as_it_is(_TAUGHT["get_mla_metadata"], *arguments, **options)
+def _flash_mla_with_kvcache(given: Given) -> Any:
+    asked = {
+        name: value
+        for name, value in given.items()
+        if name not in _NOT_LOOKED_AT and value is not None and value is not False
+    }
+    if "indices" in asked:
+        asked = {name: value for name, value in asked.items() if name not in ("block_table", "cache_seqlens")}
+    taken, operator = (_CHOSEN, _mla_sparse_decode) if "indices" in asked else (_DENSE, _mla_decode)
+    if not all(name in taken for name in asked):
+        return NotImplemented
+    return operator(_renamed(asked))
 
 
-def _flash_mla_with_kvcache(
-    q: Any,
-    k_cache: Any,
-    block_table: Any,
-    cache_seqlens: Any,
-    head_dim_v: int,
-    tile_scheduler_metadata: Any,
-    num_splits: Any = None,
-    softmax_scale: float | None = None,
-    causal: bool = False,
-    is_fp8_kvcache: bool = False,
-    indices: Any = None,
-    attn_sink: Any = None,
-    extra_k_cache: Any = None,
-    extra_indices_in_kvcache: Any = None,
-    topk_length: Any = None,
-    extra_topk_length: Any = None,
-    out: Any = None,
-    enable_batch_invariant: bool = False,
-    use_legacy: bool = False,
-    kv_format: str | None = None,
-    descale_q: Any = None,
-    descale_k: Any = None,
-) -> Any:
-    """Plans in the program, as metadata is no tensor: the results are those of a plan that is kept in it."""
-    import torch
-
-    from . import torch_rules
-
-    of_copies = enable_batch_invariant, use_legacy, kv_format, descale_q, descale_k
-    others = is_fp8_kvcache, extra_k_cache, extra_indices_in_kvcache, extra_topk_length, out, *of_copies
-    served = all(other is None or other is False for other in others)
-    shared = {"head_dim_v": head_dim_v, "softmax_scale": softmax_scale, "empty_lse": math.inf}
-    if served and indices is None and attn_sink is None and topk_length is None:
-        return torch.ops.cupy_mla.mla_decode(q, k_cache, block_table, cache_seqlens, **shared, causal=causal)
-    if served and indices is not None and not causal:
-        chosen = {"topk_length": topk_length, "attn_sink": attn_sink}
-        return torch.ops.cupy_mla.mla_sparse_decode(q, k_cache, indices, **shared, **chosen)
-    sparse = indices, attn_sink, extra_k_cache, extra_indices_in_kvcache, topk_length, extra_topk_length
-    return torch_rules.as_it_is(
-        _TAUGHT["flash_mla_with_kvcache"], q, k_cache, block_table, cache_seqlens, head_dim_v, tile_scheduler_metadata,
-        num_splits, softmax_scale, causal, is_fp8_kvcache, *sparse, out, *of_copies,
-    )  # fmt: skip
+def _flash_mla_sparse_fwd(given: Given) -> Any:
+    in_base_2 = given.pop("return_log2_lse", False)
+    if given.get("out") is not None:
+        return NotImplemented
+    out, max_logits, lse = _mla_sparse_prefill(_renamed(given))
+    return out, max_logits, lse * _LOG2_E if in_base_2 else lse
 
 
-def _flash_mla_sparse_fwd(
-    q: Any,
-    kv: Any,
-    indices: Any,
-    sm_scale: float,
-    d_v: int = 512,
-    attn_sink: Any = None,
-    topk_length: Any = None,
-    out: Any = None,
-    return_log2_lse: bool = False,
-) -> Any:
-    import torch
-
-    from . import torch_rules
-
-    chosen = {"topk_length": topk_length, "attn_sink": attn_sink}
-    if out is not None:
-        arguments = {"d_v": d_v, **chosen, "out": out, "return_log2_lse": return_log2_lse}
-        return torch_rules.as_it_is(_TAUGHT["flash_mla_sparse_fwd"], q, kv, indices, sm_scale, **arguments)
-    result, max_logits, lse = torch.ops.cupy_mla.mla_sparse_prefill(
-        q, kv, indices, softmax_scale=sm_scale, head_dim_v=d_v, **chosen, empty_lse=math.inf
-    )
-    return result, max_logits, lse * _LOG2_E if return_log2_lse else lse
+def _renamed(given: Given) -> Given:
+    """By our names; the lse of a query without a key is +inf, as FlashMLA has it."""
+    return {**{_OF_FLASH_MLA.get(name, name): value for name, value in given.items()}, "empty_lse": math.inf}
 
 
-_STAND_INS: dict[str, Callable[..., Any]] = {
-    "append_tokens": _append_tokens,
+_OPERATORS: dict[str, Callable[[Given], Any]] = {
+    "append_tokens": _operator("append_tokens", ropes=_APPEND_ROPES),
     "flash_mla_sparse_fwd": _flash_mla_sparse_fwd,
     "flash_mla_with_kvcache": _flash_mla_with_kvcache,
-    "get_mla_metadata": _get_mla_metadata,
+    "get_mla_metadata": _no_operator,
     "merge_states": _merge_states,
     "mla_decode": _mla_decode,
     "mla_sparse_decode": _mla_sparse_decode,
     "mla_sparse_prefill": _mla_sparse_prefill,
-    "plan_decode": _plan_decode,
-    "plan_sparse_decode": _plan_sparse_decode,
-    "slots_of": _slots_of,
+    "plan_decode": _no_operator,
+    "plan_sparse_decode": _no_operator,
+    "slots_of": _operator("slots_of"),
 }

@@ -52,6 +52,23 @@ def with_outputs(arrays: tuple[Any, ...]) -> Any:
     return cupy_mla.mla_decode(*arrays, out=out, lse=lse)
 
 
+def chosen_into_outputs() -> Any:
+    rows = PREFILL[0].shape[:2]
+    out, max_logits, lse = torch.empty(*rows, 512, dtype=torch.bfloat16), torch.empty(rows), torch.empty(rows)
+    return cupy_mla.mla_sparse_prefill(*PREFILL, out=out, max_logits=max_logits, lse=lse)
+
+
+def quantised(layout: Any, stored: Any, **scale: float) -> Any:
+    cache = torch.zeros(PAGES, PAGE_SIZE, 1, 656 if stored is torch.uint8 else 576, dtype=stored)
+    rows = DENSE[1].flatten(0, 1)
+    cupy_mla.append_tokens(cache, rows, torch.arange(len(rows)), layout=layout, **scale)
+    return cache
+
+
+FP8_DS_MLA = quantised("fp8_ds_mla", torch.uint8)
+FP8_E4M3 = quantised("fp8_e4m3", torch.float8_e4m3fn, kv_scale=0.1)
+
+
 def merged(arrays: tuple[Any, ...], *, listed: bool) -> Any:
     out, lse = cupy_mla.mla_decode(*arrays)
     outs, lses = [out, out * 2], [lse, lse + 1]
@@ -67,6 +84,12 @@ IN_GRAPHS: list[tuple[str, Callable[[], Any]]] = [
     ("merge_states", lambda: merged(DENSE, listed=False)),
     ("merge_states of lists", lambda: merged(DENSE, listed=True)),
     ("mla_sparse_decode", lambda: cupy_mla.mla_sparse_decode(*SPARSE)),
+    (
+        "mla_sparse_decode, the layout named",
+        lambda: cupy_mla.mla_sparse_decode(SPARSE[0], FP8_DS_MLA, SPARSE[2], layout="fp8_ds_mla", head_dim_v=512),
+    ),
+    ("mla_sparse_prefill into outputs", chosen_into_outputs),
+    ("of an FP8 cache", lambda: cupy_mla.mla_decode(DENSE[0], FP8_E4M3, *DENSE[2:], kv_scale=torch.tensor(0.1))),
     ("mla_sparse_prefill", lambda: cupy_mla.mla_sparse_prefill(*PREFILL)),
     ("slots_of", lambda: (cupy_mla.slots_of(SPARSE[2], DENSE[2], PAGE_SIZE),)),
     ("append_tokens", lambda: run_append(by_table=False)),
@@ -103,6 +126,11 @@ BETWEEN_GRAPHS: list[tuple[str, Callable[[], Any]]] = [
     ("plans", planned),
     ("sparse plans", planned_sparse),
     ("one output", one_output),
+    ("a scale as a number", lambda: cupy_mla.mla_decode(DENSE[0], FP8_E4M3, *DENSE[2:], kv_scale=0.1)),
+    (
+        "a layout as an object",
+        lambda: (quantised(cupy_mla.layouts.FP8_DS_MLA, torch.uint8),),
+    ),
     (
         "FlashMLA into an output",
         lambda: flash_mla.flash_mla_with_kvcache(
@@ -150,6 +178,24 @@ def test_errors_are_ours() -> None:
     torch._dynamo.reset()
     with pytest.raises(cupy_mla.InvalidArgumentError, match="q: expected"):
         torch.compile(program, backend="aot_eager")()
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda: cupy_mla.mla_decode(*DENSE, scale=1.0),
+        lambda: cupy_mla.mla_decode(*DENSE[:3]),
+        lambda: cupy_mla.mla_decode(*DENSE, 512),
+        lambda: cupy_mla.mla_decode(*DENSE, q=DENSE[0]),
+    ],
+    ids=["unknown", "missing", "too many", "twice"],
+)
+def test_arguments_that_the_function_does_not_take_are_its_own_error(call: Callable[[], Any]) -> None:
+    with pytest.raises(TypeError, match=r"mla_decode\(\)"):
+        call()
+    torch._dynamo.reset()
+    with pytest.raises(TypeError, match=r"mla_decode\(\)"):
+        torch.compile(call, backend="aot_eager")()
 
 
 def test_every_function_that_takes_tensors_has_a_stand_in() -> None:

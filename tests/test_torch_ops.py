@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from cupy_mla import InvalidArgumentError, PlanMismatchError, append_tokens, merge_states, mla_decode
-from cupy_mla.call.options import DECODE, OPTIONS, PARTS, PLAN, Option
+from cupy_mla.call.options import ARRAYS, DECODE, DECODE_FORM, OPTIONS, OUTPUTS, PARTS, PLAN, Option
 
 torch = pytest.importorskip("torch", reason="torch is not installed")
 torch_ops = pytest.importorskip("cupy_mla.torch_ops")
@@ -147,7 +147,9 @@ def test_every_option_is_in_the_schemas() -> None:
                 default = arguments[operator_name(option)].default_value
                 assert default == (None if option.name == "empty_lse" else option.default)
         positional = [argument for argument in arguments.values() if not argument.kwarg_only]
-        assert positional[-1].name == "max_seqlen_q"
+        order = (*ARRAYS[:4], *OUTPUTS, *DECODE_FORM.positional[4:], "plan")
+        assert [argument.name for argument in positional] == [word for word in order if word in arguments]
+        assert positional[-1].name == ("max_seqlen_q" if function == PLAN else "plan")
 
 
 def test_append_tokens() -> None:

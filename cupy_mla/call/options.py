@@ -158,6 +158,9 @@ OUTPUTS = ("out", "lse")
 # Interfaces that know no pairs have the rope part as an array of its own, under these names.
 ROPE_OF = {"q": "q_rope", "kv_cache": "kv_rope"}
 PARTS = ("q", "q_rope", "kv_cache", "kv_rope", *ARRAYS[2:])
+# torch.compile calls a function that has a parameter named kernel itself, with the options beside it; and a layout is
+# torch.strided or the like to it. So torch's operators have other names for them.
+OPERATOR_NAMES = {"kernel": "decode_kernel", "layout": "cache_layout"}
 
 
 @dataclass(frozen=True, slots=True)
