@@ -101,6 +101,7 @@ download_size() {
         cuda13) megabytes=$((megabytes + 140)) ;;
         test) megabytes=$((megabytes + 35)) ;;
         jax) megabytes=$((megabytes + 120)) ;;
+        transformers) megabytes=$((megabytes + 30)) ;;
         torch) more=" and torch (0.2 GB built for the CPU, some 3 GB with CUDA)" ;;
         esac
     done

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # All tests that this machine can run: sets up .venv with the test extra and, GPU or not, the CUDA wheels, with which
 # the kernels compile anywhere. Arguments go to pytest.
-#   FRAMEWORKS  install these as well and run their tests: torch, jax or torch,jax (default: none)
+#   FRAMEWORKS  install these as well and run their tests: torch, jax, transformers, with commas between (default: none)
 source "$(dirname -- "${BASH_SOURCE[0]}")/setup.sh"
 
 detect_gpu
@@ -10,11 +10,13 @@ extras=test,${CUDA_EXTRA:-cuda12}
 if [ "$(uname -s)" != Linux ]; then
     extras=test # CuPy has no wheels here
 fi
-case ${FRAMEWORKS:-} in
-"") ;;
-torch | jax | torch,jax | jax,torch) extras+=,$FRAMEWORKS ;;
-*) fail "FRAMEWORKS=$FRAMEWORKS is none of torch, jax and torch,jax" ;;
-esac
+FRAMEWORKS=${FRAMEWORKS:-}
+for framework in ${FRAMEWORKS//,/ }; do
+    case $framework in
+    torch | jax | transformers) extras+=,$framework ;;
+    *) fail "FRAMEWORKS=$FRAMEWORKS has others than torch, jax and transformers" ;;
+    esac
+done
 ensure_environment "$extras"
 export CUPY_MLA_CACHE_DIR=$VENV/kernels # not among the user's own
 

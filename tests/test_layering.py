@@ -38,6 +38,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("torch_rules",),
     ("torch_compile",),
     ("flash_mla",),
+    ("engines",),
     ("lab",),
     ("bench",),
     (ROOT,),  # what users import: names from the rows above
@@ -49,6 +50,9 @@ RANKS = {name: rank for rank, names in enumerate(LAYERS) for name in names}
 
 # Imported inside functions only: they are slow to import, optional, or both.
 LAZY = {"cupy", "cupyx", "cuda", "torch", "jax", "tvm_ffi", "rich", "matplotlib", "safetensors", "IPython"}
+LAZY |= {"transformers"}
+# But by modules that run inside an engine only, and are made of its classes. No other module imports them.
+ENGINES = {"engines.transformers": {"torch", "transformers"}}
 # NumPy is most of it. CPU time, not wall time, so that a busy machine does not matter; with bytecode, as installed.
 IMPORT_SECONDS = 0.3
 IMPORT_RATIO = 1.0  # ours to NumPy's, whatever the machine's speed
@@ -153,7 +157,20 @@ def module_level_imports(tree: ast.Module) -> Iterator[str]:
 
 @pytest.mark.parametrize("name", MODULES)
 def test_heavy_packages_are_imported_in_functions(name: str) -> None:
-    assert not LAZY & set(module_level_imports(tree_of(MODULES[name])))
+    assert not (LAZY - of_engine(name)) & set(module_level_imports(tree_of(MODULES[name])))
+
+
+def of_engine(name: str) -> set[str]:
+    """What a module of an engine may import with itself: its name begins with the engine's."""
+    return set().union(*(packages for engine, packages in ENGINES.items() if name.startswith(engine)))
+
+
+def test_engines_are_imported_by_themselves_alone() -> None:
+    for name in MODULES:
+        for imported in imported_modules(name):
+            engines = [engine for engine in ENGINES if imported.startswith(engine)]
+            assert all(name.startswith(engine) for engine in engines), f"{name} imports {imported}"
+    assert {engine for engine in ENGINES if engine in MODULES} == ENGINES.keys()
 
 
 def test_importing_the_package_imports_nothing_heavy() -> None:

@@ -42,7 +42,7 @@ EXAMPLES = dict(re.findall(r"```python\n# ([^\n]+)\n(.*?)```", TEXT, re.DOTALL))
 TITLES = {
     *("torch", "torch.compile", "JAX", "CuPy", "NumPy", "FlashMLA", "benchmark", "paged cache"),
     *("sparse decode", "sparse prefill", "sparse decode, FP8", "FP8"),
-    *("a step of all layers", "JAX scan", "own call"),
+    *("a step of all layers", "JAX scan", "own call", "transformers"),
 }
 
 PROGRAMS = ("cupy-mla", "./scripts/", ".ci/run", "python ", ".venv/bin/python ", "pip ", "jupyter ")
@@ -92,7 +92,7 @@ def test_example_runs(title: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # leave the other frameworks some memory
     code = EXAMPLES[title]
     reason = device.why_unsupported()
-    for framework in re.findall(r"^import (torch|jax|cupy)$", code, re.MULTILINE):
+    for framework in re.findall(r"^(?:import|from) (torch|jax|cupy|transformers)\b", code, re.MULTILINE):
         if importlib.util.find_spec(framework) is None:
             pytest.skip(f"{framework} is not installed")
         if framework == "cupy" and reason is not None:
@@ -106,6 +106,9 @@ def test_example_runs(title: str, monkeypatch: pytest.MonkeyPatch) -> None:
     if title == "benchmark":
         assert len(namespace["results"].rows) == 4
         assert not namespace["results"].failed
+    elif title == "transformers":
+        assert namespace["tokens"].shape == (2, 48)
+        assert "cupy_mla+" in namespace["model"].config._attn_implementation
     else:
         out = namespace["out"]
         assert out.shape[-1] == 512
@@ -228,6 +231,19 @@ def test_model_step_runs() -> None:
     command = [sys.executable, str(ROOT / "scripts" / "model_step.py"), "--layers", "2", "--batch", "2"]
     output = subprocess.run(command, check=True, capture_output=True, text=True).stdout
     assert re.search(r"bookkeeping +\d", output)
+
+
+def test_generate_runs() -> None:
+    """Without a GPU a small model; its tokens are those of float32."""
+    for package in ("torch", "transformers"):
+        if importlib.util.find_spec(package) is None:
+            pytest.skip(f"{package} is not installed")
+    command = [sys.executable, str(ROOT / "scripts" / "generate.py"), "--steps", "4", "--sizes", "2x100"]
+    output = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    errors = {name: float(value) for name, value in re.findall(r"error of the logits, (\w+) \D+16 +(\S+)", output)}
+    assert errors.keys() == {"eager", "ours"}
+    assert errors["ours"] < 2e-2
+    assert re.search(r"2 x +100 +cupy_mla +\d", output)
 
 
 def test_the_first_number_is_that_of_the_figures(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,0 +1,365 @@
+"""Models of transformers that are enabled, beside the same models as they are: small, of random weights, on NumPy."""
+
+from __future__ import annotations
+
+import copy
+import importlib
+import importlib.util
+from typing import Any
+
+import pytest
+
+torch = pytest.importorskip("torch")
+transformers = pytest.importorskip("transformers")
+
+from cupy_mla import InvalidArgumentError  # noqa: E402
+from cupy_mla.engines import transformers_attention as attention  # noqa: E402
+from cupy_mla.engines.transformers import disable, enable  # noqa: E402
+from cupy_mla.engines.transformers_cache import ROOM, RoomyDynamicLayer, RoomyStaticLayer, row_tokens  # noqa: E402
+
+VOCABULARY, PAD = 120, 0
+HEADS = 4
+SIZES = {
+    "num_hidden_layers": 2, "hidden_size": 64, "intermediate_size": 96, "vocab_size": VOCABULARY, "pad_token_id": PAD,
+    "num_attention_heads": HEADS, "num_key_value_heads": HEADS, "kv_lora_rank": 128, "qk_rope_head_dim": 64,
+    "qk_nope_head_dim": 32, "v_head_dim": 48, "q_lora_rank": 40, "initializer_range": 0.1,
+}  # fmt: skip
+MOE = {"n_routed_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32, "n_group": 1, "topk_group": 1}
+DENSE = {"first_k_dense_replace": 2, **MOE}  # no experts: which of them are chosen may change with the last bit
+YARN = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": 64,
+        "beta_fast": 32, "beta_slow": 1, "mscale": 1.0, "mscale_all_dim": 1.0}  # fmt: skip
+HYBRID = {**MOE, "num_local_experts": 4, "layer_types": ["linear_attention", "full_attention"],
+          "mlp_layer_types": ["dense", "dense"]}  # fmt: skip
+# Kind of model: what its configuration has beside SIZES.
+MODELS: dict[str, dict[str, Any]] = {
+    "deepseek_v2": DENSE,
+    "deepseek_v3": {**DENSE, "rope_parameters": YARN},
+    "glm4_moe_lite": {**MOE, "mlp_layer_types": ["dense", "dense"]},
+    "youtu": {},
+    "axk1": DENSE,
+    "mistral4": {**DENSE, "rope_parameters": {**YARN, "llama_4_scaling_beta": 0.1}},
+    "longcat_flash": {
+        "num_layers": 1, "ffn_hidden_size": 96, "expert_ffn_hidden_size": 32, "n_routed_experts": 4, "moe_topk": 2,
+        "zero_expert_num": 2,
+    },
+    "kimi_linear": {**HYBRID, "linear_num_heads": 2, "linear_head_dim": 16},
+    "bailing_hybrid": {**HYBRID, "head_dim": 16},
+}  # fmt: skip
+# In float16; of the logits of a forward pass, as a share of their norm.
+TOLERANCE = 6e-3
+
+
+def make_model(kind: str = "deepseek_v3", dtype: Any = torch.float16, attn: str = "eager", **others: Any) -> Any:
+    name = f"transformers.models.{kind}.modeling_{kind}"
+    if importlib.util.find_spec(name) is None:
+        pytest.skip(f"transformers {transformers.__version__} has no {kind}")
+    module = importlib.import_module(name)
+    torch.manual_seed(0)
+    config = transformers.CONFIG_MAPPING[kind](**{**SIZES, **MODELS.get(kind, {}), **others})
+    model_class = next(getattr(module, name) for name in module.__all__ if name.endswith("ForCausalLM"))
+    return model_class._from_config(config, dtype=dtype, attn_implementation=attn).eval()
+
+
+def prompts(lengths: list[int]) -> dict[str, Any]:
+    """Token ids of prompts of these lengths, padded on the left."""
+    longest = max(lengths)
+    ids = torch.randint(1, VOCABULARY, (len(lengths), longest), generator=torch.Generator().manual_seed(1))
+    mask = torch.stack([(torch.arange(longest) >= longest - length).long() for length in lengths])
+    return {"input_ids": ids.where(mask.bool(), torch.tensor(PAD)), "attention_mask": mask}
+
+
+def generate(model: Any, inputs: dict[str, Any], tokens: int = 8, **options: Any) -> Any:
+    return model.generate(
+        **inputs, max_new_tokens=tokens, do_sample=False, eos_token_id=None, return_dict_in_generate=True,
+        output_logits=True, **options,
+    )  # fmt: skip
+
+
+def error(actual: Any, expected: Any) -> float:
+    return float((actual.float() - expected.float()).norm() / expected.float().norm())
+
+
+def layers_of(output: Any) -> list[Any]:
+    return list((output["cache"] if "cache" in output else output["past_key_values"]).layers)
+
+
+@pytest.fixture
+def steps(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, ...]]:
+    """Shapes of the queries of each layer that the kernels attended to."""
+    seen: list[tuple[int, ...]] = []
+    absorbed = attention.absorbed
+
+    def counted(module: Any, served: Any, query: Any, *others: Any) -> Any:
+        seen.append(tuple(query.shape))
+        return absorbed(module, served, query, *others)
+
+    monkeypatch.setattr(attention, "absorbed", counted)
+    return seen
+
+
+@pytest.mark.parametrize("cache", [None, "static"])
+@pytest.mark.parametrize("kind", MODELS)
+def test_generates_the_same(kind: str, cache: str | None, steps: list[Any]) -> None:
+    model = make_model(kind)
+    inputs = prompts([70, 9, 66])
+    expected = generate(model, inputs, cache_implementation=cache)
+    enable(model)
+    actual = generate(model, inputs, cache_implementation=cache)
+    assert actual.sequences.equal(expected.sequences)
+    for step, (ours, theirs) in enumerate(zip(actual.logits, expected.logits, strict=True)):
+        assert error(ours, theirs) < TOLERANCE, f"step {step}"
+    layers = sum(hasattr(module, attention.SERVED) for module in model.modules())
+    assert steps == [(3, HEADS, 1, 96)] * layers * 7  # the first token comes of the prompt
+    roomy = RoomyStaticLayer if cache else RoomyDynamicLayer
+    assert sum(isinstance(layer, roomy) for layer in layers_of(actual)) == layers >= 1
+
+
+def test_bfloat16_beside_float32(steps: list[Any]) -> None:
+    model = make_model(dtype=torch.bfloat16)
+    oracle = copy.deepcopy(model).float()
+    inputs = prompts([130, 2])
+    expected = generate(oracle, inputs)
+    enable(model)
+    cache, seen = None, inputs["attention_mask"]
+    for step, token in enumerate(expected.sequences[:, 130:].unbind(1)):  # as its own tokens may be others
+        given = inputs["input_ids"] if cache is None else expected.sequences[:, 129 + step, None]
+        with torch.no_grad():
+            output = model(given, attention_mask=seen, past_key_values=cache)
+        logits, cache = output.logits[:, -1], output.past_key_values
+        assert error(logits, expected.logits[step]) < 2e-2
+        assert token.shape == (2,)
+        seen = torch.nn.functional.pad(seen, (0, 1), value=1)
+    assert len(steps) == 2 * 7
+
+
+@pytest.mark.parametrize("attn", ["eager", "sdpa"])
+def test_prompts_run_as_before(attn: str, steps: list[Any]) -> None:
+    model, inputs = make_model(attn=attn), prompts([20, 5])
+    with torch.no_grad():
+        expected = model(**inputs).logits
+        enable(model)
+        assert model(**inputs).logits.equal(expected)
+        assert model(**inputs, use_cache=False).logits.equal(expected)
+    assert not steps
+
+
+def test_disable_undoes_it(steps: list[Any]) -> None:
+    model = make_model()
+    before = {name: set(vars(module)) for name, module in model.named_modules()}
+    enable(model)
+    enable(model)  # a second time changes nothing
+    assert model.config._attn_implementation == "cupy_mla+eager"
+    disable(model)
+    disable(model)
+    assert model.config._attn_implementation == "eager"
+    assert {name: set(vars(module)) for name, module in model.named_modules()} == before
+    assert not any(module._forward_pre_hooks for module in model.modules())
+    generate(model, prompts([5]))
+    assert not steps
+
+
+@pytest.mark.parametrize("new", [2, 5, 128, 129])
+@pytest.mark.parametrize("cache", ["dynamic", "static"])
+def test_several_new_tokens(new: int, cache: str, steps: list[Any]) -> None:
+    model, inputs = make_model(), prompts([40, 31])
+    more = torch.randint(1, VOCABULARY, (2, new), generator=torch.Generator().manual_seed(2))
+    seen = torch.nn.functional.pad(inputs["attention_mask"], (0, new), value=1)
+
+    def run() -> Any:
+        caches = {"dynamic": transformers.DynamicCache, "static": transformers.StaticCache}
+        past = caches[cache](config=model.config, **({"max_cache_len": 200} if cache == "static" else {}))
+        with torch.no_grad():
+            model(**inputs, past_key_values=past)
+            return model(more, attention_mask=seen, past_key_values=past).logits
+
+    expected = run()
+    enable(model)
+    assert error(run(), expected) < TOLERANCE
+    assert len(steps) == (2 if new <= attention.MAX_NEW_TOKENS else 0)
+
+
+def test_padding_on_the_right_runs_as_before(steps: list[Any]) -> None:
+    model, inputs = make_model(), prompts([12, 12])
+    inputs["attention_mask"][1, 7:] = 0
+    expected = generate(model, inputs)
+    enable(model)
+    actual = generate(model, inputs)
+    assert all(map(torch.equal, actual.logits, expected.logits))
+    assert not steps
+
+
+def test_masks_of_users_run_as_before(steps: list[Any]) -> None:
+    model, inputs = make_model(), prompts([12])
+    mask = torch.zeros(1, 1, 2, 14, dtype=torch.float16)
+    mask[..., 3] = torch.finfo(torch.float16).min
+
+    def run() -> Any:
+        with torch.no_grad():
+            past = model(**inputs).past_key_values
+            return model(torch.tensor([[3, 4]]), attention_mask=mask, past_key_values=past).logits
+
+    expected = run()
+    enable(model)
+    assert run().equal(expected)
+    assert not steps
+
+
+def test_gradients_flow_as_before(steps: list[Any]) -> None:
+    model, inputs = make_model(dtype=torch.bfloat16), prompts([12])
+    enable(model)
+    with torch.no_grad():
+        past = model(**inputs).past_key_values
+    model(torch.tensor([[3]]), past_key_values=past).logits.sum().backward()
+    assert model.model.layers[0].self_attn.kv_b_proj.weight.grad.abs().sum() > 0
+    assert not steps
+
+
+def test_a_cache_that_was_filled_before_is_copied(steps: list[Any]) -> None:
+    model, inputs = make_model(), prompts([70, 64])
+    seen = torch.nn.functional.pad(inputs["attention_mask"], (0, 1), value=1)
+    with torch.no_grad():
+        past = model(**inputs).past_key_values
+        other = copy.deepcopy(past)
+        expected = model(torch.tensor([[3], [4]]), attention_mask=seen, past_key_values=past).logits
+        enable(model)
+        actual = model(torch.tensor([[3], [4]]), attention_mask=seen, past_key_values=other).logits
+    assert error(actual, expected) < TOLERANCE
+    assert len(steps) == 2
+    assert not any(isinstance(layer, RoomyDynamicLayer) for layer in other.layers)
+
+
+def test_a_growing_layer_copies_rarely() -> None:
+    layer = RoomyDynamicLayer()
+    whole = torch.randn(2, 1, 1000, 8)
+    addresses = set()
+    for begin, end in [(0, 3), (3, 64), *((at, at + 1) for at in range(64, 1000))]:
+        keys, values = layer.update(whole[:, :, begin:end], whole[:, :, begin:end, :4])
+        addresses.add(keys.data_ptr())
+        assert keys.equal(whole[:, :, :end])
+        assert values.equal(whole[:, :, :end, :4])
+        assert row_tokens(keys) >= end + ROOM
+    assert len(addresses) < 8
+    assert layer.get_seq_length() == 1000
+
+
+def test_what_is_done_to_a_growing_layer() -> None:
+    """Taking tokens back, choosing and repeating requests, as beam search and speculative decoding do."""
+    ours, theirs = RoomyDynamicLayer(), transformers.cache_utils.DynamicLayer()
+
+    def both(change: Any) -> None:
+        for layer in (ours, theirs):
+            change(layer)
+        assert ours.keys.equal(theirs.keys)
+        assert ours.get_seq_length() == theirs.get_seq_length()
+
+    def append(count: int) -> Any:
+        new = torch.randn(ours.keys.shape[0] if ours.is_initialized else 2, 1, count, 8)
+        return lambda layer: layer.update(new, new)
+
+    both(append(7))
+    both(lambda layer: layer.crop(-2))
+    both(append(3))
+    both(lambda layer: layer.reorder_cache(torch.tensor([1, 1])))
+    both(append(1))
+    both(lambda layer: layer.batch_repeat_interleave(2))
+    both(append(2))
+    both(lambda layer: layer.batch_select_indices(torch.tensor([0, 3])))
+    both(append(1))
+    ours.reset()
+    theirs.reset()
+    both(append(5))
+
+
+def test_beam_search(steps: list[Any]) -> None:
+    model, inputs = make_model(), prompts([20, 11])
+    expected = generate(model, inputs, num_beams=3)
+    enable(model)
+    assert generate(model, inputs, num_beams=3).sequences.equal(expected.sequences)
+    assert steps == [(6, HEADS, 1, 96)] * 2 * 7
+
+
+def test_drafted_tokens(steps: list[Any]) -> None:
+    model, drafter, inputs = make_model(), make_model(), prompts([20])
+    expected = generate(model, inputs)
+    enable(model)
+    assert generate(model, inputs, assistant_model=drafter).sequences.equal(expected.sequences)
+    assert any(shape[2] > 1 for shape in steps)
+
+
+def test_a_static_cache_that_is_full(steps: list[Any]) -> None:
+    model, inputs = make_model(), prompts([63, 1])
+    cache = transformers.StaticCache(config=model.config, max_cache_len=64)
+    enable(model)
+    seen = torch.nn.functional.pad(inputs["attention_mask"], (0, 1), value=1)
+    with torch.no_grad():
+        model(**inputs, past_key_values=cache)
+        actual = model(torch.tensor([[3], [4]]), attention_mask=seen, past_key_values=cache).logits
+        disable(model)
+        whole = torch.cat([inputs["input_ids"], torch.tensor([[3], [4]])], dim=1)
+        expected = model(whole, attention_mask=seen).logits[:, -1:]
+    assert cache.get_max_length() == 64
+    assert error(actual, expected) < TOLERANCE
+    assert len(steps) == 2
+
+
+def test_inside_torch_compile() -> None:
+    model, inputs = make_model(attn="sdpa"), prompts([20, 11])
+    enable(model)
+    cache = transformers.StaticCache(config=model.config, max_cache_len=64)
+    seen = inputs["attention_mask"]
+    with torch.no_grad():
+        model(**inputs, past_key_values=cache)
+        other = copy.deepcopy(cache)
+        compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+        for token in ([[3], [4]], [[5], [6]], [[7], [8]]):
+            seen = torch.nn.functional.pad(seen, (0, 1), value=1)
+            mask = attention.visible_ranges(2, seen.shape[1], seen.bool(), "cpu")
+            positions = (seen.cumsum(1) - 1)[:, -1:]
+            given = {"attention_mask": mask, "position_ids": positions}
+            expected = model(torch.tensor(token), past_key_values=other, **given).logits
+            actual = compiled(torch.tensor(token), past_key_values=cache, **given).logits
+            assert error(actual, expected) < TOLERANCE
+
+
+# --- what is refused
+
+
+def refused(model: Any) -> str:
+    before = getattr(getattr(model, "config", None), "_attn_implementation", None)
+    with pytest.raises(InvalidArgumentError) as caught:
+        enable(model)
+    assert getattr(getattr(model, "config", None), "_attn_implementation", None) == before
+    assert caught.value.argument == "model"
+    return str(caught.value)
+
+
+def test_models_without_a_latent_are_refused() -> None:
+    config = transformers.LlamaConfig(hidden_size=32, num_hidden_layers=1, num_attention_heads=2, vocab_size=8,
+                                      intermediate_size=32)  # fmt: skip
+    assert "LlamaForCausalLM" in refused(transformers.LlamaForCausalLM(config))
+    assert "expected a model of transformers, got str" in refused("deepseek-ai/DeepSeek-V3")
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        ({"kv_lora_rank": 100}, "100"),
+        ({"qk_rope_head_dim": 32}, "32"),
+        ({"dtype": torch.float32}, "torch.float32"),
+    ],
+)
+def test_what_the_kernels_lack_is_named(change: dict[str, Any], reason: str) -> None:
+    assert reason in refused(make_model(**change))
+
+
+def test_sparse_attention_is_refused() -> None:
+    sparse = {"index_n_heads": 2, "index_head_dim": 64, "index_topk": 8}
+    assert "an indexer chooses the tokens" in refused(make_model("deepseek_v32", **sparse, **DENSE))
+
+
+def test_weights_that_are_not_plain_are_refused() -> None:
+    model = make_model()
+    attention_module = model.model.layers[1].self_attn
+    attention_module.kv_b_proj = torch.nn.Sequential(attention_module.kv_b_proj)
+    assert "kv_b_proj is a Sequential" in refused(model)
+    assert "meta" in refused(make_model().to("meta"))
