@@ -12,19 +12,11 @@ from __future__ import annotations
 import math
 from typing import Any, NoReturn
 
-from .decode.flash_mla_dense import (
-    INVARIANT_SPLIT_TOKENS,
-    check_copies_arguments,
-    decode_dense,
-    fold_descale,
-    is_e4m3,
-)
-from .decode.flash_mla_meta import FlashMLASchedMeta, fill, meta_of, plan_of
+from .decode.flash_mla_dense import check_copies_arguments, decode_dense, fold_descale, is_e4m3
+from .decode.flash_mla_meta import FlashMLASchedMeta, meta_of
+from .decode.flash_mla_sparse import decode_sparse
 from .decode.prefill import mla_sparse_prefill
-from .decode.sparse import mla_sparse_decode, plan_sparse_decode
-from .decode.sparse_plan import SparsePlan
 from .errors import InvalidArgumentError, MlaError
-from .layouts import DENSE_LAYOUTS
 from .torch_compile import teach
 
 __all__ = [
@@ -47,18 +39,20 @@ _FLASH_MLA_NAMES = {
     "kv_scale": "descale_k",
     "layout": "k_cache",
     "plan": "tile_scheduler_metadata",
+    "extra_kv_cache": "extra_k_cache",
+    "extra_layout": "extra_k_cache",
+    "extra_indices": "extra_indices_in_kvcache",
 }
 _PREFILL_NAMES = {"softmax_scale": "sm_scale", "head_dim_v": "d_v"}
 _LOG2_E = math.log2(math.e)
 _MULTI_HEAD = "multi-head attention for prefill and training"
-# Arguments of flash_mla_with_kvcache that ask for what is not there, and what that is. Beside indices, is_fp8_kvcache,
-# attn_sink and topk_length are served.
+# Arguments of flash_mla_with_kvcache that ask for what is not there without indices, and what that is.
 _MISSING_FEATURES = {
     "attn_sink": "attention sinks in dense attention",
-    "extra_k_cache": "a second cache",
-    "extra_indices_in_kvcache": "sparse attention to a second cache",
+    "extra_k_cache": "a second cache in dense attention",
+    "extra_indices_in_kvcache": "indices of a second cache without indices",
     "topk_length": "lengths of indices without indices",
-    "extra_topk_length": "sparse attention to a second cache with lengths",
+    "extra_topk_length": "lengths of indices of a second cache without indices",
 }
 
 
@@ -151,9 +145,10 @@ def flash_mla_with_kvcache(
     indices, attn_sink, topk_length
         Sparse attention, as in `cupy_mla.mla_sparse_decode`; the last two only together with the first.
     is_fp8_kvcache
-        Whether the cache is one of FP8.
+        Whether the cache is one of FP8; of two caches, both are.
     extra_k_cache, extra_indices_in_kvcache, extra_topk_length
-        A second cache: not there yet, refused unless left out.
+        A second cache of sparse attention, as the extra_kv_cache, extra_indices and extra_topk_length of
+        `cupy_mla.mla_sparse_decode`.
     out
         Array to write to, of the shape and type returned; None: a new one of q's framework.
     enable_batch_invariant
@@ -187,17 +182,26 @@ def flash_mla_with_kvcache(
         The arrays are on a GPU that is not Hopper, or the backend that the settings ask for cannot take them.
     """
     sparse = indices is not None
-    of_sparse = (None, None) if sparse else (attn_sink, topk_length)
-    features = (of_sparse[0], extra_k_cache, extra_indices_in_kvcache, of_sparse[1], extra_topk_length)
-    if any(feature is not None for feature in features):
-        _refuse_features(features)
+    of_sparse = (attn_sink, extra_k_cache, extra_indices_in_kvcache, topk_length, extra_topk_length)
+    if not sparse and any(array is not None for array in of_sparse):
+        _refuse_features(of_sparse)
     check_copies_arguments(enable_batch_invariant, kv_format, descale_q, descale_k, is_fp8_kvcache and not sparse)
     meta = meta_of(tile_scheduler_metadata, num_splits)
     if sparse:
         if causal:
             raise InvalidArgumentError("causal", "False in sparse attention", "True")
-        arrays = (q, k_cache, indices, topk_length, attn_sink)
-        return _attend_to_chosen(arrays, meta, head_dim_v, softmax_scale, out, is_fp8_kvcache, enable_batch_invariant)
+        try:
+            return decode_sparse(
+                (q, k_cache, indices, *of_sparse),
+                meta,
+                head_dim_v=head_dim_v,
+                softmax_scale=softmax_scale,
+                out=out,
+                is_fp8=is_fp8_kvcache,
+                enable_batch_invariant=enable_batch_invariant,
+            )
+        except InvalidArgumentError as error:
+            raise _in_words_of_flash_mla(error, _FLASH_MLA_NAMES) from error
     for name, array in (("block_table", block_table), ("cache_seqlens", cache_seqlens)):
         if array is None:
             raise InvalidArgumentError(name, "an array (only sparse attention goes without)", "None")
@@ -222,45 +226,6 @@ def flash_mla_with_kvcache(
         )
     except InvalidArgumentError as error:
         raise _in_words_of_flash_mla(error, _FLASH_MLA_NAMES) from error
-
-
-def _attend_to_chosen(
-    arrays: tuple[Any, ...],
-    meta: FlashMLASchedMeta | None,
-    head_dim_v: int,
-    softmax_scale: float | None,
-    out: Any,
-    is_fp8: bool,
-    invariant: bool,
-) -> tuple[Any, Any]:
-    """The sparse half of `flash_mla_with_kvcache`."""
-    q, k_cache, indices, topk_length, attn_sink = arrays
-    try:
-        plan = plan_of(meta, SparsePlan, "topk_length", topk_length, invariant)
-        if plan is None:
-            split = INVARIANT_SPLIT_TOKENS if invariant else None
-            options: dict[str, Any] = {"topk_length": topk_length, "head_dim_v": head_dim_v}
-            plan = plan_sparse_decode(q, k_cache, indices, **options, fixed_split_tokens=split)
-        layout = plan.problem.layout
-        if is_fp8 == (layout in DENSE_LAYOUTS.values()):
-            raise InvalidArgumentError("is_fp8_kvcache", f"{not is_fp8} for a cache of {layout.name}", str(is_fp8))
-        result, lse = mla_sparse_decode(
-            q,
-            k_cache,
-            indices,
-            topk_length=topk_length,
-            attn_sink=attn_sink,
-            head_dim_v=head_dim_v,
-            softmax_scale=softmax_scale,
-            plan=plan,
-            out=out,
-            empty_lse=math.inf,
-        )
-    except InvalidArgumentError as error:
-        raise _in_words_of_flash_mla(error, _FLASH_MLA_NAMES) from error
-    if meta is not None and not meta.have_initialized:
-        fill(meta, plan, k_cache.shape[1], topk_length, invariant)
-    return result, lse
 
 
 def flash_mla_with_kvcache_fp8(

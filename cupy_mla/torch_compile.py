@@ -104,12 +104,19 @@ def _no_operator(given: Given) -> Any:
 
 
 # What FlashMLA calls the arguments that have another name here, of those that an operator takes.
-_OF_FLASH_MLA = {"k_cache": "kv_cache", "sm_scale": "softmax_scale", "d_v": "head_dim_v"}
+_OF_FLASH_MLA = {
+    "k_cache": "kv_cache",
+    "sm_scale": "softmax_scale",
+    "d_v": "head_dim_v",
+    "extra_k_cache": "extra_kv_cache",
+    "extra_indices_in_kvcache": "extra_indices",
+}
 # Metadata is no tensor: such a call plans in the program, and its results are those of a plan that is kept in it.
 _NOT_LOOKED_AT = ("tile_scheduler_metadata", "num_splits", "use_legacy")
 _SHARED = ("q", "k_cache", "head_dim_v", "softmax_scale")
 _DENSE = (*_SHARED, "block_table", "cache_seqlens", "causal")
-_CHOSEN = (*_SHARED, "indices", "attn_sink", "topk_length")
+_EXTRA = ("extra_k_cache", "extra_indices_in_kvcache", "extra_topk_length")
+_CHOSEN = (*_SHARED, "indices", "attn_sink", "topk_length", *_EXTRA)
 
 
 def _flash_mla_with_kvcache(given: Given) -> Any:

@@ -26,6 +26,11 @@ def as_e4m3(array: np.ndarray) -> np.ndarray:
     return array.view(numpy_dtype("float8_e4m3fn"))
 
 
+def without_padding(memory: Any, shape: tuple[int, ...]) -> Any:
+    """A view of pages [num_pages, bytes], of any library, as the cache of this shape that they hold."""
+    return memory[:, : int(np.prod(shape[1:]))].reshape(shape)
+
+
 @dataclass(frozen=True)
 class Fp8SparseCase(SparseCase):
     """A case whose cache is in an FP8 layout, and of what kind its scales are."""
@@ -48,8 +53,10 @@ class Fp8SparseCase(SparseCase):
         layout = self.cache_layout
         flat = arrays.kv.reshape(self.num_slots, -1).astype(np.float32)
         used = np.flatnonzero(~np.isnan(flat).any(axis=1))
-        shape = self.num_pages, self.page_size, 1, layout.width(self.latent_dim, self.rope_dim)
-        stored = np.full(shape, NAN_BYTE, np.uint8)
+        widths = self.latent_dim, self.rope_dim
+        shape = self.num_pages, self.page_size, 1, layout.width(*widths)
+        memory = np.full((self.num_pages, layout.page_bytes(self.page_size, *widths)), NAN_BYTE, np.uint8)
+        stored = without_padding(memory, shape)
         scale = None
         if isinstance(layout, BlockScaled):
             self._store_blocks(layout, stored, used, flat[used])
@@ -61,7 +68,7 @@ class Fp8SparseCase(SparseCase):
         largest = np.abs(flat[used]).max(initial=1.0)
         q = (arrays.q.astype(np.float32) / min(largest, LARGE)).astype(arrays.q.dtype) if largest > 100 else arrays.q
         exact = replace(arrays, q=q, kv=flat.reshape(self.num_pages, self.page_size, 1, -1))
-        return Fp8SparseArrays(exact, stored, scale)
+        return Fp8SparseArrays(exact, stored, memory, scale)
 
     def _store_blocks(self, layout: BlockScaled, stored: np.ndarray, used: np.ndarray, values: np.ndarray) -> None:
         """Tokens in their places, with scales of the case's kind."""
@@ -95,15 +102,17 @@ class Fp8SparseArrays:
 
     exact: SparseArrays
     stored: np.ndarray
+    memory: np.ndarray  # [pages, bytes] that the cache is a view of, with what pads its pages
     kv_scale: float | None = None
 
     def arguments(self, convert: Any = lambda array: array, convert_cache: Any = as_e4m3) -> dict[str, Any]:
         """As `mla_sparse_decode` takes them; ``convert_cache`` makes e4m3 of bytes where the layout has no others."""
         arrays = self.exact
+        cache = without_padding(convert(self.memory), self.stored.shape)
         optional = {"topk_length": arrays.lengths, "attn_sink": arrays.sinks}
         return {
             "q": convert(arrays.q),
-            "kv_cache": convert_cache(convert(self.stored)) if self.kv_scale is not None else convert(self.stored),
+            "kv_cache": convert_cache(cache) if self.kv_scale is not None else cache,
             "indices": convert(arrays.indices[:, :, 0]),
             **{name: None if array is None else convert(array) for name, array in optional.items()},
             "head_dim_v": arrays.case.latent_dim,

@@ -39,7 +39,7 @@ ARGUMENTS: dict[str, tuple[Any, ...]] = {
     "gathered": (GATHER_PARAMS,),
     "decode": (TENSOR_MAP, TENSOR_MAP, DECODE_PARAMS),
     "combine": (COMBINE_PARAMS,),
-    "plan": (np.uint64, np.uint64, np.uint64, PLAN_PARAMS),
+    "plan": (np.uint64, np.uint64, np.uint64, np.uint64, PLAN_PARAMS),
 }
 
 

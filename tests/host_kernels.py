@@ -15,7 +15,8 @@ import pytest
 from cupy_mla.gpu.jit.source import kernels_root
 from cupy_mla.kernels.combine import MERGE_STATES_THREADS
 from cupy_mla.kernels.planner import plan_params, plan_sections, read_plan
-from cupy_mla.schedule.make import Schedule, ScheduleShape
+from cupy_mla.schedule.make import Schedule
+from cupy_mla.schedule.shape import ScheduleShape
 
 HOST_CUDA = Path(__file__).parent / "host_cuda"
 OPTIONS = ("-std=c++17", "-O2", "-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas", "-shared", "-fPIC")
@@ -81,14 +82,17 @@ def run_plan(
     cu_seqlens_q: np.ndarray | None = None,
     reverse: bool = False,
     into: np.ndarray | None = None,
+    extra_lengths: np.ndarray | None = None,
 ) -> Schedule:
     """mla_plan; fails when it writes past the plan. The whole buffer is copied to ``into`` if given."""
     total = plan_sections(shape).total_ints
     plan = np.full(total + GUARD_INTS, GUARD, np.int32)
     lengths = None if cache_seqlens is None else np.asarray(cache_seqlens, np.int32)
     offsets = None if cu_seqlens_q is None else np.asarray(cu_seqlens_q, np.int32)
+    extra = None if extra_lengths is None else np.asarray(extra_lengths, np.int32)
     params = plan_params(shape)
-    library().host_plan(_address(lengths), _address(offsets), _address(plan), _address(params), ctypes.c_bool(reverse))
+    arrays = (lengths, offsets, extra, plan, params)
+    library().host_plan(*map(_address, arrays), ctypes.c_bool(reverse))
     assert (plan[total:] == GUARD).all(), "written past the plan"
     if into is not None:
         into[:] = plan[:total]

@@ -144,7 +144,7 @@ def test_arguments_of_the_kernels(gpu: FakeGpu, make: Callable[[FakeGpu], Arrays
         planner, decode, combine = gpu.take()
         assert planner.kernel == "plan"
         plan = gpu.allocated[-1]
-        lengths, starts, plan_pointer, _ = planner.arguments
+        lengths, starts, _, plan_pointer, _ = planner.arguments
         assert lengths[0] == arrays["cache_seqlens"].pointer
         assert starts[0] == (arrays["cu_seqlens_q"].pointer if "cu_seqlens_q" in arrays else 0)
         assert plan_pointer[0] == plan.pointer
@@ -504,8 +504,9 @@ def test_custom_call_of_a_compiled_program(gpu: FakeGpu, monkeypatch: pytest.Mon
     if planned:
         jax_calls._run_plan(*planner_attributes, *arrays.values(), plan)
         [planner] = gpu.take()
-        assert [int(argument[0]) for argument in planner.arguments[:3]] == [
+        assert [int(argument[0]) for argument in planner.arguments[:4]] == [
             arrays["cache_seqlens"].pointer,
+            0,
             0,
             plan.pointer,
         ]

@@ -364,7 +364,6 @@ ANY_ARRAY = np.zeros(3, np.int32)
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        ({"indices": ANY_ARRAY, "extra_k_cache": ANY_ARRAY}, ["second cache", "extra_k_cache"]),
         ({"attn_sink": ANY_ARRAY}, ["attn_sink"]),
         ({"extra_k_cache": ANY_ARRAY}, ["second cache", "extra_k_cache"]),
         ({"extra_indices_in_kvcache": ANY_ARRAY}, ["extra_indices_in_kvcache"]),
@@ -372,7 +371,7 @@ ANY_ARRAY = np.zeros(3, np.int32)
         ({"extra_topk_length": ANY_ARRAY}, ["extra_topk_length"]),
         (
             {"extra_k_cache": ANY_ARRAY, "attn_sink": ANY_ARRAY},
-            ["attention sinks in dense attention (attn_sink), a second cache (extra_k_cache)"],
+            ["attention sinks in dense attention (attn_sink), a second cache in dense attention (extra_k_cache)"],
         ),
     ],
 )

@@ -21,8 +21,9 @@ from cupy_mla.gpu.jit.source import kernels_root
 from cupy_mla.kernels import halves
 from cupy_mla.kernels.halves import split_halves
 from cupy_mla.kernels.structs import HALF_SHARE_UNIT
-from cupy_mla.schedule.make import CLAIM_TILES, make_schedule
+from cupy_mla.schedule.make import make_schedule
 from cupy_mla.schedule.pieces import TILE_TOKENS
+from cupy_mla.schedule.shape import CLAIM_TILES
 
 
 def claims(second: list[bool], parts: int, second_parts: int) -> list[int]:

@@ -22,7 +22,8 @@ from test_schedule import dense
 from cupy_mla.kernels.combine import OCTET, merge_states_geometry
 from cupy_mla.kernels.planner import plan_sections
 from cupy_mla.kernels.structs import COMBINE_PARAMS, GATHER_COMBINE_PARAMS, MERGE_STATES_PARAMS
-from cupy_mla.schedule.make import ScheduleShape, make_schedule
+from cupy_mla.schedule.make import make_schedule
+from cupy_mla.schedule.shape import ScheduleShape
 
 pytestmark = needs_compiler
 

@@ -61,6 +61,36 @@ def test_lengths_that_requests_share(packs: bool, requests_per_length: int) -> N
         assert seqlen_k == min(lengths[request // requests_per_length], 4096)
 
 
+@pytest.mark.parametrize("shared", [(1, 1), (1, 3), (3, 1)])
+@pytest.mark.parametrize("given", [(True, True), (True, False), (False, True), (False, False)])
+@pytest.mark.parametrize("fixed_split_tokens", [None, 128])
+def test_two_lists_of_keys(fixed_split_tokens: int | None, given: tuple[bool, bool], shared: tuple[int, int]) -> None:
+    """The second begins with a tile of its own; an item says how many keys the first has."""
+    shape = dataclasses.replace(
+        dense(60, fixed_split_tokens=fixed_split_tokens), max_seqlen_k=700, max_extra_k=300,
+        requests_per_length=shared[0], requests_per_extra_length=shared[1],
+    )  # fmt: skip
+    rng = np.random.default_rng(3)
+    first = rng.integers(-5, 800, 60 // shared[0]) if given[0] else None
+    extra = rng.integers(-5, 400, 60 // shared[1]) if given[1] else None
+    found = run_plan(shape, first, extra_lengths=extra)
+    assert_same(found, make_schedule(shape, first, extra_lengths=extra))
+    assert len(found.items) <= shape.max_items
+    for request, _, _, end, seqlen_k, _, length, slot in found.items:
+        expected = 700 if first is None else min(max(first[request // shared[0]], 0), 700)
+        expected_extra = 300 if extra is None else min(max(extra[request // shared[1]], 0), 300)
+        assert (length, seqlen_k) == (expected, -(-expected // 64) * 64 + expected_extra)
+        if slot == schedule.WHOLE_JOB:
+            assert end == -(-expected // 64) + -(-expected_extra // 64)
+    assert not found.merges[:, 3].any()
+
+
+def test_a_second_list_has_no_mask() -> None:
+    for other in ({"causal": True}, {"ragged": True, "total_q": 4}):
+        with pytest.raises(InvalidArgumentError, match="max_extra_k"):
+            dataclasses.replace(dense(4), max_extra_k=64, **other)
+
+
 def test_no_lengths_are_the_longest() -> None:
     shape = dataclasses.replace(dense(60), max_seqlen_k=2000)
     found = run_plan(shape, None)

@@ -16,9 +16,10 @@ from cupy_mla.bench import plots as plots_module
 from cupy_mla.bench.panels import draw_latency, draw_ratios, draw_roofline, draw_speedups, latency_groups
 from cupy_mla.bench.plots import write_plots
 from cupy_mla.errors import InvalidArgumentError, MissingDependencyError
-from cupy_mla.schedule.make import WHOLE_JOB, ScheduleShape, make_schedule
+from cupy_mla.schedule.make import WHOLE_JOB, make_schedule
 from cupy_mla.schedule.picture import draw_schedule
 from cupy_mla.schedule.pieces import TILE_COST, PieceCosts
+from cupy_mla.schedule.shape import ScheduleShape
 from cupy_mla.shown.drawing import format_tokens, make_figure
 
 pytest.importorskip("matplotlib", reason="matplotlib (extra: plot) is not installed")

@@ -17,8 +17,9 @@ from cupy_mla.kernels.narrow import NARROW16
 from cupy_mla.lab.lengths import mid_decode_lengths, read_lengths, shipped_lengths
 from cupy_mla.schedule import make as schedule
 from cupy_mla.schedule import pieces
-from cupy_mla.schedule.make import Schedule, ScheduleShape, choose_parts, make_schedule
+from cupy_mla.schedule.make import Schedule, make_schedule
 from cupy_mla.schedule.pieces import TILE_COST, TILE_TOKENS, PieceCosts
+from cupy_mla.schedule.shape import ScheduleShape, choose_parts
 from cupy_mla.schedule.text import draw_schedule
 
 WHOLE = schedule.WHOLE_JOB
@@ -174,7 +175,8 @@ def parts_needed(placed: list[pieces.Piece]) -> int:
 def test_no_smaller_budget_suffices(case: Case) -> None:
     """Tries every budget from the least that can hold a piece, step by step as the text of make_schedule says."""
     shape, cost, plan = case.shape, case.cost, case.make()
-    jobs = schedule._list_jobs(shape, np.array(case.lengths, np.int64), np.array(case.offsets or [], np.int64))
+    lengths = np.clip(np.array(case.lengths, np.int64), 0, shape.max_seqlen_k)
+    jobs = schedule._list_jobs(shape, lengths, np.array(case.offsets or [], np.int64), np.zeros_like(lengths))
     tiles = [job.tiles for job in jobs]
     if not jobs:
         assert plan.budget == 0

@@ -221,14 +221,54 @@ def without(arrays: Arrays, *names: str) -> Arrays:
 OF_PLAN = ("attn_sink", "out", "lse")
 
 
+def params_of(launched: Any) -> Any:
+    return launched.arguments[0][0]
+
+
+def test_the_second_list_reaches_planner_and_kernel(gpu: FakeGpu) -> None:
+    extra = {
+        "extra_kv_cache": gpu.array((30, 2, 1, 576), strides=(3 * 576, 576, 576, 1)),
+        "extra_indices": gpu.array((4, 2, 500), "int32", strides=(1024, 512, 1)),
+        "extra_topk_length": gpu.array((4, 2), "int32"),
+    }
+    arrays = {**decode_arrays(gpu), **extra}
+    mla_sparse_decode(**arrays)
+    planner, kernel, _ = gpu.take()
+    lengths, starts, extra_lengths, _, [plan_params] = planner.arguments
+    pointers = arrays["topk_length"].pointer, 0, extra["extra_topk_length"].pointer
+    assert (lengths[0], starts[0], extra_lengths[0]) == pointers
+    assert (plan_params["max_seqlen_k"], plan_params["max_extra_k"]) == (2048, 500)
+    assert (plan_params["requests_per_length"], plan_params["requests_per_extra_length"]) == (2, 1)
+    params = params_of(kernel)
+    assert params["extra_kv"] == extra["extra_kv_cache"].pointer
+    assert params["extra_indices"] == extra["extra_indices"].pointer
+    assert params["extra_indices_strides"].tolist() == [1024, 512, 0]
+    assert (params["extra_kv_stride_page"], params["extra_kv_stride_token"]) == (3 * 576 // 8, 576 // 8)
+    assert (params["extra_num_slots"], params["extra_kv_stride_head"]) == (60, 0)
+    plan = plan_sparse_decode(**without(arrays, *OF_PLAN))
+    assert [launched.arguments[2][0] for launched in gpu.take()] == [extra["extra_topk_length"].pointer]
+    other = gpu.array((4, 2), "int32")
+    plan.update(arrays["topk_length"], other)
+    assert [launched.arguments[2][0] for launched in gpu.take()] == [other.pointer]
+    mla_sparse_decode(**arrays, plan=plan)
+    again = {**arrays, "extra_kv_cache": replace(extra["extra_kv_cache"], pointer=extra["extra_kv_cache"].pointer + 16)}
+    mla_sparse_decode(**again, plan=plan)
+    first, second = (params_of(launched)["extra_kv"] for launched in gpu.take() if launched.kernel == "gathered")
+    assert second == first + 16
+    misaligned = replace(extra["extra_kv_cache"], pointer=extra["extra_kv_cache"].pointer + 2)
+    with pytest.raises(InvalidArgumentError, match="extra_kv_cache"):
+        mla_sparse_decode(**{**arrays, "extra_kv_cache": misaligned}, plan=plan)
+
+
 @pytest.mark.parametrize("make", [decode_arrays, all_decode_arrays])
 def test_a_decode_without_plan_plans_computes_and_merges(gpu: FakeGpu, make: Any) -> None:
     arrays = make(gpu)
     out, lse = mla_sparse_decode(**arrays, softmax_scale=0.25)
     planner, kernel, merge = gpu.take()
     assert [planner.kernel, kernel.kernel, merge.kernel] == ["plan", "gathered", "combine_gathered"]
-    lengths, starts, plan_address, [plan_params] = planner.arguments
-    assert (lengths[0], starts[0]) == (arrays["topk_length"].pointer, 0)
+    lengths, starts, extra_lengths, plan_address, [plan_params] = planner.arguments
+    assert (lengths[0], starts[0], extra_lengths[0]) == (arrays["topk_length"].pointer, 0, 0)
+    assert (plan_params["max_extra_k"], params_of(kernel)["extra_kv"]) == (-1, 0)
     assert (plan_params["batch"], plan_params["seqlen_q"]) == (8, 1)
     assert plan_params["max_seqlen_k"] == arrays["indices"].shape[-1]
     assert plan_params["requests_per_length"] == (2 if make is decode_arrays else 1)
@@ -333,7 +373,7 @@ def test_a_plan_of_another_kind_is_refused(gpu: FakeGpu) -> None:
 def test_a_fixed_split(gpu: FakeGpu) -> None:
     arrays = decode_arrays(gpu)
     plan_sparse_decode(**arrays, fixed_split_tokens=256)
-    assert gpu.take()[0].arguments[3][0]["fixed_split_tiles"] == 4
+    assert gpu.take()[0].arguments[4][0]["fixed_split_tiles"] == 4
 
 
 @pytest.mark.parametrize("kernel", [family.name for family in GATHERED_FAMILIES])

@@ -13,9 +13,10 @@ from cases_dense import DTYPES
 from cupy_mla import mla_sparse_prefill
 from cupy_mla.arrays import view as arrays
 from cupy_mla.arrays.view import ArrayView, contiguous_strides
-from cupy_mla.call.sparse import CUDA_MAX_KV_STRIDE, describe_sparse_decode, describe_sparse_prefill
+from cupy_mla.call.sparse import describe_sparse_decode, describe_sparse_prefill
 from cupy_mla.call.sparse_options import SparseDecodeArrays, SparseOptions, SparsePrefillArrays
 from cupy_mla.call.sparse_problem import GatheredKeys, SparseInputs, SparseProblem
+from cupy_mla.call.token_list import CUDA_MAX_KV_STRIDE
 from cupy_mla.errors import InvalidArgumentError
 from cupy_mla.layouts import BF16
 

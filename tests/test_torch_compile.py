@@ -75,7 +75,7 @@ def merged(arrays: tuple[Any, ...], *, listed: bool) -> Any:
     return cupy_mla.merge_states(outs, lses) if listed else cupy_mla.merge_states(torch.stack(outs), torch.stack(lses))
 
 
-DENSE_META, CAUSAL_META, SPARSE_META = (flash_mla.get_mla_metadata()[0] for _ in range(3))
+DENSE_META, CAUSAL_META, SPARSE_META, EXTRA_META = (flash_mla.get_mla_metadata()[0] for _ in range(4))
 # Each becomes one graph: (name, function of no arguments).
 IN_GRAPHS: list[tuple[str, Callable[[], Any]]] = [
     ("mla_decode", lambda: cupy_mla.mla_decode(*DENSE, causal=True, softmax_scale=0.1)),
@@ -99,6 +99,17 @@ IN_GRAPHS: list[tuple[str, Callable[[], Any]]] = [
     (
         "FlashMLA, sparse",
         lambda: flash_mla.flash_mla_with_kvcache(*SPARSE[:2], None, None, 512, SPARSE_META, indices=SPARSE[2]),
+    ),
+    ("two caches", lambda: cupy_mla.mla_sparse_decode(*SPARSE, extra_kv_cache=SPARSE[1], extra_indices=SPARSE[2])),
+    (
+        "FlashMLA, two caches",
+        lambda: flash_mla.flash_mla_with_kvcache(
+            *SPARSE[:2],
+            *(None, None, 512, EXTRA_META),
+            indices=SPARSE[2],
+            extra_k_cache=SPARSE[1],
+            extra_indices_in_kvcache=SPARSE[2],
+        ),
     ),
     (
         "FlashMLA, prefill",

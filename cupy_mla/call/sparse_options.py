@@ -19,7 +19,7 @@ class SparseOptions:
 
     Attributes
     ----------
-    head_dim_v, softmax_scale, empty_lse, validate, strict, layout
+    head_dim_v, softmax_scale, empty_lse, validate, strict, layout, extra_layout
         As in `cupy_mla.mla_sparse_decode`.
     fixed_split_tokens, kernel
         As in `cupy_mla.plan_sparse_decode`; of a decode call with a plan in an array, or without a plan.
@@ -36,6 +36,7 @@ class SparseOptions:
     validate: bool | None = option(None, SPARSE_DECODE, SPARSE_PREFILL, PLAN_SPARSE)
     strict: bool = option(True, SPARSE_DECODE, SPARSE_PREFILL, PLAN_SPARSE)
     layout: str | None = option(None, SPARSE_DECODE, SPARSE_PREFILL, PLAN_SPARSE)
+    extra_layout: str | None = option(None, SPARSE_DECODE, PLAN_SPARSE)
     fixed_split_tokens: int | None = option(None, PLAN_SPARSE)
     kernel: str = option(AUTO, PLAN_SPARSE)
 
@@ -57,6 +58,8 @@ class SparseDecodeArrays:
         As in `cupy_mla.mla_sparse_decode`.
     kv_scale
         As in `cupy_mla.mla_sparse_decode`: an array, or a number.
+    extra_kv_cache, extra_indices, extra_topk_length
+        As in `cupy_mla.mla_sparse_decode`.
     plan
         A plan in an array (see `cupy_mla.decode.plan_arrays`): uint8.
     out, lse
@@ -69,6 +72,9 @@ class SparseDecodeArrays:
     topk_length: Any = None
     attn_sink: Any = None
     kv_scale: Any = None
+    extra_kv_cache: Any = None
+    extra_indices: Any = None
+    extra_topk_length: Any = None
     plan: Any = None
     out: Any = None
     lse: Any = None
@@ -102,7 +108,8 @@ class SparsePrefillArrays:
 SPARSE_OPTIONS = options_of(SparseOptions)
 SPARSE_DECODE_ARRAYS = tuple(field.name for field in fields(SparseDecodeArrays))
 SPARSE_PREFILL_ARRAYS = tuple(field.name for field in fields(SparsePrefillArrays))
-_OPTIONAL = ("topk_length", "attn_sink", "kv_scale", "plan", "out", "max_logits", "lse")
+_EXTRA = ("extra_kv_cache", "extra_indices", "extra_topk_length")
+_OPTIONAL = ("topk_length", "attn_sink", "kv_scale", *_EXTRA, "plan", "out", "max_logits", "lse")
 _POSITIONAL = ("q", "kv_cache", "kv", "indices", "head_dim_v", "softmax_scale", "topk_length", "attn_sink")
 
 SPARSE_DECODE_FORM = CallForm(SPARSE_OPTIONS, SPARSE_DECODE_ARRAYS, _OPTIONAL, ("out", "lse"), _POSITIONAL)

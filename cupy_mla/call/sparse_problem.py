@@ -24,11 +24,21 @@ class GatheredKeys:
         Tokens per page of the cache; 1 where all slots are equally far apart, whatever their pages.
     tokens_per_length
         Query tokens that share an entry of topk_length; None: there is no topk_length, all indices count.
+    extra_topk, extra_page_size, extra_tokens_per_length
+        The same of a second cache; extra_topk is None where there is none.
     """
 
     topk: int
     page_size: int
     tokens_per_length: int | None
+    extra_topk: int | None = None
+    extra_page_size: int | None = None
+    extra_tokens_per_length: int | None = None
+
+    @property
+    def most_tokens(self) -> int:
+        """Most tokens that a query token attends to."""
+        return self.topk + (self.extra_topk or 0)
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,18 +51,20 @@ class SparseProblem:
         What attends. Prefill has a batch of requests of one query token.
     keys
         What it attends to.
-    layout
-        How the cache stores a token.
+    layout, extra_layout
+        How the cache stores a token, and how a second one does; None: there is no second cache.
     """
 
     queries: Queries
     keys: GatheredKeys
     layout: CacheLayout
+    extra_layout: CacheLayout | None = None
 
     def facts(self) -> dict[str, Any]:
         """Every field of the parts by its name, and the layout by its own."""
         parts = {**dataclasses.asdict(self.queries), **dataclasses.asdict(self.keys)}
-        return {**parts, "layout": self.layout.name}
+        extra = None if self.extra_layout is None else self.extra_layout.name
+        return {**parts, "layout": self.layout.name, "extra_layout": extra}
 
     def _repr_html_(self) -> str:
         """A table for notebooks."""
@@ -78,6 +90,8 @@ class SparseInputs:
         [num_heads_q], contiguous; None: no sinks.
     kv_scale
         One float32 number for the whole cache, or None: then ``kv_scale_value`` counts.
+    extra_kv, extra_indices, extra_topk_length
+        Of a second cache, as kv, indices and topk_length; all None where there is none.
     plan
         A plan in an array, or None.
     out, lse
@@ -94,6 +108,9 @@ class SparseInputs:
     topk_length: ArrayView | None = None
     attn_sink: ArrayView | None = None
     kv_scale: ArrayView | None = None
+    extra_kv: ArrayView | None = None
+    extra_indices: ArrayView | None = None
+    extra_topk_length: ArrayView | None = None
     plan: ArrayView | None = None
     out: ArrayView | None = None
     max_logits: ArrayView | None = None
@@ -109,6 +126,11 @@ class SparseInputs:
     def num_slots(self) -> int:
         """Tokens that the cache has room for."""
         return self.kv.shape[0] * self.kv.shape[1]
+
+    @property
+    def num_extra_slots(self) -> int:
+        """The same of the second cache; 0 without one."""
+        return 0 if self.extra_kv is None else self.extra_kv.shape[0] * self.extra_kv.shape[1]
 
     def views(self) -> tuple[ArrayView | None, ...]:
         """All of them, None for one that is not there."""

@@ -23,8 +23,8 @@ from ..gpu.jit.source import KernelSource
 from ..gpu.launch import Launch
 from ..kernels.family import KernelConfig
 from ..kernels.planner import PLAN_SOURCE, plan_geometry, plan_params, plan_sections
-from ..schedule.make import ScheduleShape
 from ..schedule.pieces import ceil_div
+from ..schedule.shape import ScheduleShape
 from ..shown.html import facts_table
 
 _PARTIAL_ALIGNMENT = 256  # bytes; sections of the workspace
@@ -84,7 +84,7 @@ class Blueprint(Generic[P]):
         self.partial_bytes = self.partial_out_bytes + _section(rows * self.config.partial_lse_bytes)
         self.workspace_bytes = self.plan_bytes + self.partial_bytes
         self._lock = threading.Lock()
-        self._pointers = np.zeros(3, np.uint64)  # cache_seqlens, cu_seqlens_q, plan
+        self._pointers = np.zeros(4, np.uint64)  # cache_seqlens, cu_seqlens_q, extra_lengths, plan
 
     @functools.cached_property
     def decode_kernel(self) -> LoadedKernel:
@@ -104,14 +104,16 @@ class Blueprint(Generic[P]):
             geometry.grid,
             geometry.block,
             geometry.shared_memory,
-            (*(self._pointers[index : index + 1] for index in range(3)), plan_params(self.shape)),
+            (*(self._pointers[index : index + 1] for index in range(4)), plan_params(self.shape)),
         )
 
-    def launch_planner(self, cache_seqlens: int, cu_seqlens_q: int, plan: int, stream: int) -> None:
+    def launch_planner(
+        self, cache_seqlens: int, cu_seqlens_q: int, plan: int, stream: int, extra_lengths: int = 0
+    ) -> None:
         """Queue the planner, given addresses; 0: all requests are the longest, no cu_seqlens_q."""
         planner = self._planner
         with self._lock:
-            self._pointers[:] = cache_seqlens, cu_seqlens_q, plan
+            self._pointers[:] = cache_seqlens, cu_seqlens_q, extra_lengths, plan
             planner(stream)
 
 
@@ -168,7 +170,7 @@ class CallMemory(PlanMemory):
         The array whose framework the memory comes from.
     plan
         Address of a plan that was made already, or 0.
-    cache_seqlens, cu_seqlens_q
+    cache_seqlens, cu_seqlens_q, extra_lengths
         Addresses of what is planned for, as `Blueprint.launch_planner` takes them.
     stream
         The stream of the call.
@@ -177,13 +179,20 @@ class CallMemory(PlanMemory):
     __slots__ = ("_scratch",)
 
     def __init__(
-        self, kind: Blueprint[Any], q: Any, plan: int, cache_seqlens: int, cu_seqlens_q: int, stream: int
+        self,
+        kind: Blueprint[Any],
+        q: Any,
+        plan: int,
+        cache_seqlens: int,
+        cu_seqlens_q: int,
+        stream: int,
+        extra_lengths: int = 0,
     ) -> None:
         size = kind.partial_bytes if plan else kind.workspace_bytes
         self._scratch = scratch_like(q, size, kind.location[1], stream)
         super().__init__(kind, self._scratch.pointer, plan)
         if not plan:
-            kind.launch_planner(cache_seqlens, cu_seqlens_q, self.pointer, stream)
+            kind.launch_planner(cache_seqlens, cu_seqlens_q, self.pointer, stream, extra_lengths)
 
 
 class Plan(PlanMemory, Generic[P]):
@@ -231,12 +240,12 @@ class Plan(PlanMemory, Generic[P]):
         """What the schedule depends on besides the lengths; None on the CPU."""
         return None if self.blueprint is None else self.blueprint.shape
 
-    def launch(self, cache_seqlens: int, cu_seqlens_q: int, stream: int) -> None:
+    def launch(self, cache_seqlens: int, cu_seqlens_q: int, stream: int, extra_lengths: int = 0) -> None:
         """Queue the planner, given addresses; 0: all requests are the longest, no cu_seqlens_q."""
         assert self.blueprint is not None  # a plan on a GPU has one
         self.is_settled = False
         self.updated_in_capture = None
-        self.blueprint.launch_planner(cache_seqlens, cu_seqlens_q, self.pointer, stream)
+        self.blueprint.launch_planner(cache_seqlens, cu_seqlens_q, self.pointer, stream, extra_lengths)
 
     def check(self, problem: P, location: tuple[str, int]) -> None:
         """Refuse a call that this plan was not made for.

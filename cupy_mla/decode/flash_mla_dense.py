@@ -52,8 +52,8 @@ def decode_dense(
     UnsupportedDeviceError
         The arrays are on a GPU that is not Hopper, or the backend that the settings ask for cannot take them.
     """
-    cache_seqlens = arrays[-1]
-    plan = plan_of(meta, DecodePlan, "cache_seqlens", cache_seqlens, enable_batch_invariant)
+    lengths = {"cache_seqlens": arrays[-1]}
+    plan = plan_of(meta, DecodePlan, lengths, enable_batch_invariant)
     if plan is None and (meta is not None or enable_batch_invariant):
         split = INVARIANT_SPLIT_TOKENS if enable_batch_invariant else None
         options: dict[str, Any] = {"head_dim_v": head_dim_v, "causal": causal, "kv_scale": kv_scale}
@@ -69,7 +69,7 @@ def decode_dense(
         empty_lse=math.inf,
     )
     if meta is not None and plan is not None and not meta.have_initialized:  # a call that was refused leaves it empty
-        fill(meta, plan, plan.problem.keys.page_size, cache_seqlens, enable_batch_invariant)
+        fill(meta, plan, plan.problem.keys.page_size, lengths, enable_batch_invariant)
     return result, lse
 
 

@@ -59,13 +59,14 @@ class FlashMLASchedMeta:
     tile_scheduler_metadata: DecodePlan | SparsePlan | None = None
     num_splits: None = None
     # The lengths that were planned for, on the host; kept only where the settings ask for validation.
-    _lengths: np.ndarray | None = field(default=None, init=False, repr=False, compare=False)
+    _lengths: dict[str, np.ndarray] = field(default_factory=dict, init=False, repr=False, compare=False)
 
 
 def plan_of(
-    meta: FlashMLASchedMeta | None, kind: type[_Plan], name: str, lengths: Any, enable_batch_invariant: bool
+    meta: FlashMLASchedMeta | None, kind: type[_Plan], lengths: dict[str, Any], enable_batch_invariant: bool
 ) -> _Plan | None:
-    """The plan of filled metadata; None of empty metadata, or none.
+    """The plan of filled metadata; None of empty metadata, or none. ``lengths`` by their names, None for those that are
+    not there.
 
     Raises
     ------
@@ -79,11 +80,11 @@ def plan_of(
     if not isinstance(plan, kind):
         raise PlanMismatchError("plan", f"metadata that holds a {kind.__name__}", f"a {type(plan).__name__}")
     if meta.config is not None and meta.config.enable_batch_invariant != enable_batch_invariant:
-        planned = meta.config.enable_batch_invariant
-        expected = f"{planned}, as in the call that filled tile_scheduler_metadata"
+        expected = f"{meta.config.enable_batch_invariant}, as in the call that filled tile_scheduler_metadata"
         raise PlanMismatchError("enable_batch_invariant", expected, str(enable_batch_invariant))
-    if meta._lengths is not None and lengths is not None:
-        _check_lengths(name, lengths, meta._lengths)
+    for name, planned in meta._lengths.items():
+        if lengths.get(name) is not None:
+            _check_lengths(name, lengths[name], planned)
     return plan
 
 
@@ -113,8 +114,9 @@ def fill(
     meta: FlashMLASchedMeta,
     plan: DecodePlan | SparsePlan,
     page_size: int,
-    lengths: Any,
+    lengths: dict[str, Any],
     enable_batch_invariant: bool,
+    extra_page_size: int | None = None,
 ) -> None:
     """Keep a plan in empty metadata."""
     problem = plan.problem
@@ -127,13 +129,14 @@ def fill(
         causal=problem.queries.causal,
         is_fp8_kvcache=problem.layout not in DENSE_LAYOUTS.values(),
         topk=None if isinstance(plan, DecodePlan) else plan.problem.keys.topk,
-        extra_page_block_size=None,
-        extra_topk=None,
+        extra_page_block_size=extra_page_size,
+        extra_topk=None if isinstance(plan, DecodePlan) else plan.problem.keys.extra_topk,
         enable_batch_invariant=enable_batch_invariant,
     )
     meta.tile_scheduler_metadata = plan
-    if get_settings().validate and lengths is not None:
-        meta._lengths = as_numpy(lengths).copy()
+    if get_settings().validate:
+        given = {name: array for name, array in lengths.items() if array is not None}
+        meta._lengths = {name: as_numpy(array).copy() for name, array in given.items()}
     meta.have_initialized = True
 
 

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import math
 import threading
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from ..arrays.dtypes import ITEM_SIZES
-from ..arrays.view import contiguous_strides
+from ..arrays.view import ArrayView, contiguous_strides
 from ..call.memo import remembered
 from ..call.sparse_options import SPARSE_PREFILL_ARRAYS
 from ..call.sparse_problem import SparseInputs, SparseProblem
@@ -20,6 +20,7 @@ from ..gpu.jit.module import load
 from ..gpu.launch import Launch
 from ..kernels.choose import choose_gathered_config
 from ..kernels.structs import GATHER_PARAMS, words_of
+from ..layouts import CacheLayout
 from ..schedule.pieces import ceil_div
 from .prepared import CALLS_KEPT
 
@@ -50,6 +51,8 @@ class SparseStrides:
         Of query token and head.
     num_slots
         Tokens that the cache has room for.
+    extra_kv, extra_indices, num_extra_slots
+        Of a second cache, as kv, indices and num_slots.
     """
 
     q: Strides
@@ -59,6 +62,9 @@ class SparseStrides:
     lse: Strides
     max_logits: Strides
     num_slots: int
+    extra_kv: Strides = (0, 0, 0)
+    extra_indices: Strides = (0, 0, 0)
+    num_extra_slots: int = 0
 
     @staticmethod
     def of(problem: SparseProblem, inputs: SparseInputs) -> SparseStrides:
@@ -67,18 +73,31 @@ class SparseStrides:
         out = contiguous_strides(queries.out_shape) if inputs.out is None else inputs.out.strides
         lse = contiguous_strides(queries.lse_shape) if inputs.lse is None else inputs.lse.strides
         logits = (queries.num_heads_q, 1) if inputs.max_logits is None else inputs.max_logits.strides
-        page, token, head, _ = inputs.kv.strides
-        if problem.keys.page_size == 1:
-            page, token = (page if inputs.kv.shape[1] == 1 else token), 0
-        return SparseStrides(
+        strides = SparseStrides(
             q=inputs.q.strides[:3],
-            kv=(page, token, head),
+            kv=_cache_strides(inputs.kv, problem.layout, problem.keys.page_size),
             indices=inputs.indices.strides[:3],
             out=out[:3],
             lse=(lse[0], lse[2], lse[1]),
             max_logits=logits,
             num_slots=inputs.num_slots,
         )
+        if inputs.extra_kv is None or inputs.extra_indices is None or problem.extra_layout is None:
+            return strides
+        return replace(
+            strides,
+            extra_kv=_cache_strides(inputs.extra_kv, problem.extra_layout, problem.keys.extra_page_size),
+            extra_indices=inputs.extra_indices.strides[:3],
+            num_extra_slots=inputs.num_extra_slots,
+        )
+
+
+def _cache_strides(kv: ArrayView, layout: CacheLayout, page_size: int | None) -> Strides:
+    """`SparseStrides.kv` of a cache with a page size as `GatheredKeys` has it."""
+    page, token, head, _ = layout.row_strides(kv.strides)
+    if page_size == 1:
+        page, token = (page if kv.shape[1] == 1 else token), 0
+    return page, token, head
 
 
 def gather_params(
@@ -89,11 +108,16 @@ def gather_params(
     params = np.zeros(1, GATHER_PARAMS)
     params["q_strides"], params["indices_strides"] = strides.q, strides.indices
     params["out_strides"], params["lse_strides"] = strides.out, strides.lse
-    page, token, head = (step * ITEM_SIZES[problem.layout.dtype] for step in strides.kv)
-    params["kv_stride_page"], params["kv_stride_token"] = page // KV_UNIT, token // KV_UNIT
-    params["kv_stride_head"] = head if queries.num_heads_kv > 1 else 0
+    params["extra_indices_strides"] = strides.extra_indices
+    for prefix, cache, layout in (("", strides.kv, problem.layout), ("extra_", strides.extra_kv, problem.extra_layout)):
+        if layout is None:
+            continue
+        page, token, head = (step * ITEM_SIZES[layout.dtype] for step in cache)
+        params[prefix + "kv_stride_page"], params[prefix + "kv_stride_token"] = page // KV_UNIT, token // KV_UNIT
+        params[prefix + "kv_stride_head"] = head if queries.num_heads_kv > 1 else 0
     params["kv_scale_value"] = kv_scale
     params["num_slots"] = min(strides.num_slots, MAX_SLOTS)
+    params["extra_num_slots"] = min(strides.num_extra_slots, MAX_SLOTS)
     params["topk"], params["group_heads"] = problem.keys.topk, queries.group_heads
     params["scale_log2"], params["empty_lse"] = softmax_scale * _LOG2_E, empty_lse
     return params

@@ -18,6 +18,7 @@ from .prepared import CALLS_KEPT, ELEMENT_BYTES, FLAG_BYTES, PAIR
 _Q, _KV, _INDICES, _SINK, _SCALE, _OUT, _LSE, _PARTIAL_OUT, _PARTIAL_LSE, _PLAN = words_of(
     GATHER_PARAMS, "q", "kv", "indices", "attn_sink", "kv_scale_at", "out", "lse", "partial_out", "partial_lse", "plan"
 )
+_EXTRA_KV, _EXTRA_INDICES = words_of(GATHER_PARAMS, "extra_kv", "extra_indices")
 _C_SINK, _C_OUT, _C_LSE, _C_PARTIAL_OUT, _C_PARTIAL_LSE, _C_PLAN = words_of(
     GATHER_COMBINE_PARAMS, "attn_sink", "out", "lse", "partial_out", "partial_lse", "plan"
 )
@@ -102,11 +103,12 @@ class SparseDecodeCall:
         DriverError
             The driver refused a launch.
         """
-        q, kv, indices, _, attn_sink, kv_scale, _, out, lse = addresses
+        q, kv, indices, _, attn_sink, kv_scale, extra_kv, extra_indices, _, _, out, lse = addresses
         words, combine, combine_words = self._words, self._combine, self._combine_words
         self._lock.acquire()  # a with statement takes twice the time
         try:
             words[_Q], words[_KV], words[_INDICES], words[_SCALE] = q, kv, indices, kv_scale
+            words[_EXTRA_KV], words[_EXTRA_INDICES] = extra_kv, extra_indices
             words[_SINK] = combine_words[_C_SINK] = attn_sink
             words[_OUT] = combine_words[_C_OUT] = out
             words[_LSE] = combine_words[_C_LSE] = lse

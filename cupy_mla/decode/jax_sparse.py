@@ -56,6 +56,9 @@ def mla_sparse_decode(
     topk_length: Any = None,
     attn_sink: Any = None,
     kv_scale: Any = None,
+    extra_kv_cache: Any = None,
+    extra_indices: Any = None,
+    extra_topk_length: Any = None,
     plan: Any = None,
     platform: str | None = None,
     **options: Any,
@@ -64,7 +67,7 @@ def mla_sparse_decode(
 
     Parameters
     ----------
-    q, kv_cache, indices, topk_length, attn_sink, kv_scale
+    q, kv_cache, indices, topk_length, attn_sink, kv_scale, extra_kv_cache, extra_indices, extra_topk_length
         As in `cupy_mla.mla_sparse_decode`.
     plan
         From `plan_sparse_decode`, made with the same options; None: the call plans by itself.
@@ -89,7 +92,8 @@ def mla_sparse_decode(
         The platform is CUDA and jax-tvm-ffi is not installed.
     """
     checked = SparseOptions(**options)
-    parts = (q, kv_cache, indices, topk_length, attn_sink, scale_as_array(kv_scale), plan)
+    extra = extra_kv_cache, extra_indices, extra_topk_length
+    parts = (q, kv_cache, indices, topk_length, attn_sink, scale_as_array(kv_scale), *extra, plan)
     arrays, views, location = views_of_parts(parts, _DECODE_INPUTS, platform)
     problem, _ = describe_sparse_decode(SparseDecodeArrays(*views), checked)
     require_backend(*location, "q")
@@ -118,6 +122,9 @@ def plan_sparse_decode(
     *,
     topk_length: Any = None,
     kv_scale: Any = None,
+    extra_kv_cache: Any = None,
+    extra_indices: Any = None,
+    extra_topk_length: Any = None,
     platform: str | None = None,
     **options: Any,
 ) -> Any:
@@ -127,7 +134,8 @@ def plan_sparse_decode(
     nothing.
     """
     checked = SparseOptions(**options)
-    parts = (q, kv_cache, indices, topk_length, None, scale_as_array(kv_scale), None)
+    extra = extra_kv_cache, extra_indices, extra_topk_length
+    parts = (q, kv_cache, indices, topk_length, None, scale_as_array(kv_scale), *extra, None)
     arrays, views, location = views_of_parts(parts, _DECODE_INPUTS, platform)
     problem, _ = describe_sparse_decode(SparseDecodeArrays(*views), checked)
     require_backend(*location, "q")
@@ -244,12 +252,12 @@ def _run_decode(*values: Any) -> None:
     _validate(problem, inputs, options, stream)
     scale = problem.queries.default_softmax_scale if options.softmax_scale is None else options.softmax_scale
     addresses = inputs.addresses(*CALL_INPUTS)
-    [lengths, plan] = inputs.addresses("topk_length", "plan")
+    lengths, extra_lengths, plan = inputs.addresses("topk_length", "extra_topk_length", "plan")
     if not workspace or workspace[0].shape[0] < (kind.partial_bytes if plan else kind.workspace_bytes):
         raise InvalidArgumentError("platform", "the one that the program runs on, cuda", "another while it was traced")
     memory = PlanMemory(kind, workspace[0].pointer, plan)
     if not plan:
-        kind.launch_planner(lengths, 0, memory.pointer, stream)
+        kind.launch_planner(lengths, 0, memory.pointer, stream, extra_lengths)
     strides = SparseStrides.of(problem, inputs)
     call = prepare_sparse_decode(kind, scale, options.empty_lse, strides, inputs.kv_scale_value)
     call(addresses, memory, stream)
@@ -264,8 +272,8 @@ def _run_plan(*values: Any) -> None:
     assert kind is not None  # only called on GPUs
     assert stream is not None
     _validate(problem, inputs, options, stream)
-    [lengths] = inputs.addresses("topk_length")
-    kind.launch_planner(lengths, 0, buffers[0].pointer, stream)
+    lengths, extra_lengths = inputs.addresses("topk_length", "extra_topk_length")
+    kind.launch_planner(lengths, 0, buffers[0].pointer, stream, extra_lengths)
 
 
 def _validate(problem: Any, inputs: Any, options: SparseOptions, stream: int) -> None:

@@ -13,7 +13,7 @@ from ..call.problem import INDEX_DTYPE, PLAN_ALIGNMENT
 from ..settings import Settings
 
 _CALLS_KEPT = 4096
-_COPIED = ("q", "kv", "kv_cache", "out")  # read or written 16 bytes at once
+_COPIED = ("q", "kv", "kv_cache", "extra_kv_cache", "out")  # read or written 16 bytes at once
 _Call = TypeVar("_Call")
 
 

@@ -16,8 +16,8 @@ from ..gpu.launch import is_capturing
 from ..kernels.choose import check_kernel, choose_config
 from ..kernels.combine import combine_source
 from ..kernels.family import KernelConfig
-from ..schedule.make import ScheduleShape, check_fixed_split, choose_parts
 from ..schedule.pieces import ceil_div
+from ..schedule.shape import ScheduleShape, check_fixed_split, choose_parts
 from .blueprint import Blueprint, DenseBlueprint, Plan, check_index
 
 _BLUEPRINTS_KEPT = 1024  # ragged batches may bring a new one every step

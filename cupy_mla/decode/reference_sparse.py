@@ -14,7 +14,9 @@ import numpy as np
 import numpy.typing as npt
 
 from ..arrays.exchange import as_numpy
+from ..arrays.view import ArrayView
 from ..call.sparse_problem import SparseInputs, SparseProblem
+from ..layouts import CacheLayout
 
 Array = npt.NDArray[Any]
 # (slots [n], kv_head) to the keys of these slots, [n, d_qk] of the type of the arithmetic.
@@ -165,23 +167,39 @@ def sparse_reference(
     """
     queries, keys = problem.queries, problem.keys
     total, heads, compute = queries.total_q, queries.num_heads_q, np.dtype(dtype)
-    cache = as_numpy(inputs.kv)
     scale = inputs.kv_scale_value if inputs.kv_scale is None else float(as_numpy(inputs.kv_scale).reshape(()))
-    kv_scale = scale if problem.layout.needs_scale else None
-    lengths = None
-    if inputs.topk_length is not None and keys.tokens_per_length is not None:
-        lengths = np.repeat(as_numpy(inputs.topk_length).reshape(-1), keys.tokens_per_length)
-    source = ChosenKeys(
-        gather=lambda slots, kv_head: problem.layout.dequantise_tokens(cache, slots, kv_head, kv_scale).astype(compute),
-        num_slots=inputs.num_slots,
-        indices=as_numpy(inputs.indices).reshape(total, queries.num_heads_kv, keys.topk),
-        lengths=lengths,
-    )
+
+    def chosen_of(
+        layout: CacheLayout,
+        kv: ArrayView,
+        num_slots: int,
+        indices: ArrayView,
+        lengths: ArrayView | None,
+        tokens_per_length: int | None,
+    ) -> ChosenKeys:
+        cache, kv_scale = as_numpy(kv), scale if layout.needs_scale else None
+        all_lengths = None
+        if lengths is not None and tokens_per_length is not None:
+            all_lengths = np.repeat(as_numpy(lengths).reshape(-1), tokens_per_length)
+        return ChosenKeys(
+            gather=lambda slots, kv_head: layout.dequantise_tokens(cache, slots, kv_head, kv_scale).astype(compute),
+            num_slots=num_slots,
+            indices=as_numpy(indices).reshape(total, queries.num_heads_kv, indices.shape[-1]),
+            lengths=all_lengths,
+        )
+
+    lengths, extra_lengths = inputs.topk_length, inputs.extra_topk_length
+    sources = [
+        chosen_of(problem.layout, inputs.kv, inputs.num_slots, inputs.indices, lengths, keys.tokens_per_length)
+    ]
+    if problem.extra_layout is not None and inputs.extra_kv is not None and inputs.extra_indices is not None:
+        of_extra = inputs.extra_kv, inputs.num_extra_slots, inputs.extra_indices, extra_lengths
+        sources.append(chosen_of(problem.extra_layout, *of_extra, keys.extra_tokens_per_length))
     results = np.empty((total, heads, queries.head_dim_v), compute)
     sums, largest = np.empty((total, heads), compute), np.empty((total, heads), compute)
     sparse_attention_reference(
         as_numpy(inputs.q).reshape(total, heads, queries.head_dim_qk),
-        [source],
+        sources,
         softmax_scale,
         num_heads_kv=queries.num_heads_kv,
         head_dim_v=queries.head_dim_v,

@@ -30,9 +30,11 @@ from .reference_sparse import sparse_reference
 from .sparse_plan import SparsePlan, sparse_plan_kind
 
 # Places in the tuples that calls are recognised by.
-_LENGTHS, _PLAN, _OUT, _LSE = (SPARSE_DECODE_ARRAYS.index(name) for name in ("topk_length", "plan", "out", "lse"))
+_LENGTHS, _EXTRA_LENGTHS, _PLAN, _OUT, _LSE = (
+    SPARSE_DECODE_ARRAYS.index(name) for name in ("topk_length", "extra_topk_length", "plan", "out", "lse")
+)
 # The same arrays as `SparseInputs` has them.
-CALL_INPUTS = tuple("kv" if name == "kv_cache" else name for name in SPARSE_DECODE_ARRAYS)
+CALL_INPUTS = tuple(name.removesuffix("_cache") for name in SPARSE_DECODE_ARRAYS)
 _VALIDATE = sparse_option_names(SPARSE_DECODE).index("validate")
 
 _known: KnownCalls[SparseDecodeCall] = KnownCalls(SPARSE_DECODE_ARRAYS)
@@ -45,7 +47,11 @@ def mla_sparse_decode(
     *,
     topk_length: Any = None,
     attn_sink: Any = None,
+    extra_kv_cache: Any = None,
+    extra_indices: Any = None,
+    extra_topk_length: Any = None,
     layout: str | None = None,
+    extra_layout: str | None = None,
     kv_scale: Any = None,
     softmax_scale: float | None = None,
     head_dim_v: int = 512,
@@ -82,12 +88,16 @@ def mla_sparse_decode(
         [num_heads_q] float32, natural logarithm: one more score of each head, of a key without a value. ``out`` is
         multiplied by exp(lse) / (exp(lse) + exp(sink)); lse is without it. -inf has no effect, +inf gives out = 0.
         None: no sinks.
-    layout
-        Name of the cache's layout, e.g. ``"fp8_ds_mla"``. None: what its element type and last dimension mean, where
-        they leave no doubt.
+    extra_kv_cache, extra_indices, extra_topk_length
+        A second cache, e.g. the compressed one of DeepSeek V4, with the tokens of it that are attended to in the same
+        softmax; all as their namesakes, with as many KV heads. Page size, number of indices and lengths are its own.
+    layout, extra_layout
+        Name of a cache's layout, e.g. ``"fp8_ds_mla"``. None: what its element type and last dimension mean, where they
+        leave no doubt; of the second cache, ``layout`` if it may have that. A GPU takes two caches of one layout, or of
+        two layouts that have codes for the same values.
     kv_scale
-        What stored values are multiplied by, for layouts that have one scale for the whole cache: a number, or one
-        float32 in an array, which is read when the call runs.
+        What stored values are multiplied by, for layouts that have one scale for the whole cache (one for both): a
+        number, or one float32 in an array, which is read when the call runs.
     softmax_scale
         Factor on the scores; None: ``d_qk ** -0.5``.
     head_dim_v
@@ -122,8 +132,10 @@ def mla_sparse_decode(
     UnsupportedDeviceError
         The arrays are on a GPU that is not Hopper, or the backend that the settings ask for cannot take them.
     """
-    arrays = (q, kv_cache, indices, topk_length, attn_sink, kv_scale, None, out, lse)
-    return run_sparse_decode(arrays, (head_dim_v, softmax_scale, empty_lse, validate, strict, layout), plan, stream)
+    extra = extra_kv_cache, extra_indices, extra_topk_length
+    arrays = (q, kv_cache, indices, topk_length, attn_sink, kv_scale, *extra, None, out, lse)
+    options = head_dim_v, softmax_scale, empty_lse, validate, strict, layout, extra_layout
+    return run_sparse_decode(arrays, options, plan, stream)
 
 
 def plan_sparse_decode(
@@ -132,7 +144,11 @@ def plan_sparse_decode(
     indices: Any,
     *,
     topk_length: Any = None,
+    extra_kv_cache: Any = None,
+    extra_indices: Any = None,
+    extra_topk_length: Any = None,
     layout: str | None = None,
+    extra_layout: str | None = None,
     kv_scale: Any = None,
     head_dim_v: int = 512,
     fixed_split_tokens: int | None = None,
@@ -141,15 +157,18 @@ def plan_sparse_decode(
     validate: bool | None = None,
     strict: bool = True,
 ) -> SparsePlan:
-    """Plan a sparse decode step once, for all layers that share its shapes and its topk_length.
+    """Plan a sparse decode step once, for all layers that share its shapes, its topk_length and its extra_topk_length.
 
     Parameters
     ----------
-    q, kv_cache, indices, topk_length, layout, kv_scale, head_dim_v, stream, validate, strict
-        As in `mla_sparse_decode`. Of q, kv_cache, indices and kv_scale only shapes, types and strides count.
+    q, kv_cache, indices, topk_length, extra_kv_cache, extra_indices, extra_topk_length
+        As in `mla_sparse_decode`. Of all but the lengths only shapes, types and strides count.
+    layout, extra_layout, kv_scale, head_dim_v, stream, validate, strict
+        As in `mla_sparse_decode`.
     fixed_split_tokens
-        Cut the tokens of each query token after every so many (a multiple of 64), whatever the batch: the same query
-        token then gives the same bits in any batch. None: cut where it balances the GPU best.
+        Cut the tokens of each query token after every so many (a multiple of 64; those of a second cache begin at a
+        multiple of 64), whatever the batch: the same query token then gives the same bits in any batch. None: cut where
+        it balances the GPU best.
     kernel
         The decode kernel: "gathered_narrow16", "gathered_narrow32" or "gathered_wide64" (16, 32 or 64 query heads a
         CTA), "gathered_fp8_narrow16" or "gathered_fp8_narrow32" for FP8 caches, or "auto", the one that should take the
@@ -158,7 +177,7 @@ def plan_sparse_decode(
     Returns
     -------
     SparsePlan
-        Updated with ``topk_length``.
+        Updated with ``topk_length`` and ``extra_topk_length``.
 
     Raises
     ------
@@ -167,15 +186,19 @@ def plan_sparse_decode(
     UnsupportedDeviceError
         The arrays are on a GPU that is not Hopper, or the backend that the settings ask for cannot take them.
     """
-    arrays = SparseDecodeArrays(q, kv_cache, indices, topk_length, kv_scale=kv_scale)
+    arrays = SparseDecodeArrays(
+        q, kv_cache, indices, topk_length, kv_scale=kv_scale, extra_kv_cache=extra_kv_cache,
+        extra_indices=extra_indices, extra_topk_length=extra_topk_length,
+    )  # fmt: skip
     options = SparseOptions(
-        head_dim_v=head_dim_v, validate=validate, strict=strict, layout=layout, fixed_split_tokens=fixed_split_tokens,
-        kernel=kernel,
+        head_dim_v=head_dim_v, validate=validate, strict=strict, layout=layout, extra_layout=extra_layout,
+        fixed_split_tokens=fixed_split_tokens, kernel=kernel,
     )  # fmt: skip
     problem, inputs, kind = describe_sparse_plan(arrays, options, stream)
     plan = SparsePlan(problem, inputs.location, q, kind, stream)
     if kind is not None:
-        plan.plan_for(inputs.topk_length, current_stream(q, inputs.location[1]) if stream is None else stream)
+        stream = current_stream(q, inputs.location[1]) if stream is None else stream
+        plan.plan_for(inputs.topk_length, inputs.extra_topk_length, stream)
     return plan
 
 
@@ -297,7 +320,8 @@ def _launch(
         addresses = (*addresses[:_OUT], pointer_of(out), pointer_of(lse))
     memory: PlanMemory | None = plan
     if memory is None:
-        memory = CallMemory(kind, q, addresses[_PLAN], addresses[_LENGTHS], 0, stream)
+        made, lengths, extra = addresses[_PLAN], addresses[_LENGTHS], addresses[_EXTRA_LENGTHS]
+        memory = CallMemory(kind, q, made, lengths, 0, stream, extra)
     call(addresses, memory, stream)
     if inputs is None:  # recognised, which only arrays of torch and CuPy are
         return out, lse

@@ -16,8 +16,8 @@ from ..gpu.launch import is_capturing
 from ..kernels.choose import GATHERED_FAMILIES, check_kernel, choose_gathered_config
 from ..kernels.combine import gathered_combine_source
 from ..kernels.family import KernelConfig
-from ..schedule.make import ScheduleShape, check_fixed_split, choose_parts
 from ..schedule.pieces import ceil_div
+from ..schedule.shape import ScheduleShape, check_fixed_split, choose_parts
 from .blueprint import Blueprint, Plan, SparseBlueprint, check_index
 
 _BLUEPRINTS_KEPT = 1024
@@ -41,6 +41,8 @@ def sparse_schedule_shape(
         fixed_split_tokens=fixed_split_tokens,
         cost=config.family.cost.pieces,
         requests_per_length=keys.tokens_per_length or 1,
+        max_extra_k=keys.extra_topk,
+        requests_per_extra_length=keys.extra_tokens_per_length or 1,
     )
 
 
@@ -92,22 +94,23 @@ def sparse_blueprint(
 class SparsePlan(Plan[SparseProblem]):
     """How the work of one kind of sparse call is cut, on the device; made by `cupy_mla.plan_sparse_decode`.
 
-    A plan belongs to the shapes and settings it was made with, and to the topk_length it was last updated with; not to
-    the indices, which may differ from call to call. Calls that share a plan must follow one another on one stream, as
-    they share its workspace. Compiled programs have the same in an array: ``torch.ops.cupy_mla.plan_sparse_decode`` and
-    `cupy_mla.jax_ops.plan_sparse_decode`; `DecodePlan` is that of dense calls.
+    A plan belongs to the shapes and settings it was made with, and to the topk_length and extra_topk_length it was last
+    updated with; not to the indices, which may differ from call to call. Calls that share a plan must follow one
+    another on one stream, as they share its workspace. Compiled programs have the same in an array:
+    ``torch.ops.cupy_mla.plan_sparse_decode`` and `cupy_mla.jax_ops.plan_sparse_decode`; `DecodePlan` is that of dense
+    calls.
     """
 
-    def update(self, topk_length: Any = None, *, stream: int | None = None) -> None:
+    def update(self, topk_length: Any = None, extra_topk_length: Any = None, *, stream: int | None = None) -> None:
         """Plan again for new lengths: one small kernel, no host synchronisation; may be captured in a CUDA graph.
 
         Parameters
         ----------
-        topk_length
-            int32 on the plan's device, of the shape that the plan was made with; None if it was made without: then
+        topk_length, extra_topk_length
+            int32 on the plan's device, each of the shape that the plan was made with; None if it was made without: then
             there is nothing that could change.
         stream
-            CUDA stream; None: the current stream of the framework of ``topk_length``.
+            CUDA stream; None: the current stream of the framework of the first array that is given.
 
         Raises
         ------
@@ -115,24 +118,36 @@ class SparsePlan(Plan[SparseProblem]):
             A wrong shape, type, device or alignment, or lengths given or missing against the plan.
         """
         check_stream(stream)
-        tokens = self.problem.keys.tokens_per_length
-        if (topk_length is None) != (tokens is None):
+        keys = self.problem.keys
+        views = (
+            self._view_lengths(topk_length, "topk_length", keys.tokens_per_length, stream),
+            self._view_lengths(extra_topk_length, "extra_topk_length", keys.extra_tokens_per_length, stream),
+        )
+        given = extra_topk_length if topk_length is None else topk_length
+        if given is None or self.blueprint is None:
+            return  # nothing is planned
+        self.plan_for(*views, current_stream(given, self.location[1]) if stream is None else stream)
+
+    def _view_lengths(self, given: Any, name: str, tokens: int | None, stream: int | None) -> ArrayView | None:
+        """The lengths, of which so many query tokens share one."""
+        if (given is None) != (tokens is None):
             expected = "None, as the plan is for all indices" if tokens is None else "an array, as the plan has lengths"
-            raise InvalidArgumentError("topk_length", expected, type(topk_length).__name__)
-        if topk_length is None or tokens is None:
-            return
-        lengths = view(topk_length, "topk_length", stream)
+            raise InvalidArgumentError(name, expected, type(given).__name__)
+        if given is None or tokens is None:
+            return None
+        lengths = view(given, name, stream)
         queries = self.problem.queries
         by_token = tokens == 1 and lengths.ndim > 1
         num_lengths = queries.total_q // tokens if tokens else queries.batch  # no query tokens share a length
         shape = (queries.batch, queries.seqlen_q) if by_token else (num_lengths,)
-        check_index(lengths, "topk_length", shape, self.location)
-        if self.blueprint is None:
-            return  # nothing is planned
-        self.plan_for(lengths, current_stream(topk_length, self.location[1]) if stream is None else stream)
+        check_index(lengths, name, shape, self.location)
+        return lengths
 
-    def plan_for(self, topk_length: ArrayView | None, stream: int) -> None:
+    def plan_for(self, topk_length: ArrayView | None, extra_topk_length: ArrayView | None, stream: int) -> None:
         """Queue the planner."""
-        self.launch(0 if topk_length is None else topk_length.pointer, 0, stream)
+        lengths, extra = (
+            0 if array is None else array.pointer for array in (topk_length, extra_topk_length)
+        )
+        self.launch(lengths, 0, stream, extra)
         self.updated_in_capture = is_capturing(stream)
-        keep_imported((topk_length,), stream)
+        keep_imported((topk_length, extra_topk_length), stream)

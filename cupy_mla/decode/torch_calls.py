@@ -53,16 +53,18 @@ def run_sparse_plan(arrays: Values, options: Values) -> Any:
     """`plan_sparse_decode` into a tensor."""
     given, checked = SparseDecodeArrays(*arrays), SparseOptions(*options)
     problem, inputs, kind = describe_sparse_plan(given, checked)
-    [lengths] = inputs.addresses("topk_length")
-    return _fill_plan(given.q, plan_array_bytes(problem, checked, kind), kind, (lengths, 0))
+    lengths, extra_lengths = inputs.addresses("topk_length", "extra_topk_length")
+    return _fill_plan(given.q, plan_array_bytes(problem, checked, kind), kind, (lengths, 0), extra_lengths)
 
 
-def _fill_plan(q: Any, size: int, kind: Blueprint[Any] | None, lengths: tuple[int, int]) -> Any:
+def _fill_plan(
+    q: Any, size: int, kind: Blueprint[Any] | None, lengths: tuple[int, int], extra_lengths: int = 0
+) -> Any:
     torch = sys.modules["torch"]
     if kind is None:
         return q.new_zeros((size,), dtype=torch.uint8)
     plan = q.new_empty((size,), dtype=torch.uint8)
-    kind.launch_planner(*lengths, pointer_of(plan), current_stream(q, kind.location[1]))
+    kind.launch_planner(*lengths, pointer_of(plan), current_stream(q, kind.location[1]), extra_lengths)
     return plan
 
 

@@ -123,7 +123,7 @@ def choose_gathered_config(
     """
     families = _supporting(GATHERED_FAMILIES, problem, check_kernel(kernel, GATHERED_FAMILIES))
     queries = problem.queries
-    load = Load(queries.group_heads, queries.total_q * queries.num_heads_kv, problem.keys.topk)
+    load = Load(queries.group_heads, queries.total_q * queries.num_heads_kv, problem.keys.most_tokens)
     if fixed_split_tokens is not None:
         family = next((family for family in families if load.rows <= family.rows), families[-1])
     else:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from ..schedule.make import choose_parts
 from ..schedule.pieces import TILE_TOKENS, PieceCosts, ceil_div
+from ..schedule.shape import choose_parts
 
 
 @dataclass(frozen=True, slots=True)

@@ -20,6 +20,7 @@ from .wide import STAGES, WIDE64, WideFamily
 if TYPE_CHECKING:
     from ..call.sparse_problem import SparseProblem
 
+NO_EXTRA = 0  # extra_page_size without a second cache
 # Of one token: slots that are all equally far apart, as in every contiguous cache whatever its pages.
 STANDARD_PAGES = ((1, True), (1, False), (64, True))  # page size, planned
 
@@ -39,11 +40,17 @@ class GatheredConfig(KernelConfig):
         Of the cache.
     by_request : bool
         Whether a job has all query tokens of a request, as in dense decode, and a mask of dense decode.
+    extra_page_size : int
+        Tokens per page of a second cache; 0: there is none.
+    extra_layout : CacheLayout or None
+        Of the second cache.
     """
 
     planned: bool = True
     layout: CacheLayout = BF16
     by_request: bool = False
+    extra_page_size: int = NO_EXTRA
+    extra_layout: CacheLayout | None = None
 
     @property
     def suffix(self) -> str:
@@ -51,7 +58,11 @@ class GatheredConfig(KernelConfig):
         if self.by_request:
             return ("_causal" if self.causal else "") + self.partial_suffix
         layout = f"_{self.layout.name}" if self.layout.codec is not None else ""
-        return layout + ("_planned" if self.planned else "_static") + self.partial_suffix
+        extra = ""
+        if self.extra_layout is not None:
+            other = f"_{self.extra_layout.name}" if self.extra_layout is not self.layout else ""
+            extra = f"_extra{self.extra_page_size}{other}"
+        return layout + extra + ("_planned" if self.planned else "_static") + self.partial_suffix
 
 
 def gathered_config(family: DecodeFamily, problem: SparseProblem, planned: bool) -> GatheredConfig:
@@ -68,6 +79,8 @@ def gathered_config(family: DecodeFamily, problem: SparseProblem, planned: bool)
         scale_parts=family.scale_parts(queries.latent_dim, queries.dtype, queries.group_heads) if planned else None,
         planned=planned,
         layout=problem.layout,
+        extra_page_size=problem.keys.extra_page_size or NO_EXTRA,
+        extra_layout=problem.extra_layout,
     )
 
 
@@ -75,8 +88,23 @@ def gathered_defines(family: DecodeFamily, config: KernelConfig) -> tuple[tuple[
     """The macros of decode/config.h and decode/gathered/work.h."""
     assert isinstance(config, GatheredConfig)
     defines = dict(DecodeFamily.defines(family, config))
-    own = {"GATHERED": True, "PLANNED": config.planned, "BY_REQUEST": config.by_request}
+    own = {
+        "GATHERED": True,
+        "PLANNED": config.planned,
+        "BY_REQUEST": config.by_request,
+        "EXTRA_PAGE_SIZE": config.extra_page_size,
+    }
     return tuple({**defines, **{f"MLA_{name}": str(int(value)) for name, value in own.items()}}.items())
+
+
+def dense_extra_configs(family: DecodeFamily) -> list[KernelConfig]:
+    """Standard configurations with a second cache, of 16 bits: of DeepSeek V4, whose keys are all latent."""
+    return [
+        GatheredConfig(
+            family, 512, 0, layout.dtype, 1, causal=False, layout=layout, extra_page_size=1, extra_layout=layout
+        )
+        for layout in DENSE_LAYOUTS.values()
+    ]
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,7 +126,7 @@ class GatheredWideFamily(WideFamily):
             for (latent, rope), dtype, (page_size, planned) in itertools.product(
                 STANDARD_DIMS, DENSE_LAYOUTS, STANDARD_PAGES
             )
-        ]
+        ] + dense_extra_configs(self)
 
 
 GATHERED_WIDE64 = GatheredWideFamily(

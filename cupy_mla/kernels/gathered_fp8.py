@@ -56,6 +56,17 @@ def fp8_defines(family: DecodeFamily, config: KernelConfig) -> tuple[tuple[str, 
     return (*gathered_defines(family, config), *FP8_E4M3.defines, ("MLA_CODEC", config.layout.codec))
 
 
+def fp8_extra_configs(family: DecodeFamily) -> list[KernelConfig]:
+    """Standard configurations with a second cache."""
+    return [
+        GatheredConfig(
+            family, latent, rope, dtype, 1, causal=False, layout=layout, extra_page_size=1, extra_layout=layout
+        )
+        for layout, latent, rope in STANDARD_LAYOUTS
+        for dtype in FP8_E4M3.query_dtypes
+    ]
+
+
 def why_no_codec(problem: DecodeProblem | SparseProblem) -> str | None:
     """Why a kernel that reads rows through a codec cannot serve a problem; None when it can."""
     if problem.layout.codec is not None:
@@ -133,7 +144,7 @@ class GatheredFp8NarrowFamily(DecodeFamily):
             )
             for dtype in FP8_E4M3.query_dtypes
             if self.float_partials or not float_partials
-        ]  # fmt: skip
+        ] + fp8_extra_configs(self)  # fmt: skip
 
 
 def _narrow(

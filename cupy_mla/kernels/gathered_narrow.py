@@ -23,7 +23,7 @@ from .family import (
     Role,
     why_not_dense,
 )
-from .gathered import GatheredConfig, gathered_defines
+from .gathered import GatheredConfig, dense_extra_configs, gathered_defines
 
 if TYPE_CHECKING:
     from ..call.problem import DecodeProblem
@@ -99,7 +99,7 @@ class GatheredNarrowFamily(DecodeFamily):
                 _STANDARD_FORMS, STANDARD_DIMS, DENSE_LAYOUTS
             )
             if self.float_partials or not float_partials
-        ]
+        ] + dense_extra_configs(self)
 
     def _fixed_bytes(self, boxes: int) -> int:
         """All but the ring: queries, P, what goes between warps and between warpgroups."""

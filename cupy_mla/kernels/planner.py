@@ -14,8 +14,9 @@ import numpy.typing as npt
 from ..errors import InvalidArgumentError
 from ..gpu.jit.source import KernelSource
 from ..gpu.launch import Geometry
-from ..schedule.make import Schedule, ScheduleShape
+from ..schedule.make import Schedule
 from ..schedule.pieces import ceil_div
+from ..schedule.shape import ScheduleShape
 from .structs import PLAN_HEADER, PLAN_PARAMS
 
 PLAN_SOURCE = KernelSource(entry="plan/plan.cu", function="mla_plan")
@@ -26,6 +27,7 @@ _ITEM_INTS = 8
 _HEADER_INTS = 8
 _JOB_COLUMNS = 7
 _INT_BYTES = 4
+_ONE_LIST = -1  # kOneList of plan/jobs.h
 _SCRATCH_BYTES = 16_400  # PlanScratch
 # More jobs than this are tabled in global memory: the table and the scratch stay within `hopper.FREE_SHARED_BYTES`.
 _MAX_SHARED_JOBS = 1024
@@ -85,7 +87,9 @@ def plan_params(shape: ScheduleShape) -> npt.NDArray[Any]:
         params[name] = getattr(shape, name)
     params["total_q"] = shape.batch * shape.seqlen_q if shape.total_q is None else shape.total_q
     params["max_seqlen_k"] = shape.max_seqlen_k
+    params["max_extra_k"] = _ONE_LIST if shape.max_extra_k is None else shape.max_extra_k
     params["requests_per_length"] = shape.requests_per_length
+    params["requests_per_extra_length"] = shape.requests_per_extra_length
     params["causal"] = shape.causal
     params["fixed_split_tiles"] = shape.fixed_split_tiles
     for name in ("piece_overhead", "split_overhead", "merge_overhead", "packs"):

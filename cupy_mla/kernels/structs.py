@@ -100,6 +100,13 @@ GATHER_PARAMS = np.dtype(
         ("kv_rope", _POINTER),
         ("kv_rope_stride_head", np.int64),  # bytes
         ("kv_rope_stride_page", np.uint32),  # 16 bytes
+        ("extra_num_slots", np.uint32),
+        ("extra_kv", _POINTER),
+        ("extra_kv_stride_head", np.int64),  # bytes
+        ("extra_indices", _POINTER),
+        ("extra_indices_strides", np.int64, 3),  # batch, seq, kv head
+        ("extra_kv_stride_page", np.uint32),  # 16 bytes
+        ("extra_kv_stride_token", np.uint32),  # 16 bytes
     ],
     align=True,
 )
@@ -149,7 +156,9 @@ PLAN_PARAMS = np.dtype(
         ("seqlen_q", np.int32),
         ("total_q", np.int32),
         ("max_seqlen_k", np.int32),
+        ("max_extra_k", np.int32),
         ("requests_per_length", np.int32),
+        ("requests_per_extra_length", np.int32),
         ("causal", np.int32),
         ("fixed_split_tiles", np.int32),
         ("piece_overhead", np.int32),

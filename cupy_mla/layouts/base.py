@@ -60,6 +60,19 @@ class CacheLayout(ABC):
     codec: str | None = None
 
     @property
+    def has_page_ends(self) -> bool:
+        """Whether a part of a page's tokens lies at its end, so that where it lies depends on the page size."""
+        return False
+
+    def row_strides(self, strides: tuple[int, ...]) -> tuple[int, ...]:
+        """Of a cache with these strides: from page to page, token's row to row, head to head, element to element."""
+        return strides
+
+    def mixes_with(self, other: CacheLayout) -> bool:
+        """Whether one kernel of sparse attention reads caches of both layouts in one call."""
+        return self is other
+
+    @property
     def dtype(self) -> str:
         """Element type of a new cache."""
         return self.dtypes[0]

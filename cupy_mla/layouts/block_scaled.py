@@ -60,6 +60,22 @@ class BlockScaled(CacheLayout):
         uncoded = self.latent_dim + self.rope_dim - self.coded
         return self.coded // self.codes.per_byte + self.scale_bytes + uncoded * _BFLOAT16_BYTES
 
+    @property
+    def has_page_ends(self) -> bool:
+        """Where the scales are there."""
+        return self.scales_end_page
+
+    def row_strides(self, strides: tuple[int, ...]) -> tuple[int, ...]:
+        """Rows are without what lies at the page's end."""
+        page, _, *others = strides
+        return (page, self._token_width - self.scale_bytes, *others) if self.scales_end_page else strides
+
+    def mixes_with(self, other: CacheLayout) -> bool:
+        """Layouts in which the same values have codes, with scales: they differ in how a row is read, not in what of it
+        is multiplied."""
+        widths = self.latent_dim, self.rope_dim, self.coded
+        return isinstance(other, BlockScaled) and widths == (other.latent_dim, other.rope_dim, other.coded)
+
     def supports(self, latent_dim: int, rope_dim: int) -> bool:
         """The layout's own widths."""
         return (latent_dim, rope_dim) == (self.latent_dim, self.rope_dim)

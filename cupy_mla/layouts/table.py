@@ -90,13 +90,14 @@ def find_layout(layout: CacheLayout | str, name: str = "layout") -> CacheLayout:
     return LAYOUTS[layout]
 
 
-def infer_layout(dtype: str, width: int, name: str = "kv_cache") -> CacheLayout:
+def infer_layout(dtype: str, width: int, name: str = "kv_cache", layout: str = "layout") -> CacheLayout:
     """The layout of a cache whose element type and last dimension leave no doubt.
 
     Raises
     ------
     InvalidArgumentError
-        No layout has such arrays (of ``name``), or several have (the argument is then ``layout``).
+        No layout has such arrays (of ``name``), or several have; the argument that the error names is then the one that
+        says which, ``layout``.
     """
     fitting = _fitting(dtype, width)
     if not fitting:
@@ -104,7 +105,7 @@ def infer_layout(dtype: str, width: int, name: str = "kv_cache") -> CacheLayout:
         raise InvalidArgumentError(name, expected, f"{dtype} with {width} as the last dimension")
     if len(fitting) > 1:
         expected = " or ".join(layout.name for layout in fitting)
-        raise InvalidArgumentError("layout", expected, f"None, and {name} of {dtype} [..., {width}] may be either")
+        raise InvalidArgumentError(layout, expected, f"None, and {name} of {dtype} [..., {width}] may be either")
     return fitting[0]
 
 

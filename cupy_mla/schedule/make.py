@@ -19,212 +19,12 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from ..errors import InvalidArgumentError
-from .pieces import MAX_OVERHEAD, TILE_COST, TILE_TOKENS, Int64Array, Piece, PieceCosts, ceil_div, divide
+from .pieces import TILE_COST, TILE_TOKENS, Int64Array, Piece, PieceCosts, ceil_div, divide
+from .shape import CLAIM_TILES, HEAD_BLOCK_SHIFT, MAX_ROW_BLOCKS, ScheduleShape, require
 
 WHOLE_JOB = -1  # slot of a piece that is a whole job
-MAX_BLOCKS_PER_JOB = 8
-
-_DEFAULT_COST = PieceCosts()
-_HEAD_BLOCK_SHIFT = 16
-_MAX_ROW_BLOCKS = 1 << _HEAD_BLOCK_SHIFT
-_MAX_KV_HEADS = 1 << (31 - _HEAD_BLOCK_SHIFT)
-_MAX_COST = 2**30  # budgets stay clear of int32's end
-# CTAs claim their parts (kernels_cu/decode/claim.h) if some parts have no work and others this many tiles. It takes up
-# to 1 us, and gains 2% where a part has 64 tiles or more, 145 us.
-CLAIM_TILES = 48
 
 Int32Array = npt.NDArray[np.int32]
-
-
-@dataclass(frozen=True, slots=True)
-class ScheduleShape:
-    """All that bounds a schedule besides the lengths.
-
-    Attributes
-    ----------
-    num_parts
-        Parts to fill; the decode kernel has ``num_parts * blocks_per_job`` CTAs.
-    blocks_per_job
-        Row blocks of a job.
-    rows
-        Query rows of a row block.
-    group_heads
-        Query heads per kv head.
-    num_heads_kv
-        kv heads.
-    batch
-        Requests.
-    seqlen_q
-        Query tokens of a request; when ragged, of the longest.
-    max_seqlen_k
-        Largest length a request may have, in tokens; longer ones are taken for this.
-    causal
-        Whether query i of s_q sees keys up to length - s_q + i only.
-    ragged
-        Whether the number of query tokens differs among requests.
-    fixed_split_tokens
-        Cut every job after each so many tokens (a multiple of 64) and nowhere else, so that a request is cut the same
-        way in any batch. None: cut where the load asks for it.
-    total_q
-        Query tokens of all requests together; needed when ragged.
-    cost
-        What pieces cost besides their tiles.
-    requests_per_length
-        Requests, one after the other, that share a length.
-
-    Raises
-    ------
-    InvalidArgumentError
-        A number out of range.
-    """
-
-    num_parts: int
-    blocks_per_job: int
-    rows: int
-    group_heads: int
-    num_heads_kv: int
-    batch: int
-    seqlen_q: int
-    max_seqlen_k: int
-    causal: bool = False
-    ragged: bool = False
-    fixed_split_tokens: int | None = None
-    total_q: int | None = None
-    cost: PieceCosts = _DEFAULT_COST
-    requests_per_length: int = 1
-
-    def __post_init__(self) -> None:
-        for name in ("num_parts", "blocks_per_job", "rows", "group_heads", "num_heads_kv", "requests_per_length"):
-            _require(name, "a positive integer", getattr(self, name), getattr(self, name) > 0)
-        for name in ("batch", "seqlen_q", "max_seqlen_k"):
-            _require(name, "a non-negative integer", getattr(self, name), getattr(self, name) >= 0)
-        _require("total_q", "a number, since ragged", self.total_q, not self.ragged or self.total_q is not None)
-        check_fixed_split(self.fixed_split_tokens)
-        _require("num_heads_kv", f"less than {_MAX_KV_HEADS}", self.num_heads_kv, self.num_heads_kv < _MAX_KV_HEADS)
-        row_blocks = ceil_div(self.seqlen_q * self.group_heads, self.rows)
-        way_out = "; max_seqlen_q says how many query tokens a request has" if self.ragged else ""
-        _require(
-            "q", f"at most {_MAX_ROW_BLOCKS} row blocks a request{way_out}", row_blocks, row_blocks <= _MAX_ROW_BLOCKS
-        )
-        cost = ceil_div(self.max_jobs, self.num_parts) * (self.max_tiles * TILE_COST + MAX_OVERHEAD)
-        _require("max_seqlen_k", "less work for a part", self.max_seqlen_k, cost < _MAX_COST)
-
-    @property
-    def rows_per_job(self) -> int:
-        """Query rows of a job, and of a partial slot."""
-        return self.blocks_per_job * self.rows
-
-    @property
-    def jobs_per_request(self) -> int:
-        """Jobs of a request with ``seqlen_q`` query tokens."""
-        return self.num_heads_kv * ceil_div(self.seqlen_q * self.group_heads, self.rows_per_job)
-
-    @property
-    def max_tiles(self) -> int:
-        """KV tiles of the longest request."""
-        return ceil_div(self.max_seqlen_k, TILE_TOKENS)
-
-    @property
-    def max_jobs(self) -> int:
-        """Most jobs there can be."""
-        jobs = self.batch * self.jobs_per_request
-        if not self.ragged or self.total_q is None:
-            return jobs
-        # Only one job of each request and kv head is not full of rows.
-        full = self.total_q * self.group_heads // self.rows_per_job
-        return min(jobs, self.num_heads_kv * (full + self.batch))
-
-    @property
-    def fixed_split_tiles(self) -> int:
-        """Tiles of a piece when the split is fixed, else 0."""
-        return (self.fixed_split_tokens or 0) // TILE_TOKENS
-
-    @property
-    def may_claim(self) -> bool:
-        """Whether CTAs may have to claim their parts: work can be long, and a part's CTAs need not be neighbours."""
-        # The fullest part may hold more than the mean; one of more than twice as much has few others beside it.
-        return self.blocks_per_job == 1 and self.max_jobs * self.max_tiles >= CLAIM_TILES * self.num_parts // 2
-
-    @property
-    def _max_cuts(self) -> int:
-        """Most cuts, when jobs are cut only where one part ends and the next begins."""
-        return min(self.num_parts - 1, self.max_jobs * max(self.max_tiles - 1, 0))
-
-    @property
-    def _max_fixed_pieces(self) -> int:
-        return ceil_div(self.max_tiles, self.fixed_split_tiles)
-
-    @property
-    def max_merges(self) -> int:
-        """Most jobs that can be in more than one piece. 0: nothing is ever merged, whatever the lengths."""
-        if self.fixed_split_tiles:
-            return self.max_jobs if self._max_fixed_pieces > 1 else 0
-        return min(self._max_cuts, self.max_jobs)
-
-    @property
-    def max_items(self) -> int:
-        """Most pieces."""
-        if self.fixed_split_tiles:
-            return self.max_jobs * max(self._max_fixed_pieces, 1)
-        return self.max_jobs + self._max_cuts
-
-    @property
-    def max_slots(self) -> int:
-        """Most partial results; each takes ``rows_per_job`` rows of memory."""
-        if self.fixed_split_tiles:
-            return self.max_merges * self._max_fixed_pieces
-        return self._max_cuts + self.max_merges
-
-
-def _require(name: str, expected: str, got: object, condition: bool) -> None:
-    if not condition:
-        raise InvalidArgumentError(name, expected, str(got))
-
-
-def check_fixed_split(tokens: int | None) -> None:
-    """Refuse a fixed split that is not made of whole tiles.
-
-    Raises
-    ------
-    InvalidArgumentError
-        It is neither None nor a positive multiple of a tile's tokens.
-    """
-    whole = tokens is None or (tokens > 0 and tokens % TILE_TOKENS == 0)
-    _require("fixed_split_tokens", f"a positive multiple of {TILE_TOKENS}", tokens, whole)
-
-
-def choose_parts(num_sms: int, row_blocks: int) -> tuple[int, int]:
-    """Row blocks per job and number of parts that leave the fewest CTAs of a GPU idle.
-
-    With R row blocks and G of them per job, ceil(R / G) jobs use R / (ceil(R / G) * G) of their CTAs, and
-    num_sms // G groups of G CTAs fit the GPU. Among equals the larger G wins: CTAs of a job share what they read in L2.
-
-    Parameters
-    ----------
-    num_sms
-        Multiprocessors of the GPU, one CTA each.
-    row_blocks
-        Row blocks of one request and kv head: ceil(seqlen_q * group_heads / rows); for ragged batches, of one token.
-
-    Returns
-    -------
-    blocks_per_job, num_parts : int
-
-    Raises
-    ------
-    InvalidArgumentError
-        ``num_sms`` is not positive.
-    """
-    _require("num_sms", "a positive integer", num_sms, num_sms > 0)
-    row_blocks = max(row_blocks, 1)
-    best, best_parts, best_jobs = 1, num_sms, row_blocks
-    for blocks in range(2, min(MAX_BLOCKS_PER_JOB, row_blocks, num_sms) + 1):
-        parts, jobs = num_sms // blocks, ceil_div(row_blocks, blocks)
-        # The busy share is row_blocks / num_sms * parts / jobs; compared without division.
-        if parts * best_jobs >= best_parts * jobs:
-            best, best_parts, best_jobs = blocks, parts, jobs
-    return best, best_parts
 
 
 @dataclass(slots=True)
@@ -237,7 +37,8 @@ class Schedule:
         int32 [num_parts + 1]: part p has items ``part_begin[p]:part_begin[p + 1]``.
     items
         int32 [n, 8]: request, kv_head << 16 | first row block, first tile, end tile, seqlen_k, seqlen_q, first query
-        token (0 unless ragged), slot (-1: the piece is a whole job).
+        token (0 unless ragged; of a request with two lists of keys the length of the first), slot (-1: the piece is a
+        whole job).
     merges
         int32 [m, 8]: request, kv_head << 16 | first row block, seqlen_q, first query token, first slot, number of
         slots, 0, 0.
@@ -262,12 +63,12 @@ class Schedule:
 
 def kv_head_of(head_block: int) -> int:
     """The kv head in the second number of an item."""
-    return head_block >> _HEAD_BLOCK_SHIFT
+    return head_block >> HEAD_BLOCK_SHIFT
 
 
 def first_row_block_of(head_block: int) -> int:
     """The first row block in the second number of an item."""
-    return head_block & (_MAX_ROW_BLOCKS - 1)
+    return head_block & (MAX_ROW_BLOCKS - 1)
 
 
 @dataclass(frozen=True, slots=True)
@@ -279,10 +80,11 @@ class _Job:
     seqlen_k: int
     seqlen_q: int
     q_begin: int
+    first_list: int
 
     @property
     def head_block(self) -> int:
-        return self.kv_head << _HEAD_BLOCK_SHIFT | self.first_row_block
+        return self.kv_head << HEAD_BLOCK_SHIFT | self.first_row_block
 
 
 def piece_costs(items: Int32Array, cost: PieceCosts) -> Int64Array:
@@ -295,6 +97,7 @@ def make_schedule(
     shape: ScheduleShape,
     cache_seqlens: npt.ArrayLike | None,
     cu_seqlens_q: npt.ArrayLike | None = None,
+    extra_lengths: npt.ArrayLike | None = None,
 ) -> Schedule:
     """Divide the work of a batch among the parts.
 
@@ -316,6 +119,8 @@ def make_schedule(
     cu_seqlens_q
         int [batch + 1], when ``shape.ragged``: query tokens of request i are rows ``cu_seqlens_q[i]`` to
         ``cu_seqlens_q[i + 1]`` of q.
+    extra_lengths
+        The same as ``cache_seqlens`` for the second list of keys, where ``shape.max_extra_k`` says that there is one.
 
     Returns
     -------
@@ -326,23 +131,34 @@ def make_schedule(
     InvalidArgumentError
         An array of the wrong length, or ``cu_seqlens_q`` given or missing against ``shape.ragged``.
     """
-    longest = np.full(ceil_div(shape.batch, shape.requests_per_length), shape.max_seqlen_k)
-    lengths = longest if cache_seqlens is None else np.asarray(cache_seqlens, dtype=np.int64)
-    _require("cache_seqlens", f"shape {longest.shape}", lengths.shape, lengths.shape == longest.shape)
-    lengths = np.repeat(lengths, shape.requests_per_length)[: shape.batch]
-    _require("cu_seqlens_q", "an array if and only if ragged", cu_seqlens_q, (cu_seqlens_q is not None) == shape.ragged)
+    lengths = _lengths(shape, cache_seqlens, "cache_seqlens", shape.max_seqlen_k, shape.requests_per_length)
+    extra = _lengths(shape, extra_lengths, "extra_lengths", shape.max_extra_k or 0, shape.requests_per_extra_length)
+    require("cu_seqlens_q", "an array if and only if ragged", cu_seqlens_q, (cu_seqlens_q is not None) == shape.ragged)
     offsets = np.zeros(0, np.int64) if cu_seqlens_q is None else np.asarray(cu_seqlens_q, dtype=np.int64)
     if shape.ragged:
-        _require("cu_seqlens_q", f"shape ({shape.batch + 1},)", offsets.shape, offsets.shape == (shape.batch + 1,))
-    jobs = _list_jobs(shape, lengths, offsets)
+        require("cu_seqlens_q", f"shape ({shape.batch + 1},)", offsets.shape, offsets.shape == (shape.batch + 1,))
+    jobs = _list_jobs(shape, lengths, offsets, extra)
     pieces, budget = divide([job.tiles for job in jobs], shape.fixed_split_tiles, shape.num_parts, shape.cost)
     return _number(shape, jobs, pieces, budget)
 
 
-def _list_jobs(shape: ScheduleShape, lengths: Int64Array, offsets: Int64Array) -> list[_Job]:
+def _lengths(
+    shape: ScheduleShape, given: npt.ArrayLike | None, name: str, longest: int, requests_per_length: int
+) -> Int64Array:
+    """[batch] lengths within 0 and ``longest``."""
+    all_longest = np.full(ceil_div(shape.batch, requests_per_length), longest)
+    lengths = all_longest if given is None else np.asarray(given, dtype=np.int64)
+    require(name, f"shape {all_longest.shape}", lengths.shape, lengths.shape == all_longest.shape)
+    return np.clip(np.repeat(lengths, requests_per_length)[: shape.batch], 0, longest)
+
+
+def _list_jobs(shape: ScheduleShape, lengths: Int64Array, offsets: Int64Array, extra: Int64Array) -> list[_Job]:
     jobs: list[_Job] = []
     for request in range(shape.batch):
-        seqlen_k = min(max(int(lengths[request]), 0), shape.max_seqlen_k)
+        seqlen_k, first_list = int(lengths[request]), 0
+        if shape.max_extra_k is not None:
+            first_list = seqlen_k
+            seqlen_k = ceil_div(first_list, TILE_TOKENS) * TILE_TOKENS + int(extra[request])
         seqlen_q, q_begin = shape.seqlen_q, 0
         if shape.ragged:
             q_begin = min(max(int(offsets[request]), 0), shape.total_q or 0)
@@ -356,7 +172,8 @@ def _list_jobs(shape: ScheduleShape, lengths: Int64Array, offsets: Int64Array) -
                     last_token = (min(first_row + shape.rows_per_job, num_rows) - 1) // shape.group_heads
                     visible = min(max(seqlen_k - seqlen_q + last_token + 1, 0), seqlen_k)
                 tiles = ceil_div(visible, TILE_TOKENS)
-                jobs.append(_Job(request, kv_head, first_row // shape.rows, tiles, seqlen_k, seqlen_q, q_begin))
+                rows = kv_head, first_row // shape.rows
+                jobs.append(_Job(request, *rows, tiles, seqlen_k, seqlen_q, q_begin, first_list))
     return jobs[: shape.max_jobs]  # more only if the offsets do not rise
 
 
@@ -377,7 +194,7 @@ def _number(shape: ScheduleShape, jobs: list[_Job], pieces: list[Piece], budget:
     for piece in pieces:
         job, slot = jobs[piece.job], next_slot[piece.job]
         next_slot[piece.job] += counts[piece.job] > 1
-        request = (job.seqlen_k, job.seqlen_q, job.q_begin)
+        request = (job.seqlen_k, job.seqlen_q, job.q_begin + job.first_list)
         items.append((job.request, job.head_block, piece.tile_begin, piece.tile_end, *request, slot))
     parts = [piece.part for piece in pieces]
     return Schedule(

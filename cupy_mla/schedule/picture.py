@@ -7,8 +7,9 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from ..shown.drawing import FAINT, INK, PALETTE, legend_beside, tidy
-from .make import WHOLE_JOB, Schedule, ScheduleShape, piece_costs
+from .make import WHOLE_JOB, Schedule, piece_costs
 from .pieces import TILE_COST, TILE_TOKENS
+from .shape import ScheduleShape
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

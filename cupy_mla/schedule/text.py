@@ -10,12 +10,12 @@ import numpy as np
 from .make import (
     WHOLE_JOB,
     Schedule,
-    ScheduleShape,
     first_row_block_of,
     kv_head_of,
     piece_costs,
 )
 from .pieces import TILE_COST, PieceCosts
+from .shape import ScheduleShape
 
 DEFAULT_WIDTH = 100
 DEFAULT_MAX_LINES = 40

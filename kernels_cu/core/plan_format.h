@@ -30,7 +30,8 @@ struct alignas(16) PlanHeader {
 };
 
 // One piece of a job (request, kv head, blocks_per_job row blocks): KV tiles [tile_begin, tile_end).
-// An empty range means no visible key: out = 0, lse = -inf.
+// An empty range means no visible key: out = 0, lse = -inf. Of two lists of keys the second begins with a tile of its own, and
+// seqlen_k counts what fills the last tile of the first.
 struct alignas(16) WorkItem {
     i32 request;
     i32 head_block;
@@ -38,7 +39,7 @@ struct alignas(16) WorkItem {
     i32 tile_end;
     i32 seqlen_k;  // of the request, clamped to the plan's maximum
     i32 seqlen_q;
-    i32 q_begin;   // first query token of the request in a ragged batch, else 0
+    i32 q_begin;   // first query token of the request in a ragged batch; of two lists of keys, how many the first has; else 0
     i32 slot;      // partial slot, or kWholeJob
 };
 

@@ -11,6 +11,7 @@ struct BlockWork {
     i32 num_rows;    // of the request; rows past it are padding
     i32 tile_begin, tile_end;
     i32 seqlen_k, seqlen_q, q_begin, slot;
+    i32 first_list;  // of gathered tokens in two lists: how many the first has
 
     MLA_DEVICE bool exists() const { return first_row < num_rows; }
     MLA_DEVICE bool has_tiles() const { return exists() && tile_begin < tile_end; }

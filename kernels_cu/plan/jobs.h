@@ -29,21 +29,31 @@ struct JobTable {
 struct PlanInputs {
     const i32* cache_seqlens;  // [batch / requests_per_length], or null: all are the longest
     const i32* cu_seqlens_q;   // [batch + 1], or null: every request has params.seqlen_q tokens
+    const i32* extra_lengths;  // [batch / requests_per_extra_length] of the second list of keys, or null: all are the longest
 };
+
+constexpr i32 kOneList = -1;  // PlanParams::max_extra_k
 
 struct Request {
     i32 seqlen_k, seqlen_q, q_begin;
+    i32 first_list;  // keys of the first list, where there are two
 };
 
-MLA_DEVICE i32 load_length(const PlanParams& params, const PlanInputs& inputs, i32 index) {
-    if (inputs.cache_seqlens == nullptr) return params.max_seqlen_k;
-    const i32 entry = params.requests_per_length == 1 ? index : index / params.requests_per_length;
-    return clamp_i32(inputs.cache_seqlens[entry], 0, params.max_seqlen_k);
+MLA_DEVICE i32 load_length(const i32* lengths, i32 requests_per_length, i32 longest, i32 index) {
+    if (lengths == nullptr) return longest;
+    return clamp_i32(lengths[requests_per_length == 1 ? index : index / requests_per_length], 0, longest);
 }
 
 // Whatever the arrays hold, what comes out stays within the plan's maxima: nothing past an array is ever addressed.
 MLA_DEVICE Request load_request(const PlanParams& params, const PlanInputs& inputs, i32 index) {
-    Request request{load_length(params, inputs, index), params.seqlen_q, 0};
+    Request request{load_length(inputs.cache_seqlens, params.requests_per_length, params.max_seqlen_k, index),
+                    params.seqlen_q, 0, 0};
+    if (params.max_extra_k != kOneList) {
+        // The second list begins with a tile of its own.
+        request.first_list = request.seqlen_k;
+        request.seqlen_k = ceil_div(request.first_list, kTileTokens) * kTileTokens +
+                           load_length(inputs.extra_lengths, params.requests_per_extra_length, params.max_extra_k, index);
+    }
     if (inputs.cu_seqlens_q != nullptr) {
         request.q_begin = clamp_i32(inputs.cu_seqlens_q[index], 0, params.total_q);
         const i32 end = clamp_i32(inputs.cu_seqlens_q[index + 1], request.q_begin, params.total_q);

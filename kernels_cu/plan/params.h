@@ -14,7 +14,9 @@ struct PlanParams {
     i32 seqlen_q;  // the largest of any request
     i32 total_q;   // rows of a ragged q; batch * seqlen_q otherwise
     i32 max_seqlen_k;
-    i32 requests_per_length;  // that share an entry of cache_seqlens
+    i32 max_extra_k;  // of a second list of keys; kOneList: there is none
+    i32 requests_per_length;        // that share an entry of cache_seqlens
+    i32 requests_per_extra_length;  // that share an entry of extra_lengths
     i32 causal;              // 0 or 1
     i32 fixed_split_tiles;   // 0: split where the load asks for it
     i32 piece_overhead;      // these three in 1/16 tile, see PieceCosts in cupy_mla/schedule/pieces.py
@@ -27,6 +29,6 @@ struct PlanParams {
     i32 table_in_shared;  // 1: the job table lies in dynamic shared memory and the plan has no workspace
 };
 
-static_assert(sizeof(PlanParams) == 20 * sizeof(i32), "no padding");
+static_assert(sizeof(PlanParams) == 22 * sizeof(i32), "no padding");
 
 }  // namespace mla

@@ -128,8 +128,9 @@ struct Planner {
         const Request request = load_request(params, inputs, table.request[job]);
         const i32 slot = table.slot_begin[job] == kWholeJob ? kWholeJob : table.slot_begin[job] + index;
         reinterpret_cast<WorkItem*>(plan + plan_items_offset(params.num_parts))[item] =
-            WorkItem{table.request[job], table.head_block[job], tile_begin,      tile_end,
-                     request.seqlen_k,   request.seqlen_q,      request.q_begin, slot};
+            WorkItem{table.request[job], table.head_block[job], tile_begin, tile_end, request.seqlen_k, request.seqlen_q,
+                     request.q_begin + request.first_list,  // one of them is 0
+                     slot};
     }
 
     // One thread: each job's fill depends on the one before.

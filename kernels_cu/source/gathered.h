@@ -15,14 +15,62 @@ MLA_DEVICE const i32* indices_of(const GatherParams& params, const BlockWork& wo
            work.kv_head * params.indices_stride_head;
 }
 
-MLA_DEVICE bool is_token(const GatherParams& params, i32 slot) { return static_cast<u32>(slot) < params.num_slots; }
+MLA_DEVICE const i32* extra_indices_of(const GatherParams& params, const BlockWork& work) {
+    return params.extra_indices + work.request * params.extra_indices_stride_batch +
+           work.q_begin * params.extra_indices_stride_seq + work.kv_head * params.extra_indices_stride_head;
+}
+
+// Tiles of the first list of a job: those of the second follow.
+MLA_DEVICE i32 first_list_tiles(const BlockWork& work) { return ceil_div(work.first_list, kTileTokens); }
+MLA_DEVICE bool is_extra_tile(const BlockWork& work, i32 tile) { return kHasExtra && tile >= first_list_tiles(work); }
+
+// Tokens that follow each other in a list, by their indices.
+struct TokenRun {
+    const i32* indices;
+    i32 left;
+    bool is_extra;
+
+    MLA_DEVICE void next_tile() {
+        indices += kTileTokens;
+        left -= kTileTokens;
+    }
+};
+
+// Those of an item from one of its tiles on, as far as they are in that tile's list.
+MLA_DEVICE TokenRun tokens_from(const GatherParams& params, const BlockWork& work, i32 tile) {
+    const i32 first = tile * kTileTokens;
+    const i32 end = min_i32(work.tile_end * kTileTokens, work.seqlen_k);
+    if constexpr (kHasExtra) {
+        const i32 begin_of_extra = first_list_tiles(work) * kTileTokens;
+        if (first >= begin_of_extra) return {extra_indices_of(params, work) + first - begin_of_extra, end - first, true};
+        return {indices_of(params, work) + first, min_i32(end, work.first_list) - first, false};
+    }
+    return {indices_of(params, work) + first, end - first, false};
+}
+
+// The functions below are of a slot of the first cache, or of the extra one.
+MLA_DEVICE bool is_token(const GatherParams& params, i32 slot, bool is_extra = false) {
+    return static_cast<u32>(slot) < (kHasExtra && is_extra ? params.extra_num_slots : params.num_slots);
+}
+
+template <u32 kSlots>
+MLA_DEVICE const u8* slot_address(const u8* cache, u32 slot, u32 stride_page, u32 stride_token) {
+    const u32 page = slot / kSlots;
+    u64 units = static_cast<u64>(page) * stride_page;
+    if (kSlots > 1) units += static_cast<u64>(slot - page * kSlots) * stride_token;
+    return cache + units * 16;
+}
 
 // Of kv head 0. A slot that is no token has an address too, which nobody may read.
-MLA_DEVICE const u8* token_address(const GatherParams& params, u32 slot) {
-    const u32 page = slot / kPageSize;
-    u64 units = static_cast<u64>(page) * params.kv_stride_page;
-    if (kPageSize > 1) units += static_cast<u64>(slot - page * kPageSize) * params.kv_stride_token;
-    return params.kv + units * 16;
+MLA_DEVICE const u8* token_address(const GatherParams& params, u32 slot, bool is_extra = false) {
+    if (kHasExtra && is_extra)
+        return slot_address<kExtraPageSize>(params.extra_kv, slot, params.extra_kv_stride_page, params.extra_kv_stride_token);
+    return slot_address<kPageSize>(params.kv, slot, params.kv_stride_page, params.kv_stride_token);
+}
+
+// From a kv head's token to that of the next, in bytes; 0 for one head.
+MLA_DEVICE i64 head_stride(const GatherParams& params, bool is_extra = false) {
+    return kHasExtra && is_extra ? params.extra_kv_stride_head : params.kv_stride_head;
 }
 
 // The rope part, where it may lie anywhere: by request.

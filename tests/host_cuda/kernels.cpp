@@ -28,10 +28,12 @@ alignas(1024) unsigned char shared[64 * 1024];
 
 extern "C" {
 
-void host_plan(const int* cache_seqlens, const int* cu_seqlens_q, int* plan, const mla::PlanParams* params,
-               bool reverse) {
+void host_plan(const int* cache_seqlens, const int* cu_seqlens_q, const int* extra_lengths, int* plan,
+               const mla::PlanParams* params, bool reverse) {
     std::memset(shared, 0xA5, sizeof(shared));  // shared memory holds anything at first
-    host_cuda::launch(1, mla::kPlanThreads, reverse, [=] { mla_plan(cache_seqlens, cu_seqlens_q, plan, *params); });
+    host_cuda::launch(1, mla::kPlanThreads, reverse, [=] {
+        mla_plan(cache_seqlens, cu_seqlens_q, extra_lengths, plan, *params);
+    });
 }
 
 void host_combine(const mla::CombineParams* params, unsigned grid, unsigned block) {
@@ -80,7 +82,9 @@ int struct_layout(const char* name, int index) {
          {sizeof(PlanParams), offsetof(PlanParams, batch), offsetof(PlanParams, num_parts),
           offsetof(PlanParams, blocks_per_job), offsetof(PlanParams, rows), offsetof(PlanParams, group_heads),
           offsetof(PlanParams, num_heads_kv), offsetof(PlanParams, seqlen_q), offsetof(PlanParams, total_q),
-          offsetof(PlanParams, max_seqlen_k), offsetof(PlanParams, requests_per_length), offsetof(PlanParams, causal), offsetof(PlanParams, fixed_split_tiles),
+          offsetof(PlanParams, max_seqlen_k), offsetof(PlanParams, max_extra_k),
+          offsetof(PlanParams, requests_per_length), offsetof(PlanParams, requests_per_extra_length),
+          offsetof(PlanParams, causal), offsetof(PlanParams, fixed_split_tiles),
           offsetof(PlanParams, piece_overhead), offsetof(PlanParams, split_overhead),
           offsetof(PlanParams, merge_overhead), offsetof(PlanParams, packs), offsetof(PlanParams, max_jobs), offsetof(PlanParams, merges_offset),
           offsetof(PlanParams, workspace_offset), offsetof(PlanParams, table_in_shared)}},
@@ -144,7 +148,10 @@ int struct_layout(const char* name, int index) {
           offsetof(GatherParams, second_half_share), offsetof(GatherParams, second_half), offsetof(GatherParams, kv_scale_value),
           offsetof(GatherParams, kv_scale_at), offsetof(GatherParams, q_rope), offsetof(GatherParams, q_rope_stride_batch),
           offsetof(GatherParams, kv_rope), offsetof(GatherParams, kv_rope_stride_head),
-          offsetof(GatherParams, kv_rope_stride_page)}},
+          offsetof(GatherParams, kv_rope_stride_page), offsetof(GatherParams, extra_num_slots),
+          offsetof(GatherParams, extra_kv), offsetof(GatherParams, extra_kv_stride_head),
+          offsetof(GatherParams, extra_indices), offsetof(GatherParams, extra_indices_stride_batch),
+          offsetof(GatherParams, extra_kv_stride_page), offsetof(GatherParams, extra_kv_stride_token)}},
         {"MERGE_STATES_PARAMS",
          {sizeof(MergeStatesParams), offsetof(MergeStatesParams, outs), offsetof(MergeStatesParams, outs_stride_state),
           offsetof(MergeStatesParams, lses), offsetof(MergeStatesParams, lses_stride_state),

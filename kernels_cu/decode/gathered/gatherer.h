@@ -13,13 +13,18 @@ namespace mla {
 // Where a warp stands, in shared memory: it has no registers to spare.
 struct alignas(16) GatherState {
     const i32* indices;  // of the next tile
-    i32 left;            // indices of the item from there on; none: nothing is left
-    i32 item;            // its complement while its query rows are due
+    i32 left;            // indices of the item's list from there on; none: nothing is left
+    i32 item;            // with kOfExtra in the extra list; its complement while its query rows are due
 };
 static_assert(sizeof(GatherState) == kGatherStateBytes, "WideSmem reserves this much");
 
 // Every lane when what it has asked for is there, and lane 0 of each warp for the valid bits.
 constexpr u32 kGatherArrivals = kGatherWarps * (kWarpThreads + 1);
+
+// GatherState::item while no query rows are due.
+constexpr i32 kOfExtra = 1 << 30;  // no plan has so many items
+MLA_DEVICE i32 item_index(i32 item) { return kHasExtra ? item & ~kOfExtra : item; }
+MLA_DEVICE bool is_of_extra(i32 item) { return kHasExtra && (item & kOfExtra) != 0; }
 
 class Gatherer {
 public:
@@ -43,8 +48,10 @@ public:
             next.indices += kTileTokens;
             put_state(next);
             read_indices(next);
+        } else if (kHasExtra && !is_of_extra(next.item)) {
+            open_item(next.item, true);
         } else {
-            open_item(next.item + items_.step());
+            open_item(item_index(next.item) + items_.step());
         }
     }
 
@@ -62,21 +69,29 @@ private:
 
     MLA_DEVICE GatherState* state() const { return states_ + warp(); }
 
+    // Whether the tile at hand is of the extra list. Looked up each time: no register is left to keep it in.
+    MLA_DEVICE bool is_extra() const { return is_of_extra(state()->item); }
+
     MLA_DEVICE void put_state(const GatherState& next) {
         __syncwarp();
         if (lane() == 0) *state() = next;
         __syncwarp();
     }
 
-    // Moves to the first item from `item` on that has tiles for this CTA.
-    MLA_DEVICE void open_item(i32 item) {
+    // Moves to the first item from `item` on that has tiles for this CTA; of this one, only those of its second list count if
+    // its first one is done.
+    MLA_DEVICE void open_item(i32 item, bool is_first_done = false) {
         GatherState next{};
         for (; item < items_.end(); item += items_.step()) {
             const BlockWork work = load_block_work(params_, item);
-            if (!work.has_tiles()) continue;
-            const i32 first = work.tile_begin * kTileTokens;
-            next = {indices_of(params_, work) + first, min_i32(work.tile_end * kTileTokens, work.seqlen_k) - first, ~item};
-            break;
+            const i32 tile = kHasExtra && is_first_done ? first_list_tiles(work) : work.tile_begin;
+            if (work.exists() && tile < work.tile_end) {
+                const TokenRun tokens = tokens_from(params_, work, tile);
+                const i32 in_list = tokens.is_extra ? item | kOfExtra : item;
+                next = {tokens.indices, tokens.left, kHasExtra && is_first_done ? in_list : ~in_list};
+                break;
+            }
+            is_first_done = false;
         }
         put_state(next);
         read_indices(next);
@@ -101,9 +116,11 @@ private:
 
     MLA_DEVICE RowChunk token_chunk(i32 item, u32 row, u32 chunk) {
         const i32 slot = __shfl_sync(kFullWarp, index_, row);
-        const u8* first = token_address(params_, slot) + chunk * 16;
-        if (params_.kv_stride_head != 0) first += load_block_work(params_, item).kv_head * params_.kv_stride_head;
-        return {first, is_token(params_, slot) ? 16u : 0u};
+        const u8* first = token_address(params_, slot, is_extra()) + chunk * 16;
+        // Of one kv head no stride counts, of neither cache.
+        if (params_.kv_stride_head != 0)
+            first += load_block_work(params_, item_index(item)).kv_head * head_stride(params_, is_extra());
+        return {first, is_token(params_, slot, is_extra()) ? 16u : 0u};
     }
 
     // The same of its rope part. By request it may lie anywhere, and is looked for when its turn has come.
@@ -128,7 +145,7 @@ private:
 #pragma unroll 1
         for (u32 row = lane() / kChunks; row < kAtomRows; row += kRowsAtOnce) {
             const u32 chunk = lane() % kChunks;
-            const RowChunk source = item < 0 ? query_chunk(~item, row, chunk) : token_chunk(item, row, chunk);
+            const RowChunk source = item < 0 ? query_chunk(item_index(~item), row, chunk) : token_chunk(item, row, chunk);
             const u32 in_atom = box_chunk_offset(row, chunk);
             const u32 latent = stage + warp() * kLatentGroupBytes + in_atom;
 #pragma unroll
@@ -139,7 +156,7 @@ private:
         }
         const u32 full = tile_full(smem_, stage_index);
         copy_async_arrive(full);
-        const u32 valid = __ballot_sync(kFullWarp, is_token(params_, index_));
+        const u32 valid = __ballot_sync(kFullWarp, is_token(params_, index_, is_extra()));
         if (lane() == 0) {
             store_shared_u8(smem_ + WideSmem::valid + stage_index * kGatherWarps + warp(), valid & 0xFF);
             mbarrier_arrive(full);

@@ -38,7 +38,7 @@ public:
             for (i32 tile = work.tile_begin; tile < work.tile_end; ++tile) {
                 const bool is_last = tile + 1 == work.tile_end;
                 const i32 next_slot = is_last ? read(next, next.tile_begin) : read(work, tile + 1);
-                load_tile(work.kv_head, slot);
+                load_tile(work.kv_head, slot, is_extra_tile(work, tile));
                 slot = next_slot;
             }
             work = next;
@@ -64,8 +64,10 @@ private:
 
     // The slot of token lane % 16 of this warp's share of a tile. Indices past the last that counts are not read.
     MLA_DEVICE i32 read(const BlockWork& work, i32 tile) const {
-        const i32 place = tile * kTileTokens + static_cast<i32>(warp_ * kWarpTokens + lane_ % kWarpTokens);
-        return work.has_tiles() && place < work.seqlen_k ? __ldg(indices_of(params_, work) + place) : -1;
+        if (!work.has_tiles()) return -1;
+        const TokenRun tokens = tokens_from(params_, work, tile);
+        const i32 place = warp_ * kWarpTokens + lane_ % kWarpTokens;
+        return place < tokens.left ? __ldg(tokens.indices + place) : -1;
     }
 
     // Of this warp's tokens, the one that this lane copies from in a pass; and its row, from this lane's chunk on, given the
@@ -76,12 +78,12 @@ private:
         return reinterpret_cast<const u8*>(row) + lane_ % kLineLanes * 16;
     }
 
-    MLA_DEVICE void load_tile(i32 kv_head, i32 slot) {
-        const bool is_valid = is_token(params_, slot);
+    MLA_DEVICE void load_tile(i32 kv_head, i32 slot, bool is_extra) {
+        const bool is_valid = is_token(params_, slot, is_extra);
         const u32 valid = __ballot_sync(kFullWarp, is_valid) & kAllValid;
         // Of a token that there is not, any place within the cache: nothing is read, but an address outside might be checked.
         const u64 address =
-            reinterpret_cast<u64>(token_address(params_, is_valid ? slot : 0) + kv_head * params_.kv_stride_head);
+            reinterpret_cast<u64>(token_address(params_, is_valid ? slot : 0, is_extra) + kv_head * head_stride(params_, is_extra));
         u64 rope_address = 0;
         if constexpr (kByRequest && kRopeBoxes > 0)
             rope_address = reinterpret_cast<u64>(token_rope_address(params_, is_valid ? slot : 0) +

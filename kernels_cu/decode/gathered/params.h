@@ -5,6 +5,8 @@
 // page_size + offset. -1 and every other number outside the cache is no token. To the plan each query token is a request of
 // one token, in the order of [batch, seqlen_q], and the places in its row are its keys. "static": of the schedule without a plan.
 //
+// There may be a second cache: the tokens of its list follow those of the first, from the next tile on (core/plan_format.h).
+//
 // "By request": dense decode over pages of one token. The block table is the indices, the same for all query tokens of a
 // request, and the plan is that of dense decode; queries may be ragged, latent and rope parts arrays of their own.
 #pragma once
@@ -54,6 +56,12 @@ struct GatherParams {
     const u8* kv_rope;
     i64 kv_rope_stride_head;  // bytes
     u32 kv_rope_stride_page;  // in 16 bytes
+    u32 extra_num_slots;      // from here on: of a second cache, like their namesakes
+    const u8* extra_kv;
+    i64 extra_kv_stride_head;
+    const i32* extra_indices;
+    i64 extra_indices_stride_batch, extra_indices_stride_seq, extra_indices_stride_head;
+    u32 extra_kv_stride_page, extra_kv_stride_token;
 };
 
 }  // namespace mla

@@ -10,6 +10,9 @@ namespace mla {
 constexpr bool kIsPlanned = MLA_PLANNED;
 constexpr bool kByRequest = MLA_BY_REQUEST;  // decode/gathered/params.h
 static_assert(!kByRequest || kIsPlanned, "requests are planned");
+constexpr bool kHasExtra = MLA_EXTRA_PAGE_SIZE > 0;  // whether there is a second cache, with a list of tokens of its own
+constexpr u32 kExtraPageSize = kHasExtra ? MLA_EXTRA_PAGE_SIZE : 1;
+static_assert(!kHasExtra || (kIsPlanned && !kByRequest), "only sparse decode has two lists");
 
 // A static item is a query token. The grid is (row blocks of a kv head, parts, kv heads): the CTAs of a token are neighbours.
 MLA_DEVICE BlockWork static_block_work(const GatherParams& params, i32 token) {
@@ -36,6 +39,10 @@ MLA_DEVICE BlockWork load_block_work(const GatherParams& params, i32 item) {
     if constexpr (kIsPlanned) {
         pin_register(item);
         BlockWork work = planned_block_work(params, item);
+        if constexpr (kHasExtra) {
+            work.first_list = work.q_begin;
+            work.q_begin = 0;
+        }
         if (!kByRequest && params.seqlen_q > 1) {
             const i32 token = work.request;
             work.request = token / params.seqlen_q;

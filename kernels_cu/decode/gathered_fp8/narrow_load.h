@@ -18,46 +18,50 @@ public:
     // Indices are read one tile ahead, also across items: their latency hides behind the copies of a tile.
     MLA_DEVICE void run() {
         item_ = items_.first();
-        Indices indices = open_item();
-        i32 slot = read(indices);
-        while (indices.left > 0) {
-            indices.first += kTileTokens;
-            indices.left -= kTileTokens;
-            if (indices.left <= 0) indices = open_item();
-            const i32 next_slot = read(indices);
-            load_slab(slot);
+        TokenRun tokens = open_item();
+        i32 slot = read(tokens);
+        while (tokens.left > 0) {
+            const bool is_extra = tokens.is_extra;  // of `slot`
+            tokens.next_tile();
+            if (tokens.left <= 0) tokens = open_next(is_extra);
+            const i32 next_slot = read(tokens);
+            load_slab(slot, is_extra);
             slot = next_slot;
         }
     }
 
 private:
-    struct Indices {
-        const i32* first;  // of a tile
-        i32 left;          // of the item from there on
-    };
+    // What follows the end of a list: the second list of the item that is open, or the next item.
+    MLA_DEVICE TokenRun open_next(bool is_extra) {
+        if (kHasExtra && !is_extra) {
+            const BlockWork work = load_block_work(params_, item_ - items_.step());
+            const i32 tile = first_list_tiles(work);
+            if (tile < work.tile_end) return tokens_from(params_, work, tile);
+        }
+        return open_item();
+    }
 
     // The next item that has tiles for this CTA. Its Q is asked for into L2, a hint: the scores warpgroup waits for it between
     // two items.
-    MLA_DEVICE Indices open_item() {
+    MLA_DEVICE TokenRun open_item() {
         const BlockWork work = next_work(params_, items_, item_);
-        if (!work.has_tiles()) return {nullptr, 0};
+        if (!work.has_tiles()) return {nullptr, 0, false};
 #pragma unroll 1
         for (u32 line = warp_ * kWarpThreads + lane_; line < kRows * kTileBoxes; line += kLoaderWarps * kWarpThreads) {
             const QueryRow row = query_row(params_, work, line / kTileBoxes, 0);
             if (row.exists) prefetch_to_l2(row.latent + line % kTileBoxes * kBoxColumns);
         }
-        const i32 first = work.tile_begin * kTileTokens;
-        return {indices_of(params_, work) + first, min_i32(work.tile_end * kTileTokens, work.seqlen_k) - first};
+        return tokens_from(params_, work, work.tile_begin);
     }
 
     // The slot of token `lane` of this warp's share of a tile. Indices past the last that counts are not read.
-    MLA_DEVICE i32 read(const Indices& indices) const {
+    MLA_DEVICE i32 read(const TokenRun& tokens) const {
         const i32 place = warp_ * kSlabTokens + lane_;
-        return lane_ < kSlabTokens && place < indices.left ? __ldg(indices.first + place) : -1;
+        return lane_ < kSlabTokens && place < tokens.left ? __ldg(tokens.indices + place) : -1;
     }
 
-    MLA_DEVICE void load_slab(i32 slot) {
-        const bool is_valid = is_token(params_, slot);
+    MLA_DEVICE void load_slab(i32 slot, bool is_extra) {
+        const bool is_valid = is_token(params_, slot, is_extra);
         const u32 valid = __ballot_sync(kFullWarp, is_valid);
         const u32 full = raw_full_barrier(smem_, ring_.index);
         const u32 row = slab_address(smem_, ring_.index) + row_place(lane_) * kRowPitch;
@@ -67,7 +71,7 @@ private:
         if (lane_ < kSlabTokens) {
             if (is_valid) {
                 mbarrier_arrive_expect_bytes(full, Codec::kRowBytes);
-                tma_load_bytes(row, token_address(params_, slot), Codec::kRowBytes, full);
+                tma_load_bytes(row, token_address(params_, slot, is_extra), Codec::kRowBytes, full);
             } else {
                 // A token that there is not is zeros, scales too.
 #pragma unroll 1
