@@ -41,7 +41,7 @@ CI = ROOT / ".ci" / "run"  # not in a source distribution
 EXAMPLES = dict(re.findall(r"```python\n# ([^\n]+)\n(.*?)```", TEXT, re.DOTALL))
 TITLES = {
     *("torch", "torch.compile", "JAX", "CuPy", "NumPy", "FlashMLA", "benchmark", "paged cache"),
-    *("sparse decode", "sparse prefill", "sparse decode, FP8", "FP8"),
+    *("sparse decode", "sparse prefill", "sparse decode, FP8", "sparse decode, two caches", "FP8"),
     *("a step of all layers", "JAX scan", "own call", "transformers"),
 }
 
