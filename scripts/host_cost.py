@@ -33,7 +33,6 @@ from cupy_mla.call.problem import Addresses
 from cupy_mla.commands.command import Command
 from cupy_mla.decode import blueprint, plan, torch_calls
 from cupy_mla.decode import dense as decode
-from cupy_mla.decode import known as known_calls
 from cupy_mla.gpu import device, driver
 from cupy_mla.gpu.device import DeviceInfo, why_unsupported
 from cupy_mla.lab.files import to_json, write_text
@@ -185,13 +184,14 @@ def parts(arrays: Inputs) -> dict[str, Callable[[], object]]:
     given = tuple({**inputs, **outputs}.get(name) for name in ARRAYS)
     options = tuple(option.default for option in OPTIONS if DECODE in option.functions)
 
-    def identify() -> Any:
-        return known_calls.identify(given, options, made.blueprint)
-
-    key, pointers = identify()
     settings = get_settings()
-    call, addresses = known_calls.recall(key, pointers, settings)
-    named = Addresses(*addresses)
+
+    def find() -> Any:
+        return decode._known.find(given, options, made.blueprint, settings)
+
+    _, pointers, (call, q_rope, kv_rope) = find()
+    named = Addresses(*pointers)
+    addresses = named._replace(q_rope=named.q_latent + q_rope, kv_rope=named.kv_latent + kv_rope)
     stream = decode.current_stream(inputs["q"], 0)
     decode_launch, combine_launch = call._decode, call._combine
 
@@ -217,11 +217,10 @@ def parts(arrays: Inputs) -> dict[str, Callable[[], object]]:
         return run
 
     return {
-        "addresses, shapes, strides, types of the arrays": lambda: known_calls._sketches.sketch(given, options),
-        "the call described by them (includes the line above)": identify,
-        "call and plan's kind looked up, addresses checked": lambda: known_calls.recall(key, pointers, settings),
+        "addresses, shapes, strides, types of the arrays": lambda: decode._known._sketches.sketch(given, options),
+        "call looked up by them, addresses checked (includes it)": find,
         "current stream": lambda: decode.current_stream(inputs["q"], 0),
-        "tensor maps looked up": lambda: call._maps.get((named.kv_latent, named.kv_rope)),
+        "tensor maps looked up": lambda: call._maps.get((addresses.kv_latent, addresses.kv_rope)),
         "tensor maps and arguments packed (includes it)": without_launches(pack),
         "launch 1 (decode)": lambda: decode_launch(stream),
         **({} if combine_launch is None else {"launch 2 (merge)": lambda: combine_launch(stream)}),

@@ -36,7 +36,6 @@ from cupy_mla.call.memo import forget
 from cupy_mla.call.options import AUTO, OPTIONS, PARTS, DecodeOptions
 from cupy_mla.call.problem import DecodeProblem
 from cupy_mla.decode import dense, jax_calls
-from cupy_mla.decode import known as known_calls
 from cupy_mla.decode import prepared as decode_call
 from cupy_mla.decode.dense import run_decode
 from cupy_mla.decode.plan import plan_kind
@@ -159,7 +158,7 @@ def test_arguments_of_the_kernels(gpu: FakeGpu, make: Callable[[FakeGpu], Arrays
         assert merged["plan"] == plan.pointer
         assert plan.pointer < params["partial_out"] < params["partial_lse"] < plan.pointer + plan.shape[0]
         assert merged["aligned"] == 1
-        assert len(known_calls._known) == 1, round_number
+        assert len(dense._known._calls) == 1, round_number
 
 
 @pytest.mark.parametrize(("heads", "blocks", "cluster"), [(16, 1, 1), (48, 3, 1), (96, 6, 2)])
@@ -297,7 +296,7 @@ def test_plans_of_one_kind_share_what_was_prepared(gpu: FakeGpu) -> None:
         assert gpu.take()[-2].arguments[2]["plan"] == plan.pointer
     assert first.blueprint is second.blueprint
     assert fixed.blueprint is not first.blueprint
-    assert len(known_calls._known) == 2
+    assert len(dense._known._calls) == 2
 
 
 BY_TMA = [family.name for family in FAMILIES if not isinstance(family, Fp8Family) and not family.gathers]
@@ -420,7 +419,7 @@ def test_nothing_keeps_the_arrays_alive(gpu: FakeGpu) -> None:
 
 
 def test_what_is_remembered_is_bounded(gpu: FakeGpu, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(known_calls._known, "most", 3)
+    monkeypatch.setattr(dense._known._calls, "most", 3)
     monkeypatch.setattr(decode_call, "_CACHES_KEPT", 3)
     for batch in range(1, 10):
         arrays = packed(gpu, batch)
@@ -428,8 +427,8 @@ def test_what_is_remembered_is_bounded(gpu: FakeGpu, monkeypatch: pytest.MonkeyP
             arrays["kv_cache"] = gpu.array((64, 64, 1, LATENT + ROPE))
             mla_decode(**arrays)
             assert gpu.take()[1].arguments[0].view(np.uint64)[0] == arrays["kv_cache"].pointer
-            assert len(known_calls._known) <= 3
-    assert all(len(known.call._maps) <= 3 for known in known_calls._known.values())
+            assert len(dense._known._calls) <= 3
+    assert all(len(call._maps) <= 3 for (call, *_), _ in dense._known._calls.values())
 
 
 def test_threads_that_make_the_same_call_do_not_mix_their_arguments(gpu: FakeGpu) -> None:
@@ -545,7 +544,7 @@ def test_a_plan_in_an_array_of_its_own(gpu: FakeGpu) -> None:
         assert params["partial_out"] == workspace.pointer
         assert params["partial_lse"] == workspace.pointer + kind.partial_out_bytes
         assert not params["plan_is_settled"]
-        assert len(known_calls._known) == 1
+        assert len(dense._known._calls) == 1
 
 
 def test_wrong_plans_in_arrays_are_refused_after_good_calls(gpu: FakeGpu) -> None:

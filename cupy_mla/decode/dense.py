@@ -11,13 +11,13 @@ from ..arrays.frameworks import CUDA, check_stream, current_stream
 from ..arrays.sketch import pointer_of
 from ..call.arguments import validate_values
 from ..call.describe import describe_decode
-from ..call.options import ARRAYS, DECODE, DecodeArrays, DecodeOptions, option_names
+from ..call.options import ARRAYS, DECODE, PARTS, ROPE_OF, DecodeArrays, DecodeOptions, option_names
 from ..call.problem import LSE_DTYPE, Addresses, DecodeInputs, DecodeProblem
 from ..errors import InvalidArgumentError
 from ..gpu.device import require_backend
 from ..settings import get_settings, wants_validation
 from .blueprint import CallMemory, DenseBlueprint, PlanMemory
-from .known import identify, recall, remember
+from .known import KnownCalls
 from .plan import DecodePlan, plan_kind
 from .plan_arrays import check_plan_array
 from .prepared import CallStrides, DecodeCall
@@ -27,6 +27,8 @@ from .token_pages import prepare
 # Places in the tuples that calls are recognised by.
 _VALIDATE = option_names(DECODE).index("validate")
 _Q, _OUT, _LSE = (ARRAYS.index(name) for name in ("q", "out", "lse"))
+# Prepared calls; for packed q and cache (0 else) the bytes from the latent to the rope columns.
+_known: KnownCalls[tuple[DecodeCall, int, int]] = KnownCalls(PARTS, pairs=len(ROPE_OF))
 _LENGTHS, _STARTS, _PLAN = (Addresses._fields.index(name) for name in ("cache_seqlens", "cu_seqlens_q", "plan"))
 
 
@@ -258,14 +260,17 @@ def run_decode(
     settings = get_settings()
     kind = plan.blueprint if type(plan) is DecodePlan else None
     validate = options[_VALIDATE]
-    identity = None
+    found = None
     if (validate is False or (validate is None and not settings.validate)) and (plan is None or kind is not None):
-        identity = identify(arrays, options, kind)
-    if identity is not None:
-        key, pointers = identity
-        known = recall(key, pointers, settings)
+        found = _known.find(arrays, options, kind, settings)
+    if found is not None:
+        key, addresses, known = found
         if known is not None:
-            call, addresses = known
+            call, q_rope_offset, kv_rope_offset = known
+            if q_rope_offset or kv_rope_offset:
+                q, q_rope, kv, kv_rope, table, lengths, starts, scale, made, out, lse = addresses
+                q_rope, kv_rope = q_rope or q + q_rope_offset, kv_rope or kv + kv_rope_offset
+                addresses = (q, q_rope, kv, kv_rope, table, lengths, starts, scale, made, out, lse)
             return _launch(call, addresses, plan, arrays, stream)
 
     if plan is not None and not isinstance(plan, DecodePlan):
@@ -288,12 +293,15 @@ def run_decode(
             check_plan_array(inputs.plan.shape[0], problem, checked, kind)
     if wants_validation(checked.validate, on_gpu):
         validate_values(problem, inputs, stream, most)
-    scale = problem.queries.default_softmax_scale if checked.softmax_scale is None else checked.softmax_scale
+    factor = problem.queries.default_softmax_scale if checked.softmax_scale is None else checked.softmax_scale
     if kind is None:
-        return _without_kernels(problem, inputs, scale, checked.empty_lse, given, stream)
-    call = prepare(kind, scale, checked.empty_lse, CallStrides.of(problem, inputs), inputs.kv_scale_value)
-    if identity is not None:
-        remember(key, pointers, call, settings, inputs)
+        return _without_kernels(problem, inputs, factor, checked.empty_lse, given, stream)
+    call = prepare(kind, factor, checked.empty_lse, CallStrides.of(problem, inputs), inputs.kv_scale_value)
+    if found is not None:
+        q, q_rope, kv, kv_rope, *_ = addresses
+        q_rope_offset = inputs.q_rope.pointer - q if inputs.q_rope is not None and not q_rope else 0
+        kv_rope_offset = inputs.kv_rope.pointer - kv if inputs.kv_rope is not None and not kv_rope else 0
+        _known.remember(key, (call, q_rope_offset, kv_rope_offset), settings)
     return _launch(call, inputs.addresses(), plan, arrays, stream, inputs)
 
 

@@ -7,108 +7,87 @@ keeps an array alive or depends on what lies at an address.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, Generic, TypeAlias, TypeVar
 
 from ..arrays.dtypes import ITEM_SIZES
 from ..arrays.sketch import Sketches
 from ..call.arguments import COPY_ALIGNMENT
 from ..call.memo import on_forget, shared_memo
-from ..call.options import ROPE_OF
-from ..call.problem import INDEX_DTYPE, PLAN_ALIGNMENT, DecodeInputs
+from ..call.problem import INDEX_DTYPE, PLAN_ALIGNMENT
 from ..settings import Settings
-from .blueprint import DenseBlueprint
-from .prepared import DecodeCall
 
 _CALLS_KEPT = 4096
-_COPY_MASK = COPY_ALIGNMENT - 1
-_INDEX_MASK = ITEM_SIZES[INDEX_DTYPE] - 1  # an lse and a scale have as many bytes
-_PLAN_MASK = PLAN_ALIGNMENT - 1
-Key = tuple[Any, ...]
+_COPIED = ("q", "q_rope", "kv", "kv_cache", "kv_rope", "extra_kv_cache", "out")  # read or written 16 bytes at once
+_ALIGNMENTS = dict.fromkeys(_COPIED, COPY_ALIGNMENT) | {"plan": PLAN_ALIGNMENT}
+_Call = TypeVar("_Call")
+Key: TypeAlias = tuple[Any, ...]
+Addresses: TypeAlias = tuple[int, ...]
 
 
-@dataclass(frozen=True, slots=True)
-class KnownCall:
-    """A prepared call, and how to find its addresses.
-
-    Attributes
-    ----------
-    call
-        The launches.
-    settings
-        The settings it was checked under.
-    q_rope_offset, kv_rope_offset
-        Bytes from the latent to the rope columns of a packed array; 0 for pairs, or when there is no rope part.
-    """
-
-    call: DecodeCall
-    settings: Settings
-    q_rope_offset: int
-    kv_rope_offset: int
-
-
-_sketches = Sketches(pairs=len(ROPE_OF))  # q and kv_cache, the first arrays of a call
-_known = shared_memo(_CALLS_KEPT)
-_last: tuple[Key, KnownCall | None] = (), None  # the call before
-
-
-@on_forget
-def _forget_last() -> None:
-    global _last
-    _last = (), None
-
-
-def identify(
-    arrays: tuple[Any, ...], options: tuple[Any, ...], kind: DenseBlueprint | None
-) -> tuple[Key, tuple[int, ...]] | None:
-    """The key of a call and its arrays' addresses; None for a call that cannot be recognised.
+class KnownCalls(Generic[_Call]):
+    """Prepared calls of one function.
 
     Parameters
     ----------
     arrays
-        As given, one for each of `cupy_mla.call.options.ARRAYS`.
-    options
-        As given, in an order of the caller's own.
-    kind
-        That of the plan; None without a plan, or with one in an array.
+        Names of what has an address, in the order in which calls bring them; the parts of a pair one by one.
+    pairs
+        How many of the first arrays may be a tuple of two instead.
     """
-    sketched = _sketches.sketch(arrays, options)
-    if sketched is None:
-        return None
-    pointers, sketcher, forms = sketched
-    return (sketcher, kind, options, forms), pointers  # types first: only values of equal types are compared
 
+    def __init__(self, arrays: tuple[str, ...], pairs: int = 0) -> None:
+        self._sketches = Sketches(pairs)
+        self._calls = shared_memo(_CALLS_KEPT)
+        self._last: tuple[Key, tuple[_Call, Settings] | None] = (), None  # the call before
+        on_forget(self._forget_last)
+        masks: dict[int, list[str]] = {}
+        for name in arrays:
+            masks.setdefault(_ALIGNMENTS.get(name, ITEM_SIZES[INDEX_DTYPE]) - 1, []).append(name)
+        wrong = " or ".join(f"({' | '.join(names)}) & {mask}" for mask, names in masks.items())
+        self._misaligned = eval(f"lambda {', '.join(arrays)}: {wrong}")
 
-def recall(key: Key, pointers: tuple[int, ...], settings: Settings) -> tuple[DecodeCall, tuple[int, ...]] | None:
-    """The call of that key, if one was made before under the same settings, and its addresses if they are aligned.
+    def _forget_last(self) -> None:
+        self._last = (), None
 
-    The addresses are in the order of `Addresses`, without their names: to name them takes longer than to find them.
-    """
-    global _last
-    last_key, known = _last
-    if key != last_key:  # a step makes the same call for all layers, and to compare takes half the time of to hash
-        try:
-            known = _known.get(key)
-        except TypeError:  # an option that is no number and cannot be hashed
+    def find(
+        self, arrays: tuple[Any, ...], options: tuple[Any, ...], kind: Any, settings: Settings
+    ) -> tuple[Key, Addresses, _Call | None] | None:
+        """What is known of a call; None for one that cannot be recognised.
+
+        Parameters
+        ----------
+        arrays
+            As given; None for one that is not there.
+        options
+            As given, in an order of the caller's own.
+        kind
+            That of the plan; None without a plan, or with one in an array.
+        settings
+            Those in force.
+
+        Returns
+        -------
+        tuple or None
+            What tells the call from others; the addresses of its arrays, 0 for one that is not there; and what was
+            remembered of such calls under the same settings: None where that is nothing, or an address is misaligned.
+        """
+        sketched = self._sketches.sketch(arrays, options)
+        if sketched is None:
             return None
-        if known is not None:
-            _last = key, known
-    if known is None or known.settings is not settings:
-        return None
-    q, q_rope, kv, kv_rope, table, lengths, starts, scale, plan, out, lse = pointers
-    index_bits = table | lengths | starts | scale | lse
-    if (q | q_rope | kv | kv_rope | out) & _COPY_MASK or index_bits & _INDEX_MASK or plan & _PLAN_MASK:
-        return None
-    if known.q_rope_offset:
-        q_rope = q + known.q_rope_offset
-    if known.kv_rope_offset:
-        kv_rope = kv + known.kv_rope_offset
-    return known.call, (q, q_rope, kv, kv_rope, table, lengths, starts, scale, plan, out, lse)
+        addresses, sketcher, forms = sketched
+        key = sketcher, kind, options, forms  # types first: only values of equal types are compared
+        last_key, known = self._last
+        if key != last_key:  # a step makes the same call for all layers; to compare takes half the time of to hash
+            try:
+                known = self._calls.get(key)
+            except TypeError:  # an option that is no number and cannot be hashed
+                return None
+            if known is not None:
+                self._last = key, known
+        if known is None or known[1] is not settings or self._misaligned(*addresses):
+            return key, addresses, None
+        return key, addresses, known[0]
 
-
-def remember(key: Key, pointers: tuple[int, ...], call: DecodeCall, settings: Settings, inputs: DecodeInputs) -> None:
-    """Note a call that was checked and prepared; ``pointers`` are those that `identify` found."""
-    q_rope = inputs.q_rope.pointer - pointers[0] if inputs.q_rope is not None and not pointers[1] else 0
-    kv_rope = inputs.kv_rope.pointer - pointers[2] if inputs.kv_rope is not None and not pointers[3] else 0
-    global _last
-    _last = key, _known.keep(key, KnownCall(call, settings, q_rope, kv_rope))
+    def remember(self, key: Key, call: _Call, settings: Settings) -> None:
+        """Note a call that was checked and prepared under these settings; the key is the one that `find` gave."""
+        self._last = key, self._calls.keep(key, (call, settings))

@@ -21,7 +21,7 @@ from ..call.sparse_problem import SparseInputs, SparseProblem
 from ..gpu.device import require_backend
 from ..settings import get_settings, wants_validation
 from .gathered import PrefillCall, SparseStrides, prepare_prefill
-from .known_sparse import KnownCalls
+from .known import KnownCalls
 from .reference_sparse import sparse_reference
 
 Results = tuple[Any, Any, Any]
@@ -141,11 +141,11 @@ def run_prefill(arrays: tuple[Any, ...], options: tuple[Any, ...], stream: int |
     if stream is not None:
         check_stream(stream)
     settings = get_settings()
-    recognised = None
+    found = None
     if options[_VALIDATE] is False or (options[_VALIDATE] is None and not settings.validate):
-        recognised = _known.find(arrays, options, None, settings)
-        if recognised is not None and recognised.call is not None:
-            return _launch(recognised.call, recognised.addresses, arrays, stream)
+        found = _known.find(arrays, options, None, settings)
+        if found is not None and found[2] is not None:
+            return _launch(found[2], found[1], arrays, stream)
     given, checked = SparsePrefillArrays(*arrays), SparseOptions(*options)
     problem, inputs = describe_sparse_prefill(given, checked, stream)
     on_gpu = require_backend(*inputs.location, "q")
@@ -158,8 +158,8 @@ def run_prefill(arrays: tuple[Any, ...], options: tuple[Any, ...], stream: int |
         return _finished(arrays, _outputs(problem, arrays, stream), stream)
     strides = SparseStrides.of(problem, inputs)
     call = prepare_prefill(problem, inputs.location[1], scale, checked.empty_lse, strides, inputs.kv_scale_value)
-    if recognised is not None:
-        _known.remember(recognised, call, settings)
+    if found is not None:
+        _known.remember(found[0], call, settings)
     return _launch(call, inputs.addresses(*SPARSE_PREFILL_ARRAYS), arrays, stream, inputs)
 
 

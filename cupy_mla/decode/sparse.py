@@ -24,7 +24,7 @@ from ..settings import get_settings, wants_validation
 from .blueprint import CallMemory, PlanMemory, SparseBlueprint
 from .gathered import SparseStrides
 from .gathered_decode import SparseDecodeCall, prepare_sparse_decode
-from .known_sparse import KnownCalls
+from .known import KnownCalls
 from .plan_arrays import check_plan_array
 from .reference_sparse import sparse_reference
 from .sparse_plan import SparsePlan, sparse_plan_kind
@@ -262,12 +262,12 @@ def run_sparse_decode(
         check_stream(stream)
     settings = get_settings()
     kind = plan.blueprint if type(plan) is SparsePlan else None
-    recognised = None
+    found = None
     unchecked = options[_VALIDATE] is False or (options[_VALIDATE] is None and not settings.validate)
     if unchecked and (plan is None or kind is not None):
-        recognised = _known.find(arrays, options, kind, settings)
-        if recognised is not None and recognised.call is not None:
-            return _launch(recognised.call, recognised.addresses, plan, arrays, stream)
+        found = _known.find(arrays, options, kind, settings)
+        if found is not None and found[2] is not None:
+            return _launch(found[2], found[1], plan, arrays, stream)
     if plan is not None and not isinstance(plan, SparsePlan):
         expected = "a SparsePlan from plan_sparse_decode, or None (torch.ops.cupy_mla and cupy_mla.jax_ops have arrays)"
         raise InvalidArgumentError("plan", expected, type(plan).__name__)
@@ -290,8 +290,8 @@ def run_sparse_decode(
         return _finished(arrays, out, lse, stream)
     strides = SparseStrides.of(problem, inputs)
     call = prepare_sparse_decode(kind, scale, checked.empty_lse, strides, inputs.kv_scale_value)
-    if recognised is not None:
-        _known.remember(recognised, call, settings)
+    if found is not None:
+        _known.remember(found[0], call, settings)
     addresses = inputs.addresses(*CALL_INPUTS)
     return _launch(call, addresses, plan, arrays, stream, inputs)
 
