@@ -16,12 +16,12 @@ import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from .cache.new_tokens import APPEND_ROPES
 from .call.options import OPERATOR_NAMES, ROPE_OF
 
 _TRACED_INSTEAD = "_torchdynamo_inline"
 _LOG2_E = math.log2(math.e)
 _NO_TENSORS = ("plan", "stream", "out")  # no operator has them; outputs go to one of their own
-_APPEND_ROPES = {"kv_cache": "kv_rope", "kv_new": "kv_new_rope"}
 Given = dict[str, Any]  # arguments of a call, by name; those left out are not in it
 
 
@@ -147,7 +147,7 @@ def _renamed(given: Given) -> Given:
 
 
 _OPERATORS: dict[str, Callable[[Given], Any]] = {
-    "append_tokens": _operator("append_tokens", ropes=_APPEND_ROPES),
+    "append_tokens": _operator("append_tokens", ropes=APPEND_ROPES),
     "flash_mla_sparse_fwd": _flash_mla_sparse_fwd,
     "flash_mla_with_kvcache": _flash_mla_with_kvcache,
     "get_mla_metadata": _no_operator,

@@ -21,6 +21,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from .cache.append import append_tokens
+from .cache.new_tokens import APPEND_ROPES
 from .cache.slots import slots_of
 from .call.options import DECODE, DECODE_FORM, OPERATOR_NAMES, PLAN, ROPE_OF, CallForm, Option
 from .call.sparse_options import (
@@ -39,7 +40,6 @@ from .errors import MissingDependencyError
 
 NAMESPACE = "cupy_mla"
 
-_APPEND_ROPES = {"kv_cache": "kv_rope", "kv_new": "kv_new_rope"}
 _NONE = "None"
 
 
@@ -160,9 +160,9 @@ def _append_operator() -> _Operator:
         if name == "layout":
             argument = _Argument(name, "str?", _NONE)
         (named if by_name else positional).append(argument)
-        call.append(f"{name}={name}" if by_name else _pair(name, _APPEND_ROPES))
-        if name in _APPEND_ROPES:
-            named.append(_Argument.of_array(_APPEND_ROPES[name], optional=True, alias="(b!)" if is_cache else ""))
+        call.append(f"{name}={name}" if by_name else _pair(name, APPEND_ROPES))
+        if name in APPEND_ROPES:
+            named.append(_Argument.of_array(APPEND_ROPES[name], optional=True, alias="(b!)" if is_cache else ""))
     return _Operator(positional, named, f"run({', '.join(call)})", "()", append_tokens, calls.fake_nothing)
 
 

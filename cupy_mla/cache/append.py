@@ -5,7 +5,7 @@ One kernel launch on a Hopper GPU (kernels_cu/cache/append.cu), NumPy indexing o
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
@@ -13,13 +13,16 @@ import numpy.typing as npt
 from ..arrays import view as arrays
 from ..arrays.exchange import as_numpy, keep_imported
 from ..arrays.frameworks import CUDA, check_stream, current_stream
-from ..arrays.view import ArrayView
-from ..kernels.append import APPEND_SOURCE, CHUNK_BYTES, append_geometry, quantise_source
-from ..kernels.structs import APPEND_PARAMS, QUANTISE_PARAMS
+from ..call.known import KnownCalls
 from ..layouts import CacheLayout
-from .new_tokens import Append, AppendArrays, Places, describe_append
-from .quantise import pack_quantiser, put_numpy
-from .segments import Segment
+from ..settings import get_settings
+from .new_tokens import APPEND_PARTS, APPEND_ROPES, Append, AppendArrays, Places, describe_append
+from .quantise import put_numpy
+
+if TYPE_CHECKING:
+    from .append_call import AppendCall
+
+_known: KnownCalls[AppendCall] = KnownCalls(APPEND_PARTS, pairs=len(APPEND_ROPES))
 
 
 def append_tokens(
@@ -79,28 +82,46 @@ def append_tokens(
         The arrays are on a GPU that is not Hopper, or the backend that the settings ask for cannot take them.
     """
     check_stream(stream)
+    given = kv_cache, kv_new, slot_mapping, block_table, positions, requests, kv_scale
+    settings = get_settings()
+    found = _known.find(given, (layout,), None, settings)
+    if found is not None:
+        key, addresses, call = found
+        if call is not None:  # recognised, which only arrays of torch and CuPy are
+            call(addresses, current_stream(_first(kv_new), call.device_id) if stream is None else stream)
+            return
     if stream is None:
         stream = _framework_stream(kv_new)
-    given = AppendArrays(kv_cache, kv_new, slot_mapping, block_table, positions, requests, kv_scale)
-    append = describe_append(given, stream, layout)
-    run_append(append, stream)
-    if stream is not None and append.segments:
-        keep_imported(append.inputs(), stream)
+    append = describe_append(AppendArrays(*given), stream, layout)
+    made = run_append(append, stream)
+    if made is not None:
+        if found is not None:
+            _known.remember(key, made, settings)
+        if stream is not None:
+            keep_imported(append.parts(), stream)
 
 
-def run_append(append: Append, stream: int | None) -> None:
-    """Write what was checked; on a GPU on a stream."""
+def run_append(append: Append, stream: int | None) -> AppendCall | None:
+    """Write what was checked; on a GPU on a stream, by the call that is returned."""
     if not append.segments:
-        return
-    if append.location[0] == CUDA:
-        _append_cuda(append, 0 if stream is None else stream)
-    else:
+        return None
+    if append.location[0] != CUDA:
         _append_numpy(append)
+        return None
+    from .append_call import AppendCall  # what reaches the driver is only loaded for arrays that are on a GPU
+
+    call = AppendCall(append)
+    call(tuple(0 if part is None else part.pointer for part in append.parts()), 0 if stream is None else stream)
+    return call
+
+
+def _first(kv_new: Any) -> Any:
+    return kv_new[0] if isinstance(kv_new, (tuple, list)) and kv_new else kv_new
 
 
 def _framework_stream(kv_new: Any) -> int | None:
     """Current stream of the framework that made the rows; None on the CPU."""
-    first = kv_new[0] if isinstance(kv_new, (tuple, list)) and kv_new else kv_new
+    first = _first(kv_new)
     probe = arrays.view(first, "kv_new")
     return current_stream(first, probe.device_id) if probe.device == CUDA else None
 
@@ -142,57 +163,3 @@ def _find_slots(
     pages = table[requests, page_index].astype(np.int64)
     inside = (pages >= 0) & (pages < num_pages)
     return pages[inside], positions[inside] % page_size, tokens[inside]
-
-
-def _append_cuda(append: Append, stream: int) -> None:
-    # The modules that reach the driver are only loaded for arrays that are on a GPU.
-    from ..gpu.jit.module import load
-    from ..gpu.launch import launch_kernel
-
-    geometry = append_geometry(append.num_tokens)
-    rounded = append.quantiser is not None
-    launch_kernel(
-        load(quantise_source(append.segments[0].rows.dtype) if rounded else APPEND_SOURCE, append.location[1]),
-        geometry.grid,
-        geometry.block,
-        geometry.shared_memory,
-        stream,
-        (pack_params(append),),
-    )
-
-
-def pack_params(append: Append) -> npt.NDArray[np.void]:
-    """The kernel's by-value parameter: an array of size one and type ``APPEND_PARAMS``, or ``QUANTISE_PARAMS`` where
-    rows are rounded."""
-    params = np.zeros(1, APPEND_PARAMS if append.quantiser is None else QUANTISE_PARAMS)
-    fields = params[0]
-    for packed, segment in zip(fields["segments"], append.segments, strict=False):
-        _pack_segment(packed, segment)
-    _pack_places(fields["places"], append.places, append.segments[0].cache, append.num_tokens)
-    if append.quantiser is not None:
-        pack_quantiser(fields, append.quantiser, append.segments)
-    return params
-
-
-def _pack_segment(packed: Any, segment: Segment) -> None:
-    cache, rows = segment.cache, segment.rows
-    packed["cache"] = cache.pointer + segment.cache_column * cache.itemsize
-    packed["rows"] = rows.pointer + segment.rows_column * rows.itemsize
-    packed["cache_page_stride"] = cache.strides[0] * cache.itemsize
-    packed["cache_token_stride"] = segment.token_bytes
-    packed["cache_head_stride"] = cache.strides[2] * cache.itemsize
-    for name, stride in zip(("token", "head"), rows.strides[:2], strict=True):
-        packed[f"rows_{name}_stride"] = stride * rows.itemsize
-    packed["chunks"] = segment.width * rows.itemsize // CHUNK_BYTES
-
-
-def _pack_places(packed: Any, places: Places, cache: ArrayView, num_tokens: int) -> None:
-    for name in ("slot_mapping", "block_table", "positions", "requests"):
-        view: ArrayView | None = getattr(places, name)
-        packed[name] = 0 if view is None else view.pointer
-    if places.block_table is not None:
-        packed["block_table_stride"] = places.block_table.strides[0]
-        packed["num_requests"], packed["max_pages_per_seq"] = places.block_table.shape
-    packed["num_pages"], packed["page_size"], packed["num_heads_kv"] = cache.shape[:3]
-    packed["num_tokens"] = num_tokens
-    packed["tokens_per_request"] = places.tokens_per_request

@@ -19,21 +19,9 @@ from ..arrays.xla import CustomCall, start, view_buffer, view_hosts
 from ..call.traced import jax_module, scale_as_array, two_parts, views_of_parts
 from ..layouts import LAYOUTS, CacheLayout, find_layout
 from .append import run_append
-from .new_tokens import AppendArrays, describe_append
+from .new_tokens import APPEND_PARTS, AppendArrays, describe_append
 
 _TARGET = "cupy_mla.append_tokens"
-# Arrays of a call, those of a pair apart: bit i of the attribute says whether the i-th is there.
-PARTS = (
-    "kv_cache",
-    "kv_rope",
-    "kv_new",
-    "kv_new_rope",
-    "slot_mapping",
-    "block_table",
-    "positions",
-    "requests",
-    "kv_scale",
-)
 # By number: longer strings arrive damaged as attributes of custom calls (jax-tvm-ffi 0.1.3).
 _LAYOUTS = (None, *LAYOUTS.values())
 
@@ -79,7 +67,7 @@ def append_tokens(
     """
     jax = jax_module()
     parts = (*two_parts(kv_cache, "kv_cache"), *two_parts(kv_new, "kv_new"), slot_mapping)
-    names_of_places = PARTS[len(parts) : -1]
+    names_of_places = APPEND_PARTS[len(parts) : -1]
     for name in places:
         if name not in names_of_places:
             raise TypeError(f"append_tokens() got an unexpected keyword argument {name!r}")
@@ -92,7 +80,7 @@ def append_tokens(
             parts = (*parts[:-1], None)
             places = {"block_table": pages[None], "positions": slots, "requests": jax.numpy.zeros_like(slots)}
     parts += (*(places.get(name) for name in names_of_places), scale_as_array(kv_scale))
-    names = ("kv_cache", "kv_cache[1]", "kv_new", "kv_new[1]", *PARTS[4:])
+    names = ("kv_cache", "kv_cache[1]", "kv_new", "kv_new[1]", *APPEND_PARTS[4:])
     arrays, views, location = views_of_parts(parts, names, platform)
     describe_append(_arrays_of(views), None, layout)
     number_of_layout = _LAYOUTS.index(None if layout is None else find_layout(layout))
@@ -109,7 +97,7 @@ def append_tokens(
 
 
 def _arrays_of(parts: Sequence[Any]) -> AppendArrays:
-    """One array or None for each of `PARTS`."""
+    """One array or None for each of `APPEND_PARTS`."""
     kv_cache, kv_rope, kv_new, kv_new_rope, *others = parts
     return AppendArrays(
         kv_cache if kv_rope is None else (kv_cache, kv_rope),
@@ -139,7 +127,7 @@ def _run(given: int, layout: int, *buffers: Any) -> None:
 
 def _append(given: int, layout: int, arrays: list[ArrayView], stream: int | None) -> None:
     rest = iter(arrays)
-    parts = [next(rest) if given >> index & 1 else None for index in range(len(PARTS))]
+    parts = [next(rest) if given >> index & 1 else None for index in range(len(APPEND_PARTS))]
     run_append(describe_append(_arrays_of(parts), stream, _LAYOUTS[layout]), stream)
 
 

@@ -9,6 +9,7 @@ from ..arrays import view as arrays
 from ..arrays.frameworks import CUDA
 from ..arrays.view import ArrayView
 from ..call.arguments import misaligned
+from ..call.problem import SLOT_DTYPE
 from ..errors import InvalidArgumentError
 from ..gpu.device import require_backend
 from ..layouts import CacheLayout
@@ -21,6 +22,13 @@ from .segments import (
     match_segments,
     view_cache,
     view_rows,
+)
+
+# The arrays of an append, the parts of a pair one by one.
+APPEND_ROPES = {"kv_cache": "kv_rope", "kv_new": "kv_new_rope"}
+APPEND_PARTS = (
+    *(name for pair in APPEND_ROPES.items() for name in pair),
+    *("slot_mapping", "block_table", "positions", "requests", "kv_scale"),
 )
 
 
@@ -75,6 +83,8 @@ class Append:
 
     Attributes
     ----------
+    caches, rows
+        The cache and the new tokens, or the two parts of each.
     segments
         What is copied; none where there is nothing to copy.
     places
@@ -85,6 +95,8 @@ class Append:
         How they are rounded; None: they are copied as they are.
     """
 
+    caches: list[ArrayView]
+    rows: list[ArrayView]
     segments: list[Segment]
     places: Places
     num_tokens: int
@@ -93,14 +105,14 @@ class Append:
     @property
     def location(self) -> tuple[str, int]:
         """Device and its number, of all arrays."""
-        return self.segments[0].cache.location
+        return self.caches[0].location
 
-    def inputs(self) -> list[ArrayView | None]:
-        """What is read."""
+    def parts(self) -> tuple[ArrayView | None, ...]:
+        """One view for each of `APPEND_PARTS`, None for what is not there."""
         places = self.places
-        rows = [segment.rows for segment in self.segments]
         scale = None if self.quantiser is None else self.quantiser.scale
-        return [*rows, scale, places.slot_mapping, places.block_table, places.positions, places.requests]
+        sides = [*self.caches, None][:2] + [*self.rows, None][:2]
+        return *sides, places.slot_mapping, places.block_table, places.positions, places.requests, scale
 
 
 def describe_append(given: AppendArrays, stream: int | None = None, layout: CacheLayout | str | None = None) -> Append:
@@ -125,7 +137,7 @@ def describe_append(given: AppendArrays, stream: int | None = None, layout: Cach
     places = describe_places(cache_views[0], num_tokens, given, stream)
     if require_backend(*cache_views[0].location, "kv_cache"):
         check_chunks(segments)
-    return Append(segments if num_tokens else [], places, num_tokens, quantiser)
+    return Append(cache_views, rows_views, segments if num_tokens else [], places, num_tokens, quantiser)
 
 
 def describe_places(cache: ArrayView, num_tokens: int, given: AppendArrays, stream: int | None) -> Places:
@@ -140,7 +152,7 @@ def describe_places(cache: ArrayView, num_tokens: int, given: AppendArrays, stre
         for name in ("block_table", "positions", "requests"):
             if getattr(given, name) is not None:
                 raise InvalidArgumentError(name, "None beside slot_mapping", type(getattr(given, name)).__name__)
-        slots = _index_array(given.slot_mapping, "slot_mapping", "int64", (num_tokens,), cache, stream)
+        slots = _index_array(given.slot_mapping, "slot_mapping", SLOT_DTYPE, (num_tokens,), cache, stream)
         return Places(slots, None, None, None, 1)
     for name in ("block_table", "positions"):
         if getattr(given, name) is None:

@@ -11,6 +11,7 @@ from ..layouts import CacheLayout
 from ..shown.html import facts_table
 
 INDEX_DTYPE = "int32"
+SLOT_DTYPE = "int64"  # of a slot mapping
 LSE_DTYPE = "float32"
 PLAN_DTYPE = "uint8"
 PLAN_ALIGNMENT = 32  # bytes; sections of a plan

@@ -11,13 +11,13 @@ from ..arrays.frameworks import CUDA, check_stream, current_stream
 from ..arrays.sketch import pointer_of
 from ..call.arguments import validate_values
 from ..call.describe import describe_decode
+from ..call.known import KnownCalls
 from ..call.options import ARRAYS, DECODE, PARTS, ROPE_OF, DecodeArrays, DecodeOptions, option_names
 from ..call.problem import LSE_DTYPE, Addresses, DecodeInputs, DecodeProblem
 from ..errors import InvalidArgumentError
 from ..gpu.device import require_backend
 from ..settings import get_settings, wants_validation
 from .blueprint import CallMemory, DenseBlueprint, PlanMemory
-from .known import KnownCalls
 from .plan import DecodePlan, plan_kind
 from .plan_arrays import check_plan_array
 from .prepared import CallStrides, DecodeCall

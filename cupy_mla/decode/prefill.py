@@ -8,6 +8,7 @@ from typing import Any
 from ..arrays.exchange import as_numpy, empty_like, finish, keep_imported
 from ..arrays.frameworks import check_stream, current_stream
 from ..arrays.sketch import pointer_of
+from ..call.known import KnownCalls
 from ..call.problem import LSE_DTYPE
 from ..call.sparse import describe_sparse_prefill, validate_lengths
 from ..call.sparse_options import (
@@ -21,7 +22,6 @@ from ..call.sparse_problem import SparseInputs, SparseProblem
 from ..gpu.device import require_backend
 from ..settings import get_settings, wants_validation
 from .gathered import PrefillCall, SparseStrides, prepare_prefill
-from .known import KnownCalls
 from .reference_sparse import sparse_reference
 
 Results = tuple[Any, Any, Any]

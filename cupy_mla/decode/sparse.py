@@ -8,6 +8,7 @@ from typing import Any
 from ..arrays.exchange import as_numpy, empty_like, finish, keep_imported
 from ..arrays.frameworks import check_stream, current_stream
 from ..arrays.sketch import pointer_of
+from ..call.known import KnownCalls
 from ..call.problem import LSE_DTYPE
 from ..call.sparse import describe_sparse_decode, validate_lengths
 from ..call.sparse_options import (
@@ -24,7 +25,6 @@ from ..settings import get_settings, wants_validation
 from .blueprint import CallMemory, PlanMemory, SparseBlueprint
 from .gathered import SparseStrides
 from .gathered_decode import SparseDecodeCall, prepare_sparse_decode
-from .known import KnownCalls
 from .plan_arrays import check_plan_array
 from .reference_sparse import sparse_reference
 from .sparse_plan import SparsePlan, sparse_plan_kind

@@ -11,14 +11,19 @@ from typing import Any, Generic, TypeAlias, TypeVar
 
 from ..arrays.dtypes import ITEM_SIZES
 from ..arrays.sketch import Sketches
-from ..call.arguments import COPY_ALIGNMENT
-from ..call.memo import on_forget, shared_memo
-from ..call.problem import INDEX_DTYPE, PLAN_ALIGNMENT
 from ..settings import Settings
+from .arguments import COPY_ALIGNMENT
+from .memo import on_forget, shared_memo
+from .problem import INDEX_DTYPE, PLAN_ALIGNMENT, SLOT_DTYPE
 
 _CALLS_KEPT = 4096
-_COPIED = ("q", "q_rope", "kv", "kv_cache", "kv_rope", "extra_kv_cache", "out")  # read or written 16 bytes at once
-_ALIGNMENTS = dict.fromkeys(_COPIED, COPY_ALIGNMENT) | {"plan": PLAN_ALIGNMENT}
+# Read or written 16 bytes at once.
+_COPIED = ("q", "q_rope", "kv", "kv_cache", "kv_rope", "extra_kv_cache", "kv_new", "kv_new_rope", "out")
+_ALIGNMENTS = {
+    **dict.fromkeys(_COPIED, COPY_ALIGNMENT),
+    "plan": PLAN_ALIGNMENT,
+    "slot_mapping": ITEM_SIZES[SLOT_DTYPE],
+}
 _Call = TypeVar("_Call")
 Key: TypeAlias = tuple[Any, ...]
 Addresses: TypeAlias = tuple[int, ...]
