@@ -6,6 +6,7 @@ Everything between the caller and the driver runs as it does on a real one.
 from __future__ import annotations
 
 import ctypes
+import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -197,3 +198,26 @@ def fake_gpu(patch: pytest.MonkeyPatch) -> FakeGpu:
         patch.setattr(module, "current_stream", lambda array, device_id: 77)
     forget()
     return gpu
+
+
+def fake_device(patch: pytest.MonkeyPatch) -> list[int]:
+    """Take the place of CuPy's way to make a GPU current, until ``patch`` is undone; the GPUs it was done for."""
+    used: list[int] = []
+
+    class Device:
+        def __init__(self, device_id: int) -> None:
+            self.device_id = device_id
+
+        def __enter__(self) -> Device:
+            return self
+
+        def __exit__(self, *error: Any) -> None:
+            return None
+
+        def use(self) -> None:
+            used.append(self.device_id)
+
+    cuda = SimpleNamespace(Device=Device)
+    patch.setitem(sys.modules, "cupy", SimpleNamespace(cuda=cuda))
+    patch.setitem(sys.modules, "cupy.cuda", cuda)
+    return used

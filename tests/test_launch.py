@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Iterator
 from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
-from fake_gpu import FakeGpu, fake_gpu
+from fake_gpu import FakeGpu, fake_device, fake_gpu
 
 from cupy_mla import DriverError
 from cupy_mla.call.memo import forget
@@ -71,24 +70,7 @@ def test_a_refused_launch_is_an_error(gpu: FakeGpu, monkeypatch: pytest.MonkeyPa
 
 @pytest.mark.parametrize("later", [0, INVALID_VALUE])
 def test_a_thread_without_a_context_gets_one(gpu: FakeGpu, monkeypatch: pytest.MonkeyPatch, later: int) -> None:
-    used: list[int] = []
-
-    class Device:
-        def __init__(self, device_id: int) -> None:
-            self.device_id = device_id
-
-        def __enter__(self) -> Device:
-            return self
-
-        def __exit__(self, *error: Any) -> None:
-            return None
-
-        def use(self) -> None:
-            used.append(self.device_id)
-
-    cuda = SimpleNamespace(Device=Device)
-    monkeypatch.setitem(sys.modules, "cupy", SimpleNamespace(cuda=cuda))
-    monkeypatch.setitem(sys.modules, "cupy.cuda", cuda)
+    used = fake_device(monkeypatch)
 
     def launch_kernel(*arguments: Any) -> tuple[int]:
         return (later if used else INVALID_CONTEXT,)

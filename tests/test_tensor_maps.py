@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from fake_gpu import fake_device, fake_gpu
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -166,3 +167,19 @@ def test_steps_that_32_bits_cannot_count_are_refused() -> None:
     shape, strides = (2**24, 64, 2, 576), (64 * 2 * 576 + 8, 1152, 576, 1)
     with pytest.raises(InvalidArgumentError, match=r"kv_cache: .*larger number than 8 elements"):
         PageSteps.of(shape, strides)
+
+
+def test_a_thread_without_a_context_gets_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    gpu = fake_gpu(monkeypatch)
+    used = fake_device(monkeypatch)
+    invalid_context = 201
+
+    def encode(*description: Any) -> Any:
+        return gpu.encode(*description) if used else (invalid_context, None)
+
+    monkeypatch.setattr(driver._driver, "cuTensorMapEncodeTiled", encode)
+    shape = (3, 64, 1, LATENT)
+    pages = ArrayView(1 << 50, shape, contiguous_strides(shape), "bfloat16", "cuda", 3, None)
+    encoded = kv_tensor_map(pages, KernelConfig(NARROW16, LATENT, 0, "bfloat16", 64, False))
+    assert used == [3]
+    assert encoded.words.view(np.uint64)[0] == pages.pointer

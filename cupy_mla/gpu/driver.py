@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 from ..errors import DriverError, MissingDependencyError
+
+# What a thread without a current context, or with that of another GPU, is told: CUDA_ERROR_INVALID_CONTEXT and
+# CUDA_ERROR_INVALID_HANDLE.
+_CONTEXT_ERRORS = (201, 400)
 
 _driver: Any = None
 
@@ -25,6 +30,20 @@ def driver() -> Any:
             raise MissingDependencyError("cuda-bindings", "cuda12", "launching kernels") from error
         _driver = module
     return _driver
+
+
+def in_context(device_id: int, call: Callable[[], tuple[Any, ...]], result: tuple[Any, ...]) -> tuple[Any, ...]:
+    """The result of a driver call; of a second one, with the GPU current, where the first failed for want of that.
+
+    Only tried when it was not: asking before would cost every call.
+    """
+    if int(result[0]) not in _CONTEXT_ERRORS:
+        return result
+    from cupy.cuda import Device
+
+    with Device(device_id) as device:
+        device.use()  # entering does nothing for a thread that has this GPU by default and no context yet
+        return call()
 
 
 def check(action: str, result: tuple[Any, ...]) -> Any:

@@ -5,17 +5,13 @@ CuPy's plain launch has no launch attributes, so ``cuLaunchKernelEx`` is called 
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
-from .driver import check, driver
-
-# Launches that a thread without a current context, or with that of another GPU, is refused: CUDA_ERROR_INVALID_CONTEXT
-# and CUDA_ERROR_INVALID_HANDLE.
-_CONTEXT_ERRORS = (201, 400)
-
+from .driver import check, driver, in_context
 
 Grid = tuple[int, int, int]
 
@@ -124,17 +120,8 @@ class Launch:
             self._stream = stream
         result = self._launch(self._config, self._function, self._pointers_address, 0)
         if result[0]:  # CUDA_SUCCESS is 0
-            if int(result[0]) in _CONTEXT_ERRORS:
-                result = self._launch_in_context()
-            check("cuLaunchKernelEx", result)
-
-    def _launch_in_context(self) -> Any:
-        """Once more, with the kernel's GPU current. Only tried when it was not: asking before would cost every call."""
-        from cupy.cuda import Device
-
-        with Device(self._device_id) as device:
-            device.use()  # entering does nothing for a thread that has this GPU by default and no context yet
-            return self._launch(self._config, self._function, self._pointers_address, 0)
+            again = functools.partial(self._launch, self._config, self._function, self._pointers_address, 0)
+            check("cuLaunchKernelEx", in_context(self._device_id, again, result))
 
 
 def is_capturing(stream: int) -> bool:

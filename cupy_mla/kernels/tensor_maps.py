@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from dataclasses import dataclass, replace
 from typing import Any
@@ -12,7 +13,7 @@ from ..arrays.dtypes import ITEM_SIZES
 from ..arrays.view import ArrayView
 from ..call.memo import remembered
 from ..errors import InvalidArgumentError
-from ..gpu.driver import check, driver
+from ..gpu.driver import check, driver, in_context
 from ..layouts import LAYOUTS
 from .family import BOX_COLUMNS, KernelConfig
 
@@ -112,7 +113,8 @@ def kv_tensor_map(pages: ArrayView, config: KernelConfig) -> TensorMap:
     """
     boxes = pages.shape[-1] // _box_columns(pages.shape, pages.dtype) if config.copies_whole_tokens else 1
     groups = config.chunk_tokens // config.group_tokens
-    return _encode(pages.pointer, pages.shape, pages.strides, pages.dtype, config.group_tokens, boxes, groups)
+    described = pages.pointer, pages.shape, pages.strides, pages.dtype
+    return _encode(*described, pages.device_id, config.group_tokens, boxes, groups)
 
 
 def _box_columns(shape: tuple[int, ...], dtype: str) -> int:
@@ -126,6 +128,7 @@ def _encode(
     shape: tuple[int, ...],
     strides: tuple[int, ...],
     dtype: str,
+    device_id: int,
     group_tokens: int,
     boxes: int,
     groups: int,
@@ -148,21 +151,20 @@ def _encode(
         )
     )
     box = (box_columns, group_tokens, boxes, groups, 1)
-    tensor_map = check(
-        "cuTensorMapEncodeTiled",
-        cuda.cuTensorMapEncodeTiled(
-            data_type,
-            len(sizes),
-            pointer,
-            [cuda.cuuint64_t(size) for size in sizes],
-            [cuda.cuuint64_t(step) for step in byte_strides],
-            [cuda.cuuint32_t(size) for size in box],
-            [cuda.cuuint32_t(1)] * len(sizes),
-            cuda.CUtensorMapInterleave.CU_TENSOR_MAP_INTERLEAVE_NONE,
-            swizzle,
-            cuda.CUtensorMapL2promotion.CU_TENSOR_MAP_L2_PROMOTION_L2_128B,
-            cuda.CUtensorMapFloatOOBfill.CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE,
-        ),
+    encode = functools.partial(
+        cuda.cuTensorMapEncodeTiled,
+        data_type,
+        len(sizes),
+        pointer,
+        [cuda.cuuint64_t(size) for size in sizes],
+        [cuda.cuuint64_t(step) for step in byte_strides],
+        [cuda.cuuint32_t(size) for size in box],
+        [cuda.cuuint32_t(1)] * len(sizes),
+        cuda.CUtensorMapInterleave.CU_TENSOR_MAP_INTERLEAVE_NONE,
+        swizzle,
+        cuda.CUtensorMapL2promotion.CU_TENSOR_MAP_L2_PROMOTION_L2_128B,
+        cuda.CUtensorMapFloatOOBfill.CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE,
     )
+    tensor_map = check("cuTensorMapEncodeTiled", in_context(device_id, encode, encode()))
     words = np.array([int(word) for word in tensor_map.opaque], dtype=np.uint64).view(TENSOR_MAP)
     return TensorMap(words, words.ctypes.data)
