@@ -7,7 +7,7 @@ from typing import Any
 
 from ..errors import DriverError, MissingDependencyError
 
-# What a thread without a current context, or with that of another GPU, is told: CUDA_ERROR_INVALID_CONTEXT and
+# Errors of a thread without a current context, or with that of another GPU: CUDA_ERROR_INVALID_CONTEXT and
 # CUDA_ERROR_INVALID_HANDLE.
 _CONTEXT_ERRORS = (201, 400)
 
