@@ -50,9 +50,9 @@ RANKS = {name: rank for rank, names in enumerate(LAYERS) for name in names}
 
 # Imported inside functions only: they are slow to import, optional, or both.
 LAZY = {"cupy", "cupyx", "cuda", "torch", "jax", "tvm_ffi", "rich", "matplotlib", "safetensors", "IPython"}
-LAZY |= {"transformers"}
+LAZY |= {"transformers", "vllm"}
 # But by modules that run inside an engine only, and are made of its classes. No other module imports them.
-ENGINES = {"engines.transformers": {"torch", "transformers"}}
+ENGINES = {"engines.transformers": {"torch", "transformers"}, "engines.vllm": {"torch", "vllm"}}
 # NumPy is most of it. CPU time, not wall time, so that a busy machine does not matter; with bytecode, as installed.
 IMPORT_SECONDS = 0.3
 IMPORT_RATIO = 1.0  # ours to NumPy's, whatever the machine's speed
