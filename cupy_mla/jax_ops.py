@@ -10,16 +10,16 @@ on a GPU a callback would carry the whole cache to the host, so there jax-tvm-ff
 from __future__ import annotations
 
 import functools
-import inspect
 from typing import Any
 
 from .arrays import xla
 from .arrays.frameworks import CPU
 from .cache.jax_append import append_tokens
 from .call.describe import describe_decode
-from .call.options import DECODE, OPTIONS, PARTS, PLAN, DecodeArrays, DecodeOptions
+from .call.options import PARTS, DecodeArrays, DecodeOptions, read_call
 from .call.problem import LSE_DTYPE, PLAN_DTYPE, DecodeInputs, DecodeProblem
-from .call.traced import jax_module, scale_as_array, two_parts, views_of_parts
+from .call.traced import jax_module, like, scale_as_array, two_parts, views_of_parts
+from .decode import dense
 from .decode.jax_calls import (
     CALLS,
     DECODE_TARGET,
@@ -47,32 +47,22 @@ __all__ = [
 ]
 
 
+@like(dense.mla_decode, dense.plan_decode)
 def mla_decode(
-    q: Any,
-    kv_cache: Any,
-    block_table: Any,
-    cache_seqlens: Any,
-    *,
-    cu_seqlens_q: Any = None,
-    kv_scale: Any = None,
-    plan: Any = None,
-    platform: str | None = None,
-    **options: Any,
+    q: Any, kv_cache: Any, block_table: Any, cache_seqlens: Any, *, platform: str | None = None, **named: Any
 ) -> tuple[Any, Any]:
     """`cupy_mla.mla_decode` for JAX arrays and tracers.
 
     Parameters
     ----------
-    q, kv_cache, block_table, cache_seqlens, cu_seqlens_q, kv_scale
+    q, kv_cache, block_table, cache_seqlens
         As in `cupy_mla.mla_decode`.
-    plan
-        From `plan_decode`, made with the same options; None: the call plans by itself.
     platform
         ``"cpu"`` or ``"cuda"``: what a program that is being traced will run on. None: JAX's default backend.
-    **options
-        As in `cupy_mla.mla_decode`, and ``max_seqlen_k``, ``fixed_split_tokens`` and ``kernel`` as in
-        `cupy_mla.plan_decode`. They are static: numbers and strings of Python, no tracers. What ``validate`` finds is
-        raised when the program runs.
+    **named
+        Other arrays and options, as in `cupy_mla.mla_decode`, and ``max_seqlen_k``, ``fixed_split_tokens`` and
+        ``kernel`` as in `cupy_mla.plan_decode`. ``plan`` is one from `plan_decode`, made with the same options. Options
+        are static: numbers and strings of Python, no tracers. What ``validate`` finds is raised when the program runs.
 
     Returns
     -------
@@ -88,8 +78,7 @@ def mla_decode(
     MissingDependencyError
         The platform is CUDA and jax-tvm-ffi is not installed.
     """
-    given = DecodeArrays(q, kv_cache, block_table, cache_seqlens, cu_seqlens_q, scale_as_array(kv_scale), plan)
-    call, arrays, problem, inputs = _trace(given, _options(mla_decode, options), platform)
+    call, arrays, problem, inputs = _trace(*read_call(q, kv_cache, block_table, cache_seqlens, **named), platform)
     kind = plan_kind(problem, inputs.location, call.options)
     if inputs.plan is not None:
         check_plan_array(inputs.plan.shape[0], problem, call.options, kind)
@@ -103,7 +92,7 @@ def mla_decode(
         jax.ShapeDtypeStruct(problem.queries.lse_shape, LSE_DTYPE),
     ]
     if kind is not None:
-        size = kind.workspace_bytes if plan is None else kind.partial_bytes
+        size = kind.workspace_bytes if inputs.plan is None else kind.partial_bytes
         results.append(jax.ShapeDtypeStruct((size,), PLAN_DTYPE))
     if not register_calls(inputs.location[0]):
         return tuple(jax.pure_callback(functools.partial(decode_in_callback, call), tuple(results), *arrays))
@@ -111,23 +100,15 @@ def mla_decode(
     return out, lse
 
 
+@like(dense.plan_decode)
 def plan_decode(
-    q: Any,
-    kv_cache: Any,
-    block_table: Any,
-    cache_seqlens: Any,
-    *,
-    cu_seqlens_q: Any = None,
-    kv_scale: Any = None,
-    platform: str | None = None,
-    **options: Any,
+    q: Any, kv_cache: Any, block_table: Any, cache_seqlens: Any, *, platform: str | None = None, **named: Any
 ) -> Any:
     """The plan of a decode step as a uint8 array, for all layers of a compiled program.
 
     Arguments and errors are those of `cupy_mla.plan_decode` and of `mla_decode`. On the CPU it holds nothing.
     """
-    given = DecodeArrays(q, kv_cache, block_table, cache_seqlens, cu_seqlens_q, scale_as_array(kv_scale))
-    call, arrays, problem, inputs = _trace(given, _options(plan_decode, options), platform)
+    call, arrays, problem, inputs = _trace(*read_call(q, kv_cache, block_table, cache_seqlens, **named), platform)
     jax = jax_module()
     size = plan_array_bytes(problem, call.options, plan_kind(problem, inputs.location, call.options))
     if inputs.location[0] == CPU or problem.queries.is_empty:
@@ -162,30 +143,6 @@ def register_calls(device: str) -> bool:
     return xla.register(CALLS, device)
 
 
-def _show_options(function: Any, *of: str) -> None:
-    """Options by name and default in ``help()``, where the code has ``**options``."""
-    signature = inspect.signature(function)
-    *written, _ = signature.parameters.values()
-    options = [
-        inspect.Parameter(option.name, inspect.Parameter.KEYWORD_ONLY, default=option.default)
-        for option in OPTIONS
-        if set(of) & set(option.functions)
-    ]
-    function.__signature__ = signature.replace(parameters=[*written, *options])
-
-
-def _options(function: Any, given: dict[str, Any]) -> DecodeOptions:
-    """Checked. A TypeError, as Python has it, for names that are none of the function's."""
-    for name in given:
-        if name not in function.__signature__.parameters:
-            raise TypeError(f"{function.__name__}() got an unexpected keyword argument {name!r}")
-    return DecodeOptions(**given)
-
-
-_show_options(mla_decode, DECODE, PLAN)
-_show_options(plan_decode, PLAN)
-
-
 # While a program is traced --------------------------------------------------------------------------------------------
 
 
@@ -193,6 +150,7 @@ def _trace(
     given: DecodeArrays, options: DecodeOptions, platform: str | None
 ) -> tuple[TracedCall, list[Any], DecodeProblem, DecodeInputs]:
     """Check a call by the shapes of its arrays: the custom call's attributes, its inputs, and the description."""
+    given.kv_scale = scale_as_array(given.kv_scale)
     q_latent, q_rope = two_parts(given.q, "q")
     kv_latent, kv_rope = two_parts(given.kv_cache, "kv_cache")
     parts = (q_latent, q_rope, kv_latent, kv_rope, *(getattr(given, name) for name in PARTS[4:]))

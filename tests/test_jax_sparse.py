@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import inspect
 from dataclasses import replace
 from typing import Any
 
@@ -123,3 +124,22 @@ def test_what_validation_finds_is_raised_when_the_program_runs() -> None:
     program = jax.jit(lambda given: jax_ops.mla_sparse_decode(**given, validate=True))
     with pytest.raises(Exception, match=r"topk_length\[1, 1\]"):
         jax.block_until_ready(program(arrays))
+
+
+def test_what_is_taken_is_shown() -> None:
+    """What the functions take, but streams and outputs; and the options of the plan where a call plans by itself."""
+    taken = {
+        jax_ops.mla_sparse_decode: (cupy_mla.mla_sparse_decode, cupy_mla.plan_sparse_decode),
+        jax_ops.plan_sparse_decode: (cupy_mla.plan_sparse_decode,),
+        jax_ops.mla_sparse_prefill: (cupy_mla.mla_sparse_prefill,),
+        jax_ops.append_tokens: (cupy_mla.append_tokens,),
+    }
+    for function, others in taken.items():
+        shown = inspect.signature(function).parameters
+        parameters = {
+            name: parameter for other in others for name, parameter in inspect.signature(other).parameters.items()
+        }
+        assert shown.keys() == {*parameters, "platform"} - {"stream", "out", "lse", "max_logits"}
+        assert all(shown[name].default == parameters[name].default for name in shown if name != "platform")
+        with pytest.raises(TypeError, match=rf"{function.__name__}\(\) got an unexpected keyword argument 'stream'"):
+            function(1, 2, 3, stream=0)

@@ -16,8 +16,9 @@ from ..arrays import xla
 from ..arrays.exchange import as_numpy
 from ..arrays.view import ArrayView
 from ..arrays.xla import CustomCall, start, view_buffer, view_hosts
-from ..call.traced import jax_module, scale_as_array, two_parts, views_of_parts
-from ..layouts import LAYOUTS, CacheLayout, find_layout
+from ..call.traced import jax_module, like, take_parts, two_parts, views_of_parts
+from ..layouts import LAYOUTS, find_layout
+from . import append
 from .append import run_append
 from .new_tokens import APPEND_PARTS, AppendArrays, describe_append
 
@@ -26,15 +27,9 @@ _TARGET = "cupy_mla.append_tokens"
 _LAYOUTS = (None, *LAYOUTS.values())
 
 
+@like(append.append_tokens)
 def append_tokens(
-    kv_cache: Any,
-    kv_new: Any,
-    slot_mapping: Any = None,
-    *,
-    kv_scale: Any = None,
-    layout: CacheLayout | str | None = None,
-    platform: str | None = None,
-    **places: Any,
+    kv_cache: Any, kv_new: Any, slot_mapping: Any = None, *, platform: str | None = None, **named: Any
 ) -> Any:
     """`cupy_mla.append_tokens`, which returns the cache with the tokens in it: JAX's arrays do not change.
 
@@ -43,12 +38,12 @@ def append_tokens(
 
     Parameters
     ----------
-    kv_cache, kv_new, slot_mapping, kv_scale, layout
+    kv_cache, kv_new, slot_mapping
         As in `cupy_mla.append_tokens`; JAX has int64 arrays only with ``jax_enable_x64``, so slots may be int32.
     platform
         As in `cupy_mla.jax_ops.mla_decode`.
-    **places
-        ``block_table``, ``positions`` and ``requests``, as in `cupy_mla.append_tokens`.
+    **named
+        ``block_table``, ``positions``, ``requests``, ``kv_scale`` and ``layout``, as in `cupy_mla.append_tokens`.
 
     Returns
     -------
@@ -66,20 +61,20 @@ def append_tokens(
         The platform is CUDA and jax-tvm-ffi is not installed.
     """
     jax = jax_module()
+    layout = named.pop("layout", None)
     parts = (*two_parts(kv_cache, "kv_cache"), *two_parts(kv_new, "kv_new"), slot_mapping)
     names_of_places = APPEND_PARTS[len(parts) : -1]
-    for name in places:
-        if name not in names_of_places:
-            raise TypeError(f"append_tokens() got an unexpected keyword argument {name!r}")
-    if str(getattr(slot_mapping, "dtype", "")).startswith("int") and not any(v is not None for v in places.values()):
+    if str(getattr(slot_mapping, "dtype", "")).startswith("int") and all(
+        named.get(name) is None for name in names_of_places
+    ):
         slots = jax.numpy.asarray(slot_mapping)
         parts = (*parts[:-1], slots)
         if slots.dtype == "int32" and hasattr(parts[0], "shape"):
             # A slot is a position in a request whose pages are those of the cache, one after the other.
             pages = jax.numpy.arange(parts[0].shape[0], dtype="int32")
             parts = (*parts[:-1], None)
-            places = {"block_table": pages[None], "positions": slots, "requests": jax.numpy.zeros_like(slots)}
-    parts += (*(places.get(name) for name in names_of_places), scale_as_array(kv_scale))
+            named |= {"block_table": pages[None], "positions": slots, "requests": jax.numpy.zeros_like(slots)}
+    parts = take_parts(APPEND_PARTS, parts, named)
     names = ("kv_cache", "kv_cache[1]", "kv_new", "kv_new[1]", *APPEND_PARTS[4:])
     arrays, views, location = views_of_parts(parts, names, platform)
     describe_append(_arrays_of(views), None, layout)

@@ -2,14 +2,55 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+import functools
+import inspect
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar, cast
 
 from ..arrays.frameworks import CPU, CUDA
 from ..arrays.view import ArrayView, contiguous_strides
 from ..errors import InvalidArgumentError, MissingDependencyError, UnsupportedDeviceError
 from .arguments import is_number
 from .problem import PLAN_ALIGNMENT
+
+_NOT_IN_JAX = ("stream", "out", "lse", "max_logits")  # programs have no streams, and no arrays to write to
+_Function = TypeVar("_Function", bound=Callable[..., Any])
+
+
+def like(*functions: Callable[..., Any]) -> Callable[[_Function], _Function]:
+    """Have a function for JAX take what these functions take, but streams and outputs; ``help()`` shows it so.
+
+    What the function does not name itself comes to it by name, in its ``**named``. Other names are a TypeError, as
+    Python has it.
+    """
+
+    def decorate(function: _Function) -> _Function:
+        signature = inspect.signature(function)
+        shown = {name: p for name, p in signature.parameters.items() if p.kind is not p.VAR_KEYWORD}
+        for other in functions:
+            for name, parameter in inspect.signature(other).parameters.items():
+                if name not in _NOT_IN_JAX:
+                    shown.setdefault(name, parameter.replace(kind=parameter.KEYWORD_ONLY))
+
+        @functools.wraps(function)
+        def call(*arguments: Any, **named: Any) -> Any:
+            for name in named:
+                if name not in shown:
+                    raise TypeError(f"{function.__name__}() got an unexpected keyword argument {name!r}")
+            return function(*arguments, **named)
+
+        call.__signature__ = signature.replace(parameters=[*shown.values()])  # type: ignore[attr-defined]
+        return cast(_Function, call)
+
+    return decorate
+
+
+def take_parts(names: Sequence[str], given: Sequence[Any], named: dict[str, Any]) -> tuple[Any, ...]:
+    """The arrays of these names: the first ones as given, the others taken from ``named``; None for one not there."""
+    others = {name: named.pop(name, None) for name in names[len(given) :]}
+    if "kv_scale" in others:
+        others["kv_scale"] = scale_as_array(others["kv_scale"])
+    return *given, *others.values()
 
 
 def views_of_parts(

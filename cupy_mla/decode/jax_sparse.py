@@ -26,10 +26,11 @@ from ..call.sparse_options import (
     SparseOptions,
     SparsePrefillArrays,
 )
-from ..call.traced import jax_module, scale_as_array, views_of_parts
+from ..call.traced import jax_module, like, take_parts, views_of_parts
 from ..errors import InvalidArgumentError
 from ..gpu.device import require_backend
 from ..settings import wants_validation
+from . import prefill, sparse
 from .blueprint import PlanMemory
 from .gathered import SparseStrides
 from .gathered_decode import prepare_sparse_decode
@@ -48,34 +49,22 @@ _DECODE_INPUTS = SPARSE_DECODE_ARRAYS[: SPARSE_DECODE_ARRAYS.index("out")]
 _PREFILL_INPUTS = SPARSE_PREFILL_ARRAYS[: SPARSE_PREFILL_ARRAYS.index("out")]
 
 
+@like(sparse.mla_sparse_decode, sparse.plan_sparse_decode)
 def mla_sparse_decode(
-    q: Any,
-    kv_cache: Any,
-    indices: Any,
-    *,
-    topk_length: Any = None,
-    attn_sink: Any = None,
-    kv_scale: Any = None,
-    extra_kv_cache: Any = None,
-    extra_indices: Any = None,
-    extra_topk_length: Any = None,
-    plan: Any = None,
-    platform: str | None = None,
-    **options: Any,
+    q: Any, kv_cache: Any, indices: Any, *, platform: str | None = None, **named: Any
 ) -> tuple[Any, Any]:
     """`cupy_mla.mla_sparse_decode` for JAX arrays and tracers.
 
     Parameters
     ----------
-    q, kv_cache, indices, topk_length, attn_sink, kv_scale, extra_kv_cache, extra_indices, extra_topk_length
+    q, kv_cache, indices
         As in `cupy_mla.mla_sparse_decode`.
-    plan
-        From `plan_sparse_decode`, made with the same options; None: the call plans by itself.
     platform
         ``"cpu"`` or ``"cuda"``: what a program that is being traced will run on. None: JAX's default backend.
-    **options
-        As in `cupy_mla.mla_sparse_decode`, and ``fixed_split_tokens`` and ``kernel`` as in
-        `cupy_mla.plan_sparse_decode`. They are static. What ``validate`` finds is raised when the program runs.
+    **named
+        Other arrays and options, as in `cupy_mla.mla_sparse_decode`, and ``fixed_split_tokens`` and ``kernel`` as in
+        `cupy_mla.plan_sparse_decode`. ``plan`` is one from `plan_sparse_decode`, made with the same options. Options
+        are static. What ``validate`` finds is raised when the program runs.
 
     Returns
     -------
@@ -91,9 +80,8 @@ def mla_sparse_decode(
     MissingDependencyError
         The platform is CUDA and jax-tvm-ffi is not installed.
     """
-    checked = SparseOptions(**options)
-    extra = extra_kv_cache, extra_indices, extra_topk_length
-    parts = (q, kv_cache, indices, topk_length, attn_sink, scale_as_array(kv_scale), *extra, plan)
+    parts = take_parts(_DECODE_INPUTS, (q, kv_cache, indices), named)
+    plan, checked = parts[-1], SparseOptions(**named)
     arrays, views, location = views_of_parts(parts, _DECODE_INPUTS, platform)
     problem, _ = describe_sparse_decode(SparseDecodeArrays(*views), checked)
     require_backend(*location, "q")
@@ -115,27 +103,15 @@ def mla_sparse_decode(
     return out, lse
 
 
-def plan_sparse_decode(
-    q: Any,
-    kv_cache: Any,
-    indices: Any,
-    *,
-    topk_length: Any = None,
-    kv_scale: Any = None,
-    extra_kv_cache: Any = None,
-    extra_indices: Any = None,
-    extra_topk_length: Any = None,
-    platform: str | None = None,
-    **options: Any,
-) -> Any:
+@like(sparse.plan_sparse_decode)
+def plan_sparse_decode(q: Any, kv_cache: Any, indices: Any, *, platform: str | None = None, **named: Any) -> Any:
     """The plan of a sparse decode step as a uint8 array, for all layers of a compiled program.
 
     Arguments and errors are those of `cupy_mla.plan_sparse_decode` and of `mla_sparse_decode`. On the CPU it holds
     nothing.
     """
-    checked = SparseOptions(**options)
-    extra = extra_kv_cache, extra_indices, extra_topk_length
-    parts = (q, kv_cache, indices, topk_length, None, scale_as_array(kv_scale), *extra, None)
+    parts = take_parts(_DECODE_INPUTS, (q, kv_cache, indices), named)
+    checked = SparseOptions(**named)
     arrays, views, location = views_of_parts(parts, _DECODE_INPUTS, platform)
     problem, _ = describe_sparse_decode(SparseDecodeArrays(*views), checked)
     require_backend(*location, "q")
@@ -148,24 +124,17 @@ def plan_sparse_decode(
     return jax.ffi.ffi_call(_PLAN_TARGET, result)(*arrays, **_attributes(checked, parts))
 
 
+@like(prefill.mla_sparse_prefill)
 def mla_sparse_prefill(
-    q: Any,
-    kv: Any,
-    indices: Any,
-    *,
-    topk_length: Any = None,
-    attn_sink: Any = None,
-    kv_scale: Any = None,
-    platform: str | None = None,
-    **options: Any,
+    q: Any, kv: Any, indices: Any, *, platform: str | None = None, **named: Any
 ) -> tuple[Any, Any, Any]:
     """`cupy_mla.mla_sparse_prefill` for JAX arrays and tracers: out, max_logits and lse.
 
     Arguments are those of `cupy_mla.mla_sparse_prefill`, options static; ``platform`` and errors as in
     `mla_sparse_decode`.
     """
-    checked = SparseOptions(**options)
-    parts = (q, kv, indices, topk_length, attn_sink, scale_as_array(kv_scale))
+    parts = take_parts(_PREFILL_INPUTS, (q, kv, indices), named)
+    checked = SparseOptions(**named)
     arrays, views, location = views_of_parts(parts, _PREFILL_INPUTS, platform)
     problem, _ = describe_sparse_prefill(SparsePrefillArrays(*views), checked)
     require_backend(*location, "q")
