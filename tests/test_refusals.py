@@ -242,6 +242,32 @@ def sparse_rows(make: Make) -> list[tuple[str, str, Changes]]:
     ]
 
 
+def extra(make: Make) -> Changes:
+    return {"extra_kv_cache": make((4, 2, 1, 576)), "extra_indices": make((2, 1, 7), "int32")}
+
+
+def extra_rows(make: Make) -> list[tuple[str, str, Changes]]:
+    """Of a call with a second cache, and of one without to which a part of it is given."""
+    rows = [
+        *no_array("extra_kv_cache"),
+        *shaped("extra_kv_cache", "bfloat16", make, (2, 1, 576), (0, 2, 1, 576), (4, 2, 1, 512), (4, 2, 2, 576)),
+        *typed("extra_kv_cache", (4, 2, 1, 576), make, "float16", "float32"),
+        *required("extra_indices"),
+        *shaped("extra_indices", "int32", make, (2, 7), (3, 1, 7), (2, 1, 2, 7)),
+        *typed("extra_indices", (2, 1, 7), make, "int64", "float32"),
+        *no_array("extra_topk_length"),
+        *shaped("extra_topk_length", "int32", make, (3,), (2, 2)),
+        *typed("extra_topk_length", (2,), make, "int64"),
+        *(("extra_layout", "", {"extra_layout": value}) for value in ("fp5", 5)),
+    ]
+    alone = [
+        ("extra_indices", "without", {"extra_indices": make((2, 1, 7), "int32")}),
+        ("extra_topk_length", "without", {"extra_topk_length": make((2,), "int32")}),
+        ("extra_layout", "without", {"extra_layout": "bf16"}),
+    ]
+    return [*((name, expected, {**extra(make), **changes}) for name, expected, changes in rows), *alone]
+
+
 def sink_rows(make: Make) -> list[tuple[str, str, Changes]]:
     return [
         *no_array("attn_sink"),
@@ -254,6 +280,7 @@ def sparse_decode_rows(make: Make) -> list[tuple[str, str, Changes]]:
     other = cupy_mla.plan_sparse_decode(**{**sparse(zeros), "indices": zeros((2, 1, 6), "int32")})
     return [
         *sparse_rows(make),
+        *extra_rows(make),
         *sink_rows(make),
         *SCALE,
         *EMPTY_LSE,
@@ -453,6 +480,7 @@ def sparse_update_rows(make: Make) -> list[tuple[str, str, Changes]]:
         ("topk_length", "an array", {"topk_length": None}),
         *shaped("topk_length", "int32", make, (3,), (2, 2)),
         *typed("topk_length", (2,), make, "int64"),
+        ("extra_topk_length", "None, as the plan", {"extra_topk_length": make((2,), "int32")}),
         *STREAM,
     ]
 
@@ -496,7 +524,10 @@ TARGETS: dict[str, Target] = {
         cupy_mla.mla_sparse_decode, sparse, sparse_decode_rows, ("out", "lse"), on_gpu=True
     ),
     "plan_sparse_decode": Target(
-        cupy_mla.plan_sparse_decode, sparse, lambda make: [*sparse_rows(make), *SPLIT, *KERNEL], on_gpu=True
+        cupy_mla.plan_sparse_decode,
+        sparse,
+        lambda make: [*sparse_rows(make), *extra_rows(make), *SPLIT, *KERNEL],
+        on_gpu=True,
     ),
     "mla_sparse_prefill": Target(
         cupy_mla.mla_sparse_prefill, prefill, prefill_rows, ("out", "max_logits", "lse"), on_gpu=True
@@ -654,6 +685,10 @@ VALUES: list[tuple[str, str, str, Changes]] = [
     ("mla_sparse_decode", "topk_length[1]", "0 to 5", {"topk_length": integers(0, 6)}),
     ("mla_sparse_decode", "topk_length[0, 0]", "0 to 5", {"topk_length": integers([-1], [0])}),
     ("plan_sparse_decode", "topk_length[0]", "0 to 5", {"topk_length": integers(-1, 5)}),
+    (
+        "mla_sparse_decode", "extra_topk_length[1]", "0 to 7",
+        {**extra(zeros), "extra_topk_length": integers(0, 8)},
+    ),
     ("mla_sparse_prefill", "topk_length[1]", "0 to 5", {"topk_length": integers(0, 6)}),
     ("flash_mla.flash_mla_with_kvcache", "cache_seqlens[1]", "0 to 128", {"cache_seqlens": integers(0, -1)}),
 ]  # fmt: skip
