@@ -27,6 +27,8 @@ if TYPE_CHECKING:
     from ..call.problem import DecodeProblem
     from ..call.sparse_problem import SparseProblem
 
+# Whose tokens are rows, with their scales in them.
+ROW_LAYOUTS: tuple[CacheLayout, ...] = (FP8_DS_MLA, FP8_DS_MLA_NO_ROPE, FP8_E4M3)
 # Layouts that these kernels are compiled for, with their widths.
 STANDARD_LAYOUTS: tuple[tuple[CacheLayout, int, int], ...] = (
     (FP8_DS_MLA, 512, 64),
@@ -67,12 +69,28 @@ def fp8_extra_configs(family: DecodeFamily) -> list[KernelConfig]:
     ]
 
 
-def why_no_codec(problem: DecodeProblem | SparseProblem) -> str | None:
-    """Why a kernel that reads rows through a codec cannot serve a problem; None when it can."""
-    if problem.layout.codec is not None:
-        return None
-    names = " or ".join(layout.name for layout, _, _ in STANDARD_LAYOUTS)
-    return f"takes a cache in the layout {names}, not {problem.layout.name}"
+def why_no_codec(
+    problem: DecodeProblem | SparseProblem, layouts: tuple[CacheLayout, ...] = ROW_LAYOUTS, *, takes_two: bool = False
+) -> str | None:
+    """Why a kernel that reads rows through a codec cannot serve a problem; None when it can.
+
+    Parameters
+    ----------
+    problem
+        What is asked for.
+    layouts
+        What the kernel reads.
+    takes_two
+        Whether it attends to tokens of a second cache, too.
+    """
+    extra = getattr(problem, "extra_layout", None)
+    if extra is not None and not takes_two:
+        return "takes one cache, not two"
+    for layout in (problem.layout, extra):
+        if layout is not None and layout not in layouts:
+            names = " or ".join(known.name for known in layouts)
+            return f"takes a cache in the layout {names}, not {layout.name}"
+    return None
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,7 +112,7 @@ class GatheredFp8NarrowFamily(DecodeFamily):
         """Other layouts than those that have a codec; wider rope parts than registers hold Q of while it is loaded."""
         if problem.queries.rope_dim > _MAX_ROPE_DIM:
             return f"takes rope widths up to {_MAX_ROPE_DIM}, not {problem.queries.rope_dim}"
-        return why_no_codec(problem)
+        return why_no_codec(problem, takes_two=True)
 
     def roles(self, config: KernelConfig) -> tuple[Role, ...]:
         """Three warpgroups."""
