@@ -10,6 +10,7 @@ import numpy as np
 
 LATENT, ROPE = 512, 64
 NAN_CODE = 0x7F
+LARGEST_E4M3 = 448
 OUTLIER_COLUMNS = slice(7, None, 200)
 E4M3 = np.dtype(ml_dtypes.float8_e4m3fn)
 BF16 = np.dtype(ml_dtypes.bfloat16)
@@ -65,9 +66,10 @@ class Fp8Case:
             "cache_seqlens": np.array(self.lengths, np.int32),
         }
 
-    def exact(self, arrays: dict[str, Any]) -> tuple[np.ndarray, np.ndarray]:
-        """out [batch, seqlen_q, heads, d_v] and lse [batch, heads, seqlen_q] in float64."""
-        q = arrays["q"].astype(np.float64) * (LATENT + ROPE) ** -0.5
+    def exact(self, arrays: dict[str, Any], compute: str = "exact") -> tuple[np.ndarray, np.ndarray]:
+        """out [batch, seqlen_q, heads, d_v] and lse [batch, heads, seqlen_q] in float64; "fp8": of rounded queries."""
+        q = arrays["q"].astype(np.float64)
+        q = (rounded_to_e4m3(q) if compute == "fp8" else q) * (LATENT + ROPE) ** -0.5
         out = np.zeros((*q.shape[:-1], LATENT))
         lse = np.full((len(self.lengths), self.heads, self.seqlen_q), -np.inf)
         for request, length in enumerate(self.lengths):
@@ -86,6 +88,12 @@ class Fp8Case:
                 out[request, token] = weights @ keys[:seen, :LATENT] / total
                 lse[request, :, token] = (highest + np.log(total))[:, 0]
         return out, lse
+
+
+def rounded_to_e4m3(q: np.ndarray) -> np.ndarray:
+    """What e4m3 holds of each row over the smallest power of two by which no value passes 448."""
+    power = 2.0 ** np.ceil(np.log2(np.abs(q).max(axis=-1, keepdims=True) / LARGEST_E4M3))
+    return (q / power).astype(E4M3).astype(q.dtype) * power
 
 
 def relative_error(out: np.ndarray, exact: np.ndarray) -> float:

@@ -269,6 +269,19 @@ def test_our_side_is_right_on_every_kind_of_case(options: dict[str, Any], librar
     assert inputs.errors(out + out)[0] > 0.9  # the float64 result is not simply taken from the call
 
 
+@pytest.mark.parametrize("library", ["numpy", "torch"])
+def test_rounded_queries_are_compared_as_rounded_where_asked(library: str) -> None:
+    if library == "torch":
+        pytest.importorskip("torch")
+    case = BenchCase(3, 200, 4, layout="fp8_e4m3", compute="fp8", seqlen_q=2, causal=True)
+    inputs = Inputs(case, NUMPY if library == "numpy" else TorchLibrary("cpu"))
+    out, lse = OurSide().prepare(inputs)(inputs.caches[0])
+    error, lse_error = inputs.errors(out, lse, as_rounded=True)
+    assert 0 < error < accuracy.OUT_BOUNDS[case.dtype]
+    assert lse_error < accuracy.LSE_BOUNDS["exact"]
+    assert 5 * accuracy.OUT_BOUNDS[case.dtype] < inputs.errors(out, lse)[0] < 0.1  # what rounding q to four bits costs
+
+
 @pytest.mark.parametrize("storage", STORAGES)
 @pytest.mark.parametrize("ragged", [None, (2, 0, 3)])
 def test_torch_inputs_are_rotated_and_checked(

@@ -766,7 +766,7 @@ def test_checks_cover_the_contract() -> None:
     assert {case.dtype for case in CHECK_CASES} == {"bfloat16", "float16"}
     assert {case.page_size for case in CHECK_CASES} >= {1, 16, 32, 64, 128}
     fp8 = [case for case in CHECK_CASES if case.layout == "fp8_e4m3"]
-    assert {case.compute for case in fp8} == {"auto", "exact", "split"}
+    assert {case.compute for case in fp8} == {"auto", "exact", "split", "fp8"}
     sparse = [case for case in CHECK_CASES if case.topk is not None]
     assert {case.prefill for case in sparse} == {case.topk_length for case in sparse} == {False, True}
     assert {case.num_heads_q for case in sparse if case.prefill} >= {16, 32, 64, 128}

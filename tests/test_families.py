@@ -182,7 +182,7 @@ def test_with_a_fixed_split_the_other_requests_of_a_ragged_batch_do_not_decide(h
 def test_the_kernel_that_is_asked_for_is_chosen(family: DecodeFamily, heads: int, split: int | None) -> None:
     call = problem(4, 8192, heads)
     if isinstance(family, Fp8Family):
-        call = fp8(call)
+        call = fp8(call, "fp8" if family.compute == "fp8" else "auto")
     if family.gathers:
         call = replace(call, keys=PagedKeys(1, 8192))
     config = choose_config(call, NUM_SMS, None, split, kernel=family.name)
@@ -247,13 +247,15 @@ def test_the_kernels_of_dense_caches_read_no_other_layout(layout: CacheLayout) -
 
 
 @pytest.mark.parametrize("split", [None, 256])
-@pytest.mark.parametrize("compute", ["auto", "split", "exact"])
-@pytest.mark.parametrize(("heads", "rows"), [(1, 16), (16, 16), (32, 32), (64, 32), (128, 32)])
+@pytest.mark.parametrize(
+    ("compute", "kernel"), [("auto", "fp8_split"), ("split", "fp8_split"), ("exact", "fp8_exact"), ("fp8", "fp8_query")]
+)
+@pytest.mark.parametrize(("heads", "rows"), [(1, 16), (16, 16), (32, 32), (64, 64), (128, 64)])
 def test_fp8_caches_go_to_the_kernel_that_computes_as_asked(
-    heads: int, rows: int, compute: str, split: int | None
+    heads: int, rows: int, compute: str, kernel: str, split: int | None
 ) -> None:
     config = choose_config(fp8(problem(132, 8192, heads), compute), NUM_SMS, None, split)
-    assert name(config) == f"fp8_{'split' if compute == 'auto' else compute}{rows}"
+    assert name(config) == f"{kernel}{32 if compute == 'exact' and rows == 64 else rows}"  # there is none of 64 rows
 
 
 @pytest.mark.parametrize(

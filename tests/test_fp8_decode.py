@@ -14,7 +14,7 @@ from cupy_mla import InvalidArgumentError, PlanMismatchError, mla_decode, plan_d
 CASE = Fp8Case((0, 1, 63, 140, 200), heads=6, seqlen_q=2, causal=True, page_size=16)
 
 
-@pytest.mark.parametrize("compute", ["auto", "exact", "split"])
+@pytest.mark.parametrize("compute", ["auto", "exact", "split", "fp8"])
 @pytest.mark.parametrize("as_array", [False, True])
 @pytest.mark.parametrize("planned", [False, True])
 def test_against_float64(compute: str, as_array: bool, planned: bool) -> None:
@@ -23,7 +23,7 @@ def test_against_float64(compute: str, as_array: bool, planned: bool) -> None:
     options = {"causal": True, "kv_scale": scale, "compute": compute}
     plan = plan_decode(**arrays, **options) if planned else None
     out, lse = mla_decode(**arrays, **options, plan=plan)
-    exact, exact_lse = CASE.exact(arrays)
+    exact, exact_lse = CASE.exact(arrays, compute)
     assert out.dtype == arrays["q"].dtype
     assert relative_error(out, exact) < 3e-3
     np.testing.assert_allclose(lse, exact_lse, rtol=1e-5, atol=1e-5)

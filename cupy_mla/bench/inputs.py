@@ -13,6 +13,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from ..call.options import AUTO, FP8
+from ..decode.rounded_queries import round_queries
 from ..lab.accuracy import choose_requests, measure_accuracy
 from ..lab.build import deal_pages, dense_case, make_values, sparse_case, store_cache, store_q
 from ..lab.cases import Case
@@ -91,13 +93,15 @@ class Inputs:
             self.stored_case = sparse = sparse_case(spec, *stored, self._table, unused, library)
             self.indices = sparse.indices
 
-    def errors(self, out: Any, lse: Any = None) -> tuple[float, float]:
+    def errors(self, out: Any, lse: Any = None, *, as_rounded: bool = False) -> tuple[float, float]:
         """How far a result is from float64, over the shortest and the longest request (of prefill, query token).
 
         Parameters
         ----------
         out, lse
             As the function of the case returns them, of the library that made q; None: the lse is not compared.
+        as_rounded
+            Of a case that computes "fp8": from float64 on the queries as our kernels round them.
 
         Returns
         -------
@@ -105,8 +109,10 @@ class Inputs:
         """
         requests = choose_requests(self.stored_case, REQUESTS_COMPARED)
         if self.library.name == "torch":
-            return self._torch_errors(out, lse, requests)
+            return self._torch_errors(out, lse, requests, as_rounded)
         packed = replace(self.stored_case, q=self.q, kv_cache=self._packed)
+        if isinstance(packed, Case) and not as_rounded:
+            packed = replace(packed, compute=AUTO)
         if lse is None:
             *rows, heads, _ = self.q.shape
             by_token = self.spec.ragged or self.case.prefill
@@ -115,7 +121,7 @@ class Inputs:
         accuracy = measure_accuracy(packed, out, lse, requests)
         return accuracy.out_error, accuracy.lse_error
 
-    def _torch_errors(self, out: Any, lse: Any, requests: list[int]) -> tuple[float, float]:
+    def _torch_errors(self, out: Any, lse: Any, requests: list[int], as_rounded: bool) -> tuple[float, float]:
         """The same on the GPU, whose float64 products are a hundred times those of the host."""
         from .torch_reference import attention64, relative_errors
 
@@ -124,11 +130,16 @@ class Inputs:
         places = self._dense_places(requests) if spec.topk is None else self._sparse_places(requests)
         for rows, lse_rows, slots in places:
             found_lse = None if lse is None else lse[lse_rows]
-            exact = attention64(self.q[rows], self._keys(slots), spec.scale, spec.latent_dim, spec.causal)
+            q = self._rounded(self.q[rows]) if as_rounded and self.case.compute == FP8 else self.q[rows]
+            exact = attention64(q, self._keys(slots), spec.scale, spec.latent_dim, spec.causal)
             found = relative_errors((out[rows], found_lse), exact)
             # numpy.maximum, unlike max, keeps a not-a-number.
             worst = [float(np.maximum(*pair)) for pair in zip(worst, found, strict=True)]
         return worst[0], worst[1]
+
+    def _rounded(self, q: Any) -> Any:
+        """Queries as ``compute="fp8"`` takes them, in float32."""
+        return self.library.upload(round_queries([self.library.download(q).astype(np.float32)])[0])
 
     def _dense_places(self, requests: list[int]) -> Iterator[tuple[Any, Any, npt.NDArray[np.int64]]]:
         """Of each request that has query tokens: where they are in q and out, and in lse; its tokens' slots."""

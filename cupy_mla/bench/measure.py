@@ -175,7 +175,7 @@ def _check(measurement: Measurement, side: Side, inputs: Inputs, out: object, ls
     if side.name != OURS:  # what the peers return as lse differs (base 2, other axes), or is nothing
         measurement.error, _ = inputs.errors(out)
         return
-    measurement.error, lse_error = inputs.errors(out, lse)
+    measurement.error, lse_error = inputs.errors(out, lse, as_rounded=True)
     bound, lse_bound = OUT_BOUNDS[inputs.case.dtype], LSE_BOUNDS[inputs.stored_case.computes]
     # Not-a-number is above every bound.
     if not measurement.error <= bound:

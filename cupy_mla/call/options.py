@@ -18,8 +18,8 @@ from .arguments import as_boolean, as_integer, as_number, as_text, check_softmax
 
 DECODE, PLAN = "mla_decode", "plan_decode"  # the functions that take an option
 AUTO = "auto"  # of ``kernel`` and ``compute``: what should take the least time
-EXACT, SPLIT = "exact", "split"
-COMPUTES = (AUTO, EXACT, SPLIT)
+EXACT, SPLIT, FP8 = "exact", "split", "fp8"
+COMPUTES = (AUTO, EXACT, SPLIT, FP8)
 
 
 def option(default: Any, *functions: str) -> Any:

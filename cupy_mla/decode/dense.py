@@ -90,7 +90,8 @@ def mla_decode(
     compute
         How products with an FP8 cache are computed. ``"exact"``: K is converted to fp16, which holds every e4m3
         value. ``"split"``: q is the sum of two e4m3 parts, multiplied by FP8 tensor cores; rows of q with outliers are
-        computed exactly. ``"auto"``: what should take less time. V is exact in all of them.
+        computed exactly. ``"auto"``: what should take less time of these two. ``"fp8"``: q is rounded to e4m3, with a
+        power of two for each token and head, and multiplied by FP8 tensor cores. V is exact in all of them.
     plan
         From `plan_decode`, for calls that share their lengths. None: the call plans by itself.
     out, lse
@@ -164,7 +165,8 @@ def plan_decode(
         the same bits in any batch. None: cut where it balances the GPU best.
     kernel
         The decode kernel: "narrow16", "narrow32" or "wide64" (16, 32 or 64 query rows a CTA), for FP8 caches
-        "fp8_split16", "fp8_split32", "fp8_exact16" or "fp8_exact32", for pages of one token also "token_pages16",
+        "fp8_split16", "fp8_split32", "fp8_split64", "fp8_exact16", "fp8_exact32", for ``compute="fp8"`` "fp8_query16",
+        "fp8_query32" or "fp8_query64", for pages of one token also "token_pages16",
         "token_pages32" or "token_pages64", or "auto", the one that should take the least time. On the CPU, where there
         is but one, the name is checked and changes nothing.
 

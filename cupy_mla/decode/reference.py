@@ -13,7 +13,9 @@ import numpy.typing as npt
 
 from ..arrays.dtypes import numpy_dtype
 from ..arrays.exchange import as_numpy
+from ..call.options import FP8
 from ..call.problem import DecodeInputs, DecodeProblem
+from .rounded_queries import round_queries
 
 Array = npt.NDArray[Any]
 
@@ -97,9 +99,10 @@ def mla_decode_reference(
             lse_rows = lse[:, rows]
         if out[rows].size == 0:
             continue
-        queries = [_by_kv_head(q_latent[rows].astype(compute), problem.queries.num_heads_kv)]
-        if q_rope is not None:
-            queries.append(_by_kv_head(q_rope[rows].astype(compute), problem.queries.num_heads_kv))
+        given = [part[rows].astype(compute) for part in (q_latent, q_rope) if part is not None]
+        if problem.compute == FP8:
+            given = round_queries(given)
+        queries = [_by_kv_head(part, problem.queries.num_heads_kv) for part in given]
         for part in queries:
             part *= softmax_scale
         length = int(lengths[request])

@@ -9,7 +9,16 @@ from ..errors import InvalidArgumentError
 from ..schedule.pieces import ceil_div
 from .cost import Load
 from .family import DecodeFamily, KernelConfig
-from .fp8 import FP8_EXACT16, FP8_EXACT32, FP8_SPLIT16, FP8_SPLIT32
+from .fp8 import (
+    FP8_EXACT16,
+    FP8_EXACT32,
+    FP8_QUERY16,
+    FP8_QUERY32,
+    FP8_QUERY64,
+    FP8_SPLIT16,
+    FP8_SPLIT32,
+    FP8_SPLIT64,
+)
 from .gathered import GATHERED_WIDE64, gathered_config
 from .gathered_fp8 import GATHERED_FP8_NARROW16, GATHERED_FP8_NARROW32
 from .gathered_narrow import GATHERED_NARROW16, GATHERED_NARROW32
@@ -23,7 +32,8 @@ if TYPE_CHECKING:
 
 FAMILIES: tuple[DecodeFamily, ...] = (
     *(NARROW16, NARROW32, WIDE64),
-    *(FP8_SPLIT16, FP8_SPLIT32, FP8_EXACT16, FP8_EXACT32),
+    *(FP8_SPLIT16, FP8_SPLIT32, FP8_SPLIT64, FP8_EXACT16, FP8_EXACT32),
+    *(FP8_QUERY16, FP8_QUERY32, FP8_QUERY64),
     *(TOKEN_PAGES_NARROW16, TOKEN_PAGES_NARROW32, TOKEN_PAGES_WIDE64),
 )
 # Of gathered tokens, by rows.

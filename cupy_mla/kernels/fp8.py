@@ -1,4 +1,4 @@
-"""The kernel for e4m3 caches: 16 or 32 query rows a CTA, operands swapped (kernels_cu/decode/fp8)."""
+"""The kernels for e4m3 caches: 16 or 32 query rows a CTA, operands swapped, or 64 (kernels_cu/decode/fp8)."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from ..call.options import AUTO, EXACT, SPLIT
+from ..call.options import AUTO, EXACT, FP8, SPLIT
 from ..call.problem import DecodeProblem
 from ..gpu.hopper import WARPGROUP_THREADS
 from ..layouts import FP8_E4M3
@@ -32,16 +32,22 @@ from .structs import FP8_PARAMS
 if TYPE_CHECKING:
     from ..call.sparse_problem import SparseProblem
 
-_REGISTERS = {16: (152, 160, 40), 32: (200, 144, 24)}  # by rows: of the scores, values and loader roles
+# By rows: of the scores, values and loader roles. At 64 rows a values warp loads.
+_NAMES = {SPLIT: "split", EXACT: "exact", FP8: "query"}  # by way to compute
+_REGISTERS = {16: (152, 160, 40), 32: (200, 144, 24), 64: (152, 176)}
+_WIDE_ROWS = 64
 # Two warpgroups share the values' columns in boxes of 128; the rope columns are one row of the 64-byte swizzle.
 _LATENT_DIMS = (256, 512)
 _ROPE_DIMS = (0, 64)
 _STAGES = 5
-_PROBABILITY_BUFFERS = {16: 4, 32: 2}  # by rows
+_WIDE_STAGES = {1: 4, 2: 3}  # at 64 rows, by parts of Q
+_PROBABILITY_BUFFERS = {16: 4, 32: 2, 64: 2}  # by rows
 _SCORES_WARPS = 4
 _FLAG_BYTES = 4
+_LOADER_BYTES = 48  # at 64 rows
 _FLOAT_PARTIAL_ROWS = 4  # as of the narrow kernel
 _COMBINE_THREADS = 256
+_WIDE_COMBINE_THREADS = 640  # as of the wide kernel for 16-bit caches: none fits beside it
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,7 +57,7 @@ class Fp8Family(DecodeFamily):
     Attributes
     ----------
     compute : str
-        ``"split"`` or ``"exact"``, as in `cupy_mla.mla_decode`.
+        ``"split"``, ``"exact"`` or ``"fp8"``, as in `cupy_mla.mla_decode`.
     """
 
     compute: str
@@ -61,7 +67,7 @@ class Fp8Family(DecodeFamily):
         queries = problem.queries
         if problem.layout is not FP8_E4M3 or not isinstance(problem, DecodeProblem):
             return f"takes caches of {FP8_E4M3.name}, not {problem.layout.name}"
-        if problem.compute not in (AUTO, self.compute):
+        if problem.compute != self.compute and (problem.compute != AUTO or self.compute == FP8):
             return f"computes {self.compute}, not {problem.compute}"
         if queries.latent_dim not in _LATENT_DIMS:
             return f"takes latent widths of {_LATENT_DIMS}, not {queries.latent_dim}"
@@ -77,12 +83,12 @@ class Fp8Family(DecodeFamily):
         return FP8_PARAMS
 
     def roles(self, config: KernelConfig) -> tuple[Role, ...]:
-        """One warpgroup for the scores, two for the values, one of which a warp loads tiles."""
-        scores, values, loader = _REGISTERS[self.rows]
+        """One warpgroup for the scores, two for the values; where there is a fourth, a warp of it loads tiles."""
+        scores, values, *loader = _REGISTERS[self.rows]
         return (
             Role("scores", WARPGROUP_THREADS, scores),
             Role("values", 2 * WARPGROUP_THREADS, values),
-            Role("loader", WARPGROUP_THREADS, loader),
+            *(Role("loader", WARPGROUP_THREADS, registers) for registers in loader),
         )
 
     def copies_whole_tokens(self, config: KernelConfig) -> bool:
@@ -95,20 +101,32 @@ class Fp8Family(DecodeFamily):
 
     def defines(self, config: KernelConfig) -> tuple[tuple[str, str], ...]:
         """The macros of decode/config.h and decode/fp8/schedule.h."""
-        own = (*FP8_E4M3.defines, ("MLA_SPLIT_QUERY", str(int(self.compute == SPLIT))))
+        own = (
+            *FP8_E4M3.defines,
+            ("MLA_SPLIT_QUERY", str(int(self.compute != EXACT))),
+            ("MLA_QUERY_PARTS", str(self._query_parts)),
+        )
         return (*DecodeFamily.defines(self, config), *own)
+
+    @property
+    def _query_parts(self) -> int:
+        """Queries are a sum of so many e4m3 values."""
+        return 1 if self.compute == FP8 else 2
 
     def shared_memory(self, config: KernelConfig) -> int:
         """The total of decode/fp8/smem.h."""
         width = config.latent_dim + config.rope_dim
+        wide = self.rows == _WIDE_ROWS
         buffers = _PROBABILITY_BUFFERS[self.rows]
-        tiles = _STAGES * TILE_TOKENS * width
-        query = self.rows * width * ELEMENT_BYTES
+        stages = _WIDE_STAGES[self._query_parts] if wide else _STAGES
+        tiles = stages * TILE_TOKENS * width
+        query = self.rows * width * (self._query_parts if wide else ELEMENT_BYTES)
         probabilities = buffers * self.rows * BOX_COLUMNS * ELEMENT_BYTES
-        # Of each row: a value of each scores warp, factors of each P, the factor of Q, the inverse of the sum.
-        floats = (_SCORES_WARPS + buffers + 2) * self.rows * FLOAT_BYTES
-        barriers = 2 * (_STAGES + buffers + 1) * BARRIER_BYTES
-        return tiles + query + probabilities + floats + barriers + buffers * _FLAG_BYTES + CLAIM_BYTES
+        # Of each row: a value of each scores warp (up to 32 rows), factors of each P, the factor of Q, the inverse sum.
+        floats = ((0 if wide else _SCORES_WARPS) + buffers + 2) * self.rows * FLOAT_BYTES
+        barriers = 2 * (stages + buffers + 1) * BARRIER_BYTES
+        flags = buffers * _FLAG_BYTES * (_SCORES_WARPS if wide else 1)
+        return tiles + query + probabilities + floats + barriers + flags + CLAIM_BYTES + (_LOADER_BYTES if wide else 0)
 
     def standard_configs(self) -> list[KernelConfig]:
         """All pages and widths for the split kernel, which is chosen unasked; DeepSeek's width in pages of 64 else."""
@@ -124,21 +142,26 @@ class Fp8Family(DecodeFamily):
 
 def _family(rows: int, compute: str, cost: CostModel) -> Fp8Family:
     return Fp8Family(
-        name=f"fp8_{compute}{rows}",
-        entry="decode/fp8/fp8.cu",
-        function="mla_decode_fp8",
+        name=f"fp8_{_NAMES[compute]}{rows}",
+        entry="decode/fp8/wide.cu" if rows == _WIDE_ROWS else "decode/fp8/fp8.cu",
+        function="mla_decode_fp8_wide" if rows == _WIDE_ROWS else "mla_decode_fp8",
         rows=rows,
         cost=cost,
-        combine_threads=_COMBINE_THREADS,
+        combine_threads=_WIDE_COMBINE_THREADS if rows == _WIDE_ROWS else _COMBINE_THREADS,
         compute=compute,
     )
 
 
-# Tiles: 128 x 8192 tokens on an H200, 148, 157, 173 and 189 us with burst clocks, 128 tiles a CTA. The rest is that of
-# the narrow kernel.
+# Tiles: 128 x 8192 tokens on an H200, 148, 157, 173 and 189 us with burst clocks, 128 tiles a CTA; at 64 rows 260 us,
+# at 128 heads 486. The rest is that of the narrow and of the wide kernel.
 _PIECES16 = PieceCosts(piece_overhead=3 * TILE_COST // 2, split_overhead=3 * TILE_COST // 2)
 _PIECES32 = PieceCosts(piece_overhead=2 * TILE_COST, split_overhead=3 * TILE_COST)
+_PIECES64 = PieceCosts(piece_overhead=4 * TILE_COST, split_overhead=5 * TILE_COST, packs=True)
 FP8_SPLIT16 = _family(16, SPLIT, CostModel(start=5.5, tile=1.14, item=3.4, merge=0.9, pieces=_PIECES16))
 FP8_EXACT16 = _family(16, EXACT, CostModel(start=5.5, tile=1.21, item=3.4, merge=0.9, pieces=_PIECES16))
 FP8_SPLIT32 = _family(32, SPLIT, CostModel(start=7.0, tile=1.33, item=5.6, merge=2.1, pieces=_PIECES32))
 FP8_EXACT32 = _family(32, EXACT, CostModel(start=7.0, tile=1.46, item=5.6, merge=2.1, pieces=_PIECES32))
+FP8_SPLIT64 = _family(64, SPLIT, CostModel(start=8.5, tile=1.9, item=8.3, merge=5.5, pieces=_PIECES64))
+FP8_QUERY16 = _family(16, FP8, CostModel(start=5.5, tile=1.14, item=3.4, merge=0.9, pieces=_PIECES16))
+FP8_QUERY32 = _family(32, FP8, CostModel(start=7.0, tile=1.18, item=5.6, merge=2.1, pieces=_PIECES32))
+FP8_QUERY64 = _family(64, FP8, CostModel(start=8.5, tile=1.6, item=8.3, merge=5.5, pieces=_PIECES64))

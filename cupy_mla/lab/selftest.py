@@ -10,7 +10,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from ..call.options import AUTO, EXACT, SPLIT
+from ..call.options import AUTO, EXACT, FP8, SPLIT
 from ..errors import MlaError
 from ..layouts import FP8_DS_MLA, FP8_DS_MLA_NO_ROPE, FP8_E4M3
 from .accuracy import Accuracy, choose_requests, measure_accuracy
@@ -92,11 +92,11 @@ CHECK_CASES: tuple[CheckCase, ...] = (
     CheckCase(_EDGES, 16, page_size=32),
     CheckCase(_EDGES, 64, rope_dim=0),
     CheckCase(_EDGES, 64, latent_dim=256),
-    # An e4m3 cache with one scale, both ways to compute.
+    # An e4m3 cache with one scale, all ways to compute.
     *(
         CheckCase(_EDGES, heads, layout=FP8_E4M3.name, compute=compute)
-        for compute in (EXACT, SPLIT)
-        for heads in (3, 16, 32, 128)
+        for compute in (EXACT, SPLIT, FP8)
+        for heads in (3, 16, 32, 64, 128)
     ),
     CheckCase((30_000,), 16, layout=FP8_E4M3.name),
     CheckCase(_EDGES, 16, layout=FP8_E4M3.name, page_size=16, padded=True),

@@ -24,11 +24,28 @@ MLA_DEVICE u32 multiply_fp16_pairs(u32 a, u32 b) {
     return product;
 }
 
+// a * b + c for pairs of fp16 values, rounded once.
+MLA_DEVICE u32 fma_fp16_pairs(u32 a, u32 b, u32 c) {
+    u32 sum;
+    asm("fma.rn.f16x2 %0, %1, %2, %3;" : "=r"(sum) : "r"(a), "r"(b), "r"(c));
+    return sum;
+}
+
 // Two float32 rounded to e4m3, the first in the low byte. What is too large becomes 448; NaN stays.
 MLA_DEVICE u32 pack_e4m3(f32 first, f32 second) {
     u16 pair;
     asm("cvt.rn.satfinite.e4m3x2.f32 %0, %1, %2;" : "=h"(pair) : "f"(second), "f"(first));
     return pair;
+}
+
+// Four of them in a word, the first in its low byte.
+MLA_DEVICE u32 pack_e4m3(f32 first, f32 second, f32 third, f32 fourth) {
+    u32 word;
+    asm("{\n.reg .b16 low, high;\ncvt.rn.satfinite.e4m3x2.f32 low, %2, %1;\ncvt.rn.satfinite.e4m3x2.f32 high, %4, %3;\n"
+        "mov.b32 %0, {low, high};\n}\n"
+        : "=r"(word)
+        : "f"(first), "f"(second), "f"(third), "f"(fourth));
+    return word;
 }
 
 }  // namespace mla

@@ -7,24 +7,6 @@
 #include "decode/fp8/scores.h"
 #include "decode/fp8/values.h"
 
-namespace mla {
-
-MLA_DEVICE void initialise_barriers(u32 smem) {
-    for (u32 stage = 0; stage < kStages; ++stage) {
-        mbarrier_init(barrier_of(smem, Fp8Smem::tile_full, stage), 1);  // with the bytes to come
-        mbarrier_init(barrier_of(smem, Fp8Smem::tile_empty, stage), (1 + kValueWarpgroups) * kWarpgroupWarps);
-    }
-    for (u32 buffer = 0; buffer < kProbabilityBuffers; ++buffer) {
-        mbarrier_init(barrier_of(smem, Fp8Smem::probabilities_full, buffer), kWarpgroupThreads);
-        mbarrier_init(barrier_of(smem, Fp8Smem::probabilities_empty, buffer), kValueWarpgroups * kWarpgroupWarps);
-    }
-    mbarrier_init(smem + Fp8Smem::sums_full, kWarpgroupThreads);
-    mbarrier_init(smem + Fp8Smem::sums_empty, kValueWarpgroups * kWarpgroupWarps);
-    mbarrier_init_fence();
-}
-
-}  // namespace mla
-
 extern "C" __global__ void __launch_bounds__(mla::kThreads, 1)
 mla_decode_fp8(const __grid_constant__ mla::TensorMap kv_latent, const __grid_constant__ mla::TensorMap kv_rope,
                const __grid_constant__ mla::Fp8Params params) {
@@ -46,7 +28,7 @@ mla_decode_fp8(const __grid_constant__ mla::TensorMap kv_latent, const __grid_co
     } else if (warpgroup <= kValueWarpgroups) {
         registers_increase<kValuesRegisters>();
         ValuesRole values(params, smem);
-        for (i32 item = begin; item < end; ++item) values.run_item(item);
+        for (i32 item = begin; item < end; ++item) values.run_item(item, [](const RingPosition<kStages>&) {});
     } else {
         registers_decrease<kLoaderRegisters>();
         if (threadIdx.x % kWarpgroupThreads / kWarpThreads != 0) return;

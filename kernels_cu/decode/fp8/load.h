@@ -30,13 +30,13 @@ private:
     MLA_DEVICE void load_tile(const BlockWork& work, i32 tile, i32 page) {
         const i32 first_key = tile * kTileTokens;
         const u32 valid_chunks = ceil_div(min_i32(work.seqlen_k - first_key, kTileTokens), kChunkTokens);
-        const u32 full = barrier_of(smem_, Fp8Smem::tile_full, ring_.index);
-        mbarrier_wait(barrier_of(smem_, Fp8Smem::tile_empty, ring_.index), ring_.parity ^ 1);  // passes in the first lap
+        const u32 full = barrier_of(smem_, Fp8Smem::tile_full, ring_.index());
+        mbarrier_wait(barrier_of(smem_, Fp8Smem::tile_empty, ring_.index()), ring_.parity() ^ 1);  // passes in the first lap
         if (lane_ == 0) mbarrier_arrive_expect_bytes(full, valid_chunks * kChunkTokens * (kLatent + kRope));
         __syncwarp();
         if (lane_ < valid_chunks) {
             const u32 token = lane_ * kChunkTokens;
-            const u32 stage = stage_address(smem_, ring_.index);
+            const u32 stage = stage_address(smem_, ring_.index());
             const KvPlace place(params_, first_key + static_cast<i32>(token), page, work.kv_head);
             tma_load_5d(stage + token / kAtomRows * kLatentGroupBytes, latent_, full, 0, 0, 0, place.group, place.latent);
             if constexpr (kRope > 0)

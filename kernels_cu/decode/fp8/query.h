@@ -22,33 +22,55 @@ public:
     // Returns whether they were written split. Contains a barrier of the warpgroup; fence_async_proxy() and another one must
     // follow.
     static MLA_DEVICE bool load(const Fp8Params& params, const BlockWork& work, u32 smem, u32 thread) {
-        const f32 latent_scale = params.latent_scale();
-        const f32 rope_ratio = kRope == 0 ? 1.0f : params.rope_scale() / latent_scale;
-        const u32 row = thread / kChunksPerBoxRow, chunk = thread % kChunksPerBoxRow;
+        const Fp8Query query(params, smem, thread);
         uint4 chunks[kTileBoxes];  // of one pass; earlier ones are read again: registers are few
         f32 largest[kRowPasses];
         bool outlier = false;
 #pragma unroll
         for (u32 pass = kRowPasses; pass-- > 0;) {
-            read(params, work, row + pass * kRowsPerPass, chunk, chunks);
-            const Magnitude magnitude = measure(rope_ratio, chunks);
+            query.read(work, pass, chunks);
+            const Magnitude magnitude = query.measure(chunks);
             largest[pass] = magnitude.largest;
             outlier |= magnitude.has_outlier();
         }
         const bool split = kSplitQuery && !named_barrier_or(kScoresBarrier, kWarpgroupThreads, outlier);
 #pragma unroll
         for (u32 pass = 0; pass < kRowPasses; ++pass) {
-            if (pass > 0) read(params, work, row + pass * kRowsPerPass, chunk, chunks);
-            const u32 block_row = row + pass * kRowsPerPass;
-            const f32 power = power_for_row(largest[pass]) / (split ? 1.0f : kFp16Headroom);
-            if (chunk == 0)
-                store_shared_f32(smem + Fp8Smem::row_scales + block_row * sizeof(f32), power * latent_scale * params.scale_log2);
-            write(smem + Fp8Smem::query, block_row, chunk, rope_ratio, split, power, chunks);
+            if (pass > 0) query.read(work, pass, chunks);
+            query.write(pass, split, largest[pass], chunks);
         }
         return split;
     }
 
+    // The same, but always split, which both products of the wide kernel read. Returns whether no row has an outlier.
+    static MLA_DEVICE bool load_split(const Fp8Params& params, const BlockWork& work, u32 smem, u32 thread) {
+        constexpr u32 kPassesAtOnce = 1;  // what registers hold
+        const Fp8Query query(params, smem, thread);
+        bool outlier = false;
+        named_barrier_sync(kScoresBarrier, kWarpgroupThreads);  // the queries before are read
+#pragma unroll 1
+        for (u32 pass = 0; pass < kRowPasses; pass += kPassesAtOnce) {
+            uint4 chunks[kPassesAtOnce][kTileBoxes];
+#pragma unroll
+            for (u32 i = 0; i < kPassesAtOnce; ++i) query.read(work, pass + i, chunks[i]);
+#pragma unroll
+            for (u32 i = 0; i < kPassesAtOnce; ++i) {
+                const Magnitude magnitude = query.measure(chunks[i]);
+                outlier |= magnitude.has_outlier();
+                query.write(pass + i, true, magnitude.largest, chunks[i]);
+            }
+        }
+        return !named_barrier_or(kScoresBarrier, kWarpgroupThreads, outlier);
+    }
+
 private:
+    MLA_DEVICE Fp8Query(const Fp8Params& params, u32 smem, u32 thread)
+        : params_(params),
+          smem_(smem),
+          row_(thread / kChunksPerBoxRow),
+          chunk_(thread % kChunksPerBoxRow),
+          rope_ratio_(kRope == 0 ? 1.0f : params.rope_scale() / params.latent_scale()) {}
+
     struct Magnitude {
         f32 largest, squares;  // of a row
         MLA_DEVICE bool has_outlier() const {
@@ -58,8 +80,8 @@ private:
     };
 
     // Eight threads share a row: thread c has chunk c, eight values, of each 64 columns.
-    static MLA_DEVICE void read(const Fp8Params& params, const BlockWork& work, u32 row, u32 chunk, uint4 (&chunks)[kTileBoxes]) {
-        const QueryRow source = query_row(params, work, row, chunk * kChunkColumns);
+    MLA_DEVICE void read(const BlockWork& work, u32 pass, uint4 (&chunks)[kTileBoxes]) const {
+        const QueryRow source = query_row(params_, work, row_ + pass * kRowsPerPass, chunk_ * kChunkColumns);
 #pragma unroll
         for (u32 box = 0; box < kTileBoxes; ++box)
             chunks[box] = box < kLatentBoxes ? source.load_latent(box * kBoxColumns) : source.load_rope(0);
@@ -75,12 +97,12 @@ private:
         }
     }
 
-    static MLA_DEVICE Magnitude measure(f32 rope_ratio, const uint4 (&chunks)[kTileBoxes]) {
+    MLA_DEVICE Magnitude measure(const uint4 (&chunks)[kTileBoxes]) const {
         Magnitude row{0.0f, 0.0f};
 #pragma unroll
         for (u32 box = 0; box < kTileBoxes; ++box) {
             f32 values[kChunkColumns];
-            unpack(chunks[box], box < kLatentBoxes ? 1.0f : rope_ratio, values);
+            unpack(chunks[box], box < kLatentBoxes ? 1.0f : rope_ratio_, values);
 #pragma unroll
             for (u32 i = 0; i < kChunkColumns; ++i) {
                 row.largest = fmaxf(row.largest, fabsf(values[i]));
@@ -95,44 +117,51 @@ private:
         return row;
     }
 
-    static MLA_DEVICE void write(u32 query, u32 row, u32 chunk, f32 rope_ratio, bool split, f32 power,
-                                 const uint4 (&chunks)[kTileBoxes]) {
+    // `largest`: the row's largest value.
+    MLA_DEVICE void write(u32 pass, bool split, f32 largest, const uint4 (&chunks)[kTileBoxes]) const {
+        const u32 row = row_ + pass * kRowsPerPass;
+        const f32 power = power_for_row(largest);
+        if (chunk_ == 0)
+            store_shared_f32(smem_ + Fp8Smem::row_scales + row * sizeof(f32),
+                             power / (split ? 1.0f : kFp16Headroom) * params_.latent_scale() * params_.scale_log2);
 #pragma unroll
         for (u32 box = 0; box < kTileBoxes; ++box) {
             f32 values[kChunkColumns];
-            unpack(chunks[box], (box < kLatentBoxes ? 1.0f : rope_ratio) / power, values);
+            unpack(chunks[box], (box < kLatentBoxes ? 1.0f : rope_ratio_) / power, values);
             if (split)
-                write_split(query, row, box, chunk, values);
+                write_split(smem_ + Fp8Smem::query, row, box, chunk_, values);
             else
-                write_exact(query, row, box, chunk, values);
+                write_exact(smem_ + Fp8Smem::query, row, box, chunk_, values);
         }
     }
 
-    // Eight columns of a row, high and low part.
+    // Four values as e4m3, and what these are.
+    static MLA_DEVICE u32 round_e4m3(const f32* values, f32 (&rounded)[4]) {
+        const u32 word = pack_e4m3(values[0], values[1], values[2], values[3]);
+        unpack2<Fp16>(e4m3_pair_low(word), rounded[0], rounded[1]);
+        unpack2<Fp16>(e4m3_pair_high(word), rounded[2], rounded[3]);
+        return word;
+    }
+
+    // Eight columns of a row, in each of its parts.
     static MLA_DEVICE void write_split(u32 query, u32 row, u32 box, u32 chunk, const f32 (&values)[kChunkColumns]) {
         u32 words[2][2];  // part, four values
 #pragma unroll
         for (u32 i = 0; i < 2; ++i) {
-            u32 high[2], low[2];
+            const f32* const x = values + i * 4;
+            f32 rounded[4];
+            words[0][i] = round_e4m3(x, rounded);
+            if constexpr (kQueryParts == 1) continue;
+            f32 rest[4];
 #pragma unroll
-            for (u32 pair = 0; pair < 2; ++pair) {
-                const f32 first = values[i * 4 + pair * 2], second = values[i * 4 + pair * 2 + 1];
-                high[pair] = pack_e4m3(first, second);
-                f32 rounded[2];
-                unpack2<Fp16>(e4m3_pair_low(high[pair]), rounded[0], rounded[1]);
-                low[pair] = pack_e4m3((first - rounded[0]) * kLowPart, (second - rounded[1]) * kLowPart);
-            }
-            words[0][i] = high[0] | high[1] << 16;
-            words[1][i] = low[0] | low[1] << 16;
+            for (u32 j = 0; j < 4; ++j) rest[j] = (x[j] - rounded[j]) * kLowPart;
+            words[1][i] = pack_e4m3(rest[0], rest[1], rest[2], rest[3]);
         }
         const u32 in_chunk = chunk % 2 * kChunkColumns;
 #pragma unroll
-        for (u32 part = 0; part < 2; ++part) {
-            const u32 place = part * kRows + row;
-            const u32 chunk_offset = box < kLatentBoxes
-                                         ? box / 2 * kSplitBoxBytes + box_chunk_offset(place, box % 2 * 4 + chunk / 2)
-                                         : kByteBoxes * kSplitBoxBytes + rope_chunk_offset(place, chunk / 2);
-            store_shared_8b(query + chunk_offset + in_chunk, uint2{words[part][0], words[part][1]});
+        for (u32 part = 0; part < kQueryParts; ++part) {
+            const u32 address = query + split_chunk_offset(part * kRows + row, box, chunk / 2) + in_chunk;
+            store_shared_8b(address, uint2{words[part][0], words[part][1]});
         }
     }
 
@@ -145,12 +174,21 @@ private:
         const u32 t = is_latent ? sixteenth / 2 : sixteenth;
         const u32 target = is_latent ? box / 2 * 2 + sixteenth % 2 : box;
 #pragma unroll
-        for (u32 i = 0; i < kChunkColumns; i += 2) {
-            const u32 step = chunk % 2 * 2 + i / 4, half = i % 4 / 2;
-            store_shared_u32(query + target * kRowBoxBytes + box_chunk_offset(row, step * 2 + half) + t * sizeof(u32),
-                             pack2<Fp16>(values[i], values[i + 1]));
+        for (u32 i = 0; i < kChunkColumns; i += 4) {
+            f32 x[4] = {values[i], values[i + 1], values[i + 2], values[i + 3]};
+            if (kQueryParts == 1) round_e4m3(values + i, x);
+#pragma unroll
+            for (u32 half = 0; half < 2; ++half) {
+                const u32 step = chunk % 2 * 2 + i / 4;
+                store_shared_u32(query + target * kRowBoxBytes + box_chunk_offset(row, step * 2 + half) + t * sizeof(u32),
+                                 pack2<Fp16>(x[half * 2] * kFp16Headroom, x[half * 2 + 1] * kFp16Headroom));
+            }
         }
     }
+
+    const Fp8Params& params_;
+    u32 smem_, row_, chunk_;  // of the first pass
+    f32 rope_ratio_;          // of the scales of the two parts
 };
 
 }  // namespace mla

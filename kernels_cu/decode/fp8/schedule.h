@@ -1,29 +1,40 @@
-// The schedule of the kernel for e4m3 caches in numbers: roles, registers, buffers. DESIGN.md says why.
+// The schedules of the kernels for e4m3 caches in numbers: roles, registers, buffers. DESIGN.md says why.
 #pragma once
 #include "decode/config.h"
 
 namespace mla {
 
-static_assert(kRows == 16 || kRows == 32, "the fp8 kernel serves 16 or 32 query rows");
+static_assert(kRows == 16 || kRows == 32 || kRows == 64, "16 or 32 query rows: fp8.cu; 64: wide.cu");
+constexpr bool kWide = kRows == 64;
 
-// How Q K^T is computed. Split: on fp8 tensor cores, q as the sum of a high and a low e4m3 part. Exact: on fp16 tensor cores,
-// K converted in registers. The split kernel falls back to exact for blocks of queries with outliers (query.h).
+// How Q K^T is computed. Split: on fp8 tensor cores, q as the sum of a high and a low e4m3 part, or as the high part alone,
+// which is q rounded to e4m3. Exact: on fp16 tensor cores, K converted in registers. The split kernels fall back to exact for
+// blocks of queries with outliers (query.h).
 constexpr bool kSplitQuery = MLA_SPLIT_QUERY;
+constexpr u32 kQueryParts = MLA_QUERY_PARTS;
 
-// Warpgroup 0: scores. 1 and 2: values, half of the latent columns each. 3: its first warp loads tiles.
+// Warpgroup 0: scores. 1 and 2: values, half of the latent columns each. 3: its first warp loads tiles; of the wide kernel,
+// which has no registers for it, a values warp does.
 constexpr u32 kScoresWarps = kWarpgroupWarps;
 constexpr u32 kValueWarpgroups = 2;
-constexpr u32 kThreads = (1 + kValueWarpgroups + 1) * kWarpgroupThreads;
-// At entry every thread has 128 registers; the roles share the 512 out.
-constexpr int kScoresRegisters = kRows == 16 ? 152 : 200;
-constexpr int kValuesRegisters = kRows == 16 ? 160 : 144;
+constexpr u32 kLoaderWarpgroups = kWide ? 0 : 1;
+constexpr u32 kThreads = (1 + kValueWarpgroups + kLoaderWarpgroups) * kWarpgroupThreads;
+// At entry every thread has 128 registers (wide: 168); the roles share the 512 (504) out.
+constexpr int kScoresRegisters = kRows == 32 ? 200 : 152;
+constexpr int kValuesRegisters = kWide ? 176 : kRows == 16 ? 160 : 144;
 constexpr int kLoaderRegisters = kRows == 16 ? 40 : 24;
 
-constexpr u32 kStages = 5;  // scores and values hold two; TMA needs three under way to keep HBM busy
+// Scores and values hold two stages. At few rows TMA needs three more under way to keep HBM busy; at 64 Q takes their room.
+constexpr u32 kStages = !kWide ? 5 : kQueryParts == 1 ? 4 : 3;
 constexpr u32 kProbabilityBuffers = kRows == 16 ? 4 : 2;
+constexpr u32 kMovedWords = kWide ? kScoresWarps : 1;  // of each P: who says that factors are not 1
 
 // Partial sums of Q K^T leave the fp8 tensor cores after so many k32 steps of 18: more lose bits, fewer cost time.
-constexpr u32 kPromotionSteps = 3;
+constexpr u32 kPromotionSteps = kWide ? 6 : 3;
+
+// Wide: P of a tile is held until only the last sum of the next tile's product is left, or PV would starve the product; a
+// product of one part is too short for that to pay.
+constexpr bool kHoldsProbabilities = kQueryParts == 2;
 
 constexpr u32 kScoresBarrier = 1;  // named barrier of the scores warpgroup
 

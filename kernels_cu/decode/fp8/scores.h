@@ -7,6 +7,8 @@
 
 namespace mla {
 
+constexpr u32 kPartFragment = kQueryParts * kFragment;  // of the products of all parts of Q
+
 class ScoresRole {
 public:
     MLA_DEVICE ScoresRole(const Fp8Params& params, u32 smem)
@@ -58,7 +60,7 @@ private:
     template <bool Split>
     MLA_DEVICE void run_tiles(i32 item, Tiles tiles, const float (&scale)[kThreadRows], RowStatistics& rows) {
         for (bool is_first = true; tiles.left > 0; tiles.next(), is_first = false) {
-            mbarrier_wait(barrier_of(smem_, Fp8Smem::tile_full, stage_.index), stage_.parity);
+            mbarrier_wait(barrier_of(smem_, Fp8Smem::tile_full, stage_.index()), stage_.parity());
             float scores[kFragment];
             if constexpr (Split)
                 multiply_split(scores);
@@ -71,27 +73,27 @@ private:
             }
             if (tiles.visible_end < kTileTokens) mask(item, tiles, scores);
             __syncwarp();
-            if (lane_ == 0) mbarrier_arrive(barrier_of(smem_, Fp8Smem::tile_empty, stage_.index));
+            if (lane_ == 0) mbarrier_arrive(barrier_of(smem_, Fp8Smem::tile_empty, stage_.index()));
             softmax(is_first, scores, rows);
             stage_.advance();
             buffer_.advance();
         }
     }
 
-    // On fp8 tensor cores, rows kRows.. of Q being the low parts. Two sets of accumulators take turns: while one is
+    // On fp8 tensor cores, rows kRows.. of Q being the low parts, if there are any. Two sets of accumulators take turns: while one is
     // multiplied into, the other goes into float32 sums.
     MLA_DEVICE void multiply_split(float (&scores)[kFragment]) const {
         constexpr u32 kLatentSteps = kByteBoxes * kBoxSteps, kSteps = kLatentSteps + kRope / 32;
         constexpr u32 kGroups = (kSteps + kPromotionSteps - 1) / kPromotionSteps;
-        const u32 stage = stage_address(smem_, stage_.index), query = smem_ + Fp8Smem::query;
+        const u32 stage = stage_address(smem_, stage_.index()), query = smem_ + Fp8Smem::query;
         const u64 k = descriptor_at(kLatentKMajor, stage), k_rope = descriptor_at(kRopeKMajor, stage + kStageRope);
         const u64 q = descriptor_at(kBoxKMajor, query), q_rope = descriptor_at(kRopeKMajor, query + kByteBoxes * kSplitBoxBytes);
-        float part[2][2 * kFragment];
+        float part[2][kPartFragment];
 #pragma unroll
         for (u32 i = 0; i < kFragment; ++i) scores[i] = 0.0f;
 #pragma unroll
         for (u32 group = 0; group < kGroups; ++group) {
-            float(&current)[2 * kFragment] = part[group % 2];
+            float(&current)[kPartFragment] = part[group % 2];
             wgmma_pin(current);
             wgmma_fence();
 #pragma unroll
@@ -115,10 +117,11 @@ private:
         promote(part[(kGroups - 1) % 2], scores);
     }
 
-    static MLA_DEVICE void promote(float (&part)[2 * kFragment], float (&scores)[kFragment]) {
+    static MLA_DEVICE void promote(float (&part)[kPartFragment], float (&scores)[kFragment]) {
         wgmma_pin(part);
 #pragma unroll
-        for (u32 i = 0; i < kFragment; ++i) scores[i] += fmaf(part[kFragment + i], 1.0f / kLowPart, part[i]);
+        for (u32 i = 0; i < kFragment; ++i)
+            scores[i] += kQueryParts == 1 ? part[i] : fmaf(part[kPartFragment - kFragment + i], 1.0f / kLowPart, part[i]);
     }
 
     // On fp16 tensor cores, K made in registers. Four k16 steps at a time: 16 bytes of two tokens a thread.
@@ -160,7 +163,7 @@ private:
     }
 
     MLA_DEVICE void load_keys(u32 box, u32 (&raw)[2][4]) const {
-        const u32 stage = stage_address(smem_, stage_.index);
+        const u32 stage = stage_address(smem_, stage_.index());
 #pragma unroll
         for (u32 half = 0; half < 2; ++half) {
             load_shared_words(stage + (box < kLatentBoxes ? latent_offset(half, box)
@@ -188,7 +191,7 @@ private:
             if (static_cast<i32>(token_of(half)) < tiles.sequence_end) continue;
 #pragma unroll
             for (u32 box = 0; box < kLatentBoxes; ++box)
-                store_shared_16b(stage_address(smem_, stage_.index) + latent_offset(half, box), uint4{0, 0, 0, 0});
+                store_shared_16b(stage_address(smem_, stage_.index()) + latent_offset(half, box), uint4{0, 0, 0, 0});
         }
     }
 
@@ -197,7 +200,7 @@ private:
     MLA_DEVICE void softmax(bool is_first, const float (&scores)[kFragment], RowStatistics& rows) {
         float probabilities[kFragment];
         float maxima[kThreadRows];
-        mbarrier_wait(barrier_of(smem_, Fp8Smem::probabilities_empty, buffer_.index), buffer_.parity ^ 1);
+        mbarrier_wait(barrier_of(smem_, Fp8Smem::probabilities_empty, buffer_.index()), buffer_.parity() ^ 1);
         column_maxima(scores, maxima);
         bool move_maxima = is_first;
         if (!is_first) {
@@ -213,7 +216,7 @@ private:
             across_warps(maxima, [](float a, float b) { return fmaxf(a, b); });
             rows.raise(maxima, factor);
             store_probabilities(scores, rows, probabilities);
-            const u32 factors = smem_ + Fp8Smem::factors + buffer_.index * kRows * sizeof(f32);
+            const u32 factors = smem_ + Fp8Smem::factors + buffer_.index() * kRows * sizeof(f32);
 #pragma unroll
             for (u32 i = 0; i < kThreadRows; ++i) {
                 rows.sum[i] *= factor[i];
@@ -221,9 +224,9 @@ private:
             }
         }
         if (threadIdx.x == 0) {  // of an item's first tile there is nothing to rescale
-            store_shared_u32(smem_ + Fp8Smem::moved + buffer_.index * sizeof(u32), move_maxima && !is_first);
+            store_shared_u32(smem_ + Fp8Smem::moved + buffer_.index() * sizeof(u32), move_maxima && !is_first);
         }
-        mbarrier_arrive(barrier_of(smem_, Fp8Smem::probabilities_full, buffer_.index));
+        mbarrier_arrive(barrier_of(smem_, Fp8Smem::probabilities_full, buffer_.index()));
 #pragma unroll
         for (u32 i = 0; i < kThreadRows; ++i)
             rows.sum[i] += probabilities[row_element(i)] + probabilities[row_element(i) + 2];
@@ -232,7 +235,7 @@ private:
     MLA_DEVICE void store_probabilities(const float (&scores)[kFragment], const RowStatistics& rows,
                                         float (&probabilities)[kFragment]) const {
         exponentiate(scores, rows, probabilities);
-        store_fragment_transposed<Operand>(smem_ + Fp8Smem::probabilities + buffer_.index * kRowBoxBytes, warp_, lane_,
+        store_fragment_transposed<Operand>(smem_ + Fp8Smem::probabilities + buffer_.index() * kRowBoxBytes, warp_, lane_,
                                            probabilities);
         fence_async_proxy();
     }

@@ -3,6 +3,7 @@
 #include "decode/claim.h"
 #include "decode/fp8/schedule.h"
 #include "decode/narrow/swapped.h"
+#include "ptx/mbarrier.h"
 
 namespace mla {
 
@@ -29,29 +30,42 @@ MLA_DEVICE u32 latent_chunk_offset(u32 token, u32 box, u32 chunk) {
 MLA_DEVICE u32 rope_chunk_offset(u32 row, u32 chunk) { return row * kRopeRowBytes + ((chunk ^ (row >> 1 & 3)) << 4); }
 
 // Q as the other operand. Split: e4m3, rows 0.. the high parts, rows kRows.. the low parts, in boxes of 128 columns, then
-// rope rows of 64 bytes. Exact: fp16 in boxes of 64 columns. Both take the same bytes.
-constexpr u32 kSplitBoxBytes = 2 * kRows * kBoxRowBytes;
-constexpr u32 kQueryBytes = kRows * (kLatent + kRope) * 2;
+// rope rows of 64 bytes. Exact, up to 32 rows: fp16 in boxes of 64 columns, in the bytes of two parts.
+constexpr u32 kSplitBoxBytes = kQueryParts * kRows * kBoxRowBytes;
+constexpr u32 kQueryBytes = (kWide ? kQueryParts : 2) * kRows * (kLatent + kRope);
+// Byte offset in Q of 16-byte chunk `chunk` of 64 split columns `box` of a row: a place in the rows of all parts.
+MLA_DEVICE u32 split_chunk_offset(u32 place, u32 box, u32 chunk) {
+    return box < kLatentBoxes ? box / 2 * kSplitBoxBytes + box_chunk_offset(place, box % 2 * 4 + chunk)
+                              : kByteBoxes * kSplitBoxBytes + rope_chunk_offset(place, chunk);
+}
+
+constexpr u32 kExchangeBytes = kWide ? 0 : kScoresWarps * kRows * sizeof(f32);  // a value per (scores warp, row)
+// Where the loader of the wide kernel stands, and the page numbers of its next tile.
+constexpr u32 kLoaderPlaceBytes = 16;  // twice
+constexpr u32 kLoaderPages = 4;
+constexpr u32 kLoaderBytes = kWide ? 2 * kLoaderPlaceBytes + kLoaderPages * sizeof(i32) : 0;
 
 struct Fp8Smem {
     static constexpr u32 stages = 0;
     static constexpr u32 query = stages + kStages * kStageBytes;
     static constexpr u32 probabilities = query + kQueryBytes;  // P^T [kRows][64 tokens] of the last tiles
-    static constexpr u32 exchange = probabilities + kProbabilityBuffers * kRowBoxBytes;  // a value per (scores warp, row)
-    static constexpr u32 factors = exchange + kScoresWarps * kRows * sizeof(f32);        // of each P: rescale O by them first
+    static constexpr u32 exchange = probabilities + kProbabilityBuffers * kRowBoxBytes;
+    static constexpr u32 factors = exchange + kExchangeBytes;  // of each P: rescale O by them first
     static constexpr u32 row_scales = factors + kProbabilityBuffers * kRows * sizeof(f32);  // of Q
     static constexpr u32 inverse_sums = row_scales + kRows * sizeof(f32);
-    static constexpr u32 tile_full = inverse_sums + kRows * sizeof(f32);           // TMA -> scores, values
+    static constexpr u32 loader = inverse_sums + kRows * sizeof(f32);
+    static constexpr u32 tile_full = loader + kLoaderBytes;                        // TMA -> scores, values
     static constexpr u32 tile_empty = tile_full + kStages * sizeof(u64);           // scores, values -> loader
     static constexpr u32 probabilities_full = tile_empty + kStages * sizeof(u64);  // scores -> values
     static constexpr u32 probabilities_empty = probabilities_full + kProbabilityBuffers * sizeof(u64);  // and back
     static constexpr u32 sums_full = probabilities_empty + kProbabilityBuffers * sizeof(u64);           // scores -> values
     static constexpr u32 sums_empty = sums_full + sizeof(u64);                                          // and back
     static constexpr u32 moved = sums_empty + sizeof(u64);  // of each P: whether any factor is not 1
-    static constexpr u32 claim = moved + kProbabilityBuffers * sizeof(u32);  // the part that this CTA has claimed
+    static constexpr u32 claim = moved + kProbabilityBuffers * kMovedWords * sizeof(u32);  // the part that this CTA has claimed
     static constexpr u32 total = claim + kClaimBytes;
 };
 static_assert(Fp8Smem::total <= kMaxSharedBytes, "the fp8 kernel's shared memory does not fit");
+static_assert(Fp8Smem::moved % (kMovedWords * sizeof(u32)) == 0, "the words of a P are read at once");
 static_assert(kStageBytes % kSwizzleAtomBytes == 0 && Fp8Smem::query % kSwizzleAtomBytes == 0 &&
                   Fp8Smem::probabilities % kSwizzleAtomBytes == 0,
               "the swizzle is a function of the address: boxes start at its period");
@@ -60,17 +74,48 @@ static_assert(Fp8Smem::total == MLA_SHARED_BYTES, "cupy_mla/kernels adds up othe
 MLA_DEVICE u32 stage_address(u32 smem, u32 stage) { return smem + Fp8Smem::stages + stage * kStageBytes; }
 MLA_DEVICE u32 barrier_of(u32 smem, u32 first, u32 index) { return smem + first + index * sizeof(u64); }
 
+// One thread.
+MLA_DEVICE void initialise_barriers(u32 smem) {
+    for (u32 stage = 0; stage < kStages; ++stage) {
+        mbarrier_init(barrier_of(smem, Fp8Smem::tile_full, stage), 1);  // with the bytes to come
+        mbarrier_init(barrier_of(smem, Fp8Smem::tile_empty, stage), (1 + kValueWarpgroups) * kWarpgroupWarps);
+    }
+    for (u32 buffer = 0; buffer < kProbabilityBuffers; ++buffer) {
+        mbarrier_init(barrier_of(smem, Fp8Smem::probabilities_full, buffer), kWarpgroupThreads);
+        mbarrier_init(barrier_of(smem, Fp8Smem::probabilities_empty, buffer), kValueWarpgroups * kWarpgroupWarps);
+    }
+    mbarrier_init(smem + Fp8Smem::sums_full, kWarpgroupThreads);
+    mbarrier_init(smem + Fp8Smem::sums_empty, kValueWarpgroups * kWarpgroupWarps);
+    mbarrier_init_fence();
+}
+
 // Position in a ring of Count places; every role walks the same sequence of tiles.
-template <u32 Count>
-struct RingPosition {
-    u32 index = 0;
-    u32 parity = 0;
+template <u32 Count, bool kIsPowerOfTwo = (Count & (Count - 1)) == 0>
+class RingPosition {
+public:
+    MLA_DEVICE u32 index() const { return index_; }
+    MLA_DEVICE u32 parity() const { return parity_; }
     MLA_DEVICE void advance() {
-        if (++index == Count) {
-            index = 0;
-            parity ^= 1;
+        if (++index_ == Count) {
+            index_ = 0;
+            parity_ ^= 1;
         }
     }
+
+private:
+    u32 index_ = 0, parity_ = 0;
+};
+
+// In one register.
+template <u32 Count>
+class RingPosition<Count, true> {
+public:
+    MLA_DEVICE u32 index() const { return places_ % Count; }
+    MLA_DEVICE u32 parity() const { return places_ / Count % 2; }
+    MLA_DEVICE void advance() { ++places_; }
+
+private:
+    u32 places_ = 0;
 };
 
 }  // namespace mla

@@ -25,8 +25,10 @@ class ValuesRole {
 public:
     MLA_DEVICE ValuesRole(const Fp8Params& params, u32 smem) : params_(params), smem_(smem) {}
 
-    // The item is read again for its stores: over its tiles it would cost registers.
-    MLA_DEVICE void run_item(i32 item) {
+    // The item is read again for its stores: over its tiles it would cost registers. `after_tile(position)` runs when this warp
+    // is done with the tile at that ring position.
+    template <class AfterTile>
+    MLA_DEVICE void run_item(i32 item, AfterTile after_tile) {
         i32 tiles;
         {
             const BlockWork work = load_block_work(params_, item);
@@ -45,15 +47,16 @@ public:
 #pragma unroll
             for (u32 i = 0; i < kFragment; ++i) output[block][i] = 0.0f;
         for (; tiles > 0; --tiles) {
-            mbarrier_wait(barrier_of(smem_, Fp8Smem::tile_full, stage_.index), stage_.parity);
-            mbarrier_wait(barrier_of(smem_, Fp8Smem::probabilities_full, buffer_.index), buffer_.parity);
+            mbarrier_wait(barrier_of(smem_, Fp8Smem::tile_full, stage_.index()), stage_.parity());
+            mbarrier_wait(barrier_of(smem_, Fp8Smem::probabilities_full, buffer_.index()), buffer_.parity());
             rescale(output);
             multiply(output);
             __syncwarp();
             if (lane() == 0) {
-                mbarrier_arrive(barrier_of(smem_, Fp8Smem::tile_empty, stage_.index));
-                mbarrier_arrive(barrier_of(smem_, Fp8Smem::probabilities_empty, buffer_.index));
+                mbarrier_arrive(barrier_of(smem_, Fp8Smem::tile_empty, stage_.index()));
+                mbarrier_arrive(barrier_of(smem_, Fp8Smem::probabilities_empty, buffer_.index()));
             }
+            after_tile(stage_);
             stage_.advance();
             buffer_.advance();
         }
@@ -61,18 +64,28 @@ public:
     }
 
 private:
-    static MLA_DEVICE u32 lane() { return threadIdx.x % kWarpThreads; }
+    // Wide: from the special register each time, as no register is left to keep what comes of it in.
+    static MLA_DEVICE u32 thread() {
+        u32 thread = threadIdx.x;
+        if (kWide) pin_register(thread);
+        return thread;
+    }
+    static MLA_DEVICE u32 lane() { return thread() % kWarpThreads; }
     // The first of this thread's columns.
     static MLA_DEVICE u32 column() {
-        return (threadIdx.x / kWarpgroupThreads - 1) * kValueColumns +
-               threadIdx.x % kWarpgroupThreads / kWarpThreads * kWarpColumns + lane() / 4 * kLaneColumns;
+        const u32 thread = ValuesRole::thread();
+        return (thread / kWarpgroupThreads - 1) * kValueColumns + thread % kWarpgroupThreads / kWarpThreads * kWarpColumns +
+               thread % kWarpThreads / 4 * kLaneColumns;
     }
 
     MLA_DEVICE void rescale(float (&output)[kMBlocks][kFragment]) const {
-        u32 moved[1];
-        load_shared_words(smem_ + Fp8Smem::moved + buffer_.index * sizeof(u32), moved);
-        if (moved[0] == 0) return;
-        const u32 factors = smem_ + Fp8Smem::factors + buffer_.index * kRows * sizeof(f32);
+        u32 moved[kMovedWords];
+        load_shared_words(smem_ + Fp8Smem::moved + buffer_.index() * kMovedWords * sizeof(u32), moved);
+        u32 any = 0;
+#pragma unroll
+        for (u32 word = 0; word < kMovedWords; ++word) any |= moved[word];
+        if (any == 0) return;
+        const u32 factors = smem_ + Fp8Smem::factors + buffer_.index() * kRows * sizeof(f32);
 #pragma unroll
         for (u32 i = 0; i < kThreadRows; ++i) {
             const float factor = load_shared_f32(factors + row_of_lane(lane(), i) * sizeof(f32));
@@ -89,7 +102,7 @@ private:
     MLA_DEVICE void multiply(float (&output)[kMBlocks][kFragment]) const {
         constexpr u32 kSteps = kTileTokens / kStepTokens;
         const u32 tokens[2] = {token_address(0), token_address(1)};
-        const u64 p = descriptor_at(kBoxKMajor, smem_ + Fp8Smem::probabilities + buffer_.index * kRowBoxBytes);
+        const u64 p = descriptor_at(kBoxKMajor, smem_ + Fp8Smem::probabilities + buffer_.index() * kRowBoxBytes);
         u32 raw[4][kLaneWords];
         u32 a[2][8];
 #pragma unroll
@@ -119,7 +132,7 @@ private:
 
     // Where this thread's columns of token 2 t + e lie, t = lane % 4; those of tokens 8 further are kLatentGroupBytes further.
     MLA_DEVICE u32 token_address(u32 e) const {
-        return stage_address(smem_, stage_.index) + column() % 16 +
+        return stage_address(smem_, stage_.index()) + column() % 16 +
                latent_chunk_offset(lane() % 4 * 2 + e, column() / kByteBoxColumns, column() % kByteBoxColumns / 16);
     }
 
