@@ -1,12 +1,13 @@
 """Models of transformers on this package's kernels: ``enable(model)``, then ``model.generate(...)`` as before.
 
 For models whose attention keeps the compressed latent in the cache (their classes have a method ``expand_kv``):
-DeepSeek V2 and V3, Kimi Linear, GLM-4 MoE Lite, LongCat-Flash, Mistral 4, Youtu, A.X-K1, Bailing hybrid. Steps with
-up to 128 new tokens run here, prompts and steps that need gradients as they did.
+DeepSeek V2, V3 and V3.2, Kimi Linear, GLM-4 MoE Lite, GLM-5, LongCat-Flash, Mistral 4, Youtu, A.X-K1 and K2, Bailing
+hybrid. Steps with up to 128 new tokens run here, prompts and steps that need gradients as they did.
 """
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 from ..errors import InvalidArgumentError, MissingDependencyError
@@ -24,6 +25,8 @@ from .transformers_attention import HAS_ROOM, PREFIX, SERVED, Served, Shared, at
 from .transformers_cache import PAGE_SIZE, has_room
 
 _HOOK = "cupy_mla_hook"
+# Kinds of models whose sparse attention hands the chosen tokens to the attention function.
+SPARSE = ("deepseek_v32", "glm_moe_dsa", "axk2")
 
 
 def enable(model: Any) -> None:
@@ -31,20 +34,19 @@ def enable(model: Any) -> None:
 
     Caches, static and dynamic ones, padding on the left, ``generate`` with all that it can do, and ``torch.compile``
     stay as they are. Caches that are empty get rows with room behind them (see `cupy_mla.engines.transformers_cache`);
-    others are copied in each step.
+    others are copied in each step. After ``model.set_attn_implementation``, the attention that it sets runs alone.
 
     Parameters
     ----------
     model
-        A model of transformers, whole or its decoder alone, in bfloat16 or float16. Nothing happens if it is enabled
-        already.
+        A model of transformers, whole or its decoder alone, in bfloat16 or float16. It may be enabled already.
 
     Raises
     ------
     InvalidArgumentError
-        The model's attention is not one that keeps the latent in the cache, or it has what the kernels lack: sparse
-        attention, sinks, a sliding window, widths or a type that they do not take, weights that are quantised or
-        offloaded, or a former attention without a mask function. Nothing was changed then.
+        The model's attention is not one that keeps the latent in the cache, or it has what the kernels lack: sinks, a
+        sliding window, other kinds of sparse attention, widths or a type that they do not take, weights that are
+        quantised or offloaded, or a former attention without a mask function. Nothing was changed then.
     UnsupportedDeviceError
         The model is on a GPU that is not Hopper, or on a device that the setting CUPY_MLA_BACKEND rules out.
 
@@ -66,20 +68,16 @@ def enable(model: Any) -> None:
         reason = _why_not(module)
         if reason is not None:
             raise InvalidArgumentError("model", "attention that the kernels can serve", f"{_name(module)}: {reason}")
+    disable(model)
     shared: dict[Any, Shared] = {}
     for module in modules:
-        former = module.config._attn_implementation
-        if former.startswith(PREFIX):  # set for the module before, or by an earlier call
-            former = former.removeprefix(PREFIX)
-        else:
-            module.config._attn_implementation = register(former)
-        if hasattr(module, SERVED):
-            continue
+        former = module.config._attn_implementation.removeprefix(PREFIX)  # modules may share a configuration
+        module.config._attn_implementation = register(former)
         device = module.kv_b_proj.weight.device
         first = device not in shared
         served = Served(shared.setdefault(device, Shared()), first, attention_of(former, module))
         setattr(module, SERVED, served)
-        module.expand_kv = _keep_latent
+        module.expand_kv = functools.partial(_expand_or_keep, module)
         setattr(module, _HOOK, module.register_forward_pre_hook(_make_room, with_kwargs=True))
 
 
@@ -115,8 +113,8 @@ def _attention_modules(model: Any) -> list[Any]:
 def _why_not(module: Any) -> str | None:
     """Why an attention module cannot be served, in words; None if it can."""
     config, projection = module.config, module.kv_b_proj
-    if getattr(config, "index_topk", None) is not None or getattr(module, "indexer", None) is not None:
-        return "its attention is sparse, an indexer chooses the tokens"
+    if hasattr(module, "indexer") and config.model_type not in SPARSE:
+        return f"its sparse attention is not of the kind of {', '.join(SPARSE)}"
     if getattr(module, "sinks", None) is not None:
         return "its attention has sinks"
     if getattr(module, "sliding_window", None) is not None:
@@ -138,6 +136,7 @@ def _why_not(module: Any) -> str | None:
         rope_dim=module.qk_rope_head_dim,
         dtype=str(weight.dtype).removeprefix("torch."),
         page_size=PAGE_SIZE,
+        topk=getattr(config, "index_topk", None) if hasattr(module, "indexer") else None,
     )
     return support.reason
 
@@ -146,9 +145,12 @@ def _name(module: Any) -> str:
     return type(module).__name__
 
 
-def _keep_latent(latent: Any, rope: Any) -> tuple[Any, Any]:
-    """Stands for ``expand_kv``: the attention function expands where it has to."""
-    return latent, rope
+def _expand_or_keep(module: Any, latent: Any, rope: Any) -> tuple[Any, Any]:
+    """Stands for ``expand_kv``: our attention function expands where it has to, others need it done."""
+    if module.config._attn_implementation.startswith(PREFIX):
+        return latent, rope
+    expanded: tuple[Any, Any] = type(module).expand_kv(module, latent, rope)
+    return expanded
 
 
 def _make_room(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:

@@ -101,13 +101,18 @@ def attention_beside(former: str) -> Callable[..., Any]:
     ) -> tuple[Any, None]:
         has_room = others.pop(HAS_ROOM, False)
         served = getattr(module, SERVED, None)
+        indices = others.get("indices")  # of sparse attention: [batch, new, topk]
         if served is None:  # another kind of attention in the same model
             ordinary = attention_of(former, module)
         elif attention_mask is not None and attention_mask.dtype == torch.int32:
             return absorbed(module, served, query, key, value, attention_mask, scaling, has_room), None
+        elif indices is not None and is_sparse_step(query, key):
+            return absorbed_sparse(module, query, key, value, attention_mask, indices, scaling), None
         else:
             ordinary = served.former
             key, value = type(module).expand_kv(module, key, value)
+            if indices is not None:
+                attention_mask = masked_but_at(indices, attention_mask)
         result: tuple[Any, None] = ordinary(module, query, key, value, attention_mask, scaling=scaling, **others)
         return result
 
@@ -124,14 +129,10 @@ def absorbed(
     """
     if not has_room:
         latent, rope = (torch.nn.functional.pad(part, (0, 0, 0, ROOM)) for part in (latent, rope))
-    batch, heads, seqlen_q, _ = query.shape
-    latent_dim, nope = latent.shape[-1], module.qk_nope_head_dim
-    of_keys, of_values = module.kv_b_proj.weight.view(heads, -1, latent_dim).split([nope, module.v_head_dim], dim=1)
-    q_nope = query[..., :nope].transpose(0, 1).reshape(heads, batch * seqlen_q, nope)
-    q_latent = torch.bmm(q_nope, of_keys).view(heads, batch, seqlen_q, latent_dim).permute(1, 2, 0, 3)
+    q_latent, q_rope = absorbed_queries(module, query)
     arrays = (q_latent, pages(latent))
-    options = {"causal": seqlen_q > 1, "head_dim_v": latent_dim}
-    ropes = {"q_rope": query[..., nope:].transpose(1, 2), "kv_rope": pages(rope)}
+    options = {"causal": q_latent.shape[1] > 1, "head_dim_v": q_latent.shape[3]}
+    ropes = {"q_rope": q_rope, "kv_rope": pages(rope)}
     shared = served.shared
     step = shared.step
     if served.first or step is None or step.ranges is not ranges or step.row != row_tokens(latent):
@@ -139,8 +140,30 @@ def absorbed(
     out, _ = torch.ops.cupy_mla.mla_decode(
         *arrays, step.block_table, step.cache_seqlens, softmax_scale=scaling, plan=step.plan, **options, **ropes
     )
-    by_head = out.reshape(batch * seqlen_q, heads, latent_dim).transpose(0, 1)
-    return torch.bmm(by_head, of_values.transpose(1, 2)).transpose(0, 1).reshape(batch, seqlen_q, heads, -1)
+    return values_of(module, out)
+
+
+def absorbed_queries(module: Any, query: Any) -> tuple[Any, Any]:
+    """Queries [batch, heads, new, width] in the space of the latent, and their rope parts: [batch, new, heads, ...]."""
+    batch, heads, seqlen_q, _ = query.shape
+    nope = module.qk_nope_head_dim
+    of_keys = projections(module, heads)[:, :nope]
+    q_nope = query[..., :nope].transpose(0, 1).reshape(heads, batch * seqlen_q, nope)
+    q_latent = torch.bmm(q_nope, of_keys).unflatten(1, (batch, seqlen_q)).permute(1, 2, 0, 3)
+    return q_latent, query[..., nope:].transpose(1, 2)
+
+
+def values_of(module: Any, out: Any) -> Any:
+    """Results [batch, new, heads, latent_dim] in the space of the values, [batch, new, heads, v_head_dim]."""
+    heads = out.shape[2]
+    of_values = projections(module, heads)[:, module.qk_nope_head_dim :]
+    by_head = out.flatten(0, 1).transpose(0, 1)
+    return torch.bmm(by_head, of_values.transpose(1, 2)).transpose(0, 1).unflatten(0, out.shape[:2])
+
+
+def projections(module: Any, heads: int) -> Any:
+    """From the latent to the keys and values of each head, [heads, qk_nope_head_dim + v_head_dim, latent_dim]."""
+    return module.kv_b_proj.weight.unflatten(0, (heads, -1))
 
 
 def pages(tokens: Any) -> Any:
@@ -161,6 +184,46 @@ def make_step(ranges: Any, row: int, arrays: tuple[Any, Any], others: dict[str, 
     return Step(ranges, row, block_table, cache_seqlens, plan)
 
 
+def is_sparse_step(query: Any, latent: Any) -> bool:
+    """Whether few tokens are new, and the cache has others. A short prompt in a static cache is taken for one too."""
+    return query.shape[2] <= MAX_NEW_TOKENS and query.shape[2] < latent.shape[2] and not torch.is_grad_enabled()
+
+
+def absorbed_sparse(
+    module: Any, query: Any, latent: Any, rope: Any, attention_mask: Any, indices: Any, scaling: float
+) -> Any:
+    """`absorbed`, to the tokens that ``indices`` [batch, new, topk] choose among those that the mask leaves.
+
+    The kernels take latent and rope in one array. So the chosen tokens are copied into one, or all if they are fewer.
+    """
+    batch, new, topk = indices.shape
+    tokens, head_dim_v = latent.shape[2], latent.shape[3]
+    seen = attention_mask if attention_mask.dtype == torch.bool else attention_mask == 0
+    seen = seen[:, 0].expand(batch, -1, -1).gather(-1, indices.long())
+    if new * topk < tokens:
+        rows = indices.reshape(batch, 1, new * topk, 1).long()
+        latent, rope = (part.gather(2, rows.expand(-1, -1, -1, part.shape[3])) for part in (latent, rope))
+        tokens = new * topk
+        indices = torch.arange(tokens, dtype=torch.int32, device=indices.device).view(1, new, topk)
+    cache = torch.cat((latent, rope), dim=-1).transpose(1, 2)  # a page for each request
+    first = torch.arange(0, batch * tokens, tokens, dtype=torch.int32, device=indices.device)
+    out, _ = torch.ops.cupy_mla.mla_sparse_decode(
+        torch.cat(absorbed_queries(module, query), dim=-1),
+        cache,
+        (indices + first[:, None, None]).where(seen, -1),
+        head_dim_v=head_dim_v,
+        softmax_scale=scaling,
+    )
+    return values_of(module, out)
+
+
+def masked_but_at(indices: Any, attention_mask: Any) -> Any:
+    """A mask [batch, 1, new, tokens] of either kind that leaves tokens ``indices`` [batch, new, topk] at most."""
+    others = torch.ones_like(attention_mask, dtype=torch.bool).scatter(-1, indices.long().unsqueeze(1), False)
+    masked = False if attention_mask.dtype == torch.bool else torch.finfo(attention_mask.dtype).min
+    return attention_mask.masked_fill(others, masked)
+
+
 def mask_beside(former: Callable[..., Any]) -> Callable[..., Any]:
     """A mask function as transformers calls it: ranges for a step, else the mask of the former attention."""
 
@@ -171,6 +234,8 @@ def mask_beside(former: Callable[..., Any]) -> Callable[..., Any]:
         # A cache that holds nothing yet says so by an integer, whatever it is made of.
         is_prompt = not isinstance(q_offset, torch.Tensor) and q_offset == 0
         plainly_causal = mask_function is causal_mask_function and not others.get("kv_offset")
+        if getattr(others.get("config"), "index_topk", None) is not None:  # which tokens it chooses depends on the mask
+            plainly_causal = False
         if q_length <= MAX_NEW_TOKENS and not is_prompt and plainly_causal and not torch.is_grad_enabled():
             ranges = visible_ranges(batch_size, q_offset + q_length, attention_mask, device)
             if ranges is not None:

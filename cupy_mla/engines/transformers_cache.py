@@ -10,7 +10,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from transformers.cache_utils import Cache, DynamicLayer, StaticLayer
+from transformers.cache_utils import Cache, DynamicIndexedLayer, DynamicLayer, StaticLayer
 
 PAGE_SIZE = 64  # the kernels' fastest
 ROOM = PAGE_SIZE - 1
@@ -27,6 +27,10 @@ class RoomyDynamicLayer(DynamicLayer):
             self.keys, self.values = key_states[:, :, :0], value_states[:, :, :0]
         self.keys, self.values = _appended(self.keys, key_states), _appended(self.values, value_states)
         return self.keys, self.values
+
+
+class RoomyIndexedLayer(RoomyDynamicLayer, DynamicIndexedLayer):
+    """The like for sparse attention, whose indexer has keys of its own beside."""
 
 
 class RoomyStaticLayer(StaticLayer):
@@ -67,8 +71,8 @@ def row_tokens(tokens: Any) -> int:
 
 def _roomy_like(layer: Any) -> Any:
     """An empty layer with room, in place of one that is empty; None for a kind that there is none for."""
-    if type(layer) is DynamicLayer:
-        return RoomyDynamicLayer()
+    if type(layer) in (DynamicLayer, DynamicIndexedLayer):
+        return RoomyDynamicLayer() if type(layer) is DynamicLayer else RoomyIndexedLayer()
     return RoomyStaticLayer(layer.max_cache_len) if type(layer) is StaticLayer else None
 
 
