@@ -34,6 +34,7 @@ needs_compiler = pytest.mark.skipif(
 )
 # DeepSeek-V3 on 128 ranks: one head, so that the CPU is quick.
 QUICK = ["--batch", "3", "--tp", "128", "--backend", "numpy"]
+TERMINAL_COLUMNS = 80
 
 
 def run(*arguments: str) -> Result:
@@ -62,7 +63,9 @@ def test_help_names_every_command() -> None:
     assert set(main.commands) == {"decode", "info", "check", "compile", "cache", "plan", "bench", "memory"}
     for command in main.commands:
         assert f"\n  {command} " in output
-        assert run(command, "--help").exit_code == 0
+        shown = run(command, "--help")
+        assert shown.exit_code == 0
+        assert all(len(line) <= TERMINAL_COLUMNS for line in shown.output.splitlines())
 
 
 def test_the_package_runs_as_a_module() -> None:

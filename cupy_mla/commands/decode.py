@@ -53,7 +53,12 @@ _BUILD_OPTIONS = (
 @click.command(cls=Command)
 @click.option("--input", "input_file", type=click.Path(path_type=Path), help="A case: .npz or .safetensors.")
 @batch_options
-@click.option("--layout", type=click.Choice(list(LAYOUTS)), help="Of the cache; that of --dtype unless given.")
+@click.option(
+    "--layout",
+    type=click.Choice(list(LAYOUTS)),
+    metavar="NAME",
+    help=f"Of the cache: one of {', '.join(LAYOUTS)}; that of --dtype unless given.",
+)
 @click.option("--compute", type=click.Choice(COMPUTES), default=AUTO, show_default=True, help="With an e4m3 cache.")
 @click.option("--topk", type=COUNT, help="Tokens that each query token attends to, of those cached: sparse decode.")
 @backend_option

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
 DEFAULT_LENGTHS = (4096, 32768, 131072)
 GIB = 1 << 30
+MODELS = (*PRESETS, *GROUPED_PRESETS)
 FILE_WIDTH = 160  # characters of a line of a table where there is no terminal
 TEXT_WIDTH = 120
 
@@ -30,8 +31,10 @@ TEXT_WIDTH = 120
     "--model",
     "models",
     multiple=True,
-    type=click.Choice([*PRESETS, *GROUPED_PRESETS]),
-    help="May be repeated; all MLA models, and the attention that others really have, unless given.",
+    type=click.Choice(MODELS),
+    metavar="NAME",
+    help=f"One of {', '.join(MODELS)}. May be repeated; all MLA models, and the attention that others really have, "
+    "unless given.",
 )
 @click.option(
     "--config",
@@ -66,7 +69,7 @@ def memory(
     chosen = [*map(find_model, models), *map(read_model_config, configs)]
     sizes = [size for model in chosen for size in cache_sizes(model, tp)]
     if not chosen:
-        for name in (*PRESETS, *GROUPED_PRESETS):
+        for name in MODELS:
             sizes += [size for size in cache_sizes(find_model(name), tp) if size.own or name in PRESETS]
     lengths = tuple(dict.fromkeys(lengths))
     if as_json:

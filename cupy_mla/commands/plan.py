@@ -31,7 +31,14 @@ from .common import batch_options, describe_lengths, draw_lengths, json_option
 @batch_options
 @click.option("--sms", type=click.IntRange(min=1), default=hopper.COMMON_SMS, show_default=True, help="SMs of the GPU.")
 @click.option("--fixed-split-tokens", type=click.IntRange(min=1), help="Cut after so many tokens, in any batch.")
-@click.option("--kernel", type=click.Choice(KERNELS), default=AUTO, show_default=True, help="The decode kernel.")
+@click.option(
+    "--kernel",
+    type=click.Choice(KERNELS),
+    default=AUTO,
+    metavar="NAME",
+    show_default=True,
+    help=f"The decode kernel: one of {', '.join(KERNELS)}.",
+)
 @click.option("--width", type=click.IntRange(min=40), help="Characters of a line; the terminal's unless given.")
 @click.option("--lines", type=click.IntRange(min=1), default=40, show_default=True, help="Lines for the parts.")
 @json_option
