@@ -22,7 +22,7 @@ FILES = sorted(
     if (path.suffix in SUFFIXES or path == ROOT / ".ci" / "run") and path != Path(__file__)
 )
 CODE = [path for path in FILES if path.is_relative_to(PACKAGE) or path.is_relative_to(KERNELS)]
-CODE = [path for path in CODE if path.suffix in (".py", ".h", ".cu")]
+CODE = [path for path in CODE if path.suffix in (".py", ".h", ".cu", ".md")]
 
 
 def name_of(path: Path) -> str:

@@ -89,7 +89,8 @@ def choose_config(
         ``kernel`` is none of them or cannot serve the problem, or none of them can.
     """
     able = _supporting(FAMILIES, problem, check_kernel(kernel))
-    # Pages of one token: gathered if they can be, which takes a fifth of the time (kernels_cu/TRIED.md).
+    # Pages of one token: gathered if they can be, which takes a fifth of the time
+    # (kernels_cu/TRIED_GATHERED.md).
     families = [family for family in able if family.gathers] or able
     if fixed_split_tokens is not None:
         rows = problem.queries.group_heads * (1 if problem.queries.ragged else problem.queries.seqlen_q)

@@ -4,8 +4,8 @@
 
 namespace mla {
 
-// Whether a copy brings 256 bytes around it into L2. TRIED.md: up to 2% of a prefill, whose tokens are wanted again soon; in a
-// decode it would move bytes that nobody wants.
+// Whether a copy brings 256 bytes around it into L2. TRIED_GATHERED.md: up to 2% of a prefill, whose tokens are wanted again
+// soon; in a decode it would move bytes that nobody wants.
 constexpr bool kWholeLines = !kIsPlanned;
 
 // A query token's row of `indices`; by request, the row of all of its query tokens.
