@@ -23,6 +23,7 @@ from cupy_mla.kernels.combine import combine_source, gathered_combine_source
 from cupy_mla.kernels.family import KernelConfig
 from cupy_mla.kernels.gathered import GATHERED_WIDE64, GatheredConfig
 from cupy_mla.kernels.gathered_fp8 import GATHERED_FP8_NARROW16, GATHERED_FP8_NARROW32
+from cupy_mla.kernels.gathered_fp8_wide import GATHERED_FP8_WIDE64
 from cupy_mla.kernels.gathered_narrow import GATHERED_NARROW16, GATHERED_NARROW32
 from cupy_mla.kernels.narrow import NARROW16, NARROW32
 from cupy_mla.kernels.wide import WIDE64
@@ -66,6 +67,9 @@ OTHER_CONFIGS += [
         (GATHERED_FP8_NARROW32, FP8_E4M3, 320, 64, 2, True),
         (GATHERED_FP8_NARROW32, FP8_E4M3, 512, 128, 1, True),
         (GATHERED_FP8_NARROW32, FP8_DS_MLA, 512, 64, 69, True),
+        (GATHERED_FP8_WIDE64, FP8_E4M3, 256, 64, 61, True),
+        (GATHERED_FP8_WIDE64, FP8_E4M3, 512, 0, 1, False),
+        (GATHERED_FP8_WIDE64, FP8_DS_MLA, 512, 64, 69, True),
     )
 ]
 # Few rows in the wide kernels, which are chosen by name alone: partial results with powers of two.
@@ -76,6 +80,12 @@ SCALED_CONFIGS: list[KernelConfig] = [
     ),
     GatheredConfig(
         GATHERED_WIDE64, 512, 64, "bfloat16", 1, causal=False, scale_parts=WIDE64.scale_parts(512, "bfloat16", 8)
+    ),
+    GatheredConfig(
+        *(GATHERED_FP8_WIDE64, 512, 64, "bfloat16", 1),
+        causal=False,
+        scale_parts=WIDE64.scale_parts(512, "bfloat16", 8),
+        layout=FP8_DS_MLA,
     ),
 ]
 OTHER_CONFIGS += SCALED_CONFIGS

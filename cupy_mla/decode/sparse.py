@@ -171,8 +171,8 @@ def plan_sparse_decode(
         it balances the GPU best.
     kernel
         The decode kernel: "gathered_narrow16", "gathered_narrow32" or "gathered_wide64" (16, 32 or 64 query heads a
-        CTA), "gathered_fp8_narrow16" or "gathered_fp8_narrow32" for FP8 caches, or "auto", the one that should take the
-        least time. On the CPU the name is checked and changes nothing.
+        CTA), for FP8 caches "gathered_fp8_narrow16", "gathered_fp8_narrow32" or "gathered_fp8_wide64", or "auto", the
+        one that should take the least time. On the CPU the name is checked and changes nothing.
 
     Returns
     -------

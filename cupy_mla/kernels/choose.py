@@ -21,6 +21,7 @@ from .fp8 import (
 )
 from .gathered import GATHERED_WIDE64, gathered_config
 from .gathered_fp8 import GATHERED_FP8_NARROW16, GATHERED_FP8_NARROW32
+from .gathered_fp8_wide import GATHERED_FP8_WIDE64
 from .gathered_narrow import GATHERED_NARROW16, GATHERED_NARROW32
 from .narrow import NARROW16, NARROW32
 from .token_pages import TOKEN_PAGES_NARROW16, TOKEN_PAGES_NARROW32, TOKEN_PAGES_WIDE64
@@ -38,7 +39,7 @@ FAMILIES: tuple[DecodeFamily, ...] = (
 )
 # Of gathered tokens, by rows.
 GATHERED_DENSE_FAMILIES: tuple[DecodeFamily, ...] = (GATHERED_NARROW16, GATHERED_NARROW32, GATHERED_WIDE64)
-GATHERED_FP8_FAMILIES: tuple[DecodeFamily, ...] = (GATHERED_FP8_NARROW16, GATHERED_FP8_NARROW32)
+GATHERED_FP8_FAMILIES: tuple[DecodeFamily, ...] = (GATHERED_FP8_NARROW16, GATHERED_FP8_NARROW32, GATHERED_FP8_WIDE64)
 GATHERED_FAMILIES = (*GATHERED_DENSE_FAMILIES, *GATHERED_FP8_FAMILIES)
 KERNELS = (AUTO, *(family.name for family in FAMILIES))
 

@@ -27,11 +27,11 @@ if TYPE_CHECKING:
     from ..call.problem import DecodeProblem
     from ..call.sparse_problem import SparseProblem
 
-_VALUES_WARPGROUPS = 2
+VALUES_WARPGROUPS = 2
 # Few rows have up to 3.1e-3 of error with bf16 partial results; over many the mean counts. For all rows fp16 partial
 # results would cost 0.2 to 1 us (kernels_cu/TRIED.md).
 _SCALED_PARTIAL_ROWS = 16
-_ROLES = (Role("scores", WARPGROUP_THREADS, 184), Role("values", _VALUES_WARPGROUPS * WARPGROUP_THREADS, 160))
+_ROLES = (Role("scores", WARPGROUP_THREADS, 184), Role("values", VALUES_WARPGROUPS * WARPGROUP_THREADS, 160))
 # Two warpgroups share the values' columns, in a width that wgmma has; a stage has one rope box, which P replaces.
 _LATENT_DIMS = (128, 256, 512)
 _ROPE_DIMS = (0, BOX_COLUMNS)
@@ -40,6 +40,13 @@ _MAX_REGISTER_STEPS = 31
 _STEP_COLUMNS = 16
 _LOADER_STATE_BYTES = 32
 _LOADER_WARPS = 4  # where a page does not hold a swizzle atom's tokens
+
+
+def wide_scale_parts(latent_dim: int, dtype: str, rows: int) -> ColumnParts | None:
+    """``DecodeFamily.scale_parts`` where two warpgroups share the columns: for few rows of bf16."""
+    if rows > _SCALED_PARTIAL_ROWS or dtype != "bfloat16":
+        return None
+    return ColumnParts(latent_dim // VALUES_WARPGROUPS, VALUES_WARPGROUPS)
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,9 +72,7 @@ class WideFamily(DecodeFamily):
 
     def scale_parts(self, latent_dim: int, dtype: str, rows: int) -> ColumnParts | None:
         """For few rows of bf16: two warpgroups share the columns."""
-        if rows > _SCALED_PARTIAL_ROWS or dtype != "bfloat16":
-            return None
-        return ColumnParts(latent_dim // _VALUES_WARPGROUPS, _VALUES_WARPGROUPS)
+        return wide_scale_parts(latent_dim, dtype, rows)
 
     def shared_memory(self, config: KernelConfig) -> int:
         """The total of decode/wide/smem.h."""

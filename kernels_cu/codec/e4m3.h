@@ -10,6 +10,7 @@ struct E4m3Rows {
     static constexpr u32 kUncoded = 0;
     static constexpr bool kHasScales = false;
     static constexpr u32 kScales = 1;
+    static constexpr u32 kScalesOffset = 0;  // there are none
     static constexpr u32 kUncodedOffset = kCoded;
     static constexpr u32 kRowBytes = kCoded;
 

@@ -1,4 +1,4 @@
-// The power of two by which a row of Q is divided, so that narrower types hold it.
+// Powers of two by which a row of Q, or of O, is divided, so that narrower types hold what it is or is made of.
 #pragma once
 #include "core/types.h"
 
@@ -15,6 +15,14 @@ MLA_DEVICE f32 power_for_row(f32 largest) {
     const u32 rounded_up = (__float_as_uint(largest / kLargestE4m3) + kMantissa) & kExponent;
     if (rounded_up >= kExponent) return __uint_as_float(kNan);
     return __uint_as_float(rounded_up < kSmallestNormal ? kSmallestNormal : rounded_up);
+}
+
+// 1 if numbers up to `largest` are what fp16 is good at; else the power of two that is not above it. 1 for 0.
+MLA_DEVICE f32 unit_for(f32 largest) {
+    constexpr f32 kGood = 1024.0f;
+    constexpr u32 kExponent = 0x7F800000;
+    if (largest == 0.0f || (largest >= 1.0f / kGood && largest <= kGood)) return 1.0f;
+    return __uint_as_float(__float_as_uint(largest) & kExponent);
 }
 
 }  // namespace mla

@@ -1,6 +1,7 @@
 // The softmax of the narrow kernels of gathered tokens, and what becomes of it: P, the factors by which O is rescaled, inverse
 // sums, lse and largest scores. By the scores warpgroup.
 #pragma once
+#include "core/row_power.h"
 #include "decode/gathered/narrow_work.h"
 #include "decode/narrow/store.h"
 #include "decode/rows.h"
@@ -180,14 +181,6 @@ private:
             weighted[row_element(i) + 2] = probabilities[row_element(i) + 2] * units.of[1] / unit;
         }
         store_as_operand<T>(weighted);
-    }
-
-    // 1 if numbers up to `largest` are what fp16 is good at; else the power of two that is not above it. 1 for 0.
-    static MLA_DEVICE float unit_for(float largest) {
-        constexpr float kGood = 1024.0f;
-        constexpr u32 kExponent = 0x7F800000;
-        if (largest == 0.0f || (largest >= 1.0f / kGood && largest <= kGood)) return 1.0f;
-        return __uint_as_float(__float_as_uint(largest) & kExponent);
     }
 
     template <class T>

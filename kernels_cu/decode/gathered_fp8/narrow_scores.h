@@ -2,6 +2,7 @@
 // registers, multiplies, and leaves the same registers in shared memory as V; then softmax and P.
 #pragma once
 #include "decode/gathered_fp8/narrow_query.h"
+#include "decode/gathered_fp8/token_unit.h"
 #include "ptx/convert_fp8.h"
 #include "ptx/wgmma.h"
 
@@ -24,7 +25,7 @@ public:
         if (work.has_tiles()) {
             QueryLoad query;
             query.read(params_, work, thread_);
-            query.write(smem_, thread_, params_.scale_log2 * cache_scale());
+            query.write(smem_, thread_, params_.scale_log2 * cache_scale(params_));
         }
         while (work.has_tiles()) {
             const BlockWork next = next_work(params_, items, item);
@@ -63,17 +64,11 @@ private:
         if (next.has_tiles()) {
             QueryLoad query;
             query.read(params_, next, thread_);
-            softmax_.finish(work, rows, cache_scale());
-            query.write(smem_, thread_, params_.scale_log2 * cache_scale());
+            softmax_.finish(work, rows, cache_scale(params_));
+            query.write(smem_, thread_, params_.scale_log2 * cache_scale(params_));
         } else {
-            softmax_.finish(work, rows, cache_scale());
+            softmax_.finish(work, rows, cache_scale(params_));
         }
-    }
-
-    // What all coded values are multiplied by besides their own scales: scores and sums are, not they.
-    MLA_DEVICE f32 cache_scale() const {
-        if (Codec::kHasScales) return 1.0f;
-        return params_.kv_scale_at != nullptr ? __ldg(params_.kv_scale_at) : params_.kv_scale_value;
     }
 
     MLA_DEVICE Tokens open_tile() const {
@@ -91,26 +86,6 @@ private:
                 tokens.scales[half][i] = pack2<Fp16>(scales[i] * inverse, scales[i] * inverse);
         }
         return tokens;
-    }
-
-    // The unit of a token: 1 where fp16 holds what its scales make of e4m3 values, else a power of two with which it does.
-    // Returns its inverse. A scale that is NaN stays.
-    static MLA_DEVICE f32 take_unit(const f32 (&scales)[Codec::kScales], f32& unit) {
-        constexpr i32 kBias = 127, kMantissaBits = 23;
-        constexpr i32 kRoom = 6;  // bits of the largest scale over the unit: 448 * 2^7 is an fp16
-        constexpr i32 kLeast = -100, kMost = 113;  // exponents of units: P times them and their ratios are float32
-        unit = 1.0f;
-        f32 largest = 0.0f;
-        bool fit = true;
-#pragma unroll
-        for (u32 i = 0; i < Codec::kScales; ++i) {
-            fit &= fits_fp16(scales[i]);
-            largest = fmaxf(largest, fabsf(scales[i]));
-        }
-        if (fit || largest == 0.0f) return 1.0f;
-        const i32 exponent = clamp_i32((__float_as_int(largest) >> kMantissaBits) - kBias - kRoom, kLeast, kMost);
-        unit = __int_as_float((kBias + exponent) << kMantissaBits);
-        return __int_as_float((kBias - exponent) << kMantissaBits);
     }
 
     MLA_DEVICE void run_tile(bool is_first, const Tokens& tokens, const float (&row_scale)[kThreadRows], Softmax::Rows& rows) {

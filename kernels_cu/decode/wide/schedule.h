@@ -1,12 +1,10 @@
 // The wide kernel's schedule in numbers: roles and their registers, stages, what overlaps what. DESIGN.md says why.
 #pragma once
-#include "decode/config.h"
+#include "decode/wide/output.h"
 #include "source/paged.h"
 
 namespace mla {
 
-// Warpgroup 0: scores; 1 and 2: values.
-constexpr u32 kValueWarpgroups = 2;
 constexpr u32 kThreads = (1 + kValueWarpgroups) * kWarpgroupThreads;
 // At entry every thread has 168 registers (65536 / 384, in eights); the roles then share the 3 * 168 = 504 out.
 constexpr int kScoresRegisters = 184;

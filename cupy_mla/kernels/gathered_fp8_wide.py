@@ -1,0 +1,114 @@
+"""The kernel for 64 query rows of gathered tokens of FP8 caches (kernels_cu/decode/gathered_fp8/wide.cu)."""
+
+from __future__ import annotations
+
+import itertools
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from ..gpu import hopper
+from ..layouts import FP8_E4M3
+from ..layouts.block_scaled import BlockScaled
+from ..schedule.pieces import TILE_COST, TILE_TOKENS, PieceCosts
+from .cost import CostModel
+from .family import (
+    BARRIER_BYTES,
+    BOX_BYTES,
+    BOX_COLUMNS,
+    CLAIM_BYTES,
+    FLOAT_BYTES,
+    ColumnParts,
+    DecodeFamily,
+    KernelConfig,
+    Role,
+)
+from .gathered import STANDARD_PAGES, GatheredConfig
+from .gathered_fp8 import STANDARD_LAYOUTS, fp8_defines, fp8_extra_configs, why_no_codec
+from .wide import VALUES_WARPGROUPS, wide_scale_parts
+
+if TYPE_CHECKING:
+    from ..call.problem import DecodeProblem
+    from ..call.sparse_problem import SparseProblem
+
+_ROLES = (
+    Role("scores", hopper.WARPGROUP_THREADS, 96),
+    Role("values", VALUES_WARPGROUPS * hopper.WARPGROUP_THREADS, 152),
+    Role("converters", hopper.WARPGROUP_THREADS, 112),
+)
+# A warp converts two tokens at once, 256 columns of each; a stage has one rope box, which P replaces.
+_LATENT_DIMS = (256, 512)
+_ROPE_DIMS = (0, BOX_COLUMNS)
+_STAGES = 2
+_SLABS = 4  # of a tile, which PV frees one by one
+_WARPS = 4  # of the converters
+_WORD_BYTES = 4
+
+
+@dataclass(frozen=True, slots=True)
+class GatheredFp8WideFamily(DecodeFamily):
+    """The family of this kernel."""
+
+    def why_unsupported(self, problem: DecodeProblem | SparseProblem) -> str | None:
+        """Widths other than those that roles share evenly; other layouts than those that have a codec."""
+        queries = problem.queries
+        if queries.latent_dim not in _LATENT_DIMS:
+            return f"takes latent widths of {_LATENT_DIMS}, not {queries.latent_dim}"
+        if queries.rope_dim not in _ROPE_DIMS:
+            return f"takes rope widths of {_ROPE_DIMS}, not {queries.rope_dim}"
+        return why_no_codec(problem)
+
+    def roles(self, config: KernelConfig) -> tuple[Role, ...]:
+        """One warpgroup for the scores, two for the values, one that converts tokens."""
+        return _ROLES
+
+    def scale_parts(self, latent_dim: int, dtype: str, rows: int) -> ColumnParts | None:
+        """As in the wide kernel."""
+        return wide_scale_parts(latent_dim, dtype, rows)
+
+    def shared_memory(self, config: KernelConfig) -> int:
+        """The total of decode/gathered_fp8/wide_smem.h."""
+        assert isinstance(config, GatheredConfig)
+        latent_boxes, rope_boxes = config.latent_dim // BOX_COLUMNS, config.rope_dim // BOX_COLUMNS
+        layout = config.layout
+        scales = layout.coded // layout.block if isinstance(layout, BlockScaled) else 1  # of a token
+        boxes = _STAGES * (latent_boxes + 1) + latent_boxes + 2 * rope_boxes  # stages, Q, the rope part on its way
+        row_floats = 2 * _STAGES + 1  # factors and inverse sums, the scale of Q
+        token_words = _STAGES + scales  # units, scales
+        barriers = _STAGES * (2 + _SLABS)
+        return (
+            boxes * BOX_BYTES
+            + row_floats * self.rows * FLOAT_BYTES
+            + token_words * TILE_TOKENS * _WORD_BYTES
+            + _STAGES * _WARPS * _WORD_BYTES
+            + barriers * BARRIER_BYTES
+            + CLAIM_BYTES
+        )
+
+    def defines(self, config: KernelConfig) -> tuple[tuple[str, str], ...]:
+        """The macros of decode/config.h, decode/gathered/work.h and codec/codec.h."""
+        return fp8_defines(self, config)
+
+    def standard_configs(self) -> list[KernelConfig]:
+        """What `cupy-mla compile` prepares ahead of time and the tests compile."""
+        return [
+            GatheredConfig(self, latent, rope, dtype, page_size, causal=False, planned=planned, layout=layout)
+            for (page_size, planned), (layout, latent, rope) in itertools.product(STANDARD_PAGES, STANDARD_LAYOUTS)
+            for dtype in FP8_E4M3.query_dtypes
+        ] + fp8_extra_configs(self)
+
+
+# From 1, 16 and 128 requests of 2048 tokens and 64 of 32768, with 64 and 128 heads; pieces as for the wide kernel.
+GATHERED_FP8_WIDE64 = GatheredFp8WideFamily(
+    name="gathered_fp8_wide64",
+    entry="decode/gathered_fp8/wide.cu",
+    function="mla_gathered_fp8_wide",
+    rows=64,
+    cost=CostModel(
+        start=8.5,
+        tile=2.5,
+        item=5.0,
+        merge=5.5,
+        pieces=PieceCosts(piece_overhead=4 * TILE_COST, split_overhead=5 * TILE_COST, packs=True),
+    ),
+    combine_threads=640,  # none fits beside it, as with the wide kernel
+)

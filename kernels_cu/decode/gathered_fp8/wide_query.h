@@ -1,0 +1,76 @@
+// Q of 64 rows for gathered FP8 tokens, in shared memory: a power of two is taken out of each row, so that fp16 holds it; boxes
+// that meet coded values are fp16, the others bf16.
+#pragma once
+#include "core/row_power.h"
+#include "decode/gathered/work.h"
+#include "decode/gathered_fp8/wide_smem.h"
+#include "ptx/convert.h"
+
+namespace mla {
+
+// By the scores warpgroup, 16 rows at a time: eight threads share a row, each has 16 bytes of every box.
+class QueryLoad {
+public:
+    MLA_DEVICE void read(const GatherParams& params, const BlockWork& work, u32 pass) {
+        const QueryRow row = query_row(params, work, row_of(pass), chunk() * kChunkColumns);
+#pragma unroll
+        for (u32 box = 0; box < kTileBoxes; ++box) {
+            const uint4 loaded = row.load_latent(box * kBoxColumns);  // rope columns follow
+            words_[box][0] = loaded.x;
+            words_[box][1] = loaded.y;
+            words_[box][2] = loaded.z;
+            words_[box][3] = loaded.w;
+        }
+    }
+
+    // Writes the rows, and what turns their scores to log2 units.
+    MLA_DEVICE void write(u32 smem, u32 pass, f32 scale_log2) {
+        const u32 row = row_of(pass);
+        const f32 power = power_for_row(largest()) / kFp16Headroom;
+        const f32 inverse = 1.0f / power;
+        if (chunk() == 0) store_shared_f32(smem + Smem::row_scales + row * sizeof(f32), power * scale_log2);
+#pragma unroll
+        for (u32 box = 0; box < kTileBoxes; ++box) {
+            u32 words[4];
+#pragma unroll
+            for (u32 i = 0; i < 4; ++i) {
+                pin_register(words_[box][i]);  // or all of a row's values are kept from the search for the largest
+                f32 first, second;
+                unpack2<Bf16>(words_[box][i], first, second);
+                words[i] = box < kCodedBoxes ? pack2<Fp16>(first * inverse, second * inverse)
+                                             : pack2<Bf16>(first * inverse, second * inverse);
+            }
+            store_shared_16b(smem + Smem::query + box * kBoxBytes + box_chunk_offset(row, chunk()),
+                             uint4{words[0], words[1], words[2], words[3]});
+        }
+    }
+
+    static constexpr u32 kChunkColumns = 8, kChunks = kBoxColumns / kChunkColumns;
+    static constexpr u32 kPassRows = kWarpgroupThreads / kChunks;
+    static constexpr u32 kPasses = kRows / kPassRows;
+
+private:
+    static MLA_DEVICE u32 chunk() { return threadIdx.x % kChunks; }
+    static MLA_DEVICE u32 row_of(u32 pass) { return threadIdx.x / kChunks + pass * kPassRows; }
+
+    MLA_DEVICE f32 largest() const {
+        f32 most = 0.0f;
+#pragma unroll
+        for (u32 box = 0; box < kTileBoxes; ++box) {
+#pragma unroll
+            for (u32 i = 0; i < 4; ++i) {
+                f32 first, second;
+                unpack2<Bf16>(words_[box][i], first, second);
+                most = fmaxf(most, fmaxf(fabsf(first), fabsf(second)));
+            }
+        }
+#pragma unroll
+        for (u32 distance = 1; distance < kChunks; distance *= 2)
+            most = fmaxf(most, __shfl_xor_sync(kFullWarp, most, distance));
+        return most;
+    }
+
+    u32 words_[kTileBoxes][4];
+};
+
+}  // namespace mla
