@@ -35,8 +35,8 @@ _ROLES = (
     Role("values", VALUES_WARPGROUPS * hopper.WARPGROUP_THREADS, 152),
     Role("converters", hopper.WARPGROUP_THREADS, 112),
 )
-# A warp converts two tokens at once, 256 columns of each; a stage has one rope box, which P replaces.
-_LATENT_DIMS = (256, 512)
+# A load of a warp is of one token; a stage has one rope box, which P replaces.
+_LATENT_DIM = 512
 _ROPE_DIMS = (0, BOX_COLUMNS)
 _STAGES = 2
 _SLABS = 4  # of a tile, which PV frees one by one
@@ -49,10 +49,10 @@ class GatheredFp8WideFamily(DecodeFamily):
     """The family of this kernel."""
 
     def why_unsupported(self, problem: DecodeProblem | SparseProblem) -> str | None:
-        """Widths other than those that roles share evenly; other layouts than those that have a codec."""
+        """Other widths; other layouts than those that have a codec."""
         queries = problem.queries
-        if queries.latent_dim not in _LATENT_DIMS:
-            return f"takes latent widths of {_LATENT_DIMS}, not {queries.latent_dim}"
+        if queries.latent_dim != _LATENT_DIM:
+            return f"takes a latent width of {_LATENT_DIM}, not {queries.latent_dim}"
         if queries.rope_dim not in _ROPE_DIMS:
             return f"takes rope widths of {_ROPE_DIMS}, not {queries.rope_dim}"
         return why_no_codec(problem)
