@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+import cupy_mla
 from cupy_mla import InvalidArgumentError, mla_decode, plan_decode
 from cupy_mla.call.options import (
     ARRAYS,
@@ -23,6 +24,15 @@ from cupy_mla.call.options import (
     DecodeOptions,
     option_names,
     read_call,
+)
+from cupy_mla.call.sparse_options import (
+    PLAN_SPARSE,
+    SPARSE_DECODE,
+    SPARSE_DECODE_ARRAYS,
+    SPARSE_OPTIONS,
+    SPARSE_PREFILL,
+    SPARSE_PREFILL_ARRAYS,
+    SparseOptions,
 )
 
 FUNCTIONS = {DECODE: mla_decode, PLAN: plan_decode}
@@ -45,6 +55,33 @@ def test_signatures_that_are_written_out_agree(function: str) -> None:
             assert parameter.default == option.default
             assert type(parameter.default) is type(option.default)
             assert parameter.annotation == annotations[option.name]
+            assert parameter.kind is parameter.KEYWORD_ONLY
+    assert parameters.keys() <= NO_DESCRIPTION
+
+
+@pytest.mark.parametrize(
+    ("name", "arrays", "not_taken"),
+    [
+        (SPARSE_DECODE, SPARSE_DECODE_ARRAYS, set()),
+        (PLAN_SPARSE, SPARSE_DECODE_ARRAYS, {"attn_sink", "out", "lse"}),
+        (SPARSE_PREFILL, SPARSE_PREFILL_ARRAYS, set()),
+    ],
+)
+def test_signatures_of_sparse_functions_agree(name: str, arrays: tuple[str, ...], not_taken: set[str]) -> None:
+    parameters = dict(inspect.signature(getattr(cupy_mla, name)).parameters)
+    for array in arrays:
+        if array in NO_DESCRIPTION | not_taken:
+            continue
+        parameter = parameters.pop(array)
+        is_needed = array in arrays[:3]
+        assert parameter.default is (parameter.empty if is_needed else None)
+        assert (parameter.kind is parameter.KEYWORD_ONLY) != is_needed
+    annotations = SparseOptions.__annotations__
+    for option in SPARSE_OPTIONS:
+        if name in option.functions:
+            parameter = parameters.pop(option.name)
+            assert (parameter.default, parameter.annotation) == (option.default, annotations[option.name])
+            assert type(parameter.default) is type(option.default)
             assert parameter.kind is parameter.KEYWORD_ONLY
     assert parameters.keys() <= NO_DESCRIPTION
 
