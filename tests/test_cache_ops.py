@@ -227,6 +227,28 @@ def test_gpu_append_by_block_table(positions: Any, requests: Any) -> None:
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("cache_pair", [False, True])
+@pytest.mark.parametrize("by_table", [False, True])
+def test_gpu_appends_made_again(cache_pair: bool, by_table: bool) -> None:
+    """From the second on the call is known, and only addresses are written: each has arrays of its own, all alive."""
+    alive = []
+    for seed in range(20, 24):
+        cache, rows, slots = make_gpu_case(seed, ml_dtypes.bfloat16, 1)
+        positions, owners = np.array([0, 1, 3, 4, 5, 6], np.int32), np.repeat(np.arange(3), 2)
+        places = {"slot_mapping": to_device(slots)}
+        if by_table:
+            slots = table_slots(positions, owners)
+            places = {"block_table": to_device(BLOCK_TABLE), "positions": to_device(positions)}
+        parts = (cache[..., : GPU_WIDTHS[0]].copy(), cache[..., GPU_WIDTHS[0] :].copy()) if cache_pair else cache
+        target = to_device(parts)
+        append_tokens(target, to_device(rows), **places)
+        alive.append((target, places, expected_cache(cache, rows, slots)))
+    for target, _, expected in alive:
+        got = np.concatenate([to_host(part) for part in target], axis=-1) if cache_pair else to_host(target)
+        np.testing.assert_array_equal(got.view(np.uint16), expected.view(np.uint16))
+
+
+@pytest.mark.gpu
 def test_gpu_strided_cache() -> None:
     pool, rows, slots = make_gpu_case(12, ml_dtypes.bfloat16, 2)
     wide = np.concatenate([pool, pool], axis=-1)
