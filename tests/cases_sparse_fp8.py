@@ -11,11 +11,13 @@ from cases_sparse import SparseArrays, SparseCase
 from cupy_mla.arrays.dtypes import numpy_dtype
 from cupy_mla.layouts import LAYOUTS, CacheLayout
 from cupy_mla.layouts.block_scaled import BlockScaled
+from cupy_mla.layouts.codes import E8M0
 
 NAN_BYTE = 0xFF  # of it, e4m3, bfloat16 and float32 are NaN
 LARGE, TINY = 2.0**16, 2.0**-14  # what values are multiplied by that fp16 does not hold
 # By what the values of tokens are multiplied; scales are powers of two but where they are "any".
-KINDS = ("powers", "any", "large", "tiny", "mixed", "mixed any")
+KINDS = ("powers", "any", "large", "tiny", "mixed", "mixed any", "wide")
+WIDE = 2.0**18  # what bfloat16 values of some tokens are multiplied by, in the last kind
 # Of an lse, absolute and relative. Where scales are any, a value is rounded to fp16, which over few tokens shows.
 LSE_TOLERANCES = {"any": 1e-3, "mixed any": 1e-3}
 LSE_TOLERANCE = 2e-4
@@ -88,8 +90,12 @@ class Fp8SparseCase(SparseCase):
                 general = rng.uniform(0.5, 2.0, general.shape)
             numbers = np.ascontiguousarray(new_scales).view(np.float32) * factor[:, None] * general
             new_scales = numbers.astype(np.float32).view(np.uint8)
-        else:
+        elif layout.scales is E8M0:  # others have no room for such factors
             new_scales = (new_scales.astype(np.int32) + np.log2(factor).astype(np.int32)[:, None]).astype(np.uint8)
+        if self.kind == "wide":
+            values = np.ascontiguousarray(new_uncoded).view(numpy_dtype("bfloat16")).astype(np.float32)
+            values *= rng.choice([1, 1, WIDE], (used.size, 1))
+            new_uncoded = values.astype(numpy_dtype("bfloat16")).view(np.uint8)
         meant = layout.coded // layout.block if layout.scales is not None else layout.scale_bytes
         codes[pages, offsets] = new_codes
         scales[pages, offsets, :meant] = new_scales[:, :meant]

@@ -87,6 +87,10 @@ def test_prefill(layout: str) -> None:
     check((out[:, None], lse[:, :, None]), exact)
     np.testing.assert_allclose(largest[:, None], exact[1], rtol=1e-5, atol=1e-5)
     flat = pages.reshape(-1, *pages.shape[2:])
+    if LAYOUTS[layout].page_end_bytes:
+        with pytest.raises(InvalidArgumentError, match="multiple of 576 bytes"):
+            mla_sparse_prefill(kv=flat, **given)
+        return
     for ours, theirs in zip(mla_sparse_prefill(kv=flat, **given), (out, largest, lse), strict=True):
         np.testing.assert_array_equal(ours, theirs)
 
@@ -114,7 +118,7 @@ def _dtype(name: str) -> np.dtype:
         ({"layout": "fp8"}, "layout", "one of bf16"),
         ({"layout": "bf16"}, "kv_cache", "width 576 as in q, got 656"),
         ({"layout": "fp8_ds_mla_no_rope"}, "q", "a width that the layout fp8_ds_mla_no_rope has"),
-        ({"layout": "fp4_v41"}, "kv_cache", "which no kernel reads yet"),
+        ({"layout": "fp4_v41"}, "q", "a width that the layout fp4_v41 has"),
         ({"layout": 3}, "layout", "a string"),
         ({"head_dim_v": 448}, "q", "a width that the layout fp8_ds_mla has, .* got 576, with head_dim_v 448"),
         ({"kv_cache": np.zeros((7, 16, 1, 640), np.uint8)}, "kv_cache", r"\[num_pages, page_size, 1, 656\]"),

@@ -33,7 +33,8 @@ CPU_BATCHES, CPU_LENGTHS, CPU_HEADS = (1, 2), (64, 256), (8,)
 
 _DEFAULT_WIDTHS = (DEFAULT_HEAD_DIM_V, DEFAULT_ROPE_DIM)
 DECODE, SPARSE_DECODE, SPARSE_PREFILL = "decode", "sparse decode", "sparse prefill"
-_INTEGERS = ("batch", "num_heads_q", "seqlen_q", "page_size", "latent_dim", "rope_dim")
+_INTEGERS = ("batch", "num_heads_q", "seqlen_q", "page_size", "latent_dim", "rope_dim", "extra_page_size")
+_BOOLEANS = ("causal", "prefill", "attn_sink", "extra_topk_length")
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,6 +71,14 @@ class BenchCase:
         (`mla_decode`).
     prefill
         One request, each of whose ``seqlen_q`` query tokens is a row of ``mla_sparse_prefill``.
+    attn_sink
+        Whether there are attention sinks, beside ``topk``.
+    extra_topk
+        How many tokens of a second cache, which has as many of each request, each query token attends to besides.
+    extra_page_size, extra_layout
+        Of the second cache.
+    extra_topk_length
+        Whether only so many of its indices count, another number for each query token.
     name
         Unique within a run; made from the rest unless given.
 
@@ -95,21 +104,26 @@ class BenchCase:
     compute: str = AUTO
     topk: int | None = None
     prefill: bool = False
+    attn_sink: bool = False
+    extra_topk: int | None = None
+    extra_page_size: int = DEFAULT_PAGE_SIZE
+    extra_layout: str | None = None
+    extra_topk_length: bool = False
     name: str = field(default="", compare=False)
 
     def __post_init__(self) -> None:
         # Python's own types, whatever numbers and arrays came: a case must be hashable, and fit into JSON.
         plain: dict[str, Any] = {argument: as_integer(getattr(self, argument), argument) for argument in _INTEGERS}
-        plain |= {argument: as_boolean(getattr(self, argument), argument) for argument in ("causal", "prefill")}
+        plain |= {argument: as_boolean(getattr(self, argument), argument) for argument in _BOOLEANS}
         plain["lengths"] = _integers(self.lengths, "lengths")
         if self.ragged is not None:
             plain["ragged"] = _integers(self.ragged, "ragged")
-        for argument in ("fixed_split_tokens", "topk"):
+        for argument in ("fixed_split_tokens", "topk", "extra_topk"):
             if getattr(self, argument) is not None:
                 plain[argument] = as_integer(getattr(self, argument), argument)
         for argument, value in plain.items():
             object.__setattr__(self, argument, value)
-        for argument in ("batch", "num_heads_q", "seqlen_q", "page_size"):
+        for argument in ("batch", "num_heads_q", "seqlen_q", "page_size", "extra_page_size"):
             if getattr(self, argument) < 1:
                 raise InvalidArgumentError(argument, "at least 1", str(getattr(self, argument)))
         for argument in ("lengths", "ragged"):
@@ -153,6 +167,11 @@ class BenchCase:
             compute=self.compute,
             topk=self.topk,
             prefill=self.prefill,
+            attn_sink=self.attn_sink,
+            extra_topk=self.extra_topk,
+            extra_page_size=self.extra_page_size,
+            extra_layout=self.extra_layout,
+            extra_topk_length=self.extra_topk_length,
         )
 
     @property
@@ -214,6 +233,10 @@ def _name(case: BenchCase, tokens: str) -> str:
         parts.append(f"p{case.page_size}")
     if case.storage != PACKED:
         parts.append(case.storage)
+    if case.extra_topk is not None:
+        parts.append(f"extra{case.extra_topk}p{case.extra_page_size}")
+        parts += [str(case.extra_layout)] * (case.extra_layout is not None) + ["lengths"] * case.extra_topk_length
+    parts += ["sinks"] * case.attn_sink
     parts += ["causal"] * case.causal + ["ragged"] * (case.ragged is not None)
     if case.fixed_split_tokens is not None:
         parts.append(f"cut{case.fixed_split_tokens}")
@@ -238,12 +261,17 @@ def expand_grid(
     computes: Sequence[str] = (AUTO,),
     topks: Sequence[int | None] = (None,),
     prefill: bool = False,
+    extra_topks: Sequence[int | None] = (None,),
+    extra_page_sizes: Sequence[int] = (DEFAULT_PAGE_SIZE,),
+    extra_topk_length: bool = False,
+    attn_sink: bool = False,
 ) -> list[BenchCase]:
     """Every combination of the values given, in order, the last axis varying fastest.
 
     Parameters
     ----------
-    batches, lengths, heads, seqlens_q, dtypes, page_sizes, storages, splits, causal, layouts, computes, topks, prefill
+    batches, lengths, heads, seqlens_q, dtypes, page_sizes, storages, splits, causal, layouts, computes, topks, prefill,
+    extra_topks, extra_page_sizes, extra_topk_length, attn_sink
         Values of the fields of `BenchCase`; ``splits`` are its ``fixed_split_tokens``. Storages among ``layouts``, as
         which they were known before, count as ``storages``.
     preset, tensor_parallel
@@ -271,6 +299,14 @@ def expand_grid(
         "layout": [name for name in layouts or () if name not in STORAGES] or [None],
         "compute": computes,
         "topk": topks,
+        "extra_topk": extra_topks,
+        "extra_page_size": extra_page_sizes,
+    }
+    flags: dict[str, Any] = {
+        "causal": causal,
+        "prefill": prefill,
+        "attn_sink": attn_sink,
+        "extra_topk_length": extra_topk_length,
     }
     sizes = itertools.product(_length_axis(batches, lengths, traces), heads)
     cases = []
@@ -278,7 +314,7 @@ def expand_grid(
         options: dict[str, Any] = {**dict(zip(axes, values, strict=True)), **widths}
         if options["layout"] is None or not find_layout(options["layout"]).needs_scale:
             options["compute"] = AUTO  # there is but one way
-        case = BenchCase(batch, tokens, head_count, **options, causal=causal, prefill=prefill)
+        case = BenchCase(batch, tokens, head_count, **options, **flags)
         if draw is not None:
             case = replace(case, name=_name(case, f"trace{draw}"))
         cases.append(case)

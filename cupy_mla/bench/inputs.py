@@ -19,8 +19,8 @@ from ..lab.accuracy import choose_requests, measure_accuracy
 from ..lab.build import deal_pages, dense_case, make_values, sparse_case, store_cache, store_q
 from ..lab.cases import Case
 from ..lab.libraries import CUPY, NUMPY, ArrayLibrary, TorchLibrary
-from ..lab.sparse_cases import SparseCase
-from ..lab.spec import KV_SCALE
+from ..lab.sparse_cases import ChosenOf, SparseCase
+from ..lab.spec import KV_SCALE, CaseSpec
 from ..lab.timing import graph_shape
 from .grid import BenchCase
 
@@ -52,7 +52,8 @@ class Inputs:
     q : array
         [batch, seqlen_q, h, d], or [total_q, h, d] when ragged or of prefill.
     caches : list
-        Copies with the same values: [num_pages, page_size, 1, width], or pairs (latent, rope).
+        Copies with the same values: [num_pages, page_size, 1, width], or pairs (latent, rope); of a case with two
+        caches, pairs of the two.
     block_table : array or None
         [batch, pages of the longest] int32; 0 past a request's last page (not every peer takes another number there).
         None with ``topk``, as the next two.
@@ -92,6 +93,9 @@ class Inputs:
         else:
             self.stored_case = sparse = sparse_case(spec, *stored, self._table, unused, library)
             self.indices = sparse.indices
+        if spec.extra is not None:
+            second = self.stored_case.cold[1]
+            self.caches = list(zip(self.caches, store_cache(second, spec.extra, library, copies), strict=True))
 
     def errors(self, out: Any, lse: Any = None, *, as_rounded: bool = False) -> tuple[float, float]:
         """How far a result is from float64, over the shortest and the longest request (of prefill, query token).
@@ -110,7 +114,10 @@ class Inputs:
         requests = choose_requests(self.stored_case, REQUESTS_COMPARED)
         if self.library.name == "torch":
             return self._torch_errors(out, lse, requests, as_rounded)
-        packed = replace(self.stored_case, q=self.q, kv_cache=self._packed)
+        stored = self.stored_case.cold
+        packed = replace(self.stored_case, q=self.q).with_cold(
+            self._packed if self.spec.extra is None else (self._packed, stored[1])
+        )
         if isinstance(packed, Case) and not as_rounded:
             packed = replace(packed, compute=AUTO)
         if lse is None:
@@ -128,10 +135,11 @@ class Inputs:
         spec = self.spec
         worst = [0.0, 0.0]
         places = self._dense_places(requests) if spec.topk is None else self._sparse_places(requests)
-        for rows, lse_rows, slots in places:
+        for rows, lse_rows, keys in places:
             found_lse = None if lse is None else lse[lse_rows]
             q = self._rounded(self.q[rows]) if as_rounded and self.case.compute == FP8 else self.q[rows]
-            exact = attention64(q, self._keys(slots), spec.scale, spec.latent_dim, spec.causal)
+            sinks = getattr(self.stored_case, "attn_sink", None)
+            exact = attention64(q, keys, spec.scale, spec.latent_dim, spec.causal, sinks)
             found = relative_errors((out[rows], found_lse), exact)
             # numpy.maximum, unlike max, keeps a not-a-number.
             worst = [float(np.maximum(*pair)) for pair in zip(worst, found, strict=True)]
@@ -141,8 +149,8 @@ class Inputs:
         """Queries as ``compute="fp8"`` takes them, in float32."""
         return self.library.upload(round_queries([self.library.download(q).astype(np.float32)])[0])
 
-    def _dense_places(self, requests: list[int]) -> Iterator[tuple[Any, Any, npt.NDArray[np.int64]]]:
-        """Of each request that has query tokens: where they are in q and out, and in lse; its tokens' slots."""
+    def _dense_places(self, requests: list[int]) -> Iterator[tuple[Any, Any, Any]]:
+        """Of each request that has query tokens: where they are in q and out, and in lse; its keys."""
         spec = self.spec
         for request in requests:
             rows = slice(int(spec.q_starts[request]), int(spec.q_starts[request + 1]))
@@ -151,28 +159,49 @@ class Inputs:
             tokens = np.arange(spec.lengths[request])
             slots = self._table[request, tokens // spec.page_size].astype(np.int64) * spec.page_size
             place: Any = (rows, (slice(None), rows)) if spec.ragged else (request, request)
-            yield *place, slots + tokens % spec.page_size
+            yield *place, self._keys(spec, self._packed, slots + tokens % spec.page_size)
 
-    def _sparse_places(self, requests: list[int]) -> Iterator[tuple[Any, Any, npt.NDArray[np.int64]]]:
+    def _sparse_places(self, requests: list[int]) -> Iterator[tuple[Any, Any, Any]]:
         """The same of each query token."""
         for request in requests:
-            chosen = self.library.download(self.indices[request]).reshape(-1, self.indices.shape[-1]).astype(np.int64)
-            for token, slots in enumerate(chosen):
+            for token in range(1 if self.case.prefill else self.case.seqlen_q):
                 one = slice(token, token + 1)
                 place: Any = ((request, one), (request, slice(None), one))
                 if self.case.prefill:
                     place = (slice(request, request + 1), (request, slice(None), None))
-                yield *place, slots[slots >= 0]
+                yield *place, self._chosen_keys(request, token)
 
-    def _keys(self, slots: npt.NDArray[np.int64]) -> Any:
-        """[n, d]: the values of tokens."""
-        spec, layout = self.spec, self.spec.cache_layout
+    def _chosen_keys(self, request: int, token: int) -> Any:
+        """[n, d]: what a query token attends to, of both caches."""
+        case = self.stored_case
+        assert isinstance(case, SparseCase)
+        lists: list[tuple[CaseSpec, Any, SparseCase | ChosenOf]] = [(self.spec, self._packed, case)]
+        if self.spec.extra is not None and case.extra is not None:
+            lists.append((self.spec.extra, case.extra.kv_cache, case.extra))
+        keys = []
+        for spec, packed, chosen in lists:
+            slots = self.library.download(chosen.indices[request]).reshape(-1, chosen.indices.shape[-1])[token]
+            if chosen.topk_length is not None:
+                lengths = self.library.download(chosen.topk_length[request]).reshape(-1)
+                slots = slots[: int(lengths[min(token, len(lengths) - 1)])]
+            keys.append(self._keys(spec, packed, slots[slots >= 0].astype(np.int64)))
+        return keys[0] if len(keys) == 1 else self._join(keys)
+
+    @staticmethod
+    def _join(keys: list[Any]) -> Any:
+        import torch
+
+        return torch.cat([part.to(torch.float64) for part in keys])
+
+    def _keys(self, spec: CaseSpec, packed: Any, slots: npt.NDArray[np.int64]) -> Any:
+        """[n, d]: the values of tokens of a cache."""
+        layout = spec.cache_layout
         pages, places = np.unique(slots // spec.page_size, return_inverse=True)
         if layout.dtype == spec.dtype:
-            values = self._packed[self.library.upload(pages)]
+            values = packed[self.library.upload(pages)]
         else:
             scale = KV_SCALE if layout.needs_scale else None
-            stored = self.library.take_pages(self._packed, pages)
+            stored = layout.with_page_starts(self.library.take_pages(packed, pages))
             values = self.library.upload(layout.dequantise(stored, scale))
         rows = places.reshape(-1) * spec.page_size + slots % spec.page_size
         return values.reshape(-1, spec.head_dim)[self.library.upload(rows)]

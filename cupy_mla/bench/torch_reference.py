@@ -6,7 +6,9 @@ import math
 from typing import Any
 
 
-def attention64(q: Any, keys: Any, scale: float, head_dim_v: int, causal: bool) -> tuple[Any, Any]:
+def attention64(
+    q: Any, keys: Any, scale: float, head_dim_v: int, causal: bool, attn_sink: Any = None
+) -> tuple[Any, Any]:
     """The exact result for one request.
 
     Parameters
@@ -17,6 +19,8 @@ def attention64(q: Any, keys: Any, scale: float, head_dim_v: int, causal: bool) 
         [length, d] torch tensor, the first ``head_dim_v`` columns are the values.
     scale, causal
         Factor on the scores; mask aligned to the bottom right.
+    attn_sink
+        [h] torch tensor: one more score of each head, of a key without a value; lse is without it. None: no sinks.
 
     Returns
     -------
@@ -34,6 +38,9 @@ def attention64(q: Any, keys: Any, scale: float, head_dim_v: int, causal: bool) 
     lse = torch.logsumexp(scores, -1)
     weights = scores.sub_(torch.where(lse.isneginf(), 0.0, lse)[:, None]).exp_()
     out = weights @ keys[:, :head_dim_v]
+    if attn_sink is not None:
+        out /= 1 + torch.exp(attn_sink.double().repeat(seqlen_q) - lse)[:, None]
+        out.nan_to_num_(nan=0.0)  # neither a key nor a sink
     return out.view(seqlen_q, num_heads, head_dim_v), lse.view(seqlen_q, num_heads).T
 
 

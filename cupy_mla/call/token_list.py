@@ -170,7 +170,7 @@ class TokenList:
         """The page size as far as addresses depend on it: 1 where slots are equally far apart."""
         page_size = self.kv.shape[1]
         strides = settled_strides(self.kv)
-        apart = self.layout.has_page_ends or strides[0] != page_size * strides[1]
+        apart = self.layout.page_end_bytes > 0 or strides[0] != page_size * strides[1]
         return page_size if apart else 1
 
 

@@ -48,6 +48,8 @@ _FOLDER = click.Path(path_type=Path, file_okay=False, writable=True)
         "lengths": "--length",
         "num_heads_q": "--heads",
         "results": "--compare",
+        "attn_sink": "--sinks",
+        "extra_topk_length": "--extra-lengths",
     },
 )
 @list_option("--batch", COUNT, "Requests.")
@@ -56,6 +58,10 @@ _FOLDER = click.Path(path_type=Path, file_okay=False, writable=True)
 @list_option("--seqlen-q", COUNT, "Query tokens of a request.")
 @list_option("--topk", COUNT, "Tokens that each query token attends to, of those cached: sparse decode.")
 @click.option("--prefill", is_flag=True, help="Sparse prefill: --seqlen-q rows of indices over --length tokens.")
+@list_option("--extra-topk", COUNT, "Tokens of a second cache that each attends to besides: sparse decode.")
+@list_option("--extra-page-size", COUNT, "Tokens of a page of the second cache.")
+@click.option("--extra-lengths", is_flag=True, help="Of the second cache only some indices count, at random.")
+@click.option("--sinks", is_flag=True, help="Attention sinks, with --topk.")
 @list_option("--dtype", click.Choice(DTYPES), "Type of q, and of a dense cache.")
 @list_option(
     "--layout", click.Choice([*LAYOUTS, *STORAGES]), f"Layout of the cache: {', '.join(LAYOUTS)}.", metavar="LAYOUT"
@@ -189,6 +195,10 @@ def _cases(backend: str, options: dict[str, Any]) -> list[Any]:
         computes=options["compute"] or (AUTO,),
         topks=options["topk"] or (None,),
         prefill=options["prefill"],
+        extra_topks=options["extra_topk"] or (None,),
+        extra_page_sizes=options["extra_page_size"] or (DEFAULT_PAGE_SIZE,),
+        extra_topk_length=options["extra_lengths"],
+        attn_sink=options["sinks"],
         splits=options["split"] or (None,),
         causal=options["causal"],
         preset=preset,

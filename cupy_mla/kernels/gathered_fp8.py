@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from ..gpu import hopper
-from ..layouts import FP8_DS_MLA, FP8_DS_MLA_NO_ROPE, FP8_E4M3, CacheLayout
+from ..layouts import FP4_V41, FP8_DS_MLA, FP8_DS_MLA_NO_ROPE, FP8_E4M3, FP8_MODEL1, FP8_V41, CacheLayout
 from ..schedule.pieces import TILE_COST, PieceCosts
 from .cost import CostModel
 from .family import (
@@ -27,14 +27,15 @@ if TYPE_CHECKING:
     from ..call.problem import DecodeProblem
     from ..call.sparse_problem import SparseProblem
 
-# Whose tokens are rows, with their scales in them.
-ROW_LAYOUTS: tuple[CacheLayout, ...] = (FP8_DS_MLA, FP8_DS_MLA_NO_ROPE, FP8_E4M3)
-# Layouts that these kernels are compiled for, with their widths.
+# Layouts that these kernels are compiled for, with their widths: whose tokens are rows, with their scales in them.
 STANDARD_LAYOUTS: tuple[tuple[CacheLayout, int, int], ...] = (
     (FP8_DS_MLA, 512, 64),
     (FP8_DS_MLA_NO_ROPE, 512, 0),
     (FP8_E4M3, 512, 64),
 )
+ROW_LAYOUTS = tuple(layout for layout, _, _ in STANDARD_LAYOUTS)
+# The narrow one also where scales are elsewhere, or of fewer values than a thread has of them.
+_NARROW_LAYOUTS = (*STANDARD_LAYOUTS, (FP8_MODEL1, 512, 0), (FP8_V41, 512, 0), (FP4_V41, 512, 0))
 
 _ROLES = ("scores", "values", "loaders")  # a warpgroup each
 _MAX_ROPE_DIM = 128
@@ -55,22 +56,31 @@ def fp8_defines(family: DecodeFamily, config: KernelConfig) -> tuple[tuple[str, 
     """The macros of decode/config.h, decode/gathered/work.h and codec/codec.h."""
     assert isinstance(config, GatheredConfig)
     assert config.layout.codec is not None
-    return (*gathered_defines(family, config), *FP8_E4M3.defines, ("MLA_CODEC", config.layout.codec))
+    defines = *gathered_defines(family, config), *FP8_E4M3.defines, ("MLA_CODEC", config.layout.codec)
+    if config.extra_layout in (None, config.layout):
+        return defines
+    assert config.extra_layout is not None
+    assert config.extra_layout.codec is not None
+    return (*defines, ("MLA_EXTRA_CODEC", config.extra_layout.codec))
 
 
-def fp8_extra_configs(family: DecodeFamily) -> list[KernelConfig]:
-    """Standard configurations with a second cache."""
+def fp8_extra_configs(
+    family: DecodeFamily, layouts: tuple[tuple[CacheLayout, int, int], ...] = STANDARD_LAYOUTS
+) -> list[KernelConfig]:
+    """Standard configurations with a second cache: of the same layout, and of DeepSeek V4.1."""
+    pairs = [(layout, layout, latent, rope) for layout, latent, rope in layouts]
+    pairs += [(FP8_V41, FP4_V41, latent, rope) for layout, latent, rope in layouts if layout is FP8_V41]
     return [
         GatheredConfig(
-            family, latent, rope, dtype, 1, causal=False, layout=layout, extra_page_size=1, extra_layout=layout
+            family, latent, rope, dtype, 1, causal=False, layout=layout, extra_page_size=1, extra_layout=extra_layout
         )
-        for layout, latent, rope in STANDARD_LAYOUTS
+        for layout, extra_layout, latent, rope in pairs
         for dtype in FP8_E4M3.query_dtypes
     ]
 
 
 def why_no_codec(
-    problem: DecodeProblem | SparseProblem, layouts: tuple[CacheLayout, ...] = ROW_LAYOUTS, *, takes_two: bool = False
+    problem: DecodeProblem | SparseProblem, layouts: tuple[CacheLayout, ...] = ROW_LAYOUTS
 ) -> str | None:
     """Why a kernel that reads rows through a codec cannot serve a problem; None when it can.
 
@@ -80,13 +90,8 @@ def why_no_codec(
         What is asked for.
     layouts
         What the kernel reads.
-    takes_two
-        Whether it attends to tokens of a second cache, too.
     """
-    extra = getattr(problem, "extra_layout", None)
-    if extra is not None and not takes_two:
-        return "takes one cache, not two"
-    for layout in (problem.layout, extra):
+    for layout in (problem.layout, getattr(problem, "extra_layout", None)):
         if layout is not None and layout not in layouts:
             names = " or ".join(known.name for known in layouts)
             return f"takes a cache in the layout {names}, not {layout.name}"
@@ -112,7 +117,7 @@ class GatheredFp8NarrowFamily(DecodeFamily):
         """Other layouts than those that have a codec; wider rope parts than registers hold Q of while it is loaded."""
         if problem.queries.rope_dim > _MAX_ROPE_DIM:
             return f"takes rope widths up to {_MAX_ROPE_DIM}, not {problem.queries.rope_dim}"
-        return why_no_codec(problem, takes_two=True)
+        return why_no_codec(problem, tuple(layout for layout, _, _ in _NARROW_LAYOUTS))
 
     def roles(self, config: KernelConfig) -> tuple[Role, ...]:
         """Three warpgroups."""
@@ -141,9 +146,13 @@ class GatheredFp8NarrowFamily(DecodeFamily):
             + _BUFFERS * _WORD_BYTES
             + CLAIM_BYTES
         )
-        row_bytes = config.layout.width(config.latent_dim, config.rope_dim)
-        pitch = row_bytes + (0 if row_bytes % _LINE_BYTES else _LINE_BYTES // 2)
-        slab = _SLAB_TOKENS * pitch + 2 * BARRIER_BYTES + _WORD_BYTES
+        page_end_bytes = config.layout.page_end_bytes
+        layouts = (config.layout, config.extra_layout or config.layout)
+        row_bytes = max(layout.width(config.latent_dim, config.rope_dim) for layout in layouts) - page_end_bytes
+        half_line = _LINE_BYTES // 2
+        pads = half_line not in (row_bytes % _LINE_BYTES, 4 * row_bytes % _LINE_BYTES)
+        pitch = (row_bytes + half_line - 1) // _LINE_BYTES * _LINE_BYTES + half_line if pads else row_bytes
+        slab = _SLAB_TOKENS * (pitch + page_end_bytes) + 2 * BARRIER_BYTES + _WORD_BYTES
         return fixed + (hopper.MAX_SHARED_BYTES - hopper.CTA_SHARED_BYTES - fixed) // slab * slab
 
     def defines(self, config: KernelConfig) -> tuple[tuple[str, str], ...]:
@@ -158,11 +167,11 @@ class GatheredFp8NarrowFamily(DecodeFamily):
                 layout=layout,
             )
             for (planned, float_partials, page_size), (layout, latent, rope) in itertools.product(
-                _STANDARD_FORMS, STANDARD_LAYOUTS
+                _STANDARD_FORMS, _NARROW_LAYOUTS
             )
             for dtype in FP8_E4M3.query_dtypes
             if self.float_partials or not float_partials
-        ] + fp8_extra_configs(self)  # fmt: skip
+        ] + fp8_extra_configs(self, _NARROW_LAYOUTS)  # fmt: skip
 
 
 def _narrow(

@@ -6,13 +6,15 @@ from typing import Any
 
 import numpy as np
 
+from ..layouts.block_scaled import BlockScaled
 from ..schedule.pieces import ceil_div
 from .cases import NO_PAGE, Case
-from .libraries import NUMPY, ArrayLibrary
+from .libraries import NUMPY, ArrayLibrary, empty_cache_like
 from .random_values import Array, host_normal
-from .sparse_cases import SparseCase
+from .sparse_cases import ChosenOf, SparseCase
 from .spec import KV_SCALE, SPLIT, STRIDED, CaseSpec
 from .tokens import choose_tokens
+from .work import IntArray
 
 # A view's gaps. Rows keep the alignment of 16 bytes that TMA needs.
 PADDING_COLUMNS = 64
@@ -67,21 +69,39 @@ def sparse_case(
 ) -> SparseCase:
     """A case of sparse attention over arrays that were made; ``unused`` are the pages of no request."""
     chosen = choose_tokens(spec, table, unused)
+    extra, extra_counts = make_extra(spec, library)
+    counts = chosen.counts if extra_counts is None else chosen.counts + extra_counts
     return SparseCase(
         q=q,
         kv_cache=cache,
         indices=library.upload(chosen.indices),
         topk_length=None if chosen.topk_length is None else library.upload(chosen.topk_length),
         attn_sink=None if chosen.attn_sink is None else library.upload(chosen.attn_sink),
-        counts=chosen.counts,
-        work=spec.work_of(chosen.counts),
+        counts=counts,
+        work=spec.work_of(chosen.counts, extra_counts),
         prefill=spec.prefill,
         head_dim_v=spec.latent_dim,
         softmax_scale=spec.softmax_scale,
         layout=spec.layout,
         kv_scale=KV_SCALE if spec.cache_layout.needs_scale else None,
+        extra=extra,
         library=library,
     )
+
+
+def make_extra(spec: CaseSpec, library: ArrayLibrary) -> tuple[ChosenOf | None, IntArray | None]:
+    """The second cache of a case and what is chosen of it, and how many tokens that is; None of both without one."""
+    if spec.extra is None:
+        return None, None
+    table, unused = deal_pages(spec.extra)
+    cache = make_cache(spec.extra, library)
+    if spec.poison:
+        _poison_cache(cache, spec.extra, table, unused, library)
+    chosen = choose_tokens(spec.extra, table, unused, length_of_request=True)
+    lengths = None if chosen.topk_length is None else library.upload(chosen.topk_length)
+    stored = store_cache(cache, spec.extra, library)[0]
+    extra = ChosenOf(stored, library.upload(chosen.indices), lengths, spec.extra.layout)
+    return extra, chosen.counts
 
 
 def deal_pages(spec: CaseSpec) -> tuple[Array, Array]:
@@ -104,10 +124,14 @@ def deal_pages(spec: CaseSpec) -> tuple[Array, Array]:
 def make_values(spec: CaseSpec, library: ArrayLibrary) -> tuple[Any, Any]:
     """q and cache, packed and contiguous."""
     # Two streams of values from one seed: the query must not repeat the cache.
-    q = library.normal(spec.q_shape, spec.dtype, 2 * spec.seed)
+    return library.normal(spec.q_shape, spec.dtype, 2 * spec.seed), make_cache(spec, library)
+
+
+def make_cache(spec: CaseSpec, library: ArrayLibrary) -> Any:
+    """The cache alone."""
     if spec.cache_layout.dtype != spec.dtype:
-        return q, _quantised(spec, library)
-    return q, library.normal(spec.cache_shape, spec.dtype, 2 * spec.seed + 1)
+        return _quantised(spec, library)
+    return library.normal(spec.cache_shape, spec.dtype, 2 * spec.seed + 1)
 
 
 def _quantised(spec: CaseSpec, library: ArrayLibrary) -> Any:
@@ -142,7 +166,10 @@ def _store(packed: Any, spec: CaseSpec, token_axis: int, library: ArrayLibrary, 
         return list(zip(*parts, strict=True))
     if spec.padded or (spec.storage == STRIDED and token_axis == _TOKEN_AXIS_OF_CACHE):
         return _copies(packed, spec, token_axis, library, copies)
-    return [packed, *_copies(packed, spec, token_axis, library, copies - 1)]
+    others = [empty_cache_like(library, packed) for _ in range(copies - 1)]
+    for other in others:
+        library.assign(other, packed)
+    return [packed, *others]
 
 
 def _copies(source: Any, spec: CaseSpec, token_axis: int, library: ArrayLibrary, copies: int) -> list[Any]:
@@ -166,12 +193,16 @@ def _copies(source: Any, spec: CaseSpec, token_axis: int, library: ArrayLibrary,
 
 
 def _poison_cache(packed: Any, spec: CaseSpec, table: Array, unused: Array, library: ArrayLibrary) -> None:
-    for row, length in zip(table, spec.lengths, strict=True):
-        pages, tokens = divmod(length, spec.page_size)
-        if tokens:
-            _poison(packed[int(row[pages]), tokens:], spec.cache_layout.dtype, library)
-    for page in unused:
-        _poison(packed[int(page)], spec.cache_layout.dtype, library)
+    layout = spec.cache_layout
+    # Where a page ends with a part of its tokens, a token is not its row.
+    of_tokens = layout.fields(packed) if isinstance(layout, BlockScaled) else (packed,)
+    for part in of_tokens:
+        for row, length in zip(table, spec.lengths, strict=True):
+            pages, tokens = divmod(length, spec.page_size)
+            if tokens:
+                _poison(part[int(row[pages]), tokens:], layout.dtype, library)
+        for page in unused:
+            _poison(part[int(page)], layout.dtype, library)
 
 
 def _poison(target: Any, dtype: str, library: ArrayLibrary) -> None:

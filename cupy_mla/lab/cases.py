@@ -103,6 +103,15 @@ class Case:
         return self._options(PLAN)
 
     @property
+    def cold(self) -> Any:
+        """What a call is to find in device memory, not in L2: the cache."""
+        return self.kv_cache
+
+    def with_cold(self, cold: Any) -> Case:
+        """The same case over another cache like its own."""
+        return replace(self, kv_cache=cold)
+
+    @property
     def read_bytes(self) -> int:
         """As much as a call can read of the cache."""
         return sum(int(part.nbytes) for part in parts_of(self.kv_cache))

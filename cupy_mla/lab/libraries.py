@@ -12,6 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ..arrays.dtypes import numpy_dtype
+from ..arrays.view import view
 from .random_values import Array, device_normal, host_normal
 
 _BITS = {dtype.itemsize: dtype for dtype in (np.dtype(np.uint8), np.dtype(np.uint16))}  # by bytes of an element
@@ -195,6 +196,14 @@ class TorchLibrary:
         import torch
 
         torch.cuda.empty_cache()
+
+
+def empty_cache_like(library: ArrayLibrary, cache: Any) -> Any:
+    """A cache of the same shape and type, with its pages as far apart. Anything is in it."""
+    given = view(cache, "cache")
+    page = int(np.prod(given.shape[1:]))
+    memory = library.empty((given.shape[0], max(given.strides[0], page)), given.dtype)
+    return memory[:, :page].reshape(given.shape)
 
 
 NUMPY = NumpyLibrary()

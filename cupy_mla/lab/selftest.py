@@ -12,7 +12,7 @@ from typing import Any
 
 from ..call.options import AUTO, EXACT, FP8, SPLIT
 from ..errors import MlaError
-from ..layouts import FP8_DS_MLA, FP8_DS_MLA_NO_ROPE, FP8_E4M3
+from ..layouts import FP8_DS_MLA, FP8_DS_MLA_NO_ROPE, FP8_E4M3, FP8_MODEL1
 from .accuracy import Accuracy, choose_requests, measure_accuracy
 from .build import build_case
 from .cases import Case
@@ -46,6 +46,9 @@ class CheckCase(CaseSpec):
         words += [f"split every {self.fixed_split_tokens}"] * (self.fixed_split_tokens is not None)
         words += ["padded"] * self.padded + [self.storage] * (self.storage != PACKED)
         words += ["topk_length"] * self.topk_length + ["sinks"] * self.attn_sink
+        if self.extra_topk is not None:
+            words += [f"and top {self.extra_topk} of a second cache", f"its page size {self.extra_page_size}"]
+            words += ["extra_topk_length"] * self.extra_topk_length
         return ", ".join(words)
 
 
@@ -60,6 +63,14 @@ class CheckResult:
     @property
     def passed(self) -> bool:
         return self.accuracy is not None and self.accuracy.passed and not self.problem
+
+
+def _window_and_compressed(heads: int) -> CheckCase:
+    """DeepSeek V4's call: tokens of a window, and of a compressed cache."""
+    return CheckCase(
+        _EDGES, heads, seqlens_q=2, rope_dim=0, layout=FP8_MODEL1.name, page_size=256, topk=128, attn_sink=True,
+        extra_topk=512, extra_page_size=2, extra_topk_length=True,
+    )  # fmt: skip
 
 
 # Lengths around a tile (64) and a page, an empty request, and one that is long enough to be split.
@@ -117,6 +128,11 @@ CHECK_CASES: tuple[CheckCase, ...] = (
     CheckCase((5000, 17, 3000), 16, topk=2048, topk_length=True, layout=FP8_DS_MLA.name),
     CheckCase(_EDGES, 64, topk=200, layout=FP8_DS_MLA_NO_ROPE.name, rope_dim=0),
     CheckCase(_EDGES, 16, topk=200, layout=FP8_E4M3.name),
+    *(CheckCase(_EDGES, heads, topk=200, layout=FP8_MODEL1.name, rope_dim=0, page_size=256) for heads in (16, 64)),
+    # Two caches.
+    *(CheckCase(_EDGES, heads, topk=130, attn_sink=True, extra_topk=99, extra_page_size=16) for heads in (16, 32, 128)),
+    CheckCase((3000, 700, 64, 1), 64, topk=300, topk_length=True, extra_topk=900, extra_topk_length=True, rope_dim=0),
+    *(_window_and_compressed(heads) for heads in (16, 64)),
     # Prefill: a row of indices for each query token.
     *(
         CheckCase((1000,), heads, seqlens_q=20, topk=140, prefill=True, topk_length=True, attn_sink=True)

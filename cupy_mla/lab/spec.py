@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -25,6 +25,7 @@ KV_SCALE = 0.75  # of a cache with a scale; no power of two, so that it cannot b
 # One array for latent and rope columns; one for each; a view into a larger pool.
 PACKED, SPLIT, STRIDED = STORAGES = ("packed", "split", "strided")
 
+_EXTRA_SEED = 1 << 20  # apart from those of other cases
 SPARE_PAGES = 3  # of a poisoned cache: pages of no request
 
 
@@ -71,6 +72,11 @@ class CaseSpec:
         Whether only so many leading indices count, another number for each query token.
     attn_sink
         Whether there is an attention sink.
+    extra_topk
+        How many tokens of a second cache, which has as many of each request, each query token attends to besides. None:
+        there is none.
+    extra_page_size, extra_layout, extra_topk_length
+        Of the second cache, as their namesakes; extra_layout None: ``layout``.
     seed
         Of the values, of the order of the pages and of the tokens that are chosen.
 
@@ -100,6 +106,10 @@ class CaseSpec:
     prefill: bool = False
     topk_length: bool = False
     attn_sink: bool = False
+    extra_topk: int | None = None
+    extra_page_size: int = DEFAULT_PAGE_SIZE
+    extra_layout: str | None = None
+    extra_topk_length: bool = False
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -110,14 +120,21 @@ class CaseSpec:
         if self.dtype not in layout.query_dtypes or not layout.supports(*widths):
             expected = f"one for {self.dtype} queries and tokens of {widths[0]} + {widths[1]}"
             raise InvalidArgumentError("layout", expected, repr(self.layout))
+        if layout.page_end_bytes and (self.storage != PACKED or self.padded):
+            expected = f"{PACKED}, without padding, for pages of {layout.name}"
+            raise InvalidArgumentError("storage", expected, repr(self.storage))
         self._check_kind()
 
     def _check_kind(self) -> None:
         if self.topk is None:
-            for argument in ("prefill", "topk_length", "attn_sink"):
+            for argument in ("prefill", "topk_length", "attn_sink", "extra_topk"):
                 if getattr(self, argument):
                     raise InvalidArgumentError(argument, "nothing without topk", "both")
             return
+        if self.prefill and self.extra_topk is not None:
+            raise InvalidArgumentError("extra_topk", "nothing beside prefill, which has one cache", "both")
+        if self.extra is not None:
+            assert self.extra.batch == self.batch  # a spec of its own checks the rest
         if self.topk < 1:
             raise InvalidArgumentError("topk", "at least 1", str(self.topk))
         if self.causal:
@@ -133,6 +150,22 @@ class CaseSpec:
     def cache_layout(self) -> CacheLayout:
         """The layout itself."""
         return DENSE_LAYOUTS[self.dtype] if self.layout is None else find_layout(self.layout)
+
+    @property
+    def extra(self) -> CaseSpec | None:
+        """A case over the second cache alone, which is as that one is stored; None if there is none."""
+        if self.extra_topk is None:
+            return None
+        return replace(
+            self,
+            topk=self.extra_topk,
+            page_size=self.extra_page_size,
+            layout=self.extra_layout or self.layout,
+            topk_length=self.extra_topk_length,
+            attn_sink=False,
+            seed=self.seed + _EXTRA_SEED,
+            extra_topk=None,
+        )
 
     @property
     def ragged(self) -> bool:
@@ -192,7 +225,9 @@ class CaseSpec:
 
     @property
     def cache_bytes(self) -> int:
-        return int(np.prod(self.cache_shape, dtype=np.int64)) * ITEM_SIZES[self.cache_layout.dtype]
+        """Of both, where there are two."""
+        size = int(np.prod(self.cache_shape, dtype=np.int64)) * ITEM_SIZES[self.cache_layout.dtype]
+        return size if self.extra is None else size + self.extra.cache_bytes
 
     @property
     def chosen(self) -> IntArray:
@@ -202,10 +237,11 @@ class CaseSpec:
 
     @property
     def work(self) -> Work:
-        return self.work_of(self.chosen)
+        return self.work_of(self.chosen, None if self.extra is None else self.extra.chosen)
 
-    def work_of(self, counts: IntArray) -> Work:
-        """Where query tokens attend to so many tokens, [batch, seqlen_q]; looked at with ``topk`` only."""
+    def work_of(self, counts: IntArray, extra_counts: IntArray | None = None) -> Work:
+        """Where query tokens attend to so many tokens, [batch, seqlen_q], and so many of a second cache; looked at with
+        ``topk`` only."""
         shape: dict[str, Any] = {
             "num_heads_q": self.num_heads_q,
             "num_heads_kv": self.num_heads_kv,
@@ -215,7 +251,12 @@ class CaseSpec:
             "item_size": ITEM_SIZES[self.dtype],
         }
         if self.topk is not None:
-            return count_sparse_work(counts, self.kv_lengths, **shape)
+            work = count_sparse_work(counts, self.kv_lengths, **shape)
+            if self.extra is None or extra_counts is None:
+                return work
+            of_extra = self.extra.work_of(extra_counts)
+            rows = count_sparse_work(np.zeros_like(counts), self.kv_lengths, **shape)  # counted in both
+            return Work(work.flops + of_extra.flops, work.bytes + of_extra.bytes - rows.bytes)
         return count_work(self.kv_lengths, self.q_lengths, causal=self.causal, **shape)
 
 

@@ -10,12 +10,12 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 from ..schedule.pieces import ceil_div
-from .cases import Case, dtype_of, each_part
-from .libraries import NUMPY, ArrayLibrary
+from .cases import Case, each_part
+from .libraries import NUMPY, ArrayLibrary, empty_cache_like
 from .sparse_cases import SparseCase
 
 COLD_BYTES = 256_000_000  # copies of the cache hold at least this much in all: several times any Hopper GPU's L2
@@ -181,14 +181,14 @@ def prepare_call(case: Case | SparseCase, **options: Any) -> Callable[[Any], tup
 
     Returns
     -------
-    The call, on a cache like the case's.
+    The call, on what is like the case's `cold`.
     """
     plan = case.plan(**options)
     results = case.run(plan)  # type: ignore[arg-type]  # each kind of case has its kind of plan
 
     def call(cache: Any) -> tuple[Any, ...]:
         # Validation would synchronise, which a capture cannot.
-        return replace(case, kv_cache=cache).run(plan, results=results, validate=False)  # type: ignore[arg-type]
+        return case.with_cold(cache).run(plan, results=results, validate=False)  # type: ignore[arg-type]
 
     return call
 
@@ -197,16 +197,16 @@ def _time_on_gpu(case: Case | SparseCase) -> Timing:
     calls, copies = graph_shape(case.read_bytes)
 
     def copy(part: Any) -> Any:
-        result = case.library.empty(part.shape, dtype_of(part))
+        result = empty_cache_like(case.library, part)
         case.library.assign(result, part)
         return result
 
-    caches = [case.kv_cache, *(each_part(copy, case.kv_cache) for _ in range(copies - 1))]
+    caches = [case.cold, *(each_part(copy, case.cold) for _ in range(copies - 1))]
     return time_replays(make_timer(case.library, prepare_call(case), caches, calls), calls, copies)
 
 
 def _time_on_cpu(case: Case | SparseCase) -> Timing:
-    return time_replays(make_timer(case.library, lambda _: case.run(), [case.kv_cache], 1), 1, 1)
+    return time_replays(make_timer(case.library, lambda _: case.run(), [case.cold], 1), 1, 1)
 
 
 def time_replays(timer: Timer, calls: int, copies: int) -> Timing:

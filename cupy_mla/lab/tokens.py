@@ -26,7 +26,7 @@ class ChosenTokens:
     indices
         [batch, seqlen_q, topk] int32, or [s_q, topk] of prefill.
     topk_length
-        [batch, seqlen_q] int32, or [s_q]; None: all indices count.
+        [batch, seqlen_q] int32, [batch], or [s_q] of prefill; None: all indices count.
     attn_sink
         [num_heads_q] float32, or None.
     counts
@@ -39,7 +39,7 @@ class ChosenTokens:
     counts: IntArray
 
 
-def choose_tokens(spec: CaseSpec, table: Array, unused: Array) -> ChosenTokens:
+def choose_tokens(spec: CaseSpec, table: Array, unused: Array, *, length_of_request: bool = False) -> ChosenTokens:
     """Tokens of each query token's request at random, none twice; all of a request that has no more than ``topk``.
 
     Parameters
@@ -50,6 +50,8 @@ def choose_tokens(spec: CaseSpec, table: Array, unused: Array) -> ChosenTokens:
         The block table [batch, columns].
     unused
         Pages of no request; of a poisoned case, whose indices that do not count name them.
+    length_of_request
+        Whether all query tokens of a request share their length, as FlashMLA has it; topk_length is then [batch].
     """
     assert spec.topk is not None
     rng = np.random.default_rng(spec.seed + 1)
@@ -72,16 +74,20 @@ def choose_tokens(spec: CaseSpec, table: Array, unused: Array) -> ChosenTokens:
     counting = np.ones(indices.shape, bool)
     topk_length = None
     if spec.topk_length:
-        topk_length = rng.integers(0, spec.topk + 1, indices.shape[:2], dtype=np.int32)
+        sharing = (spec.batch, 1) if length_of_request else indices.shape[:2]
+        topk_length = rng.integers(0, spec.topk + 1, sharing, dtype=np.int32)
         topk_length.flat[0], topk_length.flat[-1] = 0, spec.topk
         counting = np.arange(spec.topk) < topk_length[..., None]
         if spec.poison:
+            counting = np.broadcast_to(counting, indices.shape)
             indices[~counting] = rng.choice(unused, int((~counting).sum())) * spec.page_size
     counts = (counting & (indices >= 0) & (indices < num_slots)).sum(axis=-1)
     sink = None
     if spec.attn_sink:
         sink = rng.standard_normal(spec.num_heads_q, np.float32)
         sink[1 :: _SINK_STEPS[0]], sink[2 :: _SINK_STEPS[1]] = -np.inf, np.inf
+    if length_of_request and topk_length is not None:
+        topk_length = topk_length[:, 0]
     if spec.prefill:
         indices, topk_length = indices[0], None if topk_length is None else topk_length[0]
     return ChosenTokens(indices, topk_length, sink, counts)

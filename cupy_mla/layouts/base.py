@@ -60,9 +60,9 @@ class CacheLayout(ABC):
     codec: str | None = None
 
     @property
-    def has_page_ends(self) -> bool:
-        """Whether a part of a page's tokens lies at its end, so that where it lies depends on the page size."""
-        return False
+    def page_end_bytes(self) -> int:
+        """Bytes of a token that lie at the end of its page, behind the rows of all tokens; 0: a token is its row."""
+        return 0
 
     def row_strides(self, strides: tuple[int, ...]) -> tuple[int, ...]:
         """Of a cache with these strides: from page to page, token's row to row, head to head, element to element."""
@@ -139,6 +139,10 @@ class CacheLayout(ABC):
                 f"{' or '.join(self.dtypes)} [num_pages, page_size, {heads}, {width}] for the layout {self.name}",
                 f"{cache.dtype} {list(cache.shape)}",
             )
+
+    def with_page_starts(self, stored: Stored) -> Stored:
+        """A cache on the host with its pages where the layout wants them: itself where they are, else a copy."""
+        return stored
 
     @abstractmethod
     def quantise(self, values: Floats, scale: float | np.floating[Any] | None = None) -> Stored:

@@ -61,14 +61,14 @@ class BlockScaled(CacheLayout):
         return self.coded // self.codes.per_byte + self.scale_bytes + uncoded * _BFLOAT16_BYTES
 
     @property
-    def has_page_ends(self) -> bool:
-        """Where the scales are there."""
-        return self.scales_end_page
+    def page_end_bytes(self) -> int:
+        """The scales, where they are there."""
+        return self.scale_bytes if self.scales_end_page else 0
 
     def row_strides(self, strides: tuple[int, ...]) -> tuple[int, ...]:
         """Rows are without what lies at the page's end."""
         page, _, *others = strides
-        return (page, self._token_width - self.scale_bytes, *others) if self.scales_end_page else strides
+        return (page, self._token_width - self.page_end_bytes, *others) if self.scales_end_page else strides
 
     def mixes_with(self, other: CacheLayout) -> bool:
         """Layouts in which the same values have codes, with scales: they differ in how a row is read, not in what of it
@@ -102,6 +102,8 @@ class BlockScaled(CacheLayout):
         CacheLayout.check(self, cache, name, latent_dim, rope_dim)
         num_pages, page_size, _, width = cache.shape
         page_stride, token_stride, _, byte_stride = cache.strides
+        if num_pages == 0:
+            return  # its strides mean nothing
         if self.scales_end_page and (byte_stride != 1 or (page_size > 1 and token_stride != width)):
             expected = f"pages without gaps for the layout {self.name}"
             raise InvalidArgumentError(name, expected, f"strides {cache.strides}")
@@ -163,15 +165,25 @@ class BlockScaled(CacheLayout):
             scales[np.isnan(blocks).any(axis=-1)] = np.nan
         else:
             scales = power_of_two_scales(largest)
-        page_bytes = self.page_bytes(page_size, self.latent_dim, self.rope_dim)
-        memory = np.zeros((num_pages, page_bytes), np.uint8)
-        pages = memory[:, : page_size * self._token_width].reshape(num_pages, page_size, 1, self._token_width)
+        pages = self._new_pages(num_pages, page_size)
         codes, scale_field, uncoded = self.fields(pages)
         codes[...] = self.codes.encode(blocks / scales[..., None]).reshape(codes.shape)
         encoded = _raw(scales.astype(_FLOAT32)) if self.scales is None else self.scales.encode(scales)
         scale_field[..., : encoded.shape[-1]] = encoded
         uncoded[...] = _raw(exact[..., self.coded :].astype(numpy_dtype("bfloat16")))
         return pages
+
+    def _new_pages(self, num_pages: int, page_size: int) -> Bytes:
+        memory = np.zeros((num_pages, self.page_bytes(page_size, self.latent_dim, self.rope_dim)), np.uint8)
+        return memory[:, : page_size * self._token_width].reshape(num_pages, page_size, 1, self._token_width)
+
+    def with_page_starts(self, stored: Stored) -> Stored:
+        """As for every layout."""
+        if stored.strides[0] % self.page_multiple == 0:
+            return stored
+        pages = self._new_pages(*stored.shape[:2])
+        pages[...] = stored.view(np.uint8)
+        return pages.view(stored.dtype)
 
     def put(
         self, cache: Stored, pages: Indices, offsets: Indices, values: Floats, scale: float | np.floating[Any] | None

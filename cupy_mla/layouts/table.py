@@ -55,13 +55,22 @@ FP8_MODEL1 = BlockScaled(
     scale_bytes=8,
     scales_end_page=True,
     page_multiple=576,
+    codec="Model1",
 )
 # DeepSeek V4.1: 512 e4m3, 16 scales: 528 bytes.
 FP8_V41 = BlockScaled(
-    name="fp8_v41", latent_dim=512, rope_dim=0, coded=512, codes=E4M3, block=32, scales=E8M0, scale_bytes=16
+    name="fp8_v41",
+    latent_dim=512,
+    rope_dim=0,
+    coded=512,
+    codes=E4M3,
+    block=32,
+    scales=E8M0,
+    scale_bytes=16,
+    codec="V41",
 )
 # Its compressed cache: 512 e2m1, 32 scales: 288 bytes.
-FP4_V41 = replace(FP8_V41, name="fp4_v41", codes=E2M1, block=16, scales=E4M3, scale_bytes=32)
+FP4_V41 = replace(FP8_V41, name="fp4_v41", codes=E2M1, block=16, scales=E4M3, scale_bytes=32, codec="Fp4V41")
 
 LAYOUTS: dict[str, CacheLayout] = {
     layout.name: layout

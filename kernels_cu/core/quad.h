@@ -4,6 +4,8 @@
 
 namespace mla {
 
+constexpr u32 kQuadLanes = 4;
+
 // Lane t of the quad holds words x[0..3]; afterwards its word j is what lane j's word t was. Turns "my two columns of
 // four 8-column groups" into "all eight columns of one group", so that global accesses are 16 bytes wide. Its own inverse.
 MLA_DEVICE void quad_transpose(u32 (&x)[4], u32 lane_in_quad) {

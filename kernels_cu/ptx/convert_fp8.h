@@ -31,6 +31,16 @@ MLA_DEVICE u32 fma_fp16_pairs(u32 a, u32 b, u32 c) {
     return sum;
 }
 
+// One value of a pair of 16 bits, the low one (0) or the high one (1), in both halves.
+MLA_DEVICE u32 pair_of_half(u32 pair, u32 half) { return __byte_perm(pair, 0, half == 0 ? 0x1010 : 0x3232); }
+
+// The larger of the unsigned 16-bit numbers in each half.
+MLA_DEVICE u32 max_u16_pairs(u32 a, u32 b) {
+    u32 larger;
+    asm("max.u16x2 %0, %1, %2;" : "=r"(larger) : "r"(a), "r"(b));
+    return larger;
+}
+
 // Two float32 rounded to e4m3, the first in the low byte. What is too large becomes 448; NaN stays.
 MLA_DEVICE u32 pack_e4m3(f32 first, f32 second) {
     u16 pair;

@@ -1,4 +1,5 @@
-// cp.async: a thread asks for 16 bytes from global to shared memory, past its registers and past L1, or for 4 past its registers.
+// cp.async: a thread asks for 16 bytes from global to shared memory, past its registers and past L1, or for 4 or 8 past its
+// registers.
 // PTX ISA, "cp.async", "cp.async.mbarrier.arrive".
 #pragma once
 #include "core/types.h"
@@ -20,6 +21,11 @@ MLA_DEVICE void copy_async_16b(u32 destination, const void* source, u32 bytes) {
 MLA_DEVICE void copy_async_4b(u32 destination, const void* source, bool exists) {
     asm volatile("cp.async.ca.shared.global [%0], [%1], 4, %2;" ::"r"(destination), "l"(source), "r"(exists ? 4 : 0)
                  : "memory");
+}
+
+// 8 bytes, through L1.
+MLA_DEVICE void copy_async_8b(u32 destination, const void* source) {
+    asm volatile("cp.async.ca.shared.global [%0], [%1], 8;" ::"r"(destination), "l"(source) : "memory");
 }
 
 // Until everything that this thread has asked for is there.

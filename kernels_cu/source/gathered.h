@@ -68,6 +68,19 @@ MLA_DEVICE const u8* token_address(const GatherParams& params, u32 slot, bool is
     return slot_address<kPageSize>(params.kv, slot, params.kv_stride_page, params.kv_stride_token);
 }
 
+// Of a page whose rows of `row_bytes` lie one behind the other: what of the token lies behind them, `bytes` a token.
+template <u32 kSlots>
+MLA_DEVICE const u8* slot_page_end(const u8* cache, u32 slot, u32 stride_page, u32 row_bytes, u32 bytes) {
+    const u32 page = slot / kSlots;
+    return cache + static_cast<u64>(page) * stride_page * 16 + kSlots * row_bytes + (slot - page * kSlots) * bytes;
+}
+
+MLA_DEVICE const u8* page_end_address(const GatherParams& params, u32 slot, u32 row_bytes, u32 bytes, bool is_extra = false) {
+    if (kHasExtra && is_extra)
+        return slot_page_end<kExtraPageSize>(params.extra_kv, slot, params.extra_kv_stride_page, row_bytes, bytes);
+    return slot_page_end<kPageSize>(params.kv, slot, params.kv_stride_page, row_bytes, bytes);
+}
+
 // From a kv head's token to that of the next, in bytes; 0 for one head.
 MLA_DEVICE i64 head_stride(const GatherParams& params, bool is_extra = false) {
     return kHasExtra && is_extra ? params.extra_kv_stride_head : params.kv_stride_head;

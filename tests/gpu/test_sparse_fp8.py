@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from cases_dense import frobenius_error
 from cases_sparse import exact_sparse
-from cases_sparse_fp8 import KINDS, NAN_BYTE, Fp8SparseArrays, Fp8SparseCase
+from cases_sparse_fp8 import KINDS, NAN_BYTE, Fp8SparseArrays, Fp8SparseCase, without_padding
 
 from cupy_mla import InvalidArgumentError, mla_sparse_decode, mla_sparse_prefill, plan_sparse_decode
 from cupy_mla.call.memo import forget
@@ -25,7 +25,8 @@ RUNS = 5
 KERNELS = tuple(family.name for family in GATHERED_FP8_FAMILIES)
 DECODE = Fp8SparseCase(batch=5, seqlen_q=2, num_pages=40, page_size=64, topk=300)
 PREFILL = Fp8SparseCase(batch=150, num_pages=3000, page_size=1, topk=130)
-LAYOUTS = {"fp8_ds_mla": 64, "fp8_ds_mla_no_rope": 0, "fp8_e4m3": 64}  # and their rope width
+# And their rope width.
+LAYOUTS = {"fp8_ds_mla": 64, "fp8_ds_mla_no_rope": 0, "fp8_e4m3": 64, "fp8_model1": 0, "fp8_v41": 0, "fp4_v41": 0}
 
 pytestmark = [pytest.mark.timeout(60), pytest.mark.usefixtures("kernel")]
 
@@ -97,7 +98,8 @@ def run_prefill(case: Fp8SparseCase) -> None:
 
 @pytest.mark.parametrize(
     ("layout", "heads"),
-    [*(("fp8_ds_mla", heads) for heads in (1, 4, 5, 16, 17, 32, 63, 128)), ("fp8_ds_mla_no_rope", 40), ("fp8_e4m3", 3)],
+    [*(("fp8_ds_mla", heads) for heads in (1, 4, 5, 16, 17, 32, 63, 128)), ("fp8_ds_mla_no_rope", 40), ("fp8_e4m3", 3)]
+    + [(layout, heads) for layout in ("fp8_model1", "fp8_v41", "fp4_v41") for heads in (1, 20, 128)],
 )
 def test_heads(layout: str, heads: int) -> None:
     run_decode(replace(DECODE, num_heads_q=heads, layout=layout, rope_dim=LAYOUTS[layout]))
@@ -123,6 +125,28 @@ def test_page_sizes(page_size: int, gap: int) -> None:
     larger = np.full((num_pages, page_size + gap, *stored.shape[2:]), NAN_BYTE, np.uint8)
     larger[:, gap:] = stored
     run_decode(case, kv_cache=gpu.upload(larger)[:, gap:])
+
+
+@pytest.mark.parametrize("page_size", [1, 2, 61, 64, 256])
+@pytest.mark.parametrize("heads", [16, 64])
+def test_pages_that_end_with_scales(heads: int, page_size: int) -> None:
+    num_pages = max(1200 // page_size, 1)
+    case = replace(DECODE, page_size=page_size, num_pages=num_pages, num_heads_q=heads)
+    run_decode(replace(case, layout="fp8_model1", rope_dim=0))
+
+
+def test_nan_of_what_is_not_coded_or_of_a_scale_shows() -> None:
+    case = replace(DECODE, layout="fp8_model1", rope_dim=0, batch=20, invalid=0.0)
+    arrays, _ = build(case)
+    slot = int(arrays.exact.indices[7, 1, 0, 5])
+    choosing = (arrays.exact.indices[:, :, 0] == slot).any(axis=2)
+    for field in (1, 2):  # scales, bfloat16 values
+        memory = arrays.memory.copy()
+        changed = replace(arrays, memory=memory, stored=without_padding(memory, arrays.stored.shape))
+        case.cache_layout.fields(changed.stored)[field][slot // case.page_size, slot % case.page_size] = NAN_BYTE
+        out, _ = mla_sparse_decode(**changed.arguments(gpu.upload, gpu.as_e4m3))
+        gpu.synchronize()
+        np.testing.assert_array_equal(np.isnan(gpu.download(out)).any(axis=(2, 3)), choosing)
 
 
 @pytest.mark.parametrize("batch", [1, 16, 128])

@@ -64,6 +64,8 @@ def beyond(case: BenchCase, function: str) -> str | None:
     """Why a peer cannot run a case that offers one function only, over caches of q's type; None when it is of these."""
     if case.function != function:
         return f"{case.function}: only {function}"
+    if case.extra_topk is not None or case.attn_sink:
+        return "a second cache or attention sinks"
     if case.spec.cache_layout not in DENSE_LAYOUTS.values():
         return f"layout {case.layout}: only {' and '.join(layout.name for layout in DENSE_LAYOUTS.values())}"
     return None

@@ -1,7 +1,7 @@
 """FlashMLA: DeepSeek's package, or the copy of it that vLLM ships.
 
 Four of its functions: dense decode, the same over an e4m3 cache with e4m3 queries (in vLLM's copy), sparse decode
-over a cache of 656 bytes a token, and sparse prefill.
+over caches of 656 bytes a token or of 584, the latter also with a second cache, and sparse prefill.
 """
 
 from __future__ import annotations
@@ -10,8 +10,9 @@ import importlib
 from collections.abc import Callable
 from typing import Any
 
+from ...lab.sparse_cases import SparseCase
 from ...lab.spec import KV_SCALE
-from ...layouts import BF16, FP8_DS_MLA, FP8_E4M3, FP16
+from ...layouts import BF16, FP8_DS_MLA, FP8_E4M3, FP8_MODEL1, FP16
 from ..grid import DECODE, SPARSE_DECODE, SPARSE_PREFILL, BenchCase
 from ..inputs import Call, Inputs
 from .base import Peer, explain, import_first, installed_version
@@ -118,8 +119,18 @@ class FlashMlaPeer(Peer):
 
         case = inputs.case
         schedule, _ = self._interface.get_mla_metadata()
+        stored = inputs.stored_case
+        assert isinstance(stored, SparseCase)
+        optional: dict[str, Any] = {} if stored.attn_sink is None else {"attn_sink": stored.attn_sink}
+        if stored.extra is not None:
+            optional["extra_indices_in_kvcache"] = stored.extra.indices
+            optional["extra_topk_length"] = stored.extra.topk_length
 
         def call(cache: Any) -> tuple[Any, Any]:
+            extra = {}
+            if stored.extra is not None:
+                cache, second = cache
+                extra["extra_k_cache"] = second.view(torch.float8_e4m3fn)
             out, lse = self._interface.flash_mla_with_kvcache(
                 inputs.q,
                 cache.view(torch.float8_e4m3fn),
@@ -130,6 +141,8 @@ class FlashMlaPeer(Peer):
                 softmax_scale=inputs.spec.scale,
                 is_fp8_kvcache=True,
                 indices=inputs.indices,
+                **optional,
+                **extra,
             )
             return out, lse
 
@@ -139,10 +152,13 @@ class FlashMlaPeer(Peer):
     def _prepare_sparse_prefill(self, inputs: Inputs) -> Call:
         indices = inputs.indices[:, None]
         width = inputs.spec.head_dim
+        stored = inputs.stored_case
+        assert isinstance(stored, SparseCase)
+        optional: dict[str, Any] = {} if stored.attn_sink is None else {"attn_sink": stored.attn_sink}
 
         def call(cache: Any) -> tuple[Any, Any]:
             out, _, lse = self._interface.flash_mla_sparse_fwd(
-                inputs.q, cache.view(-1, 1, width), indices, inputs.spec.scale
+                inputs.q, cache.view(-1, 1, width), indices, inputs.spec.scale, **optional
             )
             return out, lse
 
@@ -150,12 +166,16 @@ class FlashMlaPeer(Peer):
 
 
 def _beyond_sparse_decode(case: BenchCase) -> str | None:
-    if case.spec.cache_layout != FP8_DS_MLA:
-        return f"sparse decode over {case.spec.cache_layout.name}: only {FP8_DS_MLA.name}"
+    layouts = {spec.cache_layout for spec in (case.spec, case.spec.extra) if spec is not None}
+    for layout in layouts - {FP8_DS_MLA, FP8_MODEL1}:
+        return f"sparse decode over {layout.name}: only {FP8_DS_MLA.name} and {FP8_MODEL1.name}"
+    if case.extra_topk is not None and FP8_DS_MLA in layouts:
+        return f"a second cache beside {FP8_DS_MLA.name}: only beside {FP8_MODEL1.name}"
     if case.num_heads_q not in _DECODE_HEADS:
         return f"{case.num_heads_q} heads: only {' or '.join(map(str, _DECODE_HEADS))}"
-    if case.topk is None or case.topk % _DECODE_TOPK:
-        return f"topk {case.topk}: only multiples of {_DECODE_TOPK}"
+    for topk in (case.topk, case.extra_topk):
+        if topk is not None and topk % _DECODE_TOPK:
+            return f"topk {topk}: only multiples of {_DECODE_TOPK}"
     return None
 
 

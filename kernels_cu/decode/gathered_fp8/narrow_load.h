@@ -66,16 +66,29 @@ private:
         const u32 full = raw_full_barrier(smem_, ring_.index);
         const u32 row = slab_address(smem_, ring_.index) + row_place(lane_) * kRowPitch;
         mbarrier_wait(raw_empty_barrier(smem_, ring_.index), ring_.parity ^ 1);  // passes at once in the first lap
-        fence_async_proxy();  // the rows before may have been cleared by ordinary stores
+        // Rows that the slab had before may have been cleared by ordinary stores. Not always: the fence also waits for what this
+        // thread has asked for with cp.async.
+        if (load_shared_u32(valid_word(smem_, ring_.index)) != kAllValid) fence_async_proxy();
+        __syncwarp();
         if (lane_ == 0) store_shared_u32(valid_word(smem_, ring_.index), valid);
         if (lane_ < kSlabTokens) {
+            const u32 row_bytes = kMixesCodecs && is_extra ? ExtraCodec::kRowBytes : Codec::kRowBytes;
             if (is_valid) {
-                mbarrier_arrive_expect_bytes(full, Codec::kRowBytes);
-                tma_load_bytes(row, token_address(params_, slot, is_extra), Codec::kRowBytes, full);
+                if constexpr (Codec::kPageEndBytes > 0) {
+                    copy_async_8b(page_end_place(smem_, ring_.index, lane_),
+                                  page_end_address(params_, slot, Codec::kRowBytes, Codec::kPageEndBytes, is_extra));
+                    copy_async_arrive(full);
+                }
+                mbarrier_arrive_expect_bytes(full, row_bytes);
+                tma_load_bytes(row, token_address(params_, slot, is_extra), row_bytes, full);
             } else {
-                // A token that there is not is zeros, scales too.
+                // A token that there is not is zeros, scales too; but at the page's end they are such as need no care.
 #pragma unroll 1
-                for (u32 byte = 0; byte < Codec::kRowBytes; byte += 16) store_shared_16b(row + byte, uint4{0, 0, 0, 0});
+                for (u32 byte = 0; byte < row_bytes; byte += 16) store_shared_16b(row + byte, uint4{0, 0, 0, 0});
+                if constexpr (Codec::kPageEndBytes > 0) {
+                    store_shared_8b(page_end_place(smem_, ring_.index, lane_), uint2{kE8m0Ones, kE8m0Ones});
+                    mbarrier_arrive(full);
+                }
                 mbarrier_arrive(full);
             }
         }

@@ -26,7 +26,9 @@ constexpr u32 kSharedBytes = kMaxSharedBytes - kCtaSharedBytes;
 // Rows lie as they are stored, 16 of a tile in a slab. Of neighbouring places the same 16 bytes must be half a line apart, or
 // eight lanes' loads of two rows meet in the same banks; where a row is not so long, places are shuffled, or padded.
 constexpr u32 kLineBytes = 128;
-constexpr u32 kRowPitch = Codec::kRowBytes % kLineBytes == 0 ? Codec::kRowBytes + kLineBytes / 2 : Codec::kRowBytes;
+constexpr u32 kLongestRow = Codec::kRowBytes > ExtraCodec::kRowBytes ? Codec::kRowBytes : ExtraCodec::kRowBytes;
+constexpr bool kPadsRows = kLongestRow % kLineBytes != kLineBytes / 2 && 4 * kLongestRow % kLineBytes != kLineBytes / 2;
+constexpr u32 kRowPitch = kPadsRows ? (kLongestRow + kLineBytes / 2 - 1) / kLineBytes * kLineBytes + kLineBytes / 2 : kLongestRow;
 constexpr bool kShufflesRows = kRowPitch % kLineBytes != kLineBytes / 2;
 static_assert(!kShufflesRows || 4 * kRowPitch % kLineBytes == kLineBytes / 2, "four rows on is half a line on");
 constexpr u32 kSlabTokens = kWarpTokens;

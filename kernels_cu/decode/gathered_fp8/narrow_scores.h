@@ -1,6 +1,7 @@
 // The scores warpgroup of the narrow kernel for FP8 caches: turns a tile's stored rows into K, which is wgmma's A operand in
 // registers, multiplies, and leaves the same registers in shared memory as V; then softmax and P.
 #pragma once
+#include "core/quad.h"
 #include "decode/gathered_fp8/narrow_query.h"
 #include "decode/gathered_fp8/token_unit.h"
 #include "ptx/convert_fp8.h"
@@ -36,14 +37,14 @@ public:
 
 private:
     using Softmax = NarrowSoftmax<Smem, Codec::kHasScales>;
-    static constexpr u32 kBoxWords = 4;  // of a thread's 16 bytes of a token and box: one for each k16 step
     static_assert(Codec::kUncoded <= kBoxColumns, "there is one box at most that is not coded");
-    static_assert(kBoxWords == kBoxSteps, "a word of four e4m3 values is a thread's share of a step of one token");
+    static constexpr u32 kLaneColumns = 16;  // of a box; four in each k16 step
 
     // What this thread needs of its two tokens besides their values.
+    template <class C>
     struct Tokens {
         u32 rows[2];                     // addresses
-        u32 scales[2][Codec::kScales];  // pairs of fp16, of the scale over the token's unit
+        u32 scales[kLaneScales<C>];      // pairs of fp16, one of each token: the scale over the token's unit
         TokenUnits units;
         u32 valid;  // bits of the warp's tokens
     };
@@ -58,8 +59,10 @@ private:
         Softmax::Rows rows;
         for (i32 tile = work.tile_begin; tile < work.tile_end; ++tile) {
             const bool is_first = tile == work.tile_begin;
-            const Tokens tokens = open_tile();
-            run_tile(is_first, tokens, row_scale, rows);
+            if (kMixesCodecs && is_extra_tile(work, tile))
+                run_tile<ExtraCodec>(is_first, row_scale, rows);
+            else
+                run_tile<Codec>(is_first, row_scale, rows);
         }
         if (next.has_tiles()) {
             QueryLoad query;
@@ -71,24 +74,54 @@ private:
         }
     }
 
-    MLA_DEVICE Tokens open_tile() const {
+    template <class C>
+    MLA_DEVICE Tokens<C> open_tile() const {
         mbarrier_wait(raw_full_barrier(smem_, ring_.index), ring_.parity);
-        Tokens tokens;
+        Tokens<C> tokens;
         tokens.valid = load_shared_u32(valid_word(smem_, ring_.index));
+        f32 scales[2][kLaneScales<C>];
 #pragma unroll
         for (u32 half = 0; half < 2; ++half) {
             tokens.rows[half] = slab_address(smem_, ring_.index) + (row_place(lane_ / 4) + half * 8) * kRowPitch;
-            f32 scales[Codec::kScales];
-            Codec::load_scales(tokens.rows[half], scales);
-            const f32 inverse = take_unit(scales, tokens.units.of[half]);
-#pragma unroll
-            for (u32 i = 0; i < Codec::kScales; ++i)
-                tokens.scales[half][i] = pack2<Fp16>(scales[i] * inverse, scales[i] * inverse);
+            C::load_scales(C::kPageEndBytes > 0 ? page_end_place(smem_, ring_.index, lane_ / 4 + half * 8) : tokens.rows[half],
+                           lane_ % kQuadLanes, scales[half]);
         }
+        ScaleRange ranges[2];
+#pragma unroll
+        for (u32 half = 0; half < 2; ++half) {
+            ranges[half] = range_of(scales[half]);
+            if constexpr (kUncodedIsValue) widen_by_uncoded(tokens, half, ranges[half]);
+        }
+        if constexpr (kUncodedIsValue || C::kScales > kLaneScales<C>) agree(ranges);
+#pragma unroll
+        for (u32 half = 0; half < 2; ++half) {
+            const f32 inverse = take_unit(ranges[half], tokens.units.of[half]);
+#pragma unroll
+            for (u32 i = 0; i < kLaneScales<C>; ++i) scales[half][i] *= inverse;
+        }
+#pragma unroll
+        for (u32 i = 0; i < kLaneScales<C>; ++i) tokens.scales[i] = pack2<Fp16>(scales[0][i], scales[1][i]);
         return tokens;
     }
 
-    MLA_DEVICE void run_tile(bool is_first, const Tokens& tokens, const float (&row_scale)[kThreadRows], Softmax::Rows& rows) {
+    // By a token's uncoded values that this lane has, where V has them, too: as if they were the largest code, times a scale.
+    template <class C>
+    MLA_DEVICE void widen_by_uncoded(const Tokens<C>& tokens, u32 half, ScaleRange& range) const {
+        u32 words[2][4];
+        load_uncoded(tokens, half, words);
+        u32 largest = 0;  // magnitudes as numbers of 16 bits, in which order a bf16 has them, too
+#pragma unroll
+        for (u32 i = 0; i < 8; ++i) largest = max_u16_pairs(largest, words[i / 4][i % 4] & 0x7FFF7FFFu);
+        f32 first, second;
+        unpack2<Bf16>(largest, first, second);
+        const f32 scale = fmaxf(first, second) / kLargestCode;
+        range.fits &= scale <= kLargestFp16Scale;
+        range.largest = fmaxf(range.largest, scale);
+    }
+
+    template <class C>
+    MLA_DEVICE void run_tile(bool is_first, const float (&row_scale)[kThreadRows], Softmax::Rows& rows) {
+        const Tokens<C> tokens = open_tile<C>();
         float scores[kFragment];
         multiply(tokens, scores);
 #pragma unroll
@@ -107,9 +140,10 @@ private:
     }
 
     // S^T of the tile, over the tokens' units, and its V. A box at a time: while it is multiplied, the next one is made.
-    MLA_DEVICE void multiply(const Tokens& tokens, float (&scores)[kFragment]) const {
+    template <class C>
+    MLA_DEVICE void multiply(const Tokens<C>& tokens, float (&scores)[kFragment]) const {
         const u64 query = descriptor_at(kBoxKMajor, smem_ + Smem::query);
-        u32 raw[2][2][kBoxWords];  // of two boxes and the two tokens
+        u32 raw[2][2][C::kLaneWords];  // of two boxes and the two tokens
         u32 keys[2][kBoxSteps][4];
         wgmma_pin(scores);
         load_codes(tokens, 0, raw[0]);
@@ -119,14 +153,16 @@ private:
             if (box + 1 < kCodedBoxes) load_codes(tokens, box + 1, raw[(box + 1) % 2]);
             if (box >= 2) wgmma_wait<1>();
             u32(&key)[kBoxSteps][4] = keys[box % 2];
-            const u32(&codes)[2][kBoxWords] = raw[box % 2];
+            const u32(&codes)[2][C::kLaneWords] = raw[box % 2];
 #pragma unroll
             for (u32 step = 0; step < kBoxSteps; ++step) {
 #pragma unroll
                 for (u32 half = 0; half < 2; ++half) {
-                    const u32 scale = tokens.scales[half][box / kScaleBoxes];
-                    key[step][half] = scaled(e4m3_pair_low(codes[half][step]), scale);
-                    key[step][2 + half] = scaled(e4m3_pair_high(codes[half][step]), scale);
+                    const u32 scale = pair_of_half(tokens.scales[box / kScaleBoxes<C>], half);
+                    u32 pairs[2];
+                    C::pairs(codes[half], step, pairs);
+                    key[step][half] = scaled(pairs[0], scale);
+                    key[step][2 + half] = scaled(pairs[1], scale);
                 }
             }
             if (box < kLatentBoxes) store_values(box, key);
@@ -136,6 +172,7 @@ private:
                 multiply_step<Operand>(box, step, key, query, Codec::kUncoded > 0 || box > 0, scores);
             wgmma_commit();
         }
+        if constexpr (kUncodedIsValue) store_uncoded(tokens);
         mbarrier_arrive(raw_empty_barrier(smem_, ring_.index));
         wgmma_wait<0>();
         wgmma_pin(scores);
@@ -152,25 +189,25 @@ private:
                        query + descriptor_offset(box * kRowBoxBytes + step * kStepBytes), accumulate || step > 0);
     }
 
-    MLA_DEVICE void load_codes(const Tokens& tokens, u32 box, u32 (&codes)[2][kBoxWords]) const {
+    template <class C>
+    MLA_DEVICE void load_codes(const Tokens<C>& tokens, u32 box, u32 (&codes)[2][C::kLaneWords]) const {
+        constexpr u32 kLaneBytes = C::kLaneWords * sizeof(u32);
 #pragma unroll
         for (u32 half = 0; half < 2; ++half)
-            load_shared_words(tokens.rows[half] + box * kBoxCodes + lane_ % 4 * 16, codes[half]);
+            load_shared_words(tokens.rows[half] + (box * kQuadLanes + lane_ % kQuadLanes) * kLaneBytes, codes[half]);
     }
 
     // The box that is stored in bf16: a lane takes 16 bytes of each half, two words of which are its share of a step. A token's
     // unit is taken out here too.
-    MLA_DEVICE void multiply_uncoded(const Tokens& tokens, u64 query, u32 (&key)[kBoxSteps][4],
+    template <class C>
+    MLA_DEVICE void multiply_uncoded(const Tokens<C>& tokens, u64 query, u32 (&key)[kBoxSteps][4],
                                      float (&scores)[kFragment]) const {
 #pragma unroll
         for (u32 half = 0; half < 2; ++half) {
+            u32 words[2][4];
+            load_uncoded(tokens, half, words);
 #pragma unroll
-            for (u32 chunk = 0; chunk < 2; ++chunk) {
-                u32 words[4];
-                load_shared_words(tokens.rows[half] + Codec::kUncodedOffset + chunk * 64 + lane_ % 4 * 16, words);
-#pragma unroll
-                for (u32 i = 0; i < 4; ++i) key[chunk * 2 + i / 2][i % 2 * 2 + half] = words[i];
-            }
+            for (u32 i = 0; i < 8; ++i) key[i / 2][i % 2 * 2 + half] = words[i / 4][i % 4];
         }
         if (!tokens.units.are_one()) {
 #pragma unroll
@@ -188,6 +225,39 @@ private:
 #pragma unroll
         for (u32 step = 0; step < kBoxSteps; ++step) multiply_step<Bf16>(kCodedBoxes, step, key, query, false, scores);
         wgmma_commit();
+    }
+
+    // This lane's share of a token's uncoded values: 16 bytes of each half of the box.
+    template <class C>
+    MLA_DEVICE void load_uncoded(const Tokens<C>& tokens, u32 half, u32 (&words)[2][4]) const {
+#pragma unroll
+        for (u32 chunk = 0; chunk < 2; ++chunk)
+            load_shared_words(tokens.rows[half] + Codec::kUncodedOffset + chunk * 64 + lane_ % 4 * 16, words[chunk]);
+    }
+
+    // The same as V, whose last box they are, in fp16. Behind the coded boxes: it is the last of a group that PV frees.
+    template <class C>
+    MLA_DEVICE void store_uncoded(const Tokens<C>& tokens) const {
+        static_assert(!kUncodedIsValue || kCodedBoxes + 1 == kLatentBoxes, "they are one box");
+        if (kCodedBoxes % kFreedBoxes == 0) mbarrier_wait(values_empty_barrier(smem_, kCodedBoxes / kFreedBoxes), values_parity_ ^ 1);
+#pragma unroll
+        for (u32 half = 0; half < 2; ++half) {
+            u32 words[2][4];
+            load_uncoded(tokens, half, words);
+            const f32 inverse = 1.0f / tokens.units.of[half];
+#pragma unroll
+            for (u32 chunk = 0; chunk < 2; ++chunk) {
+#pragma unroll
+                for (u32 i = 0; i < 4; ++i) {
+                    f32 first, second;
+                    unpack2<Bf16>(words[chunk][i], first, second);
+                    words[chunk][i] = pack2<Fp16>(first * inverse, second * inverse);
+                }
+                const u32 moved = (lane_ % 4 * 2) ^ (chunk * 4 + lane_ % 4);  // from values_' chunk to this one
+                store_shared_16b((values_ ^ moved * 16) + kCodedBoxes * kBoxBytes + half * kSwizzleAtomBytes,
+                                 uint4{words[chunk][0], words[chunk][1], words[chunk][2], words[chunk][3]});
+            }
+        }
     }
 
     // Once PV of the tile before has read what is there. 32 bytes of two tokens.

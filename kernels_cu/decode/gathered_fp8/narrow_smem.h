@@ -7,6 +7,8 @@
 
 namespace mla {
 
+constexpr u32 kAllValid = (1u << kSlabTokens) - 1;
+
 struct GatheredFp8NarrowSmem {
     static constexpr u32 value_bytes = kLatentBoxes * kBoxBytes;
     static constexpr u32 query_bytes = kTileBoxes * kRowBoxBytes;
@@ -16,7 +18,8 @@ struct GatheredFp8NarrowSmem {
     static constexpr u32 barriers = kFreedGroups + 3 * kBuffers;
     static constexpr u32 fixed_bytes = value_bytes + query_bytes + probability_bytes + row_values * row_bytes +
                                        barriers * sizeof(u64) + kBuffers * sizeof(u32) + kClaimBytes;
-    static constexpr u32 slab_bytes = kSlabTokens * kRowPitch;
+    static constexpr u32 slab_rows_bytes = kSlabTokens * kRowPitch;
+    static constexpr u32 slab_bytes = slab_rows_bytes + kSlabTokens * Codec::kPageEndBytes;
     static constexpr u32 slabs = (kSharedBytes - fixed_bytes) / (slab_bytes + 2 * sizeof(u64) + sizeof(u32));
 
     static constexpr u32 values = 0;  // a tile's V in boxes of [64 tokens][64 columns]
@@ -59,12 +62,15 @@ struct SlabRing {
 };
 
 MLA_DEVICE u32 slab_address(u32 smem, u32 slab) { return smem + Smem::raw + slab * Smem::slab_bytes; }
+// Where in a slab what lies at the page's end of its token of a number is.
+MLA_DEVICE u32 page_end_place(u32 smem, u32 slab, u32 token) {
+    return slab_address(smem, slab) + Smem::slab_rows_bytes + token * Codec::kPageEndBytes;
+}
 MLA_DEVICE u32 valid_word(u32 smem, u32 slab) { return smem + Smem::valid + slab * sizeof(u32); }
-constexpr u32 kAllValid = (1u << kSlabTokens) - 1;
 
 // Barriers. Who arrives, who waits:
-// raw_full: the lane of each token, with the bytes of its copy or once it has cleared the row; the scores warp of the number of
-// that loader warp.
+// raw_full: the lane of each token, with the bytes of its copy or once it has cleared the row, and once what is of the page's end
+// is there; the scores warp of the number of that loader warp.
 MLA_DEVICE u32 raw_full_barrier(u32 smem, u32 slab) { return smem + Smem::raw_full + slab * sizeof(u64); }
 // raw_empty: every lane of that scores warp, once its share of the slab is in registers; the loader warp.
 MLA_DEVICE u32 raw_empty_barrier(u32 smem, u32 slab) { return smem + Smem::raw_empty + slab * sizeof(u64); }
@@ -79,8 +85,9 @@ MLA_DEVICE u32 sums_full_barrier(u32 smem, u32 buffer) { return smem + Smem::sum
 
 MLA_DEVICE void initialise_barriers(u32 smem) {
     for (u32 slab = 0; slab < Smem::slabs; ++slab) {
-        mbarrier_init(raw_full_barrier(smem, slab), kSlabTokens);
+        mbarrier_init(raw_full_barrier(smem, slab), kSlabTokens * (Codec::kPageEndBytes > 0 ? 2 : 1));
         mbarrier_init(raw_empty_barrier(smem, slab), kWarpThreads);
+        store_shared_u32(valid_word(smem, slab), kAllValid);  // nothing is cleared
     }
     for (u32 group = 0; group < kFreedGroups; ++group) mbarrier_init(values_empty_barrier(smem, group), kWarpgroupWarps);
     for (u32 buffer = 0; buffer < kBuffers; ++buffer) {
