@@ -96,7 +96,14 @@ SCALE = [
     *(("softmax_scale", "above 0", {"softmax_scale": value}) for value in (0.0, -1.0, math.nan, math.inf, 10**400)),
 ]
 EMPTY_LSE = [("empty_lse", "-inf or", {"empty_lse": value}) for value in (0.0, math.nan, None, "inf")]
-KERNEL = [("kernel", "one of", {"kernel": "narrow17"}), ("kernel", "a string", {"kernel": 16})]
+
+
+def no_kernel(other: str) -> list[tuple[str, str, Changes]]:
+    """``other``: one that serves other calls."""
+    rows = ("one of", "narrow17"), ("a string", 16), ("one that serves this call", other)
+    return [("kernel", expected, {"kernel": value}) for expected, value in rows]
+
+
 SPLIT = [
     *no_integer("fixed_split_tokens"),
     *(("fixed_split_tokens", "multiple of", {"fixed_split_tokens": value}) for value in (0, -64, 65)),
@@ -207,7 +214,7 @@ def plan_rows(make: Make) -> list[tuple[str, str, Changes]]:
         *no_integer("max_seqlen_k"),
         ("max_seqlen_k", "non-negative", {"max_seqlen_k": -1}),
         *SPLIT,
-        *KERNEL,
+        *no_kernel("token_pages16"),
     ]
 
 
@@ -526,7 +533,7 @@ TARGETS: dict[str, Target] = {
     "plan_sparse_decode": Target(
         cupy_mla.plan_sparse_decode,
         sparse,
-        lambda make: [*sparse_rows(make), *extra_rows(make), *SPLIT, *KERNEL],
+        lambda make: [*sparse_rows(make), *extra_rows(make), *SPLIT, *no_kernel("gathered_fp8_narrow16")],
         on_gpu=True,
     ),
     "mla_sparse_prefill": Target(

@@ -13,7 +13,7 @@ from ..call.problem import DecodeProblem
 from ..errors import InvalidArgumentError
 from ..gpu.device import describe_device
 from ..gpu.launch import is_capturing
-from ..kernels.choose import check_kernel, choose_config
+from ..kernels.choose import check_kernel, check_named, choose_config
 from ..kernels.combine import combine_source
 from ..kernels.family import KernelConfig
 from ..schedule.pieces import ceil_div
@@ -68,6 +68,8 @@ def plan_kind(problem: DecodeProblem, location: tuple[str, int], options: Decode
     check_fixed_split(options.fixed_split_tokens)
     device, device_id = location
     if device != CUDA or problem.queries.is_empty:
+        if options.strict:
+            check_named(options.kernel, problem)
         return None
     return blueprint(problem, device_id, options.max_seqlen_k, options.fixed_split_tokens, options.kernel)
 

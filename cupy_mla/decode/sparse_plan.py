@@ -13,7 +13,7 @@ from ..call.sparse_problem import SparseProblem
 from ..errors import InvalidArgumentError
 from ..gpu.device import describe_device
 from ..gpu.launch import is_capturing
-from ..kernels.choose import GATHERED_FAMILIES, check_kernel, choose_gathered_config
+from ..kernels.choose import GATHERED_FAMILIES, check_kernel, check_named, choose_gathered_config
 from ..kernels.combine import gathered_combine_source
 from ..kernels.family import KernelConfig
 from ..schedule.pieces import ceil_div
@@ -65,6 +65,8 @@ def sparse_plan_kind(
     check_fixed_split(options.fixed_split_tokens)
     device, device_id = location
     if device != CUDA or problem.queries.is_empty:
+        if options.strict:
+            check_named(options.kernel, problem, GATHERED_FAMILIES)
         return None
     return sparse_blueprint(problem, device_id, options.fixed_split_tokens, options.kernel)
 

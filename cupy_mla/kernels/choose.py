@@ -44,6 +44,20 @@ GATHERED_FAMILIES = (*GATHERED_DENSE_FAMILIES, *GATHERED_FP8_FAMILIES)
 KERNELS = (AUTO, *(family.name for family in FAMILIES))
 
 
+def check_named(
+    kernel: str, problem: DecodeProblem | SparseProblem, families: tuple[DecodeFamily, ...] = FAMILIES
+) -> None:
+    """That a kernel that is asked for by its name serves a problem, as it is asked where nothing runs on a GPU.
+
+    Raises
+    ------
+    InvalidArgumentError
+        It does not, or there is none of this name.
+    """
+    if check_kernel(kernel, families) != AUTO:
+        serving(families, problem, kernel)
+
+
 def check_kernel(kernel: str, families: tuple[DecodeFamily, ...] = FAMILIES) -> str:
     """A kernel's name, if there is one of that name; the same are refused on every backend.
 
@@ -89,7 +103,7 @@ def choose_config(
     InvalidArgumentError
         ``kernel`` is none of them or cannot serve the problem, or none of them can.
     """
-    able = _supporting(FAMILIES, problem, check_kernel(kernel))
+    able = serving(FAMILIES, problem, check_kernel(kernel))
     # Pages of one token: gathered if they can be, which takes a fifth of the time
     # (kernels_cu/TRIED_GATHERED.md).
     families = [family for family in able if family.gathers] or able
@@ -133,7 +147,7 @@ def choose_gathered_config(
     InvalidArgumentError
         ``kernel`` is none of them or cannot serve the problem, or none of them can.
     """
-    families = _supporting(GATHERED_FAMILIES, problem, check_kernel(kernel, GATHERED_FAMILIES))
+    families = serving(GATHERED_FAMILIES, problem, check_kernel(kernel, GATHERED_FAMILIES))
     queries = problem.queries
     load = Load(queries.group_heads, queries.total_q * queries.num_heads_kv, problem.keys.most_tokens)
     if fixed_split_tokens is not None:
@@ -143,10 +157,16 @@ def choose_gathered_config(
     return gathered_config(family, problem, planned)
 
 
-def _supporting(
+def serving(
     families: tuple[DecodeFamily, ...], problem: DecodeProblem | SparseProblem, kernel: str
 ) -> list[DecodeFamily]:
-    """The families that can serve a problem, all or the one of this name; at least one."""
+    """The families that can serve a problem, all or the one of this name; at least one.
+
+    Raises
+    ------
+    InvalidArgumentError
+        No family serves the problem, or the one of this name does not.
+    """
     reasons = {family.name: family.why_unsupported(problem) for family in families}
     chosen = [family for family in families if reasons[family.name] is None and kernel in (AUTO, family.name)]
     if chosen:

@@ -10,12 +10,13 @@ import numpy as np
 
 from ..cache.append import append_tokens
 from ..cache.slots import slots_of
-from ..call.options import EXACT, SPLIT
+from ..call.options import EXACT, FP8, SPLIT
 from ..decode.dense import mla_decode, plan_decode
 from ..decode.merge import merge_states
 from ..decode.prefill import mla_sparse_prefill
 from ..decode.sparse import mla_sparse_decode, plan_sparse_decode
 from ..kernels.choose import FAMILIES, GATHERED_DENSE_FAMILIES
+from ..kernels.family import DecodeFamily
 from ..kernels.fp8 import Fp8Family
 from ..schedule.pieces import TILE_TOKENS, ceil_div
 from .accuracy import LSE_BOUNDS
@@ -215,10 +216,10 @@ def _dense_plan(trial: Trial, arrays: list[Any], options: dict[str, Any], length
     if trial.chance(0.3):
         return None
     fp8 = "kv_scale" in options
-    kernels = [family.name for family in FAMILIES if isinstance(family, Fp8Family) == fp8]
+    families = [family for family in FAMILIES if isinstance(family, Fp8Family) == fp8 and _serves(trial, family)]
     chosen: dict[str, Any] = {
         "fixed_split_tokens": trial.pick(None, None, TILE_TOKENS * trial.up_to(4)),
-        "kernel": trial.pick("auto", *kernels),
+        "kernel": trial.pick("auto", *(family.name for family in families)),
         "max_seqlen_k": trial.pick(None, int(lengths.max())),
     }
     trial.words |= chosen
@@ -228,6 +229,13 @@ def _dense_plan(trial: Trial, arrays: list[Any], options: dict[str, Any], length
         plan.update(arrays[3], options.get("cu_seqlens_q"))
         return plan
     return plan_decode(arrays[0], arrays[1], arrays[2], arrays[3], **options, **chosen)
+
+
+def _serves(trial: Trial, family: DecodeFamily) -> bool:
+    """Whether a family takes pages of the size drawn, as some are made for those of one token, and q as it is."""
+    if isinstance(family, Fp8Family) and family.compute == FP8:
+        return False
+    return not family.gathers or trial.settings.page_size == 1
 
 
 def _compare_request(
