@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import gc
+import sys
 import weakref
 from types import SimpleNamespace
 from typing import Any
@@ -107,3 +108,69 @@ def test_a_refusal_of_the_driver_is_raised_and_keeps_nothing(driver: Driver) -> 
         capture.keep_for_graph([memory], STREAM)
     capture.release_kept()
     assert capture._kept == []
+
+
+# Tensors of torch, whose own graphs have a pool of memory ------------------------------------------------------------
+
+
+class Tensor:
+    """Memory from 1,000 on."""
+
+    def __init__(self, numel: int = 1) -> None:
+        self.count = numel
+
+    def numel(self) -> int:
+        return self.count
+
+    def data_ptr(self) -> int:
+        return 1000
+
+
+class Allocator:
+    """torch's, of which one thing is asked; ``pool`` is that of the tensor, None: it has no pools."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, pool: tuple[int, int] | None, *, captured: bool = True) -> None:
+        self.pool, self.asked = pool, 0
+        monkeypatch.setattr(capture, "is_captured", lambda stream: captured)
+        monkeypatch.setattr(capture, "_of_torch", {})
+        monkeypatch.setitem(sys.modules, "torch", SimpleNamespace(cuda=self))
+
+    def memory_snapshot(self) -> list[dict[str, Any]]:
+        self.asked += 1
+        if self.pool is None:
+            raise RuntimeError("cudaMallocAsync has no snapshot")
+        places = (0, (0, 7)), (1000, self.pool), (2000, (0, 0))
+        return [{"address": start, "total_size": 1000, "segment_pool_id": pool} for start, pool in places]
+
+
+def test_a_tensor_is_kept_for_a_graph_that_torch_does_not_capture(
+    driver: Driver, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    allocator = Allocator(monkeypatch, (0, 0))
+    tensors = [Tensor(), Tensor()]
+    for tensor in tensors:
+        capture.keep_tensor(tensor, STREAM)
+    assert [kept.objects for kept in capture._kept] == [[tensor] for tensor in tensors]
+    assert allocator.asked == 1
+    driver.destroy_graph()
+    capture.release_kept()
+    assert capture._kept == []
+
+
+@pytest.mark.parametrize(
+    ("pool", "captured", "numel", "asked"),
+    [((0, 3), True, 1, 1), ((3, 0), True, 1, 1), (None, True, 1, 1), ((0, 0), False, 1, 0), ((0, 0), True, 0, 0)],
+)
+def test_other_tensors_are_left_to_torch(
+    driver: Driver,
+    monkeypatch: pytest.MonkeyPatch,
+    pool: tuple[int, int] | None,
+    captured: bool,
+    numel: int,
+    asked: int,
+) -> None:
+    allocator = Allocator(monkeypatch, pool, captured=captured)
+    for _ in range(2):
+        capture.keep_tensor(Tensor(numel), STREAM)
+    assert capture._kept == []
+    assert allocator.asked == asked

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from ..errors import InvalidArgumentError
-from .capture import is_captured, keep_for_graph, release_kept
+from .capture import is_captured, keep_for_graph, keep_tensor, release_kept
 from .dtypes import numpy_dtype
 from .frameworks import CPU, cupy_module, current_stream, dlpack_location, framework_of, on_stream, torch_stream
 from .view import ArrayView, Shared, source_of, view
@@ -24,7 +24,7 @@ _in_flight_lock = threading.Lock()
 def empty_like(obj: Any, shape: tuple[int, ...], dtype: str, stream: int | None = None) -> Any:
     """An uninitialised C-contiguous array on the device of ``obj``, from the allocator of its framework.
 
-    One that is made while CuPy captures a CUDA graph lives at least as long as the graph.
+    One that is made while a CUDA graph is captured lives at least as long as the graph.
 
     Parameters
     ----------
@@ -47,17 +47,21 @@ def empty_like(obj: Any, shape: tuple[int, ...], dtype: str, stream: int | None 
     Raises
     ------
     MissingDependencyError
-        CuPy is needed and not installed.
+        CuPy or cuda-bindings is needed and not installed.
+    DriverError
+        CUDA refused to tie the array to the graph that is captured.
     """
     framework = framework_of(obj)
     if framework == "torch":
         torch = sys.modules["torch"]
         torch_dtype = getattr(torch, dtype)
         size = shape if len(shape) != 1 else shape[0]  # torch reads a number in a third of the time of a tuple
-        if stream is None or not obj.is_cuda:
+        if not obj.is_cuda:
             return obj.new_empty(size, dtype=torch_dtype)
-        with torch_stream(stream, obj.device):
-            return obj.new_empty(size, dtype=torch_dtype)
+        with nullcontext() if stream is None else torch_stream(stream, obj.device):
+            tensor = obj.new_empty(size, dtype=torch_dtype)
+        keep_tensor(tensor, current_stream(obj, obj.get_device()) if stream is None else stream)
+        return tensor
     if framework == "numpy":
         return np.empty(shape, numpy_dtype(dtype))
     if framework == "cupy":

@@ -9,6 +9,7 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
+from ..arrays.exchange import empty_like
 from ..arrays.frameworks import CPU, CUDA, current_stream
 from ..arrays.sketch import pointer_of
 from ..arrays.view import ArrayView
@@ -63,7 +64,7 @@ def _fill_plan(
     torch = sys.modules["torch"]
     if kind is None:
         return q.new_zeros((size,), dtype=torch.uint8)
-    plan = q.new_empty((size,), dtype=torch.uint8)
+    plan = empty_like(q, (size,), "uint8")
     kind.launch_planner(*lengths, pointer_of(plan), current_stream(q, kind.location[1]), extra_lengths)
     return plan
 

@@ -184,6 +184,72 @@ def test_memory_is_given_back_with_the_graph() -> None:
     assert len(capture._kept) <= before
 
 
+# Tensors of torch, which has memory of its own for a graph that it captures, and not for one of CuPy's --------------
+
+
+def torch_inputs(torch: Any) -> list[Any]:
+    return [torch.from_numpy(array.view(f"i{array.itemsize}")).cuda().view(getattr(torch, str(array.dtype)))
+            for array in CASE.build().tensors]  # fmt: skip
+
+
+def fill_torch(torch: Any) -> list[Any]:
+    """Take what lies free in torch's memory and more, and write a canary to it."""
+    gc.collect()
+    blocks = []
+    for size in [512 << shift for shift in range(16)] * 8:
+        blocks.append(torch.full((size,), CANARY, dtype=torch.uint8, device="cuda"))
+    torch.cuda.synchronize()
+    return blocks
+
+
+@pytest.mark.parametrize("planned", [False, True])
+def test_tensors_of_torch(planned: bool) -> None:
+    torch = pytest.importorskip("torch")
+    arrays, exact = torch_inputs(torch), exact_decode(CASE, CASE.build())[0]
+    stream = cupy.cuda.Stream(non_blocking=True)
+
+    def work() -> Any:
+        split = {"fixed_split_tokens": 128}
+        plan = cupy_mla.plan_decode(*arrays, **split, stream=stream.ptr) if planned else None
+        return cupy_mla.mla_decode(*arrays, plan=plan, stream=stream.ptr)[0]
+
+    work()
+    cupy.cuda.Device().synchronize()
+    stream.begin_capture()
+    try:
+        result = work()
+    finally:
+        graph = stream.end_capture()
+    blocks = fill_torch(torch)
+    for _ in range(3):
+        result.zero_()
+        torch.cuda.synchronize()
+        graph.launch(stream)
+        stream.synchronize()
+        got = result.double().cpu().numpy()
+        assert np.linalg.norm(got - exact) <= 3e-3 * np.linalg.norm(exact)
+    for block in blocks:
+        assert bool((block == CANARY).all())
+
+
+def test_torch_keeps_the_memory_of_its_own_graphs() -> None:
+    torch = pytest.importorskip("torch")
+    arrays, exact = torch_inputs(torch), exact_decode(CASE, CASE.build())[0]
+    cupy_mla.mla_decode(*arrays)
+    torch.cuda.synchronize()
+    before = len(capture._kept)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        result = cupy_mla.mla_decode(*arrays)[0]
+    assert len(capture._kept) <= before
+    blocks = fill_torch(torch)
+    graph.replay()
+    torch.cuda.synchronize()
+    assert np.linalg.norm(result.double().cpu().numpy() - exact) <= 3e-3 * np.linalg.norm(exact)
+    for block in blocks:
+        assert bool((block == CANARY).all())
+
+
 def test_what_cannot_be_captured_is_refused() -> None:
     arrays, _, _ = dense_inputs()
     paged = cupy_mla.PagedKVCache(num_pages=4, device="cuda")
