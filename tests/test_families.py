@@ -17,7 +17,7 @@ from cupy_mla.errors import InvalidArgumentError
 from cupy_mla.gpu import hopper
 from cupy_mla.gpu.jit.source import kernels_root
 from cupy_mla.kernels.catalogue import standard_configs
-from cupy_mla.kernels.choose import FAMILIES, choose_config
+from cupy_mla.kernels.choose import FAMILIES, GATHERED_FAMILIES, choose_config
 from cupy_mla.kernels.family import DecodeFamily, KernelConfig
 from cupy_mla.kernels.fp8 import FP8_SPLIT16, Fp8Family
 from cupy_mla.kernels.gathered_narrow import GATHERED_NARROW16, GATHERED_NARROW32
@@ -117,6 +117,17 @@ def test_partial_results_of_four_rows_and_fewer_are_float32(
     config = choose_config(problem(8, 1024, heads, **changes), NUM_SMS, None, split)
     assert config.float_partials == expected
     assert config.partial_dtype == ("float32" if expected else "bfloat16")
+    assert config.refined == (expected or heads == 5 or changes.get("seqlen_q") == 3)
+
+
+@pytest.mark.parametrize("family", [*FAMILIES, *GATHERED_FAMILIES], ids=lambda family: family.name)
+def test_probabilities_of_few_rows_are_refined_where_they_are_bf16(family: DecodeFamily) -> None:
+    is_fp8 = family.name.startswith(("fp8", "gathered_fp8"))
+    assert [family.refines("bfloat16", rows) for rows in (1, 8, 9, 16)] == [not is_fp8, not is_fp8, False, False]
+    assert not family.refines("float16", 1)
+    for config in family.standard_configs():
+        assert config.refined <= (config.dtype == "bfloat16" and not is_fp8)
+        assert ("MLA_REFINED", str(int(config.refined))) in config.source().defines
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
@@ -299,10 +310,16 @@ def test_the_wide_kernel_s_roles_have_the_registers_that_the_kernel_gives_them()
 
 def test_the_roles_of_gathered_rows_have_the_registers_that_the_kernel_gives_them() -> None:
     text = (kernels_root() / "decode/gathered/narrow_schedule.h").read_text()
-    pairs = zip(*(f.roles(f.standard_configs()[0]) for f in (GATHERED_NARROW16, GATHERED_NARROW32)), strict=True)
-    for at_16, at_32 in pairs:
-        [registers] = re.findall(rf"\bk{at_16.name.capitalize()}Registers = kRows == 16 \? (\d+) : (\d+);", text)
+    [moved] = re.findall(r"\bkMovedRegisters = kRefines && !MLA_PLANNED && kRows == 16 \? (\d+) : 0;", text)
+    refined = next(c for c in GATHERED_NARROW16.standard_configs() if c.refined and c.name.endswith("_static_refined"))
+    of_16, of_32 = (f.roles(f.standard_configs()[0]) for f in (GATHERED_NARROW16, GATHERED_NARROW32))
+    for at_16, at_32, at_few in zip(of_16, of_32, GATHERED_NARROW16.roles(refined), strict=True):
+        name = rf"\bk{at_16.name.capitalize()}Registers"
+        [(*registers, sign)] = re.findall(
+            name + r" = \(?kRows == 16 \? (\d+) : (\d+)\)?(?: ([+-]) kMovedRegisters)?;", text
+        )
         assert tuple(map(int, registers)) == (at_16.registers, at_32.registers)
+        assert at_few.registers - at_16.registers == int(f"{sign}{moved}" if sign else 0)
 
 
 @pytest.mark.parametrize("family", [GATHERED_NARROW16, GATHERED_NARROW32], ids=lambda family: family.name)

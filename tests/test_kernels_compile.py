@@ -20,7 +20,7 @@ from cupy_mla.gpu.jit.module import get_cubin
 from cupy_mla.gpu.jit.source import kernels_root
 from cupy_mla.kernels.catalogue import all_kernels, standard_configs
 from cupy_mla.kernels.combine import combine_source, gathered_combine_source
-from cupy_mla.kernels.family import KernelConfig
+from cupy_mla.kernels.family import ColumnParts, KernelConfig
 from cupy_mla.kernels.gathered import GATHERED_WIDE64, GatheredConfig
 from cupy_mla.kernels.gathered_fp8 import GATHERED_FP8_NARROW16, GATHERED_FP8_NARROW32
 from cupy_mla.kernels.gathered_fp8_wide import GATHERED_FP8_WIDE64
@@ -57,6 +57,17 @@ OTHER_CONFIGS += [
         (GATHERED_NARROW32, 384, 64, 2, False),
         (GATHERED_NARROW32, 512, 128, 256, True),
     )
+]
+# Few rows of bf16 in the kernels of more, which are given them where they are asked for by name.
+OTHER_CONFIGS += [
+    KernelConfig(NARROW32, 512, 64, "bfloat16", 64, True, refined=True),
+    KernelConfig(WIDE64, 512, 64, "bfloat16", 64, False, scale_parts=ColumnParts(256, 2), refined=True),
+    KernelConfig(WIDE64, 512, 0, "bfloat16", 16, True, scale_parts=ColumnParts(256, 2), refined=True),
+    GatheredConfig(GATHERED_NARROW32, 512, 64, "bfloat16", 1, causal=False, planned=False, refined=True),
+    GatheredConfig(GATHERED_WIDE64, 512, 64, "bfloat16", 1, causal=False, planned=False, refined=True),
+    GatheredConfig(
+        GATHERED_WIDE64, 512, 64, "bfloat16", 1, causal=False, scale_parts=ColumnParts(256, 2), refined=True
+    ),
 ]
 # FP8 caches of other widths and with gaps between pages.
 OTHER_CONFIGS += [

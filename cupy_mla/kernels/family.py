@@ -34,6 +34,7 @@ BOX_BYTES = TILE_TOKENS * BOX_COLUMNS * ELEMENT_BYTES
 BARRIER_BYTES = 8
 CLAIM_BYTES = 8
 _EXPONENTS_BYTES = 4  # of the parts of a row
+_REFINED_ROWS = 8  # of decode/work_item.h; over more, the mean of the rounding counts
 
 # What the models in use need: (latent, rope) of DeepSeek V2/V3/R1 and Kimi K2, without rope, and a small MLA.
 STANDARD_DIMS = ((512, 64), (512, 0), (256, 64))
@@ -112,6 +113,12 @@ class DecodeFamily(ABC):
         """Whether partial results are float32 when so many query rows share a kv head: decode/config.h says why."""
         return False
 
+    def refines(self, dtype: str, rows: int) -> bool:
+        """Whether probabilities keep what bf16 leaves out of them when so many query rows share a kv head:
+        decode/work_item.h says how.
+        """
+        return dtype == "bfloat16" and rows <= _REFINED_ROWS
+
     def scale_parts(self, latent_dim: int, dtype: str, rows: int) -> ColumnParts | None:
         """Parts of a row of partial results that are fp16 with a power of two each, when so many query rows share a kv
         head (core/partial_format.h); None: they are not.
@@ -133,6 +140,7 @@ class DecodeFamily(ABC):
             causal=queries.causal and queries.seqlen_q > 1,
             float_partials=self.has_float_partials(rows),
             scale_parts=self.scale_parts(queries.latent_dim, queries.dtype, rows),
+            refined=self.refines(queries.dtype, rows),
         )
 
     def defines(self, config: KernelConfig) -> tuple[tuple[str, str], ...]:
@@ -146,19 +154,28 @@ class DecodeFamily(ABC):
             ("MLA_CAUSAL", str(int(config.causal))),
             ("MLA_ROWS", str(self.rows)),
             ("MLA_FLOAT_PARTIALS", str(int(config.float_partials))),
+            ("MLA_REFINED", str(int(config.refined))),
             *scale_defines(config),
             ("MLA_SHARED_BYTES", str(config.shared_memory)),
         )
 
     def standard_configs(self) -> list[KernelConfig]:
         """What `cupy-mla compile` prepares ahead of time and the tests compile."""
-        partials = (False, True) if self.has_float_partials(1) else (False,)
         return [
-            KernelConfig(self, latent, rope, dtype, page_size, causal, float_partials)
-            for float_partials, (latent, rope), dtype, page_size, causal in itertools.product(
-                partials, STANDARD_DIMS, DENSE_LAYOUTS, STANDARD_PAGE_SIZES, (False, True)
+            KernelConfig(self, latent, rope, dtype, page_size, causal, float_partials, refined=refined)
+            for (latent, rope), dtype, page_size, causal in itertools.product(
+                STANDARD_DIMS, DENSE_LAYOUTS, STANDARD_PAGE_SIZES, (False, True)
             )
+            for float_partials, refined in self.standard_forms(dtype)
         ]
+
+    def standard_forms(self, dtype: str) -> list[tuple[bool, bool]]:
+        """``float_partials`` and ``refined`` of standard configurations: of many rows, and of few where the family is
+        chosen for them unasked.
+        """
+        few = [(False, True)] if self.refines(dtype, 1) else []
+        fewer = [(True, self.refines(dtype, 1))]
+        return [(False, False), *(few + fewer if self.has_float_partials(1) else [])]
 
 
 @dataclass(frozen=True, slots=True)
@@ -181,6 +198,8 @@ class KernelConfig:
         Whether partial results are float32, not of ``dtype``.
     scale_parts : ColumnParts or None
         Parts of a row of partial results that are fp16 with a power of two each, where ``dtype`` is bfloat16.
+    refined : bool
+        Whether probabilities keep what bf16 leaves out of them.
     """
 
     family: DecodeFamily
@@ -191,6 +210,7 @@ class KernelConfig:
     causal: bool
     float_partials: bool = False
     scale_parts: ColumnParts | None = None
+    refined: bool = False
 
     @property
     def name(self) -> str:
@@ -200,7 +220,7 @@ class KernelConfig:
     @property
     def suffix(self) -> str:
         """The end of the name: what besides type, widths and page size it is compiled for."""
-        return ("_causal" if self.causal else "") + self.partial_suffix
+        return ("_causal" if self.causal else "") + self.partial_suffix + self.refined_suffix
 
     @property
     def rows(self) -> int:
@@ -235,6 +255,11 @@ class KernelConfig:
         if self.scale_parts is not None:
             return f"_scaled{self.scale_parts.columns}x{self.scale_parts.count}"
         return "_float" if self.float_partials else ""
+
+    @property
+    def refined_suffix(self) -> str:
+        """What the name of a kernel says of probabilities."""
+        return "_refined" if self.refined else ""
 
     @property
     def partial_lse_bytes(self) -> int:

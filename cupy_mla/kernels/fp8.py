@@ -99,6 +99,10 @@ class Fp8Family(DecodeFamily):
         """For few rows, as the narrow kernel."""
         return self.rows == BOX_COLUMNS // 4 and rows <= _FLOAT_PARTIAL_ROWS
 
+    def refines(self, dtype: str, rows: int) -> bool:
+        """Never: probabilities are fp16."""
+        return False
+
     def defines(self, config: KernelConfig) -> tuple[tuple[str, str], ...]:
         """The macros of decode/config.h and decode/fp8/schedule.h."""
         own = (

@@ -56,13 +56,14 @@ class GatheredConfig(KernelConfig):
     def suffix(self) -> str:
         """The end of the name: a layout that is not that of the type, and the schedule."""
         if self.by_request:
-            return ("_causal" if self.causal else "") + self.partial_suffix
+            return ("_causal" if self.causal else "") + self.partial_suffix + self.refined_suffix
         layout = f"_{self.layout.name}" if self.layout.codec is not None else ""
         extra = ""
         if self.extra_layout is not None:
             other = f"_{self.extra_layout.name}" if self.extra_layout is not self.layout else ""
             extra = f"_extra{self.extra_page_size}{other}"
-        return layout + extra + ("_planned" if self.planned else "_static") + self.partial_suffix
+        planned = "_planned" if self.planned else "_static"
+        return layout + extra + planned + self.partial_suffix + self.refined_suffix
 
 
 def gathered_config(family: DecodeFamily, problem: SparseProblem, planned: bool) -> GatheredConfig:
@@ -77,6 +78,7 @@ def gathered_config(family: DecodeFamily, problem: SparseProblem, planned: bool)
         causal=False,
         float_partials=planned and family.has_float_partials(queries.group_heads),
         scale_parts=family.scale_parts(queries.latent_dim, queries.dtype, queries.group_heads) if planned else None,
+        refined=family.refines(queries.dtype, queries.group_heads),
         planned=planned,
         layout=problem.layout,
         extra_page_size=problem.keys.extra_page_size or NO_EXTRA,

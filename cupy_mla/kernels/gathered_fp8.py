@@ -130,6 +130,10 @@ class GatheredFp8NarrowFamily(DecodeFamily):
         """For few rows, where the kernel has registers for it."""
         return self.float_partials and rows <= _FLOAT_PARTIAL_ROWS
 
+    def refines(self, dtype: str, rows: int) -> bool:
+        """Never: probabilities are fp16."""
+        return False
+
     def shared_memory(self, config: KernelConfig) -> int:
         """The total of decode/gathered_fp8/narrow_smem.h: as many slabs as fit beside a CTA of the merge."""
         assert isinstance(config, GatheredConfig)

@@ -65,6 +65,10 @@ class GatheredFp8WideFamily(DecodeFamily):
         """As in the wide kernel."""
         return wide_scale_parts(latent_dim, dtype, rows)
 
+    def refines(self, dtype: str, rows: int) -> bool:
+        """Never: probabilities are fp16."""
+        return False
+
     def shared_memory(self, config: KernelConfig) -> int:
         """The total of decode/gathered_fp8/wide_smem.h."""
         assert isinstance(config, GatheredConfig)

@@ -36,11 +36,10 @@ _MAX_GROUP_BOXES = 4
 _BUFFERS = 2  # of P and of what goes with it
 _WARPS = 4  # of a warpgroup
 _WORD_BYTES = 4
+_MOVED_REGISTERS = 8  # from the loaders to the scores warpgroup, which needs them to refine P of prefill
 _FLOAT_PARTIAL_ROWS = 4  # as in the dense narrow kernel
 # Beside a CTA of 16 rows, 96 registers a thread on average, there is room for them; beside one of 32 rows there is not.
 _COMBINE_THREADS = 256
-# Slots that are all equally far apart, as in every contiguous cache: pages of one token. Planned, float32 partials.
-_STANDARD_FORMS = ((False, False), (True, False), (True, True))
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,7 +74,7 @@ class GatheredNarrowFamily(DecodeFamily):
         """Three warpgroups."""
         return tuple(
             Role(name, hopper.WARPGROUP_THREADS, registers)
-            for name, registers in zip(_ROLES, self.registers, strict=True)
+            for name, registers in zip(_ROLES, self._registers(config), strict=True)
         )
 
     def has_float_partials(self, rows: int) -> bool:
@@ -94,12 +93,20 @@ class GatheredNarrowFamily(DecodeFamily):
     def standard_configs(self) -> list[KernelConfig]:
         """What `cupy-mla compile` prepares ahead of time and the tests compile."""
         return [
-            GatheredConfig(self, latent, rope, dtype, 1, causal=False, float_partials=float_partials, planned=planned)
-            for (planned, float_partials), (latent, rope), dtype in itertools.product(
-                _STANDARD_FORMS, STANDARD_DIMS, DENSE_LAYOUTS
+            GatheredConfig(
+                self, latent, rope, dtype, 1, causal=False, planned=planned, float_partials=float_partials,
+                refined=refined,
             )
-            if self.float_partials or not float_partials
-        ] + dense_extra_configs(self)
+            for (latent, rope), dtype, planned in itertools.product(STANDARD_DIMS, DENSE_LAYOUTS, (False, True))
+            for float_partials, refined in self.standard_forms(dtype)
+            if planned or not float_partials
+        ] + dense_extra_configs(self)  # fmt: skip
+
+    def _registers(self, config: KernelConfig) -> tuple[int, int, int]:
+        scores, values, loaders = self.registers
+        assert isinstance(config, GatheredConfig)
+        moved = _MOVED_REGISTERS if config.refined and not config.planned and self.float_partials else 0
+        return scores + moved, values, loaders - moved
 
     def _fixed_bytes(self, boxes: int) -> int:
         """All but the ring: queries, P, what goes between warps and between warpgroups."""

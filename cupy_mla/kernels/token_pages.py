@@ -46,16 +46,15 @@ class _OfTokenPages(DecodeFamily):
             causal=queries.causal and queries.seqlen_q > 1,
             float_partials=self.has_float_partials(rows),
             scale_parts=self.scale_parts(queries.latent_dim, queries.dtype, rows),
+            refined=self.refines(queries.dtype, rows),
         )
 
     def standard_configs(self) -> list[KernelConfig]:
         """What `cupy-mla compile` prepares ahead of time and the tests compile."""
-        partials = (False, True) if self.has_float_partials(1) else (False,)
         return [
-            self._config(latent, rope, dtype, causal=causal, float_partials=float_partials)
-            for float_partials, (latent, rope), dtype, causal in itertools.product(
-                partials, STANDARD_DIMS, DENSE_LAYOUTS, (False, True)
-            )
+            self._config(latent, rope, dtype, causal=causal, float_partials=float_partials, refined=refined)
+            for (latent, rope), dtype, causal in itertools.product(STANDARD_DIMS, DENSE_LAYOUTS, (False, True))
+            for float_partials, refined in self.standard_forms(dtype)
         ]
 
     def _config(self, latent: int, rope: int, dtype: str, **options: Any) -> KernelConfig:

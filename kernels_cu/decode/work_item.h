@@ -5,6 +5,13 @@
 
 namespace mla {
 
+// bf16 rounds P by up to 2^-8, which shows where a few keys have all the weight of a few rows. For few rows the kernel is
+// compiled to refine P: in a block of up to eight, the eight rows behind them, which do not exist, take what the rounding leaves
+// out, with the same factors, and their O is added in the end.
+constexpr bool kRefines = MLA_REFINED;
+static_assert(!kRefines || kSameType<Operand, Bf16>, "fp16 rounds little enough");
+constexpr i32 kRefinedRows = 8;
+
 struct BlockWork {
     i32 request, kv_head;
     i32 first_row;   // of this CTA, among the request's seqlen_q * group_heads rows of the kv head
@@ -15,6 +22,7 @@ struct BlockWork {
 
     MLA_DEVICE bool exists() const { return first_row < num_rows; }
     MLA_DEVICE bool has_tiles() const { return exists() && tile_begin < tile_end; }
+    MLA_DEVICE bool is_refined() const { return kRefines && num_rows - first_row <= kRefinedRows; }
     MLA_DEVICE bool is_partial() const { return slot != kWholeJob; }
 };
 

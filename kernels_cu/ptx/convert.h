@@ -43,4 +43,12 @@ MLA_DEVICE void unpack2<Fp16>(u32 pair, f32& first, f32& second) {
         : "r"(pair));
 }
 
+// What a pair of rounded values lacks of the values, as another pair.
+template <typename T>
+MLA_DEVICE u32 rest2(u32 pair, f32 first, f32 second) {
+    f32 rounded_first, rounded_second;
+    unpack2<T>(pair, rounded_first, rounded_second);
+    return pack2<T>(first - rounded_first, second - rounded_second);
+}
+
 }  // namespace mla

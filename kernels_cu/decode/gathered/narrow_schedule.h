@@ -14,9 +14,10 @@ constexpr u32 kLoaderWarps = kWarpgroupWarps;
 // Registers of a thread at entry, which the roles then share out. At 16 rows they leave room for a CTA of the merge (256
 // threads of 96), at 32 not.
 constexpr int kEntryRegisters = kRows == 16 ? 96 : 168;
-constexpr int kScoresRegisters = kRows == 16 ? 96 : 184;
+constexpr int kMovedRegisters = kRefines && !MLA_PLANNED && kRows == 16 ? 8 : 0;  // largest scores, and P refined
+constexpr int kScoresRegisters = (kRows == 16 ? 96 : 184) + kMovedRegisters;
 constexpr int kValuesRegisters = kRows == 16 ? 136 : 240;
-constexpr int kLoadersRegisters = kRows == 16 ? 56 : 80;
+constexpr int kLoadersRegisters = (kRows == 16 ? 56 : 80) - kMovedRegisters;
 static_assert(kScoresRegisters + kValuesRegisters + kLoadersRegisters == 3 * kEntryRegisters, "no more than there are");
 
 // As much shared memory as leaves room for that CTA.

@@ -49,7 +49,7 @@ private:
         copy_async_wait();
         fence_async_proxy();
         softmax_.barrier();  // Q is complete before any warp's wgmma reads it
-        Softmax::Rows rows;
+        Softmax::Rows rows(work);
         for (i32 tile = work.tile_begin; tile < work.tile_end; ++tile) {
             float scores[kFragment];
             multiply(scores);

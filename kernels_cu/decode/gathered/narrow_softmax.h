@@ -49,7 +49,9 @@ public:
     struct Rows : RowStatistics {
         float largest[kThreadRows];
         float unit[kThreadRows];  // a power of two by which O of the row is to be multiplied
-        MLA_DEVICE Rows() {
+        bool is_refined;          // decode/work_item.h
+
+        explicit MLA_DEVICE Rows(const BlockWork& work) : is_refined(work.is_refined()) {
 #pragma unroll
             for (u32 i = 0; i < kThreadRows; ++i) {
                 largest[i] = minus_infinity();
@@ -110,6 +112,7 @@ public:
             rows.raise(maxima, factor);
 #pragma unroll
             for (u32 i = 0; i < kThreadRows; ++i) rows.sum[i] *= factor[i];
+            if (rows.is_refined) share_factors(factor);
             // Also: all have read the maxima.
             if (kHasUnits && named_barrier_or(kScoresBarrier, kWarpgroupThreads, has_units))
                 weigh<T>(is_first, scores, units, rows, factor, probabilities);
@@ -184,15 +187,16 @@ private:
     }
 
     template <class T>
-    MLA_DEVICE void store_probabilities(const float (&scores)[kFragment], const RowStatistics& rows,
+    MLA_DEVICE void store_probabilities(const float (&scores)[kFragment], const Rows& rows,
                                         float (&probabilities)[kFragment]) const {
         exponentiate(scores, rows, probabilities);
-        store_as_operand<T>(probabilities);
+        store_as_operand<T>(probabilities, rows.is_refined);
     }
 
     template <class T>
-    MLA_DEVICE void store_as_operand(const float (&probabilities)[kFragment]) const {
-        store_fragment_transposed<T>(smem_ + Smem::probabilities + buffers_.index * kRowBoxBytes, warp_, lane_, probabilities);
+    MLA_DEVICE void store_as_operand(const float (&probabilities)[kFragment], bool is_refined = false) const {
+        store_fragment_transposed<T>(smem_ + Smem::probabilities + buffers_.index * kRowBoxBytes, warp_, lane_, probabilities,
+                                     is_refined);
         fence_async_proxy();
     }
 

@@ -42,6 +42,7 @@ private:
         }
         mbarrier_wait(sums_full_barrier(smem_, buffers_.index), sums_parities_ >> buffers_.index & 1);
         sums_parities_ ^= 1u << buffers_.index;
+        if (work.is_refined()) add_refinement(output);
         rescale_by(Smem::inverse_sums, output);
         release_probabilities();
         store(work, item, output);

@@ -56,7 +56,7 @@ private:
 #pragma unroll
         for (u32 i = 0; i < kThreadRows; ++i)
             row_scale[i] = load_shared_f32(smem_ + Smem::row_scales + row_of_lane(lane_, i) * sizeof(f32));
-        Softmax::Rows rows;
+        Softmax::Rows rows(work);
         for (i32 tile = work.tile_begin; tile < work.tile_end; ++tile) {
             const bool is_first = tile == work.tile_begin;
             if (kMixesCodecs && is_extra_tile(work, tile))

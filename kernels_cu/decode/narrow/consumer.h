@@ -32,7 +32,7 @@ public:
             wgmma_pin(scores);
             scale_and_mask(work, tile, scores);
             clear_dead_values(work, tile);
-            softmax(is_first, scores, rows, output);
+            softmax(is_first, work.is_refined(), scores, rows, output);
             issue_values(!is_first, output);
             wgmma_wait<0>();
 #pragma unroll
@@ -104,7 +104,7 @@ private:
 
     // Scores to P in shared memory, statistics, and O rescaled when a maximum moved. P is first made with the old
     // maxima, which nearly always stand; the one barrier that publishes it also tells whether any row outgrew its own.
-    MLA_DEVICE void softmax(bool is_first, const float (&scores)[kFragment], RowStatistics& rows,
+    MLA_DEVICE void softmax(bool is_first, bool is_refined, const float (&scores)[kFragment], RowStatistics& rows,
                             float (&output)[kLatentBoxes][kFragment]) {
         float probabilities[kFragment];
         bool move_maxima = is_first;
@@ -115,7 +115,7 @@ private:
                 const float limit = rows.maximum[i] + kRescaleThreshold;  // -inf: any visible key moves it
                 outgrown |= fmaxf(scores[row_element(i)], scores[row_element(i) + 2]) > limit;
             }
-            store_probabilities(scores, rows, probabilities);
+            store_probabilities(is_refined, scores, rows, probabilities);
             // All of P (and of clear_dead_values) is written before any warp's PV; all warps are done with the PV of the
             // tile before, whose P buffer the next tile writes.
             move_maxima = named_barrier_or(kConsumerBarrier, kConsumerThreads, outgrown);
@@ -123,10 +123,11 @@ private:
         if (move_maxima) {
             float factor[kThreadRows];
             raise_maxima(scores, rows, factor);
-            store_probabilities(scores, rows, probabilities);
+            store_probabilities(is_refined, scores, rows, probabilities);
             barrier();  // as above, for the new P; and all have read the maxima of raise_maxima
 #pragma unroll
             for (u32 i = 0; i < kThreadRows; ++i) rows.sum[i] *= factor[i];
+            if (is_refined) share_factors(factor);
             if (!is_first) rescale(factor, output);
         }
 #pragma unroll
@@ -134,10 +135,10 @@ private:
             rows.sum[i] += probabilities[row_element(i)] + probabilities[row_element(i) + 2];
     }
 
-    MLA_DEVICE void store_probabilities(const float (&scores)[kFragment], const RowStatistics& rows,
+    MLA_DEVICE void store_probabilities(bool is_refined, const float (&scores)[kFragment], const RowStatistics& rows,
                                         float (&probabilities)[kFragment]) const {
         exponentiate(scores, rows, probabilities);
-        store_fragment_transposed<Operand>(probability_buffer(), warp_, lane_, probabilities);
+        store_fragment_transposed<Operand>(probability_buffer(), warp_, lane_, probabilities, is_refined);
         fence_async_proxy();
     }
 
@@ -188,6 +189,7 @@ private:
         across_warps(sum, [](float a, float b) { return a + b; });
 #pragma unroll
         for (u32 i = 0; i < kThreadRows; ++i) inverse[i] = sum[i] == 0.0f ? 0.0f : 1.0f / sum[i];
+        if (work.is_refined()) add_refinement(output);
         rescale(inverse, output);
         if (kPartialIsFloat && work.is_partial()) {
             store_float_partial(params_, work, warp_, lane_, output);

@@ -51,16 +51,21 @@ private:
 
 // A fragment of the transposed accumulators (m64nN: lane / 4 and lane / 4 + 8 along M of the warp's 16, query rows along N)
 // as values of a 16-bit type T into a box of [kRows][64 along M]. The warp writes chunks 2 * warp and 2 * warp + 1 of every row.
+// `is_refined`: of P of a refined block, whose next eight rows are what T leaves out of the first (decode/work_item.h).
 template <class T>
-MLA_DEVICE void store_fragment_transposed(u32 box, u32 warp, u32 lane, const float (&fragment)[kRows / 2]) {
+MLA_DEVICE void store_fragment_transposed(u32 box, u32 warp, u32 lane, const float (&fragment)[kRows / 2],
+                                          bool is_refined = false) {
     constexpr u32 kRowsPerStore = 16;  // four 8x8 matrices: two of 8 rows, for each two of 8 along M
     const u32 row = lane / 16 * 8 + lane % 8;
     const u32 address = box + box_chunk_offset(row, warp * 2 + lane / 8 % 2);
 #pragma unroll
     for (u32 store = 0; store < kRows / kRowsPerStore; ++store) {
         const float* f = fragment + store * 8;
-        store_matrix_x4_transposed(address + store * kRowsPerStore * kBoxRowBytes, pack2<T>(f[0], f[1]),
-                                   pack2<T>(f[2], f[3]), pack2<T>(f[4], f[5]), pack2<T>(f[6], f[7]));
+        const u32 upper = pack2<T>(f[0], f[1]), lower = pack2<T>(f[2], f[3]);
+        const bool is_rest = is_refined && store == 0;
+        store_matrix_x4_transposed(address + store * kRowsPerStore * kBoxRowBytes, upper, lower,
+                                   is_rest ? rest2<T>(upper, f[0], f[1]) : pack2<T>(f[4], f[5]),
+                                   is_rest ? rest2<T>(lower, f[2], f[3]) : pack2<T>(f[6], f[7]));
     }
 }
 

@@ -7,7 +7,7 @@
 #pragma once
 #include "core/quad.h"
 #include "core/softmax.h"
-#include "decode/config.h"
+#include "decode/work_item.h"
 #include "ptx/warp.h"
 #include "ptx/wgmma.h"
 
@@ -91,6 +91,24 @@ MLA_DEVICE void exponentiate(const float (&scores)[kFragment], const RowStatisti
             const u32 element = row_element(i) + half * 2;
             probabilities[element] = fast_exp2(scores[element] - shift);
         }
+    }
+}
+
+// Of a refined block (decode/work_item.h): the rows eight further are the next four of a thread's accumulators, and the next
+// two of its rows.
+constexpr u32 kRefinedAccumulators = kRefinedRows / 2;
+constexpr u32 kRefinedThreadRows = kRefinedRows / 4;
+
+MLA_DEVICE void share_factors(float (&factor)[kThreadRows]) {
+#pragma unroll
+    for (u32 i = 0; i < kRefinedThreadRows; ++i) factor[i + kRefinedThreadRows] = factor[i];
+}
+
+MLA_DEVICE void add_refinement(float (&output)[kLatentBoxes][kFragment]) {
+#pragma unroll
+    for (u32 box = 0; box < kLatentBoxes; ++box) {
+#pragma unroll
+        for (u32 i = 0; i < kRefinedAccumulators; ++i) output[box][i] += output[box][i + kRefinedAccumulators];
     }
 }
 

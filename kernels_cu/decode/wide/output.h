@@ -38,6 +38,15 @@ public:
         }
     }
 
+    // Of a refined block (decode/work_item.h): the row eight further is a thread's other row.
+    static MLA_DEVICE void add_refinement(float (&output)[kAccumulators]) {
+#pragma unroll
+        for (u32 i = 0; i < kAccumulators; i += 4) {
+            output[i] += output[i + 2];
+            output[i + 1] += output[i + 3];
+        }
+    }
+
     static MLA_DEVICE void store(const Params& params, i32 item, float (&output)[kAccumulators]) {
         if (kPartialIsScaled) pin_register(item);  // looked up after the last tile: there are no registers to keep it in
         // Packing first frees the registers that the addresses below need.

@@ -48,6 +48,7 @@ public:
             const BlockWork work = load_block_work(params_, item);
             if (!work.exists()) return;
             tiles = work.tile_end - work.tile_begin;
+            if (work.is_refined()) mark_refined(maximum);
             if (!kCausal) mask.open(params_, work, row);
             if (tiles > 0) read_query(work, row, q);
         }
@@ -62,7 +63,7 @@ public:
             mask.next_tile();
             const auto sinks = Results::load_sinks(params_, tiles == 1, item, row);
             const RowFactors factors = softmax(tiles == 1, params_.scale_log2, scores, maximum, sum, results, sinks);
-            store_probabilities(row, scores, factors);
+            store_probabilities(row, is_refined(maximum), scores, factors);
             first = false;
             ring_.advance();
             publish(tiles == 1);
@@ -145,7 +146,8 @@ private:
     }
 
     // P of the tile at ring_, and the factor by which each row of O must be rescaled first.
-    MLA_DEVICE void store_probabilities(u32 row, const float (&probabilities)[kThreadScores], const RowFactors& factors) {
+    MLA_DEVICE void store_probabilities(u32 row, bool is_refined, const float (&probabilities)[kThreadScores],
+                                        const RowFactors& factors) {
         const u32 box = stage_address(smem_, ring_.stage) + kProbabilities;
         const u32 matrix_row = warp() * 16 + lane() % 16;
         const u32 matrix_chunk = lane() / 16;
@@ -156,7 +158,9 @@ private:
             for (int j = 0; j < 2; ++j) {
                 const float* p = probabilities + (pair * 2 + j) * 4;
                 words[j * 2] = pack2<Operand>(p[0] * factors.normalise[0], p[1] * factors.normalise[0]);
-                words[j * 2 + 1] = pack2<Operand>(p[2] * factors.normalise[1], p[3] * factors.normalise[1]);
+                words[j * 2 + 1] =
+                    is_refined ? rest2<Operand>(words[j * 2], p[0] * factors.normalise[0], p[1] * factors.normalise[0])
+                               : pack2<Operand>(p[2] * factors.normalise[1], p[3] * factors.normalise[1]);
             }
             store_matrix_x4(box + box_chunk_offset(matrix_row, pair * 2 + matrix_chunk), words[0], words[1], words[2],
                             words[3]);
@@ -164,7 +168,7 @@ private:
         if (lane() % 4 == 0) {
             const u32 rescale = smem_ + WideSmem::factors + ring_.stage * kRows * sizeof(f32);
             store_shared_f32(rescale + row * sizeof(f32), factors.rescale[0]);
-            store_shared_f32(rescale + (row + 8) * sizeof(f32), factors.rescale[1]);
+            store_shared_f32(rescale + (row + 8) * sizeof(f32), is_refined ? -factors.rescale[0] : factors.rescale[1]);
         }
     }
 

@@ -2,7 +2,7 @@
 #pragma once
 #include "core/quad.h"
 #include "core/softmax.h"
-#include "decode/config.h"
+#include "decode/work_item.h"
 #include "ptx/warp.h"
 
 namespace mla {
@@ -17,6 +17,12 @@ struct RowFactors {
     float rescale[2];
     float normalise[2] = {1.0f, 1.0f};
 };
+
+// Of a refined block (decode/work_item.h): the row eight further is a thread's other row. That it is one says the maximum of
+// that row, which is no number then and otherwise always is one: no register is left to keep it in. The values warps know it
+// by the sign of that row's factor.
+MLA_DEVICE void mark_refined(float (&maximum)[2]) { maximum[1] = __int_as_float(0x7fc00000); }
+MLA_DEVICE bool is_refined(const float (&maximum)[2]) { return kRefines && maximum[1] != maximum[1]; }
 
 // Scores to probabilities, in place, with the running maxima (log2 units, the same in the quad) and sums (of the thread's
 // columns) of the thread's two rows: arrays, as a struct of the two gets other registers. The last tile carries the division
