@@ -16,6 +16,7 @@ import sys
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 from dataclasses import replace
 from typing import Any
 
@@ -32,22 +33,26 @@ from cupy_mla import (
     plan_sparse_decode,
     slots_of,
 )
+from cupy_mla.call.options import FP8
+from cupy_mla.kernels.catalogue import all_kernels, standard_configs
 from cupy_mla.kernels.choose import FAMILIES, GATHERED_FAMILIES
 from cupy_mla.kernels.family import DecodeFamily, KernelConfig
 from cupy_mla.kernels.fp8 import Fp8Family
 from cupy_mla.kernels.gathered import GatheredConfig
+from cupy_mla.lab.compile_job import compile_all
 from cupy_mla.lab.libraries import CUPY
 from cupy_mla.lab.trial import Settings, Trial
+from cupy_mla.layouts import CacheLayout
 
 TOOLS = ("memcheck", "racecheck", "synccheck", "initcheck")
 AROUND = "around"  # merging, appending, slots
 HAZARDS = "hazards"  # lengths, pages and indices that nobody checked
 UNITS = (*(family.name for family in (*FAMILIES, *GATHERED_FAMILIES)), AROUND, HAZARDS)
-# racecheck warns of accesses whose order it cannot see; kernels_cu/TRIED.md says of which, and why they are in order.
 SUMMARY = re.compile(
     r"(?:ERROR SUMMARY: (\d+) error|RACECHECK SUMMARY: .*\((\d+) errors?, (\d+) warning)"
 )
 SANITIZER_SECONDS = 300
+RACECHECK_BYTES = 50 << 30  # of the host, at most, for one unit; without them Linux kills it
 LENGTHS = (0, 5, 64, 130, 700)
 THREADS, BYSTANDER, SWITCH_SECONDS = 4, 8192, 1e-5
 WORD_BYTES, BLOCKS, BLOCK_THREADS = 4, 64, 256
@@ -68,7 +73,10 @@ INT32 = np.iinfo(np.int32)
 @click.argument("families", nargs=-1)
 @click.option("--tool", "tools", multiple=True, type=click.Choice(TOOLS), help="Of compute-sanitizer; all by default.")
 @click.option("--every", is_flag=True, help="All standard configurations, not one a family; memcheck by default.")
-@click.option("--jobs", type=click.IntRange(min=1), default=4, show_default=True, help="Families at once.")
+@click.option(
+    "--jobs", type=click.IntRange(min=1), default=4, show_default=True,
+    help="Families at once; racecheck has as many as there is memory for.",
+)
 @click.option("--repeats", type=click.IntRange(min=1), help="Without a tool: equal bits of one problem.")
 @click.option("--calls", type=click.IntRange(min=1), help="Without a tool: memory over so many calls.")
 @click.option("--work", type=click.Choice(UNITS), hidden=True, help="What runs under the tool.")
@@ -77,12 +85,14 @@ def main(
     ctx: click.Context, families: tuple[str, ...], tools: tuple[str, ...], every: bool, jobs: int,
     repeats: int | None, calls: int | None, work: str | None,
 ) -> None:  # fmt: skip
+    if calls and families:
+        raise click.UsageError("--calls takes no families: it has calls of its own.")
     if work is not None:
         run_unit(work, every)
         return
     found = 0
     if repeats or calls:
-        found += repeat_beside_other_work(repeats) if repeats else 0
+        found += repeat_each(repeats, families, jobs) if repeats else 0
         found += count_memory(calls) if calls else 0
     else:
         units = [unit for unit in UNITS if not families or unit.startswith(families)]
@@ -96,18 +106,22 @@ def main(
 def run_tools(tools: tuple[str, ...], units: list[str], every: bool, jobs: int) -> int:
     """Print a line for each unit and tool, and return how many have errors or did not run."""
     sanitizer = shutil.which("compute-sanitizer") or "/usr/local/cuda/bin/compute-sanitizer"
+    compile_for(units, every)
+    memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    racechecks = threading.BoundedSemaphore(max(1, memory // RACECHECK_BYTES))
     found = 0
 
     def run(tool: str, unit: str) -> tuple[str, str, int, str]:
         command = [sanitizer, "--tool", tool, "--target-processes", "all", sys.executable, __file__, "--work", unit]
         command += ["--every"] * every
-        try:
-            done = subprocess.run(command, capture_output=True, text=True, timeout=SANITIZER_SECONDS)
-        except subprocess.TimeoutExpired:
-            return tool, unit, -1, f"not done after {SANITIZER_SECONDS} s"
+        with racechecks if tool == "racecheck" else nullcontext():
+            try:
+                done = subprocess.run(command, capture_output=True, text=True, timeout=SANITIZER_SECONDS)
+            except subprocess.TimeoutExpired:
+                return tool, unit, -1, f"not done after {SANITIZER_SECONDS} s"
         summary = SUMMARY.findall(done.stdout)
         if done.returncode or not summary:
-            return tool, unit, -1, (done.stdout + done.stderr)[-600:]
+            return tool, unit, -1, f"exit code {done.returncode}\n{(done.stdout + done.stderr)[-600:]}"
         errors, raced, warned = summary[-1]
         return tool, unit, int(errors or raced), f"{warned} warnings" if int(errors or raced) == 0 else done.stdout
 
@@ -122,6 +136,18 @@ def run_tools(tools: tuple[str, ...], units: list[str], every: bool, jobs: int) 
     return found
 
 
+def compile_for(units: list[str], every: bool) -> None:
+    """What the units run, in all processes that there is room for: under a tool it would be one after the other."""
+    families = [family for family in (*FAMILIES, *GATHERED_FAMILIES) if family.name in units or HAZARDS in units]
+    decode = {config.name: config for config in standard_configs()}
+    wanted = {
+        name for name, config in decode.items() if config.family in families and (every or is_typical(config))
+    }
+    kernels = [kernel for kernel in all_kernels() if kernel.name in wanted or kernel.name not in decode]
+    for _ in compile_all(kernels, os.cpu_count() or 1):
+        pass  # a kernel that does not compile fails where it is used
+
+
 def run_unit(unit: str, every: bool) -> None:
     """What the tool watches."""
     if unit == AROUND:
@@ -130,15 +156,26 @@ def run_unit(unit: str, every: bool) -> None:
         run_hazards()
     else:
         family = next(family for family in (*FAMILIES, *GATHERED_FAMILIES) if family.name == unit)
-        for config in family.standard_configs() if every else typical_configs(family):
+        for config in distinct_configs(family) if every else typical_configs(family):
             (run_gathered if family in GATHERED_FAMILIES else run_dense)(config)
     CUPY.synchronize()
 
 
 def typical_configs(family: DecodeFamily) -> Iterator[KernelConfig]:
-    """The model dimensions in bfloat16; with a mask where the family has one, with float partials where it has them."""
+    """The model dimensions in bfloat16; with a mask, for few rows, with a second cache where the family has such."""
+    return filter(is_typical, distinct_configs(family))
+
+
+def is_typical(config: KernelConfig) -> bool:
+    has_extra = isinstance(config, GatheredConfig) and config.extra_layout is not None
+    of_a_model = (config.latent_dim, config.rope_dim) == (512, 64) or has_extra
+    return of_a_model and config.dtype == "bfloat16" and config.page_size in (1, 64)
+
+
+def distinct_configs(family: DecodeFamily) -> Iterator[KernelConfig]:
+    """Without those of a static schedule: what is planned is run as prefill, too."""
     for config in family.standard_configs():
-        if (config.latent_dim, config.rope_dim, config.dtype) == (512, 64, "bfloat16") and config.page_size in (1, 64):
+        if not isinstance(config, GatheredConfig) or config.planned:
             yield config
 
 
@@ -151,18 +188,20 @@ def trial_of(config: KernelConfig) -> Trial:
 def dense_arrays(config: KernelConfig, lengths: tuple[int, ...] = LENGTHS) -> tuple[list[Any], dict[str, Any]]:
     """A small problem that this configuration serves."""
     trial = trial_of(config)
-    fp8 = isinstance(config.family, Fp8Family)
+    stored = "float8_e4m3fn" if isinstance(config.family, Fp8Family) else config.dtype
     width = config.latent_dim + config.rope_dim
     counts = [-(-length // config.page_size) for length in lengths]
     tokens, heads = (2 if config.causal else 1), (1 if config.float_partials else config.rows + 3)
-    cache = trial.values((sum(counts) + 1, config.page_size, 1, width), "float8_e4m3fn" if fp8 else config.dtype)
+    cache = trial.values((sum(counts) + 1, config.page_size, 1, width), stored)
     table = np.zeros((len(lengths), max(counts)), np.int32)
     for row, count in enumerate(counts):
         table[row, :count] = sum(counts[:row]) + np.arange(count)
     q = trial.values((len(lengths), tokens, heads, width), config.dtype)
     arrays = [trial.upload(array) for array in (q, cache, table, np.array(lengths, np.int32))]
     options: dict[str, Any] = {"head_dim_v": config.latent_dim, "causal": config.causal}
-    return arrays, options | ({"kv_scale": 0.5} if fp8 else {})
+    if isinstance(config.family, Fp8Family):
+        options |= {"kv_scale": 0.5} | ({"compute": FP8} if config.family.compute == FP8 else {})
+    return arrays, options
 
 
 def run_dense(config: KernelConfig) -> None:
@@ -175,29 +214,46 @@ def run_dense(config: KernelConfig) -> None:
 
 def gathered_arrays(config: KernelConfig) -> tuple[list[Any], dict[str, Any]]:
     trial = trial_of(config)
-    width, heads, topk, batch, pages = config.latent_dim + config.rope_dim, config.rows + 3, 200, 3, 6
-    cache: Any = trial.values((pages, 64, 1, width), config.dtype)
-    of_cache: dict[str, Any] = {}
-    if isinstance(config, GatheredConfig) and config.layout.codec is not None:
-        scale = 0.5 if config.layout.needs_scale else None
-        cache = config.layout.quantise(np.asarray(cache, np.float32), scale)
-        of_cache = {"layout": config.layout.name} | ({} if scale is None else {"kv_scale": scale})
-    indices = trial.rng.integers(-3, pages * 64 + 3, (batch, 2, topk), dtype=np.int32)
+    width, topk, batch, pages = config.latent_dim + config.rope_dim, 200, 3, 6
+    heads = 1 if config.float_partials or config.refined else config.rows + 3
+    assert isinstance(config, GatheredConfig)
+
+    def cache_of(layout: CacheLayout) -> Any:
+        values: Any = trial.values((pages, 64, 1, width), config.dtype)
+        if layout.codec is not None:
+            values = layout.quantise(np.asarray(values, np.float32), 0.5 if layout.needs_scale else None)
+        if config.page_size > 1:  # there are gaps between pages
+            values = np.concatenate([values, values[:, :16]], axis=1)[:, :64]
+        return trial.upload(values)
+
+    def indices() -> Any:
+        return trial.upload(trial.rng.integers(-3, pages * 64 + 3, (batch, 2, topk), dtype=np.int32))
+
     lengths, sinks = np.array([0, 70, topk], np.int32), trial.rng.standard_normal(heads).astype(np.float32)
+    options = {"topk_length": trial.upload(lengths), "attn_sink": trial.upload(sinks), "head_dim_v": config.latent_dim}
+    if config.layout.codec is not None:
+        options |= {"layout": config.layout.name} | ({"kv_scale": 0.5} if config.layout.needs_scale else {})
+    if config.extra_layout is not None:
+        options |= {"extra_kv_cache": cache_of(config.extra_layout), "extra_indices": indices()}
+        options |= {"extra_layout": config.extra_layout.name} if config.extra_layout.codec is not None else {}
     q = trial.values((batch, 2, heads, width), config.dtype)
-    options = {"topk_length": trial.upload(lengths), "head_dim_v": config.latent_dim, **of_cache}
-    return [trial.upload(array) for array in (q, cache, indices)], options | {"attn_sink": trial.upload(sinks)}
+    return [trial.upload(q), cache_of(config.layout), indices()], options
+
+
+def without(options: dict[str, Any], beginning: str) -> dict[str, Any]:
+    return {name: value for name, value in options.items() if not name.startswith(beginning)}
 
 
 def run_gathered(config: KernelConfig) -> None:
     arrays, options = gathered_arrays(config)
-    planned = {name: value for name, value in options.items() if name != "attn_sink"}
     for split in (None, 64):
-        plan = plan_sparse_decode(*arrays, **planned, kernel=config.family.name, fixed_split_tokens=split)
+        plan = plan_sparse_decode(
+            *arrays, **without(options, "attn_sink"), kernel=config.family.name, fixed_split_tokens=split
+        )
         for _ in range(2):
             mla_sparse_decode(*arrays, **options, plan=plan)
     q, cache, indices = arrays
-    mla_sparse_prefill(q[:, 0], cache, indices[:, 0], **options)
+    mla_sparse_prefill(q[:, 0], cache, indices[:, 0], **without(options, "extra"))
 
 
 def run_around() -> None:
@@ -228,8 +284,9 @@ def run_hazards() -> None:
         (q, cache, indices), options = gathered_arrays(next(iter(typical_configs(family))))
         bad = np.resize(wrong, indices.shape).astype(np.int32)
         options["topk_length"] = CUPY.upload(wrong[:3])
-        planned = {name: value for name, value in options.items() if name != "attn_sink"}
-        plan = plan_sparse_decode(q, cache, indices, **planned, kernel=family.name, validate=False)
+        plan = plan_sparse_decode(
+            q, cache, indices, **without(options, "attn_sink"), kernel=family.name, validate=False
+        )
         mla_sparse_decode(q, cache, CUPY.upload(bad), **options, plan=plan, validate=False)
         mla_sparse_prefill(q[:, 0], cache, CUPY.upload(bad)[:, 0], **options, validate=False)
 
@@ -237,20 +294,15 @@ def run_hazards() -> None:
 # Without it ----------------------------------------------------------------------------------------------------------
 
 
-def typical_calls() -> Iterator[tuple[str, Callable[[], Any]]]:
-    """A call of each family whose work is split and merged, with its plan; returns out and lse."""
-    for family in FAMILIES:
-        config = replace(next(iter(typical_configs(family))), causal=False)
-        arrays, options = dense_arrays(config, (3000, 1, 700, 64))
-        yield family.name, lambda a=arrays, o=options, f=family: mla_decode(
-            *a, **o, plan=plan_decode(*a, **o, kernel=f.name)
-        )
-    for family in GATHERED_FAMILIES:
-        arrays, options = gathered_arrays(next(iter(typical_configs(family))))
-        planned = {name: value for name, value in options.items() if name != "attn_sink"}
-        yield family.name, lambda a=arrays, o=options, p=planned, f=family: mla_sparse_decode(
-            *a, **o, plan=plan_sparse_decode(*a, **p, kernel=f.name, fixed_split_tokens=64)
-        )
+def typical_call(family: DecodeFamily) -> Callable[[], Any]:
+    """A call whose work is split and merged, with its plan; returns out and lse."""
+    config = next(iter(typical_configs(family)))
+    if family in GATHERED_FAMILIES:
+        arrays, options = gathered_arrays(config)
+        of_plan = {**without(options, "attn_sink"), "kernel": family.name, "fixed_split_tokens": 64}
+        return lambda: mla_sparse_decode(*arrays, **options, plan=plan_sparse_decode(*arrays, **of_plan))
+    arrays, options = dense_arrays(replace(config, causal=False), (3000, 1, 700, 64))
+    return lambda: mla_decode(*arrays, **options, plan=plan_decode(*arrays, **options, kernel=family.name))
 
 
 def unplanned_calls() -> Iterator[tuple[str, Callable[[], Any]]]:
@@ -266,44 +318,62 @@ def unplanned_calls() -> Iterator[tuple[str, Callable[[], Any]]]:
     yield "mla_sparse_prefill", lambda: mla_sparse_prefill(q[:, 0], cache, indices[:, 0], **options)
 
 
-def repeat_beside_other_work(repeats: int) -> int:
-    """Calls from several threads on several streams, beside matrix products; every result has the bits of the first."""
+def repeat_each(repeats: int, families: tuple[str, ...], jobs: int) -> int:
+    """Repeat a call of each family, each in a process of its own, and return how many went wrong."""
+    chosen = [family for family in (*FAMILIES, *GATHERED_FAMILIES) if not families or family.name.startswith(families)]
+    if len(chosen) == 1:
+        return repeat_beside_other_work(chosen[0], repeats)
+    compile_for([family.name for family in chosen], False)
+
+    def run(family: DecodeFamily) -> subprocess.CompletedProcess[str]:
+        command = [sys.executable, __file__, "--repeats", str(repeats), family.name]
+        return subprocess.run(command, capture_output=True, text=True)
+
+    wrong = 0
+    with ThreadPoolExecutor(jobs) as pool:
+        for family, done in zip(chosen, pool.map(run, chosen), strict=True):
+            wrong += done.returncode != 0
+            failure = f"{family.name:21} did not run, exit code {done.returncode}\n{done.stderr[-600:]}\n"
+            print(done.stdout or failure, end="", flush=True)
+    return wrong
+
+
+def repeat_beside_other_work(family: DecodeFamily, repeats: int) -> int:
+    """Calls from several threads on several streams, beside other work; every result has the bits of the first."""
     import cupy
 
-    different = 0
     differ = cupy.RawKernel(COUNT_DIFFERENT, "count_different")
+    call = typical_call(family)
+    expected = call()
+    cupy.cuda.Device().synchronize()
+    counts = [cupy.zeros((1,), np.uint64) for _ in range(THREADS)]
+
+    def work(number: int) -> None:
+        with cupy.cuda.Stream(non_blocking=True) as stream:
+            for _ in range(repeats // THREADS):
+                for result, wanted in zip(call(), expected, strict=True):
+                    words = result.nbytes // WORD_BYTES
+                    differ((BLOCKS,), (BLOCK_THREADS,), (result, wanted, np.int64(words), counts[number]))
+            stream.synchronize()
+
     before = sys.getswitchinterval()
     sys.setswitchinterval(SWITCH_SECONDS)  # threads that wait for each other at every launch
     stop = threading.Event()
     bystander = threading.Thread(target=multiply_until, args=(stop,))
     bystander.start()
     try:
-        for name, call in typical_calls():
-            expected = call()
-            cupy.cuda.Device().synchronize()
-            counts = [cupy.zeros((1,), np.uint64) for _ in range(THREADS)]
-
-            def work(number: int, call: Any = call, expected: Any = expected, counts: Any = counts) -> None:
-                with cupy.cuda.Stream(non_blocking=True) as stream:
-                    for _ in range(repeats // THREADS):
-                        for result, wanted in zip(call(), expected, strict=True):
-                            words = result.nbytes // WORD_BYTES
-                            differ((BLOCKS,), (BLOCK_THREADS,), (result, wanted, np.int64(words), counts[number]))
-                    stream.synchronize()
-
-            threads = [threading.Thread(target=work, args=(number,)) for number in range(THREADS)]
-            for thread in threads:
-                thread.start()
-            for thread in threads:
-                thread.join()
-            cupy.cuda.Device().synchronize()
-            wrong = sum(int(count[0]) for count in counts)
-            different += wrong
-            print(f"{name:18} {repeats} repeats in {THREADS} threads: {wrong} words differ", flush=True)
+        threads = [threading.Thread(target=work, args=(number,)) for number in range(THREADS)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        cupy.cuda.Device().synchronize()
     finally:
         stop.set()
         bystander.join()
         sys.setswitchinterval(before)
+    different = sum(int(count[0]) for count in counts)
+    print(f"{family.name:21} {repeats} repeats in {THREADS} threads: {different} words differ", flush=True)
     return different
 
 

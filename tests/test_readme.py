@@ -46,13 +46,14 @@ TITLES = {
 }
 
 PROGRAMS = ("cupy-mla", "./scripts/", ".ci/run", "python ", ".venv/bin/python ", "pip ", "jupyter ")
-NEED_A_GPU = ("./scripts/gpu_round.sh",)
+NEED_A_GPU = ("./scripts/gpu_round.sh", "./scripts/reliability.sh")
 VARIABLE = re.compile(r"[A-Z_]+=\S*$")
 FIGURES = ROOT / "scripts" / "figures"
 CASE_FILE, EARLIER_RUN = "case.npz", "before.json"  # what the commands find in their folder
 
 # What makes a command small: values in place of those given, and more arguments.
 SMALL_VALUES = {
+    "check": {"--random": "40"},
     "bench": {"--batch": "1,2", "--length": "64", "--heads": "1,2", "--tp": "32,64", "--trace": "1"},
 }
 SMALL_ARGUMENTS = {"decode": ["--batch", "2", "--tp", "128"], "compile": ["append"]}
