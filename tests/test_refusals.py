@@ -620,6 +620,15 @@ TARGETS: dict[str, Target] = {
                 for row in (*no_integer(name), (name, "0 or more", {name: -1}))
             ),
             *no_flag("causal"), *LAYOUT,
+            ("extra_topk", "None without topk", {"extra_topk": 5}),
+            *(
+                (name, expected, {"topk": 9, "extra_topk": 5, **changes})
+                for other in ("extra_topk", "extra_page_size")
+                for name, expected, changes in (*no_integer(other), (other, "0 or more", {other: -1}))
+            ),
+            *(
+                ("extra_layout", "", {"topk": 9, "extra_topk": 5, "extra_layout": value}) for value in ("fp5", 5)
+            ),
         ],
         unchecked=("dtype",),  # another one is not supported, which is no mistake
     ),

@@ -18,6 +18,9 @@ TAKEN: list[tuple[dict[str, Any], str]] = [
     ({"num_heads_q": 16, "layout": FP8_E4M3}, "fp8_"),
     ({"num_heads_q": 96, "num_heads_kv": 3, "page_size": 16, "seqlen_q": 2, "causal": True}, "causal"),
     ({"num_heads_q": 16, "topk": 2048}, "gathered_narrow16"),
+    ({"num_heads_q": 16, "topk": 128, "extra_topk": 512, "rope_dim": 0}, "extra1"),
+    ({"topk": 12, "extra_topk": 5, "extra_page_size": 2, "rope_dim": 0, "layout": "fp8_model1"}, "fp8_model1_extra2"),
+    ({"topk": 1, "extra_topk": 1, "rope_dim": 0, "layout": "fp8_v41", "extra_layout": "fp4_v41"}, "extra1_fp4_v41"),
     ({"num_heads_q": 16, "batch": 0}, "narrow16"),
     ({"num_heads_q": 16, "max_seqlen_k": 0}, "narrow16"),
 ]
@@ -30,6 +33,7 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"dtype": "float32"}, "dtype: "),
     ({"layout": "fp16"}, "kv_cache: "),
     ({"layout": "fp8_model1"}, r"latent_dim\+rope_dim: expected 512\+0 for fp8_model1"),
+    ({"topk": 9, "extra_topk": 9, "rope_dim": 0, "layout": "fp8_v41", "extra_layout": "fp8_model1"}, "extra_kv_cach"),
     ({"layout": "fp8_ds_mla"}, "kv_cache: .* fp8_ds_mla, which no kernel reads"),
 ]
 
@@ -53,7 +57,8 @@ def test_what_is_not(call: dict[str, Any], reason: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("argument", "value"), [("num_heads_q", 1.5), ("rope_dim", -1), ("topk", "8"), ("layout", "fp8"), ("causal", "yes")]
+    ("argument", "value"),
+    [("num_heads_q", 1.5), ("rope_dim", -1), ("topk", "8"), ("layout", "fp8"), ("causal", "yes"), ("extra_topk", 5)],
 )
 def test_what_is_no_question(argument: str, value: Any) -> None:
     with pytest.raises(InvalidArgumentError, match=f"^{argument}: "):

@@ -60,6 +60,9 @@ def is_supported(
     causal: bool = False,
     max_seqlen_k: int = _DEFAULT_TOKENS,
     topk: int | None = None,
+    extra_topk: int | None = None,
+    extra_page_size: int = 64,
+    extra_layout: CacheLayout | str | None = None,
 ) -> Support:
     """Say whether a Hopper GPU takes a decode of these shapes, and why not. No GPU and no array is needed.
 
@@ -83,11 +86,15 @@ def is_supported(
         Tokens of the longest request.
     topk
         For ``mla_sparse_decode``: chosen tokens of each query; None: ``mla_decode``.
+    extra_topk, extra_page_size, extra_layout
+        The same of a second cache, its page size and its layout (None: as the first); ``extra_topk`` None: there is
+        none.
 
     Raises
     ------
     InvalidArgumentError
-        A size is no integer or negative, ``causal`` no truth value, or there is no such layout.
+        A size is no integer or negative, ``causal`` no truth value, there is no such layout, or ``extra_topk`` is given
+        without ``topk``.
 
     Examples
     --------
@@ -114,8 +121,16 @@ def is_supported(
     found = DENSE_LAYOUTS.get(dtype) if layout is None else find_layout(layout)
     if found is None:
         return Support(None, str(InvalidArgumentError("dtype", "one of " + ", ".join(DENSE_LAYOUTS), repr(dtype))))
+    extra = None
+    if extra_topk is not None:
+        if chosen is None:
+            raise InvalidArgumentError("extra_topk", "None without topk", str(extra_topk))
+        other = found if extra_layout is None else find_layout(extra_layout, "extra_layout")
+        extra = _size(extra_topk, "extra_topk"), _size(extra_page_size, "extra_page_size"), other
     try:
-        return Support(_kernel(sizes, dtype, found, causal, chosen), None)
+        if chosen is not None:
+            return Support(_sparse_kernel(sizes, dtype, found, chosen, extra), None)
+        return Support(_kernel(sizes, dtype, found, causal), None)
     except InvalidArgumentError as error:
         return Support(None, str(error))
 
@@ -127,29 +142,55 @@ def _size(value: Any, name: str) -> int:
     return size
 
 
-def _kernel(sizes: dict[str, int], dtype: str, layout: CacheLayout, causal: bool, topk: int | None) -> str:
+def _kernel(sizes: dict[str, int], dtype: str, layout: CacheLayout, causal: bool) -> str:
     """Name of the kernel that serves the call; raises as the call itself would on a GPU."""
-    latent, rope, page_size = sizes["latent_dim"], sizes["rope_dim"], sizes["page_size"]
-    batch, seqlen_q, heads_kv = sizes["batch"], sizes["seqlen_q"], sizes["num_heads_kv"]
-    q = _array(dtype, batch, seqlen_q, sizes["num_heads_q"], latent + rope)
-    max_pages = max(1, ceil_div(sizes["max_seqlen_k"], max(page_size, 1)))
-    kv_cache = _array(layout.dtype, max(1, batch * max_pages), page_size, heads_kv, layout.width(latent, rope))
-    itemsize = kv_cache.itemsize
-    if layout.one_head:
-        width = layout.width(latent, rope)
-        kv_cache.strides = (layout.page_bytes(page_size, latent, rope) // itemsize, width, width, 1)
+    latent, batch, page_size = sizes["latent_dim"], sizes["batch"], sizes["page_size"]
+    q, kv_cache = _q(sizes, dtype), _cache(sizes, layout, page_size)
     scale = 1.0 if layout.needs_scale else None
-    if topk is not None:
-        indices = _array(INDEX_DTYPE, batch, seqlen_q, topk)
-        arrays = SparseDecodeArrays(q, kv_cache, indices, kv_scale=scale)
-        sparse, _ = describe_sparse_decode(arrays, SparseOptions(head_dim_v=latent, layout=layout.name))
-        return choose_gathered_config(sparse, hopper.COMMON_SMS, planned=True).name
-    table, lengths = _array(INDEX_DTYPE, batch, max_pages), _array(INDEX_DTYPE, batch)
+    table = _array(INDEX_DTYPE, batch, _max_pages(sizes, page_size))
+    lengths = _array(INDEX_DTYPE, batch)
     options = DecodeOptions(head_dim_v=latent, causal=causal)
     problem, _ = describe_decode(DecodeArrays(q, kv_cache, table, lengths, kv_scale=scale), options)
     config = choose_config(problem, hopper.COMMON_SMS)
     schedule_shape(problem, config, hopper.COMMON_SMS)
     return config.name
+
+
+def _sparse_kernel(
+    sizes: dict[str, int], dtype: str, layout: CacheLayout, topk: int, extra: tuple[int, int, CacheLayout] | None
+) -> str:
+    """The same of a sparse call; ``extra`` is number of indices, page size and layout of a second cache."""
+    rows = sizes["batch"], sizes["seqlen_q"]
+    kv_cache, indices = _cache(sizes, layout, sizes["page_size"]), _array(INDEX_DTYPE, *rows, topk)
+    arrays = SparseDecodeArrays(_q(sizes, dtype), kv_cache, indices, kv_scale=1.0 if layout.needs_scale else None)
+    extra_layout = None
+    if extra is not None:
+        extra_topk, page_size, other = extra
+        arrays.extra_kv_cache = _cache(sizes, other, page_size)
+        arrays.extra_indices = _array(INDEX_DTYPE, *rows, extra_topk)
+        extra_layout = other.name
+    options = SparseOptions(head_dim_v=sizes["latent_dim"], layout=layout.name, extra_layout=extra_layout)
+    problem, _ = describe_sparse_decode(arrays, options)
+    return choose_gathered_config(problem, hopper.COMMON_SMS, planned=True).name
+
+
+def _q(sizes: dict[str, int], dtype: str) -> ArrayView:
+    width = sizes["latent_dim"] + sizes["rope_dim"]
+    return _array(dtype, sizes["batch"], sizes["seqlen_q"], sizes["num_heads_q"], width)
+
+
+def _max_pages(sizes: dict[str, int], page_size: int) -> int:
+    return max(1, ceil_div(sizes["max_seqlen_k"], max(page_size, 1)))
+
+
+def _cache(sizes: dict[str, int], layout: CacheLayout, page_size: int) -> ArrayView:
+    latent, rope = sizes["latent_dim"], sizes["rope_dim"]
+    width = layout.width(latent, rope)
+    pages = max(1, sizes["batch"] * _max_pages(sizes, page_size))
+    cache = _array(layout.dtype, pages, page_size, sizes["num_heads_kv"], width)
+    if layout.one_head:
+        cache.strides = (layout.page_bytes(page_size, latent, rope) // cache.itemsize, width, width, 1)
+    return cache
 
 
 def _array(dtype: str, *shape: int) -> ArrayView:

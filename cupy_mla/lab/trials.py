@@ -71,7 +71,7 @@ def dense(trial: Trial) -> None:
 
 
 def sparse_decode(trial: Trial) -> None:
-    """`mla_sparse_decode`: tokens that indices name."""
+    """`mla_sparse_decode`: tokens that indices name, of one cache or of two."""
     batch, seqlen_q = trial.up_to(4), trial.pick(1, 1, 2, 3)
     drawn = _Sparse(trial, (batch, seqlen_q))
     arrays, options = drawn.arrays(trial), drawn.options(trial)
@@ -79,7 +79,8 @@ def sparse_decode(trial: Trial) -> None:
     if trial.chance(0.6):
         split = trial.pick(None, None, TILE_TOKENS * trial.up_to(3))
         kernel = trial.pick("auto", *(family.name for family in GATHERED_DENSE_FAMILIES))
-        plan_options = {name: options[name] for name in ("topk_length", "head_dim_v")}
+        of_plan = "topk_length", "head_dim_v", "extra_kv_cache", "extra_indices", "extra_topk_length"
+        plan_options = {name: options[name] for name in of_plan if name in options}
         plan = plan_sparse_decode(*arrays, **plan_options, fixed_split_tokens=split, kernel=kernel)
         trial.words |= {"split": split, "kernel": kernel}
     out, lse = map(trial.download, mla_sparse_decode(*arrays, **options, plan=plan))
@@ -255,61 +256,89 @@ def _compare_request(
     trial.compare_lse("lse", got[1], lse, lse_bound)
 
 
-class _Sparse:
-    """A drawn sparse problem: ``queries`` is [batch, seqlen_q] of decode, [s_q] of prefill."""
+class _Chosen:
+    """A drawn cache of pages of a size, and what each query token attends to of it."""
 
-    def __init__(self, trial: Trial, queries: tuple[int, ...]) -> None:
+    def __init__(self, trial: Trial, queries: tuple[int, ...], kv_heads: int, page_size: int) -> None:
         rng, settings = trial.rng, trial.settings
-        self.queries = queries
-        heads, self.kv_heads = trial.heads()
-        self.num_pages, self.topk = trial.up_to(6), trial.up_to(250) - 1
-        num_slots = self.num_pages * settings.page_size
-        self.q = trial.values((*queries, heads, settings.width), settings.dtype)
-        self.indices = rng.integers(0, num_slots, (*queries, self.kv_heads, self.topk), dtype=np.int32)
+        self.num_pages, self.topk, self.page_size = trial.up_to(6), trial.up_to(250) - 1, page_size
+        num_slots = self.num_pages * page_size
+        self.indices = rng.integers(0, num_slots, (*queries, kv_heads, self.topk), dtype=np.int32)
         none = rng.choice(np.array([-1, num_slots, _INT32.min, _INT32.max], np.int32), self.indices.shape)
         self.indices = np.where(rng.random(self.indices.shape) < trial.pick(0, 0.2, 0.2, 0.2, 1), none, self.indices)
         self.lengths = None
         if trial.chance(0.5):
             shape = trial.pick(queries, queries[:1])
             self.lengths = rng.integers(0, self.topk + 1, shape, dtype=np.int32)
+        self.kv = trial.store((self.num_pages, page_size, kv_heads, settings.width), settings.dtype)
+        for query in np.ndindex(queries):
+            for head in range(kv_heads):
+                chosen = np.unique(self.slots(query, head))
+                values = trial.values((chosen.size, settings.width), settings.dtype)
+                fresh = np.isnan(self.kv[chosen // page_size, chosen % page_size, head, 0])
+                chosen, values = chosen[fresh], values[fresh]
+                self.kv[chosen // page_size, chosen % page_size, head] = values
+
+    @property
+    def words(self) -> dict[str, Any]:
+        """What is particular about it."""
+        lengths = None if self.lengths is None else self.lengths.tolist()
+        return {"pages": self.num_pages, "topk": self.topk, "lengths": lengths, "strides": self.kv.strides}
+
+    def slots(self, query: tuple[int, ...], head: int) -> Array:
+        """Slots that a query token attends to, as often as it does."""
+        count = self.topk if self.lengths is None else int(self.lengths[query[: self.lengths.ndim]])
+        slots = self.indices[(*query, head)][:count]
+        inside: Array = slots[(slots >= 0) & (slots < self.num_pages * self.page_size)]
+        return inside
+
+    def keys(self, query: tuple[int, ...], head: int) -> Array:
+        """[n, width] float64."""
+        slots = self.slots(query, head)
+        keys: Array = self.kv[slots // self.page_size, slots % self.page_size, head].astype(np.float64)
+        return keys
+
+    def uploaded(self, trial: Trial) -> tuple[Any, Any]:
+        """The cache, and the indices; with or without an axis of one kv head."""
+        shared = self.indices.shape[-2] == 1 and trial.chance(0.5)
+        indices = np.ascontiguousarray(self.indices[..., 0, :] if shared else self.indices)
+        return trial.upload(self.kv), trial.upload(indices)
+
+
+class _Sparse:
+    """A drawn sparse problem: ``queries`` is [batch, seqlen_q] of decode, perhaps over two caches, [s_q] of prefill."""
+
+    def __init__(self, trial: Trial, queries: tuple[int, ...]) -> None:
+        rng, settings = trial.rng, trial.settings
+        self.queries = queries
+        heads, self.kv_heads = trial.heads()
+        self.q = trial.values((*queries, heads, settings.width), settings.dtype)
+        self.main = _Chosen(trial, queries, self.kv_heads, settings.page_size)
+        self.extra = None
+        if len(queries) > 1 and trial.chance(0.3):
+            self.extra = _Chosen(trial, queries, self.kv_heads, trial.pick(settings.page_size, 2))
         self.sinks = None
         if trial.chance(0.4):
             self.sinks = rng.standard_normal(heads).astype(np.float32)
             self.sinks[rng.random(heads) < 0.2] = trial.pick(-np.inf, np.inf)
         self.scale = trial.pick(None, settings.width**-0.5 * float(rng.uniform(0.5, 2)))
         self.empty_lse = trial.pick(-math.inf, math.inf)
-        self.kv = trial.store((self.num_pages, settings.page_size, self.kv_heads, settings.width), settings.dtype)
-        for query in np.ndindex(queries):
-            for head in range(self.kv_heads):
-                chosen = np.unique(self.chosen(query, head))
-                values = trial.values((chosen.size, settings.width), settings.dtype)
-                fresh = np.isnan(self.kv[chosen // settings.page_size, chosen % settings.page_size, head, 0])
-                chosen, values = chosen[fresh], values[fresh]
-                self.kv[chosen // settings.page_size, chosen % settings.page_size, head] = values
-        trial.words |= {
-            "queries": queries, "heads": heads, "kv_heads": self.kv_heads, "pages": self.num_pages, "topk": self.topk,
-            "lengths": None if self.lengths is None else self.lengths.tolist(), "sinks": self.sinks is not None,
-            "strides": self.kv.strides,
-        }  # fmt: skip
-
-    def chosen(self, query: tuple[int, ...], head: int) -> Array:
-        """Slots that a query token attends to, as often as it does."""
-        count = self.topk if self.lengths is None else int(self.lengths[query[: self.lengths.ndim]])
-        slots = self.indices[(*query, head)][:count]
-        inside: Array = slots[(slots >= 0) & (slots < self.num_pages * self.kv.shape[1])]
-        return inside
+        trial.words |= {"queries": queries, "heads": heads, "kv_heads": self.kv_heads, **self.main.words}
+        trial.words |= {"sinks": self.sinks is not None, "extra": None if self.extra is None else self.extra.words}
 
     def arrays(self, trial: Trial) -> list[Any]:
-        shared = self.kv_heads == 1 and trial.chance(0.5)
-        indices = np.ascontiguousarray(self.indices[..., 0, :] if shared else self.indices)
-        return [trial.upload(array) for array in (trial.stored(self.q), self.kv, indices)]
+        return [trial.upload(trial.stored(self.q)), *self.main.uploaded(trial)]
 
     def options(self, trial: Trial) -> dict[str, Any]:
-        return {
-            "topk_length": trial.upload(self.lengths), "attn_sink": trial.upload(self.sinks),
+        options = {
+            "topk_length": trial.upload(self.main.lengths), "attn_sink": trial.upload(self.sinks),
             "softmax_scale": self.scale, "head_dim_v": trial.settings.latent_dim, "empty_lse": self.empty_lse,
             "validate": trial.chance(0.3),
         }  # fmt: skip
+        if self.extra is not None:
+            options["extra_kv_cache"], options["extra_indices"] = self.extra.uploaded(trial)
+            options["extra_topk_length"] = trial.upload(self.extra.lengths)
+        return options
 
     def compare(self, trial: Trial, out: Array, lse: Array, logits: Array | None) -> None:
         """Results of [*queries, heads]."""
@@ -318,12 +347,14 @@ class _Sparse:
         all_exact = np.zeros(out.shape)
         for query in np.ndindex(self.queries):
             for head in range(self.kv_heads):
-                slots, heads = self.chosen(query, head), slice(head * group, (head + 1) * group)
-                keys = self.kv[slots // settings.page_size, slots % settings.page_size, head].astype(np.float64)
+                heads = slice(head * group, (head + 1) * group)
+                keys = self.main.keys(query, head)
+                if self.extra is not None:
+                    keys = np.concatenate([keys, self.extra.keys(query, head)])
                 exact, exact_lse, top = attention(
                     self.q[query][None, heads].astype(np.float64), keys, settings.latent_dim, scale
                 )
-                if self.sinks is not None and slots.size:
+                if self.sinks is not None and len(keys):
                     with np.errstate(over="ignore"):
                         exact /= 1 + np.exp(self.sinks[heads].astype(np.float64) - exact_lse[0])[None, :, None]
                 all_exact[query][heads] = exact[0]
