@@ -224,7 +224,7 @@ def gathered_arrays(config: KernelConfig) -> tuple[list[Any], dict[str, Any]]:
             values = layout.quantise(np.asarray(values, np.float32), 0.5 if layout.needs_scale else None)
         if config.page_size > 1:  # there are gaps between pages
             values = np.concatenate([values, values[:, :16]], axis=1)[:, :64]
-        return trial.upload(values)
+        return trial.upload(layout.with_page_starts(values))
 
     def indices() -> Any:
         return trial.upload(trial.rng.integers(-3, pages * 64 + 3, (batch, 2, topk), dtype=np.int32))
