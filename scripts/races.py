@@ -7,6 +7,7 @@ indices that nobody checked). All unless some are given. Exits with 1 if anythin
 
 from __future__ import annotations
 
+import itertools
 import os
 import re
 import resource
@@ -52,6 +53,7 @@ SUMMARY = re.compile(
     r"(?:ERROR SUMMARY: (\d+) error|RACECHECK SUMMARY: .*\((\d+) errors?, (\d+) warning)"
 )
 SANITIZER_SECONDS = 300
+SHARE_CONFIGS = 16  # that a process runs one after the other
 RACECHECK_BYTES = 50 << 30  # of the host, at most, for one unit; without them Linux kills it
 LENGTHS = (0, 5, 64, 130, 700)
 THREADS, BYSTANDER, SWITCH_SECONDS = 4, 8192, 1e-5
@@ -80,15 +82,16 @@ INT32 = np.iinfo(np.int32)
 @click.option("--repeats", type=click.IntRange(min=1), help="Without a tool: equal bits of one problem.")
 @click.option("--calls", type=click.IntRange(min=1), help="Without a tool: memory over so many calls.")
 @click.option("--work", type=click.Choice(UNITS), hidden=True, help="What runs under the tool.")
+@click.option("--share", type=(int, int), default=(0, 1), hidden=True, help="Which share of it, and of how many.")
 @click.pass_context
 def main(
     ctx: click.Context, families: tuple[str, ...], tools: tuple[str, ...], every: bool, jobs: int,
-    repeats: int | None, calls: int | None, work: str | None,
+    repeats: int | None, calls: int | None, work: str | None, share: tuple[int, int],
 ) -> None:  # fmt: skip
     if calls and families:
         raise click.UsageError("--calls takes no families: it has calls of its own.")
     if work is not None:
-        run_unit(work, every)
+        run_unit(work, every, share)
         return
     found = 0
     if repeats or calls:
@@ -111,29 +114,45 @@ def run_tools(tools: tuple[str, ...], units: list[str], every: bool, jobs: int) 
     racechecks = threading.BoundedSemaphore(max(1, memory // RACECHECK_BYTES))
     found = 0
 
-    def run(tool: str, unit: str) -> tuple[str, str, int, str]:
+    def run(tool: str, unit: str, share: tuple[int, int]) -> tuple[int, str]:
+        """How many errors, -1 if it did not run; and what there is to say."""
         command = [sanitizer, "--tool", tool, "--target-processes", "all", sys.executable, __file__, "--work", unit]
-        command += ["--every"] * every
+        command += ["--every"] * every + ["--share", *map(str, share)]
         with racechecks if tool == "racecheck" else nullcontext():
             try:
                 done = subprocess.run(command, capture_output=True, text=True, timeout=SANITIZER_SECONDS)
             except subprocess.TimeoutExpired:
-                return tool, unit, -1, f"not done after {SANITIZER_SECONDS} s"
+                return -1, f"not done after {SANITIZER_SECONDS} s"
         summary = SUMMARY.findall(done.stdout)
         if done.returncode or not summary:
-            return tool, unit, -1, f"exit code {done.returncode}\n{(done.stdout + done.stderr)[-600:]}"
+            return -1, f"exit code {done.returncode}\n{(done.stdout + done.stderr)[-600:]}"
         errors, raced, warned = summary[-1]
-        return tool, unit, int(errors or raced), f"{warned} warnings" if int(errors or raced) == 0 else done.stdout
+        return int(errors or raced), f"{warned} warnings" if int(errors or raced) == 0 else done.stdout
 
+    work = [(tool, unit, share) for tool in tools for unit in units for share in shares_of(unit, every)]
     with ThreadPoolExecutor(jobs) as pool:
-        for tool, unit, count, text in pool.map(lambda pair: run(*pair), [(t, u) for t in tools for u in units]):
+        for (tool, unit, (index, of)), (count, text) in zip(
+            work, pool.map(lambda which: run(*which), work), strict=True
+        ):
+            name = unit if of == 1 else f"{unit} {index + 1}/{of}"
             verdict = {-1: "did not run", 0: "clean"}.get(count, f"{count} errors")
             warned = count == 0 and text not in (" warnings", "0 warnings")
-            print(f"{tool:10} {unit:18} {verdict}" + (f", {text}" if warned else ""), flush=True)
+            print(f"{tool:10} {name:22} {verdict}" + (f", {text}" if warned else ""), flush=True)
             if count != 0:
                 found += 1
                 print(*[f"    {line}" for line in text.splitlines()[-12:]], sep="\n", flush=True)
     return found
+
+
+def shares_of(unit: str, every: bool) -> list[tuple[int, int]]:
+    """Which share of how many each process runs of a unit."""
+    configs = sum(1 for _ in distinct_configs(family_of(unit))) if every and unit not in (AROUND, HAZARDS) else 1
+    count = -(-configs // SHARE_CONFIGS)
+    return [(index, count) for index in range(count)]
+
+
+def family_of(unit: str) -> DecodeFamily:
+    return next(family for family in (*FAMILIES, *GATHERED_FAMILIES) if family.name == unit)
 
 
 def compile_for(units: list[str], every: bool) -> None:
@@ -148,15 +167,15 @@ def compile_for(units: list[str], every: bool) -> None:
         pass  # a kernel that does not compile fails where it is used
 
 
-def run_unit(unit: str, every: bool) -> None:
+def run_unit(unit: str, every: bool, share: tuple[int, int]) -> None:
     """What the tool watches."""
     if unit == AROUND:
         run_around()
     elif unit == HAZARDS:
         run_hazards()
     else:
-        family = next(family for family in (*FAMILIES, *GATHERED_FAMILIES) if family.name == unit)
-        for config in distinct_configs(family) if every else typical_configs(family):
+        family, (index, of) = family_of(unit), share
+        for config in itertools.islice(distinct_configs(family) if every else typical_configs(family), index, None, of):
             (run_gathered if family in GATHERED_FAMILIES else run_dense)(config)
     CUPY.synchronize()
 
@@ -219,12 +238,11 @@ def gathered_arrays(config: KernelConfig) -> tuple[list[Any], dict[str, Any]]:
     assert isinstance(config, GatheredConfig)
 
     def cache_of(layout: CacheLayout) -> Any:
-        values: Any = trial.values((pages, 64, 1, width), config.dtype)
+        step = 2 if config.page_size > 1 else 1  # with gaps between pages, or without
+        values: Any = trial.values((pages * step, 64, 1, width), config.dtype)
         if layout.codec is not None:
             values = layout.quantise(np.asarray(values, np.float32), 0.5 if layout.needs_scale else None)
-        if config.page_size > 1:  # there are gaps between pages
-            values = np.concatenate([values, values[:, :16]], axis=1)[:, :64]
-        return trial.upload(layout.with_page_starts(values))
+        return trial.upload(layout.with_page_starts(values)[::step])
 
     def indices() -> Any:
         return trial.upload(trial.rng.integers(-3, pages * 64 + 3, (batch, 2, topk), dtype=np.int32))
