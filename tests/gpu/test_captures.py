@@ -220,7 +220,8 @@ def test_tensors_of_torch(planned: bool) -> None:
         result = work()
     finally:
         graph = stream.end_capture()
-    blocks = fill_torch(torch)
+    with torch.cuda.stream(torch.cuda.ExternalStream(stream.ptr)):  # where the memory would be free again
+        blocks = fill_torch(torch)
     for _ in range(3):
         result.zero_()
         torch.cuda.synchronize()
