@@ -26,6 +26,7 @@ import click
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from cupy_mla import mla_decode, plan_decode
+from cupy_mla.arrays import scratch
 from cupy_mla.arrays import view as views
 from cupy_mla.call.describe import describe_decode
 from cupy_mla.call.options import ARRAYS, DECODE, OPTIONS, read_call
@@ -113,6 +114,7 @@ class NoGpu:
         views._READER_OF_FRAMEWORK["torch"] = read_as_cuda
         torch._C._cuda_getCurrentRawStream = lambda device_id: 0
         torch._C._cuda_getDevice = lambda: 0
+        scratch.is_captured = lambda stream: False  # type: ignore[attr-defined]
         torch._C._cuda_cudaCachingAllocator_raw_alloc = lambda size, stream: 1 << 40
         torch._C._cuda_cudaCachingAllocator_raw_delete = lambda pointer: None
         info = DeviceInfo(0, "none", (9, 0), 132, 2**37, 2**25, 232448)

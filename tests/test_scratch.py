@@ -13,6 +13,7 @@ from cupy_mla.arrays.scratch import scratch_like
 torch = pytest.importorskip("torch", reason="torch is not installed")
 
 SIZE, STREAM = 4096, 77
+CAPTURED = {99}  # streams
 
 
 @pytest.fixture
@@ -24,6 +25,7 @@ def held(monkeypatch: pytest.MonkeyPatch) -> dict[int, tuple[int, int]]:
         given[len(given) + 1] = size, stream
         return len(given)
 
+    monkeypatch.setattr(scratch, "is_captured", CAPTURED.__contains__)
     monkeypatch.setattr(torch._C, "_cuda_getDevice", lambda: 0, raising=False)
     monkeypatch.setattr(torch._C, "_cuda_cudaCachingAllocator_raw_alloc", allocate, raising=False)
     monkeypatch.setattr(torch._C, "_cuda_cudaCachingAllocator_raw_delete", given.pop, raising=False)
@@ -42,8 +44,9 @@ def test_torch_gives_memory_on_the_stream_and_has_it_back(held: dict[int, tuple[
     assert not held
 
 
-def test_memory_of_another_gpu_than_the_current_one_is_a_tensor(
-    held: dict[int, tuple[int, int]], monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(("device_id", "stream"), [(1, STREAM), (0, 99)], ids=["another GPU", "a captured stream"])
+def test_elsewhere_than_on_the_current_gpu_and_in_a_capture_it_is_a_tensor(
+    held: dict[int, tuple[int, int]], monkeypatch: pytest.MonkeyPatch, device_id: int, stream: int
 ) -> None:
     made: list[Any] = []
 
@@ -52,8 +55,8 @@ def test_memory_of_another_gpu_than_the_current_one_is_a_tensor(
         return torch.zeros(shape, dtype=getattr(torch, dtype))
 
     monkeypatch.setattr(scratch, "empty_like", empty_like)
-    assert scratch_like(torch.zeros(1), SIZE, 1, STREAM).pointer != 0
-    assert made == [((SIZE,), "uint8", STREAM)]
+    assert scratch_like(torch.zeros(1), SIZE, device_id, stream).pointer != 0
+    assert made == [((SIZE,), "uint8", stream)]
     assert not held
 
 

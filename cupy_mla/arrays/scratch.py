@@ -5,16 +5,17 @@ from __future__ import annotations
 import sys
 from typing import Any
 
+from .capture import is_captured
 from .exchange import empty_like
 from .frameworks import framework_of
 from .sketch import pointer_of
 
 
 class Scratch:
-    """Uninitialised device memory, given back when this object goes.
+    """Uninitialised device memory, given back when this object goes; that of a captured graph with the graph.
 
-    Allocators reuse memory in the order of the stream it was asked for on, and keep apart what belongs to a CUDA graph
-    that is being captured: it need not outlive the last launch that uses it.
+    Allocators reuse memory in the order of the stream it was asked for on: it need not outlive the last launch that
+    uses it.
 
     Attributes
     ----------
@@ -59,11 +60,14 @@ def scratch_like(obj: Any, size: int, device_id: int, stream: int) -> Scratch | 
     Raises
     ------
     MissingDependencyError
-        CuPy is needed and not installed.
+        CuPy or cuda-bindings is needed and not installed.
+    DriverError
+        CUDA refused to tie the memory to the graph that is captured.
     """
     if framework_of(obj) == "torch":
         cuda = sys.modules["torch"]._C
-        if cuda._cuda_getDevice() == device_id:  # that of the current one is given
+        # Memory of the current GPU is given, and what is captured must be tied to its graph.
+        if cuda._cuda_getDevice() == device_id and not is_captured(stream):
             allocate, free = cuda._cuda_cudaCachingAllocator_raw_alloc, cuda._cuda_cudaCachingAllocator_raw_delete
             return _TorchScratch(size, stream, allocate, free)
     return Scratch(obj, size, stream)
