@@ -24,6 +24,7 @@ from ..lab.spec import (
 )
 from ..lab.work import IntArray, Work
 from ..layouts import BF16, DENSE_LAYOUTS, find_layout
+from ..layouts.block_scaled import BlockScaled
 from ..schedule.pieces import TILE_TOKENS
 
 # Small, middle and full batches; memory-bound and compute-bound head counts: under a minute on an H200, with peers.
@@ -275,7 +276,8 @@ def expand_grid(
         Values of the fields of `BenchCase`; ``splits`` are its ``fixed_split_tokens``. Storages among ``layouts``, as
         which they were known before, count as ``storages``.
     preset, tensor_parallel
-        A model's widths, and its heads on each of so many ranks, in place of ``heads``.
+        A model's widths, and its heads on each of so many ranks, in place of ``heads``. Without one, widths are those
+        of DeepSeek V3, or of a layout that has its own.
     traces
         So many draws (seeds 0, 1, ...) of real request lengths in mid-decode, from the sample that ships with the
         package, after ``lengths``.
@@ -312,8 +314,11 @@ def expand_grid(
     cases = []
     for ((batch, tokens, draw), head_count), values in itertools.product(sizes, itertools.product(*axes.values())):
         options: dict[str, Any] = {**dict(zip(axes, values, strict=True)), **widths}
-        if options["layout"] is None or not find_layout(options["layout"]).needs_scale:
+        layout = None if options["layout"] is None else find_layout(options["layout"])
+        if layout is None or not layout.needs_scale:
             options["compute"] = AUTO  # there is but one way
+        if preset is None and isinstance(layout, BlockScaled):
+            options |= {"latent_dim": layout.latent_dim, "rope_dim": layout.rope_dim}
         case = BenchCase(batch, tokens, head_count, **options, **flags)
         if draw is not None:
             case = replace(case, name=_name(case, f"trace{draw}"))
