@@ -12,11 +12,10 @@ import pytest
 from cases_dense import DTYPES, DenseCase, frobenius_error
 
 from cupy_mla import InvalidArgumentError, PlanMismatchError, merge_states, mla_decode, plan_decode
-from cupy_mla.arrays.exchange import empty_like
+from cupy_mla.arrays.scratch import scratch_like
 from cupy_mla.arrays.view import view
 from cupy_mla.call.options import AUTO
-from cupy_mla.call.problem import PLAN_DTYPE
-from cupy_mla.decode import dense
+from cupy_mla.decode import blueprint
 from cupy_mla.kernels.choose import FAMILIES
 from cupy_mla.kernels.fp8 import Fp8Family
 
@@ -420,13 +419,12 @@ def test_workspace_of_a_call_without_plan_stays_with_the_given_stream(monkeypatc
     """The call frees it while the stream is still behind; the current stream must not get that memory meanwhile."""
     workspaces: list[tuple[int, int]] = []
 
-    def recording_empty_like(owner: Any, shape: tuple[int, ...], dtype: str, *stream: Any) -> Any:
-        array = empty_like(owner, shape, dtype, *stream)
-        if dtype == PLAN_DTYPE:  # not an output
-            workspaces.append((view(array, "workspace").pointer, array.shape[0]))
-        return array
+    def recording_scratch_like(owner: Any, size: int, *place: int) -> Any:
+        scratch = scratch_like(owner, size, *place)
+        workspaces.append((scratch.pointer, size))
+        return scratch
 
-    monkeypatch.setattr(dense, "empty_like", recording_empty_like)
+    monkeypatch.setattr(blueprint, "scratch_like", recording_scratch_like)
     on_gpu = OnGpu(DenseCase(lengths=(4096,), num_heads_q=16))
     gpu.synchronize()
     with gpu.delayed_stream() as stream:
