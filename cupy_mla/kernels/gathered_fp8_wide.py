@@ -16,6 +16,7 @@ from .family import (
     BOX_BYTES,
     BOX_COLUMNS,
     CLAIM_BYTES,
+    ELEMENT_BYTES,
     FLOAT_BYTES,
     ColumnParts,
     DecodeFamily,
@@ -55,6 +56,9 @@ class GatheredFp8WideFamily(DecodeFamily):
             return f"takes a latent width of {_LATENT_DIM}, not {queries.latent_dim}"
         if queries.rope_dim not in _ROPE_DIMS:
             return f"takes rope widths of {_ROPE_DIMS}, not {queries.rope_dim}"
+        extra_layout = getattr(problem, "extra_layout", None)
+        if extra_layout not in (None, problem.layout):
+            return f"takes two caches of one layout, not {problem.layout.name} and {extra_layout.name}"
         return why_no_codec(problem)
 
     def roles(self, config: KernelConfig) -> tuple[Role, ...]:
@@ -77,12 +81,12 @@ class GatheredFp8WideFamily(DecodeFamily):
         scales = layout.coded // layout.block if isinstance(layout, BlockScaled) else 1  # of a token
         boxes = _STAGES * (latent_boxes + 1) + latent_boxes + 2 * rope_boxes  # stages, Q, the rope part on its way
         row_floats = 2 * _STAGES + 1  # factors and inverse sums, the scale of Q
-        token_words = _STAGES + scales  # units, scales
+        token_bytes = _STAGES * FLOAT_BYTES + scales * ELEMENT_BYTES  # units, scales
         barriers = _STAGES * (2 + _SLABS)
         return (
             boxes * BOX_BYTES
             + row_floats * self.rows * FLOAT_BYTES
-            + token_words * TILE_TOKENS * _WORD_BYTES
+            + token_bytes * TILE_TOKENS
             + _STAGES * _WARPS * _WORD_BYTES
             + barriers * BARRIER_BYTES
             + CLAIM_BYTES
@@ -109,7 +113,7 @@ GATHERED_FP8_WIDE64 = GatheredFp8WideFamily(
     rows=64,
     cost=CostModel(
         start=8.5,
-        tile=2.5,
+        tile=2.3,
         item=5.0,
         merge=5.5,
         pieces=PieceCosts(piece_overhead=4 * TILE_COST, split_overhead=5 * TILE_COST, packs=True),

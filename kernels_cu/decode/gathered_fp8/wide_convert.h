@@ -25,9 +25,9 @@ public:
         open_tile(read(tokens), tokens.is_extra);
         load_scales();
 #pragma unroll
-        for (u32 load = 0; load < kLoads; ++load) load_codes(this_lane(), load);
+        for (u32 pair = 0; pair < kPairs; ++pair) load_pair(this_lane(), pair, slot_of(this_lane(), pair));
 #pragma unroll
-        for (i32 pass = 0; pass < kRopePasses; ++pass) load_rope(this_lane(), pass);
+        for (i32 pass = 0; pass < kRopePasses; ++pass) load_rope(this_lane(), pass, rope_slot(this_lane(), pass));
         advance(tokens);
         i32 slot = read(tokens);
         bool is_last;
@@ -43,16 +43,17 @@ public:
     }
 
 private:
-    // The coded values of a token's latent part, 16 a lane: a load of the warp is of neighbouring bytes. Lanes of every other box
-    // store the second of their two chunks first, so that eight lanes' stores meet in no bank.
+    // The coded values of the latent part of two neighbouring tokens at a time, in pieces of 16: four lanes have 64 bytes of one,
+    // the next four of the other, so that eight lanes' stores meet in no bank.
     static constexpr u32 kPieceColumns = 16;
-    static constexpr u32 kTokenLanes = kLatent / kPieceColumns;
-    static constexpr u32 kLoadTokens = kWarpThreads / kTokenLanes;
-    static constexpr u32 kSlabLoads = kShareTokens / kLoadTokens;
-    static constexpr u32 kLoads = kSlabs * kSlabLoads;
-    static_assert(kWarpThreads % kTokenLanes == 0 && kShareTokens % kLoadTokens == 0, "a load is of whole tokens of a slab");
+    static constexpr u32 kPairTokens = 2;
+    static constexpr u32 kPairs = kWarpTokens / kPairTokens;
+    static constexpr u32 kSlabPairs = kShareTokens / kPairTokens;
+    static constexpr u32 kLanePieces = kLatent * kPairTokens / kPieceColumns / kWarpThreads;  // of a pair
+    static constexpr u32 kPieceStep = kWarpThreads / kPairTokens * kPieceColumns;  // columns from one to the next
+    static_assert(kLanePieces == 2 && kLatent == kLanePieces * kPieceStep, "a lane's scales of a pair are a word");
     static_assert(Codec::kCoded >= kLatent && Codec::kUncoded % kBoxColumns == 0, "V is coded");
-    static constexpr u32 kScaleColumns = Codec::kCoded / Codec::kScales;
+    static_assert(!Codec::kHasScales || Codec::kCoded / Codec::kScales == kPieceStep / 2, "half of the lanes share a scale");
 
     // The rope part goes through shared memory, as registers are short, 16 bytes a lane, which the same lane reads again: where
     // it is not coded eight lanes a token, else four.
@@ -60,6 +61,8 @@ private:
     static constexpr u32 kRopeLanes = kCodesRope ? 4 : 8;
     static constexpr u32 kRopeTokens = kWarpThreads / kRopeLanes;  // at once
     static constexpr i32 kRopePasses = kRopeBoxes * kWarpTokens / kRopeTokens;
+
+    static constexpr i32 kNoSlot = -1;
 
     // To the next tile: of the list, of the second list of the item that is open, or of the next item; none left: the end.
     MLA_DEVICE void advance(TokenRun& tokens) {
@@ -102,7 +105,8 @@ private:
     MLA_DEVICE void open_tile(i32 slot, bool is_extra) {
         const bool is_valid = is_token(params_, slot, is_extra);
         valid_ = __ballot_sync(kFullWarp, is_valid);
-        row_ = is_valid ? token_address(params_, slot, is_extra) : params_.kv;
+        slot_ = is_valid ? slot : kNoSlot;
+        is_extra_ = is_extra;
     }
 
     // Brings the rows of a tile to L2, a tile before they are read: L1, beside this much shared memory, holds few loads on their
@@ -110,10 +114,9 @@ private:
     MLA_DEVICE void prefetch(i32 slot, bool is_extra) const {
         constexpr u32 kLine = 128, kLines = (Codec::kRowBytes + kLine - 1) / kLine, kLaneLines = (kLines + 1) / 2;
         const u32 lane = this_lane();
-        const bool is_valid = is_token(params_, slot, is_extra);
-        const u8* const row = is_valid ? token_address(params_, slot, is_extra) : nullptr;
-        const u8* const source = shuffled(row, lane / 2) + lane % 2 * kLaneLines * kLine;
-        if (!__shfl_sync(kFullWarp, is_valid, lane / 2)) return;
+        const i32 its_slot = __shfl_sync(kFullWarp, slot, lane / 2);
+        if (!is_token(params_, its_slot, is_extra)) return;
+        const u8* const source = token_address(params_, its_slot, is_extra) + lane % 2 * kLaneLines * kLine;
 #pragma unroll
         for (u32 line = 0; line < kLaneLines; ++line) {
             if (lane % 2 * kLaneLines + line < kLines) prefetch_to_l2(source + line * kLine);
@@ -121,25 +124,33 @@ private:
     }
 
     MLA_DEVICE void load_scales() {
-        if constexpr (Codec::kHasScales) load_global_16b(row_ + Codec::kScalesOffset, valid_ >> this_lane() & 1, scales_);
+        if constexpr (Codec::kHasScales)
+            load_global_16b(token_address(params_, slot_, is_extra_) + Codec::kScalesOffset, slot_ != kNoSlot, scales_);
     }
 
-    MLA_DEVICE void load_codes(u32 lane, u32 load) {
-        const u32 i = load * kLoadTokens + lane / kTokenLanes;
-        load_global_16b(address_of(i) + lane % kTokenLanes * kPieceColumns, valid_ >> i & 1, codes_[load]);
+    // Of the token that this lane has pieces of.
+    MLA_DEVICE i32 slot_of(u32 lane, u32 pair) const { return __shfl_sync(kFullWarp, slot_, pair * kPairTokens + half_of(lane)); }
+
+    MLA_DEVICE void load_pair(u32 lane, u32 pair, i32 slot) {
+        const u8* const source = token_address(params_, slot, is_extra_) + first_column(lane);
+#pragma unroll
+        for (u32 j = 0; j < kLanePieces; ++j) load_global_16b(source + j * kPieceStep, slot != kNoSlot, codes_[pair][j]);
     }
 
-    MLA_DEVICE void load_rope(u32 lane, i32 pass) {
-        const u32 i = pass * kRopeTokens + lane / kRopeLanes;
-        const u8* const source = address_of(i) + (kCodesRope ? kLatent : Codec::kUncodedOffset) + lane % kRopeLanes * 16;
-        copy_async_16b<false>(staged_rope(lane) + pass * kRopeTokens * kBoxRowBytes, source, (valid_ >> i & 1) * 16);
+    MLA_DEVICE i32 rope_slot(u32 lane, i32 pass) const {
+        return __shfl_sync(kFullWarp, slot_, pass * kRopeTokens + lane / kRopeLanes);
     }
 
-    MLA_DEVICE const u8* address_of(u32 i) const { return shuffled(row_, i); }
-
-    static MLA_DEVICE const u8* shuffled(const u8* address, u32 lane) {
-        return reinterpret_cast<const u8*>(__shfl_sync(kFullWarp, reinterpret_cast<u64>(address), lane));
+    MLA_DEVICE void load_rope(u32 lane, i32 pass, i32 slot) {
+        const bool exists = slot != kNoSlot;
+        const u8* const source = (exists ? token_address(params_, slot, is_extra_) : params_.kv) +
+                                 (kCodesRope ? kLatent : Codec::kUncodedOffset) + lane % kRopeLanes * 16;
+        copy_async_16b<false>(staged_rope(lane) + pass * kRopeTokens * kBoxRowBytes, source, exists * 16);
     }
+
+    // Which token of a pair a lane has pieces of, and the first column of the first.
+    static MLA_DEVICE u32 half_of(u32 lane) { return lane / 4 % 2; }
+    static MLA_DEVICE u32 first_column(u32 lane) { return lane / 8 * kBoxColumns + lane % 4 * kPieceColumns; }
 
     // From where it is each time, or what comes of it is kept from tile to tile, for which no registers are left.
     static MLA_DEVICE u32 this_lane() {
@@ -161,18 +172,22 @@ private:
         load_scales();
         const u32 lane = this_lane();
         const u32 stage = stage_address(smem_, ring_.stage);
-        const u32 piece = lane % kTokenLanes, token = token_of(lane / kTokenLanes);
-        const bool is_swapped = piece / 4 % 2;
-        const u32 place =
-            stage + latent_row(token, piece / 4) + ((piece % 4 * 2 + is_swapped ^ token % kAtomRows) << 4);
-        const u32 scales = scales_of(lane / kTokenLanes) + piece * kPieceColumns / kScaleColumns * sizeof(u32);
+        const u32 token = token_of(half_of(lane));
+        const u32 place = stage + latent_row(token, lane / 8) + ((lane % 4 * 2 ^ token % kAtomRows) << 4);
+        u32 scales[kScalePairs];
 #pragma unroll
         for (u32 slab = 0; slab < kSlabs; ++slab) {
+            // Ahead of the stores, behind which they would wait.
+            if (slab * kSlabPairs % kScalePairs == 0) load_lane_scales(lane, slab * kSlabPairs, scales);
+            i32 slots[kSlabPairs];
+#pragma unroll
+            for (u32 pair = 0; pair < kSlabPairs; ++pair) slots[pair] = slot_of(lane, slab * kSlabPairs + pair);
             mbarrier_wait(slab_empty(smem_, ring_.stage, slab), ring_.parity ^ 1);  // passes at once in the first lap
 #pragma unroll
-            for (u32 load = 0; load < kSlabLoads; ++load) {
-                convert_codes(slab, load, is_swapped, place + slab * (kSlabTokens / kAtomRows * kLatentGroupBytes), scales);
-                load_codes(lane, slab * kSlabLoads + load);
+            for (u32 in_slab = 0; in_slab < kSlabPairs; ++in_slab) {
+                const u32 pair = slab * kSlabPairs + in_slab;
+                convert_pair(pair, scales[pair % kScalePairs], place + slab * (kSlabTokens / kAtomRows * kLatentGroupBytes), in_slab);
+                load_pair(lane, pair, slots[in_slab]);
             }
         }
         // With the last slab everything else of the stage is free, too.
@@ -186,8 +201,9 @@ private:
         const u32 rope_place = stage + kStageRope + rope_token * kBoxRowBytes + ((rope_chunk ^ rope_token % kAtomRows) << 4);
 #pragma unroll
         for (i32 pass = 0; pass < kRopePasses; ++pass) {
+            const i32 slot = rope_slot(lane, pass);
             convert_rope(pass, lane, has_units, rope_place);
-            load_rope(lane, pass);
+            load_rope(lane, pass, slot);
         }
         mbarrier_arrive(tile_full(smem_, ring_.stage));
         ring_.advance();
@@ -201,10 +217,11 @@ private:
             for (u32 i = 0; i < Codec::kScales; ++i) scales[i] = __uint_as_float(scales_[i]);
             const f32 inverse = take_unit(scales, unit_);
             __syncwarp();  // all have read those of the tile before
+            if (this_lane() < kWarpTokens) {
 #pragma unroll
-            for (u32 i = 0; i < Codec::kScales; ++i) {
-                if (this_lane() < kWarpTokens)
-                    store_shared_u32(scales_of(this_lane()) + i * sizeof(u32), pack2<Fp16>(scales[i] * inverse, scales[i] * inverse));
+                for (u32 i = 0; i < 2; ++i)
+                    store_shared_u32(lane_scales(this_lane() % 2, i) + this_lane() / 2 * sizeof(u32),
+                                     pack2<Fp16>(scales[i] * inverse, scales[2 + i] * inverse));
             }
             __syncwarp();
             return __any_sync(kFullWarp, unit_ != 1.0f);
@@ -212,7 +229,17 @@ private:
         return false;
     }
 
-    MLA_DEVICE u32 scales_of(u32 i) const { return smem_ + Smem::scales + (warp_ * kWarpTokens + i) * Smem::scale_bytes; }
+    // Of the first or second token of each pair, a word of the two scales that the lanes below 16, or the others, need of it.
+    MLA_DEVICE u32 lane_scales(u32 half, u32 upper_lanes) const {
+        return smem_ + Smem::scales + ((warp_ * kPairTokens + half) * 2 + upper_lanes) * kPairs * sizeof(u32);
+    }
+
+    // Of so many pairs from `first` on.
+    static constexpr u32 kScalePairs = 4;
+    MLA_DEVICE void load_lane_scales(u32 lane, u32 first, u32 (&scales)[kScalePairs]) const {
+        if constexpr (Codec::kHasScales)
+            load_shared_words(lane_scales(half_of(lane), lane / 16) + first * sizeof(u32), scales);
+    }
 
     // 16 coded values as fp16 to a chunk and its neighbour.
     static MLA_DEVICE void store_piece(u32 place, const u32 (&codes)[4], u32 scale) {
@@ -230,16 +257,13 @@ private:
 
     static MLA_DEVICE u32 scaled(u32 pair, u32 scale) { return Codec::kHasScales ? multiply_fp16_pairs(pair, scale) : pair; }
 
-    // `place`: of the slab's first load. Rows of the others are further, so their chunks are others.
-    MLA_DEVICE void convert_codes(u32 slab, u32 in_slab, bool is_swapped, u32 place, u32 scales) const {
-        const u32 load = slab * kSlabLoads + in_slab;
-        u32 scale = 0;
-        if (Codec::kHasScales) scale = load_shared_u32(scales + load * kLoadTokens * Smem::scale_bytes);
-        const u32(&codes)[4] = codes_[load];
-        const u32 ordered[4] = {is_swapped ? codes[2] : codes[0], is_swapped ? codes[3] : codes[1],
-                                is_swapped ? codes[0] : codes[2], is_swapped ? codes[1] : codes[3]};
-        const u32 row = in_slab * kLoadTokens;
-        store_piece((place ^ row << 4) + row * kBoxRowBytes, ordered, scale);
+    // `place`: of the slab's first pair. Rows of the second are two further, so its chunks are others.
+    MLA_DEVICE void convert_pair(u32 pair, u32 scales, u32 place, u32 in_slab) const {
+        const u32 row = in_slab * kPairTokens;
+#pragma unroll
+        for (u32 j = 0; j < kLanePieces; ++j)
+            store_piece((place ^ row << 4) + row * kBoxRowBytes + j * (kPieceStep / kBoxColumns) * kSwizzleAtomBytes,
+                        codes_[pair][j], pair_of_half(scales, j));
     }
 
     MLA_DEVICE void convert_rope(i32 pass, u32 lane, bool has_units, u32 place) const {
@@ -249,8 +273,8 @@ private:
         if constexpr (kCodesRope) {
             store_piece(place + slab_offset, words, 0);
         } else {
-            const f32 inverse = 1.0f / __shfl_sync(kFullWarp, unit_, pass * kRopeTokens + lane / kRopeLanes);
             if (has_units) {
+                const f32 inverse = 1.0f / __shfl_sync(kFullWarp, unit_, pass * kRopeTokens + lane / kRopeLanes);
 #pragma unroll
                 for (u32 word = 0; word < 4; ++word) {
                     f32 first, second;
@@ -269,9 +293,10 @@ private:
     RingPosition ring_;
     // Of the tile that is on its way: bits of this warp's tokens, scales of token `lane`, what this lane has of the rows.
     u32 valid_;
-    const u8* row_;  // of token `lane`
+    i32 slot_;       // of token `lane`
+    bool is_extra_;  // whether the tile is of the second cache
     u32 scales_[4];
-    u32 codes_[kLoads][4];
+    u32 codes_[kPairs][kLanePieces][4];
     f32 unit_ = 1.0f;
 };
 

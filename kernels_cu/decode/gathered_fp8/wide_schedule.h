@@ -7,6 +7,7 @@
 namespace mla {
 
 static_assert(kRows == 64, "this kernel serves 64 query rows");
+static_assert(!kMixesCodecs, "all tokens are stored alike");
 
 // Warpgroup 0: scores; 1 and 2: values; 3: converters, which bring tokens and turn them into fp16.
 constexpr u32 kThreads = (2 + kValueWarpgroups) * kWarpgroupThreads;

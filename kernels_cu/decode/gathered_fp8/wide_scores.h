@@ -112,11 +112,10 @@ private:
         wgmma_fence();
         issue_steps<0, kSteps - kStepsAfterRelease>(query, latent, rope, scores);
         wgmma_commit();
-        wgmma_wait<0>();
-        if (release_previous) release_probabilities();
-        wgmma_fence();
         issue_steps<kSteps - kStepsAfterRelease, kSteps>(query, latent, rope, scores);
         wgmma_commit();
+        wgmma_wait<1>();
+        if (release_previous) release_probabilities();
         wgmma_wait<0>();
         wgmma_pin(scores);
     }

@@ -8,7 +8,7 @@ namespace mla {
 
 struct GatheredFp8WideSmem {
     static constexpr u32 row_bytes = kRows * sizeof(f32);  // a value of each row
-    static constexpr u32 scale_bytes = Codec::kScales * sizeof(u32);  // a token's, as pairs of fp16
+    static constexpr u32 scale_bytes = Codec::kScales * sizeof(u16);  // a token's, in fp16
 
     static constexpr u32 stages = 0;
     static constexpr u32 query = stages + kStages * kStageBytes;      // [64 rows][64] boxes
