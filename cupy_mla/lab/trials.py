@@ -18,6 +18,7 @@ from ..decode.sparse import mla_sparse_decode, plan_sparse_decode
 from ..kernels.choose import FAMILIES, GATHERED_DENSE_FAMILIES
 from ..kernels.family import DecodeFamily
 from ..kernels.fp8 import Fp8Family
+from ..layouts import FP4_V41, FP8_DS_MLA, FP8_DS_MLA_NO_ROPE, FP8_E4M3, FP8_MODEL1, FP8_V41, CacheLayout
 from ..schedule.pieces import TILE_TOKENS, ceil_div
 from .accuracy import LSE_BOUNDS
 from .trial import Array, Trial, attention
@@ -25,6 +26,13 @@ from .trial import Array, Trial, attention
 _INT32 = np.iinfo(np.int32)
 _FP8 = "float8_e4m3fn"
 _FP8_FACTOR = 8.0  # of stored values, which are then scaled by its inverse
+_SHOWS = 100.0  # in place of tokens that nobody may read
+# Of fewer than 16 bits, by latent and rope width: what kernels of sparse attention read.
+_CODED_LAYOUTS = {
+    (512, 64): (FP8_E4M3, FP8_DS_MLA),
+    (512, 0): (FP8_E4M3, FP8_DS_MLA_NO_ROPE, FP8_MODEL1, FP8_V41, FP4_V41),
+    (256, 64): (FP8_E4M3,),
+}
 _LONGEST, _LONG = 300, 4000
 _LONG_CHANCE = 0.03
 _MERGE_TYPES = ("bfloat16", "float16", "float32")
@@ -78,9 +86,9 @@ def sparse_decode(trial: Trial) -> None:
     plan = None
     if trial.chance(0.6):
         split = trial.pick(None, None, TILE_TOKENS * trial.up_to(3))
-        kernel = trial.pick("auto", *(family.name for family in GATHERED_DENSE_FAMILIES))
-        of_plan = "topk_length", "head_dim_v", "extra_kv_cache", "extra_indices", "extra_topk_length"
-        plan_options = {name: options[name] for name in of_plan if name in options}
+        kernel = "auto" if drawn.layout else trial.pick("auto", *(family.name for family in GATHERED_DENSE_FAMILIES))
+        of_call = "attn_sink", "softmax_scale", "empty_lse"
+        plan_options = {name: value for name, value in options.items() if name not in of_call}
         plan = plan_sparse_decode(*arrays, **plan_options, fixed_split_tokens=split, kernel=kernel)
         trial.words |= {"split": split, "kernel": kernel}
     out, lse = map(trial.download, mla_sparse_decode(*arrays, **options, plan=plan))
@@ -257,10 +265,16 @@ def _compare_request(
 
 
 class _Chosen:
-    """A drawn cache of pages of a size, and what each query token attends to of it."""
+    """A drawn cache of pages of a size, and what each query token attends to of it.
 
-    def __init__(self, trial: Trial, queries: tuple[int, ...], kv_heads: int, page_size: int) -> None:
+    Of 16 bits, with poison where nothing may be read; or in a layout of fewer, with values that would show.
+    """
+
+    def __init__(
+        self, trial: Trial, queries: tuple[int, ...], kv_heads: int, page_size: int, layout: CacheLayout | None
+    ) -> None:
         rng, settings = trial.rng, trial.settings
+        self.layout = layout
         self.num_pages, self.topk, self.page_size = trial.up_to(6), trial.up_to(250) - 1, page_size
         num_slots = self.num_pages * page_size
         self.indices = rng.integers(0, num_slots, (*queries, kv_heads, self.topk), dtype=np.int32)
@@ -270,7 +284,8 @@ class _Chosen:
         if trial.chance(0.5):
             shape = trial.pick(queries, queries[:1])
             self.lengths = rng.integers(0, self.topk + 1, shape, dtype=np.int32)
-        self.kv = trial.store((self.num_pages, page_size, kv_heads, settings.width), settings.dtype)
+        shape = self.num_pages, page_size, kv_heads, settings.width
+        self.kv: Array = trial.store(shape, settings.dtype)
         for query in np.ndindex(queries):
             for head in range(kv_heads):
                 chosen = np.unique(self.slots(query, head))
@@ -278,6 +293,13 @@ class _Chosen:
                 fresh = np.isnan(self.kv[chosen // page_size, chosen % page_size, head, 0])
                 chosen, values = chosen[fresh], values[fresh]
                 self.kv[chosen // page_size, chosen % page_size, head] = values
+        if layout is not None:
+            scale = 1 / _FP8_FACTOR if layout.needs_scale else None
+            values = np.where(np.isnan(self.kv), _SHOWS, self.kv).astype(np.float32)
+            self.kv = layout.with_page_starts(layout.quantise(values, scale))
+            self.exact = layout.dequantise(self.kv, scale)
+        else:
+            self.exact = self.kv
 
     @property
     def words(self) -> dict[str, Any]:
@@ -295,7 +317,7 @@ class _Chosen:
     def keys(self, query: tuple[int, ...], head: int) -> Array:
         """[n, width] float64."""
         slots = self.slots(query, head)
-        keys: Array = self.kv[slots // self.page_size, slots % self.page_size, head].astype(np.float64)
+        keys: Array = self.exact[slots // self.page_size, slots % self.page_size, head].astype(np.float64)
         return keys
 
     def uploaded(self, trial: Trial) -> tuple[Any, Any]:
@@ -312,11 +334,15 @@ class _Sparse:
         rng, settings = trial.rng, trial.settings
         self.queries = queries
         heads, self.kv_heads = trial.heads()
+        self.layout: CacheLayout | None = None
+        if settings.dtype == "bfloat16" and trial.chance(0.4):
+            self.kv_heads, self.layout = 1, trial.pick(*_CODED_LAYOUTS[settings.latent_dim, settings.rope_dim])
         self.q = trial.values((*queries, heads, settings.width), settings.dtype)
-        self.main = _Chosen(trial, queries, self.kv_heads, settings.page_size)
+        self.main = _Chosen(trial, queries, self.kv_heads, settings.page_size, self.layout)
         self.extra = None
         if len(queries) > 1 and trial.chance(0.3):
-            self.extra = _Chosen(trial, queries, self.kv_heads, trial.pick(settings.page_size, 2))
+            page_size = trial.pick(settings.page_size, 2)
+            self.extra = _Chosen(trial, queries, self.kv_heads, page_size, self.layout)
         self.sinks = None
         if trial.chance(0.4):
             self.sinks = rng.standard_normal(heads).astype(np.float32)
@@ -324,6 +350,7 @@ class _Sparse:
         self.scale = trial.pick(None, settings.width**-0.5 * float(rng.uniform(0.5, 2)))
         self.empty_lse = trial.pick(-math.inf, math.inf)
         trial.words |= {"queries": queries, "heads": heads, "kv_heads": self.kv_heads, **self.main.words}
+        trial.words |= {"layout": None if self.layout is None else self.layout.name}
         trial.words |= {"sinks": self.sinks is not None, "extra": None if self.extra is None else self.extra.words}
 
     def arrays(self, trial: Trial) -> list[Any]:
@@ -338,6 +365,9 @@ class _Sparse:
         if self.extra is not None:
             options["extra_kv_cache"], options["extra_indices"] = self.extra.uploaded(trial)
             options["extra_topk_length"] = trial.upload(self.extra.lengths)
+        if self.layout is not None:
+            options |= {"layout": self.layout.name, "kv_scale": 1 / _FP8_FACTOR if self.layout.needs_scale else None}
+            options |= {"extra_layout": self.layout.name} if self.extra is not None else {}
         return options
 
     def compare(self, trial: Trial, out: Array, lse: Array, logits: Array | None) -> None:
