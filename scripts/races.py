@@ -204,13 +204,21 @@ def trial_of(config: KernelConfig) -> Trial:
     return trial
 
 
+def heads_of(config: KernelConfig, tokens: int) -> int:
+    """So that a query token, or so many of them, have as many rows as the configuration is for."""
+    if config.float_partials:
+        return 1
+    return 8 // tokens if config.refined else config.rows + 3
+
+
 def dense_arrays(config: KernelConfig, lengths: tuple[int, ...] = LENGTHS) -> tuple[list[Any], dict[str, Any]]:
     """A small problem that this configuration serves."""
     trial = trial_of(config)
     stored = "float8_e4m3fn" if isinstance(config.family, Fp8Family) else config.dtype
     width = config.latent_dim + config.rope_dim
     counts = [-(-length // config.page_size) for length in lengths]
-    tokens, heads = (2 if config.causal else 1), (1 if config.float_partials else config.rows + 3)
+    tokens = 2 if config.causal else 1
+    heads = heads_of(config, tokens)
     cache = trial.values((sum(counts) + 1, config.page_size, 1, width), stored)
     table = np.zeros((len(lengths), max(counts)), np.int32)
     for row, count in enumerate(counts):
@@ -234,7 +242,7 @@ def run_dense(config: KernelConfig) -> None:
 def gathered_arrays(config: KernelConfig) -> tuple[list[Any], dict[str, Any]]:
     trial = trial_of(config)
     width, topk, batch, pages = config.latent_dim + config.rope_dim, 200, 3, 6
-    heads = 1 if config.float_partials or config.refined else config.rows + 3
+    heads = heads_of(config, 1)
     assert isinstance(config, GatheredConfig)
 
     def cache_of(layout: CacheLayout) -> Any:
