@@ -12,7 +12,8 @@ from __future__ import annotations
 import math
 from typing import Any, NoReturn
 
-from .decode.flash_mla_dense import check_copies_arguments, decode_dense, fold_descale, is_e4m3
+from .call.options import AUTO, FP8
+from .decode.flash_mla_dense import check_copies_arguments, decode_dense, fold_descale, is_e4m3, widen_queries
 from .decode.flash_mla_meta import FlashMLASchedMeta, meta_of
 from .decode.flash_mla_sparse import decode_sparse
 from .decode.prefill import mla_sparse_prefill
@@ -120,7 +121,8 @@ def flash_mla_with_kvcache(
     Parameters
     ----------
     q
-        [batch, seqlen_q, num_heads_q, head_dim] bfloat16 or float16, of any framework.
+        [batch, seqlen_q, num_heads_q, head_dim] bfloat16 or float16, of any framework; beside an e4m3 cache in dense
+        attention bfloat16 or float8_e4m3fn. The latter are multiplied by FP8 tensor cores.
     k_cache
         [num_pages, page_size, num_heads_k, head_dim] of q's type. Any page size that `cupy_mla.mla_decode` takes. With
         ``is_fp8_kvcache`` bytes, [num_pages, page_size, 1, bytes of a token], e.g. 656 of DeepSeek V3.2, in sparse
@@ -158,14 +160,14 @@ def flash_mla_with_kvcache(
     kv_format
         None: what a cache holds is found from its type and width.
     descale_q, descale_k
-        Of dense attention to an e4m3 cache: what q (of bfloat16) and the stored keys and values are multiplied by. One
+        Of dense attention to an e4m3 cache: what q and the stored keys and values are multiplied by. One
         float32 in an array, or a number; None: 1. ``descale_q`` goes into the factor on the scores, so in an array it
         is read back, which waits for the device.
 
     Returns
     -------
     out
-        [batch, seqlen_q, num_heads_q, head_dim_v] of q's type.
+        [batch, seqlen_q, num_heads_q, head_dim_v] of q's type; bfloat16 for e4m3 queries.
     lse
         [batch, num_heads_q, seqlen_q] float32, natural logarithm. A query with no visible key gives out = 0 and
         lse = +inf, as in FlashMLA (`cupy_mla.mla_decode` returns -inf there; `merge_states` takes both).
@@ -205,11 +207,11 @@ def flash_mla_with_kvcache(
     for name, array in (("block_table", block_table), ("cache_seqlens", cache_seqlens)):
         if array is None:
             raise InvalidArgumentError(name, "an array (only sparse attention goes without)", "None")
-    kv_scale = None
+    kv_scale, compute = None, AUTO
     try:
         if is_fp8_kvcache:
             if is_e4m3(q, "q"):
-                _refuse("flash_mla_with_kvcache", "e4m3 queries (q)")
+                q, compute = widen_queries(q), FP8
             if not is_e4m3(k_cache, "k_cache"):
                 raise InvalidArgumentError("is_fp8_kvcache", "False: k_cache is not of float8_e4m3fn", "True")
             kv_scale = 1.0 if descale_k is None else descale_k
@@ -222,6 +224,7 @@ def flash_mla_with_kvcache(
             causal=causal,
             out=out,
             kv_scale=kv_scale,
+            compute=compute,
             enable_batch_invariant=enable_batch_invariant,
         )
     except InvalidArgumentError as error:
@@ -243,7 +246,7 @@ def flash_mla_with_kvcache_fp8(
 ) -> tuple[Any, Any]:
     """Dense decode over an e4m3 cache, called as in vLLM: `flash_mla_with_kvcache` with ``is_fp8_kvcache``.
 
-    Queries are of bfloat16. Those of e4m3, which vLLM's kernel wants, raise MissingFeatureError.
+    Queries are of e4m3, as vLLM's kernel wants them, or of bfloat16.
     """
     return flash_mla_with_kvcache(
         q,

@@ -40,10 +40,11 @@ from cupy_mla.kernels.choose import FAMILIES, GATHERED_FAMILIES
 from cupy_mla.kernels.family import DecodeFamily, KernelConfig
 from cupy_mla.kernels.fp8 import Fp8Family
 from cupy_mla.kernels.gathered import GatheredConfig
+from cupy_mla.kernels.token_pages import RowPagesFamily
 from cupy_mla.lab.compile_job import compile_all
 from cupy_mla.lab.libraries import CUPY
 from cupy_mla.lab.trial import Settings, Trial
-from cupy_mla.layouts import CacheLayout
+from cupy_mla.layouts import FP8_DS_MLA, CacheLayout
 
 TOOLS = ("memcheck", "racecheck", "synccheck", "initcheck")
 AROUND = "around"  # merging, appending, slots
@@ -220,6 +221,8 @@ def dense_arrays(config: KernelConfig, lengths: tuple[int, ...] = LENGTHS) -> tu
     tokens = 2 if config.causal else 1
     heads = heads_of(config, tokens)
     cache = trial.values((sum(counts) + 1, config.page_size, 1, width), stored)
+    if isinstance(config.family, RowPagesFamily):
+        cache = FP8_DS_MLA.quantise(np.asarray(cache, np.float32))
     table = np.zeros((len(lengths), max(counts)), np.int32)
     for row, count in enumerate(counts):
         table[row, :count] = sum(counts[:row]) + np.arange(count)

@@ -1,4 +1,4 @@
-"""Decodes over an e4m3 cache, with what float64 makes of them. Bytes that no request owns are NaN."""
+"""Decodes over an FP8 cache, with what float64 makes of them. Bytes that no request owns are NaN."""
 
 from __future__ import annotations
 
@@ -8,8 +8,10 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
+from cupy_mla.layouts import FP8_DS_MLA
+
 LATENT, ROPE = 512, 64
-NAN_CODE = 0x7F
+NAN_CODE = 0xFF  # in every number of every layout
 LARGEST_E4M3 = 448
 OUTLIER_COLUMNS = slice(7, None, 200)
 E4M3 = np.dtype(ml_dtypes.float8_e4m3fn)
@@ -28,8 +30,13 @@ class Fp8Case:
     page_size: int = 64
     causal: bool = False
     kind: str = "normal"
-    kv_scale: float = 0.5
+    kv_scale: float | None = 0.5
     seed: int = 0
+
+    @property
+    def has_rows(self) -> bool:
+        """Whether tokens are 656 bytes with their scales: where there is no scale for the cache."""
+        return self.kv_scale is None
 
     def build(self) -> dict[str, Any]:
         """Arguments of `mla_decode` as NumPy arrays, without the scale."""
@@ -38,7 +45,8 @@ class Fp8Case:
         num_pages = sum(pages) + 2
         order = rng.permutation(num_pages)
         table = np.full((len(self.lengths), max(*pages, 1) + 1), 2**31 - 1, np.int32)
-        cache = np.full((num_pages, self.page_size, 1, LATENT + ROPE), NAN_CODE, np.uint8)
+        width = FP8_DS_MLA.width(LATENT, ROPE) if self.has_rows else LATENT + ROPE
+        cache = np.full((num_pages, self.page_size, 1, width), NAN_CODE, np.uint8)
         used = 0
         for request, (length, count) in enumerate(zip(self.lengths, pages, strict=True)):
             table[request, :count] = order[used : used + count]
@@ -48,7 +56,12 @@ class Fp8Case:
                 values += 2 if "q" in self.kind else 1
             if self.kind in ("outliers in k", "outliers in both"):
                 values[:, OUTLIER_COLUMNS] *= 20
-            codes = (values / self.kv_scale).astype(E4M3).view(np.uint8)
+            if not length:
+                continue
+            if self.kv_scale is None:
+                codes = FP8_DS_MLA.quantise(values[:, None, None])[:, 0, 0]
+            else:
+                codes = (values / self.kv_scale).astype(E4M3).view(np.uint8)
             for page in range(count):
                 part = codes[page * self.page_size : (page + 1) * self.page_size]
                 cache[table[request, page], : len(part), 0] = part
@@ -61,7 +74,7 @@ class Fp8Case:
             q *= 4
         return {
             "q": q.astype(BF16),
-            "kv_cache": cache.view(E4M3),
+            "kv_cache": cache if self.has_rows else cache.view(E4M3),
             "block_table": table,
             "cache_seqlens": np.array(self.lengths, np.int32),
         }
@@ -76,7 +89,10 @@ class Fp8Case:
             tokens = np.arange(length)
             pages = arrays["block_table"][request, tokens // self.page_size]
             keys = arrays["kv_cache"][pages, tokens % self.page_size, 0]
-            keys = keys.astype(np.float64) * self.kv_scale
+            if self.kv_scale is None:
+                keys = FP8_DS_MLA.dequantise(keys[:, None, None])[:, 0, 0].astype(np.float64)
+            else:
+                keys = keys.astype(np.float64) * self.kv_scale
             for token in range(self.seqlen_q):
                 seen = max(length - self.seqlen_q + token + 1, 0) if self.causal else length
                 if not seen:

@@ -40,8 +40,7 @@ from cupy_mla.decode import prepared as decode_call
 from cupy_mla.decode.dense import run_decode
 from cupy_mla.decode.plan import plan_kind
 from cupy_mla.decode.plan_arrays import plan_array_bytes
-from cupy_mla.kernels.choose import FAMILIES
-from cupy_mla.kernels.fp8 import Fp8Family
+from cupy_mla.kernels.choose import DENSE_FAMILIES
 
 LATENT, ROPE = 512, 64
 CURRENT_STREAM = 77  # what fake_gpu says
@@ -299,7 +298,7 @@ def test_plans_of_one_kind_share_what_was_prepared(gpu: FakeGpu) -> None:
     assert len(dense._known._calls) == 2
 
 
-BY_TMA = [family.name for family in FAMILIES if not isinstance(family, Fp8Family) and not family.gathers]
+BY_TMA = [family.name for family in DENSE_FAMILIES if not family.gathers]
 
 
 @pytest.mark.parametrize("kernel", [AUTO, *BY_TMA])
@@ -317,7 +316,7 @@ def test_a_plan_names_the_kernel(gpu: FakeGpu, kernel: str) -> None:
 
 
 @pytest.mark.parametrize("parts", ["packed", "pairs"])
-@pytest.mark.parametrize("kernel", [family.name for family in FAMILIES if family.gathers])
+@pytest.mark.parametrize("kernel", [family.name for family in DENSE_FAMILIES if family.gathers])
 def test_pages_of_one_token_are_named_by_their_addresses(gpu: FakeGpu, kernel: str, parts: str) -> None:
     arrays = packed(gpu, heads=128)
     arrays["block_table"] = gpu.array((4, 1000), "int32", strides=(1024, 1))
@@ -354,6 +353,31 @@ def test_pages_of_one_token_are_named_by_their_addresses(gpu: FakeGpu, kernel: s
         assert combine.arguments[0]["rows"] == plan.config.rows
     with pytest.raises(InvalidArgumentError, match="pages of 1 token, not of 64"):
         plan_decode(**packed(gpu), kernel=kernel)
+
+
+@pytest.mark.parametrize("page_size", [1, 16, 64])
+@pytest.mark.parametrize("kernel", ["row_pages16", "row_pages32"])
+def test_pages_of_rows_are_named_by_their_addresses(gpu: FakeGpu, kernel: str, page_size: int) -> None:
+    arrays = packed(gpu, heads=128)
+    pitch = page_size * 656 + 48
+    cache = gpu.array((500, page_size, 1, 656), "uint8", strides=(pitch, 656, 656, 1))
+    arrays |= {"kv_cache": cache, "block_table": gpu.array((4, 1000), "int32", strides=(1024, 1))}
+    plan = plan_decode(**arrays, kernel=kernel)
+    assert plan.config is not None
+    assert (plan.config.family.name, plan.config.page_size) == (kernel, page_size)
+    gpu.take()
+    for _ in range(2):  # checked, and recognised
+        mla_decode(**arrays, plan=plan)
+        decode, _ = gpu.take()
+        (params,) = decode.arguments
+        assert (params["q"], params["q_rope"]) == (arrays["q"].pointer, arrays["q"].pointer + 2 * LATENT)
+        assert params["kv"] == cache.pointer
+        assert params["kv_stride_page"] * 16 == pitch
+        assert params["kv_stride_token"] * 16 == 656
+        assert params["kv_stride_head"] == 0
+        assert params["indices"] == arrays["block_table"].pointer
+        assert params["indices_strides"][0].tolist() == [1024, 0, 0]
+        assert params["num_slots"] == 500 * page_size
 
 
 @pytest.mark.parametrize(("kernel", "words"), [("wide", "one of auto, narrow16"), ("wide64", "rope widths of")])

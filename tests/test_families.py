@@ -22,8 +22,9 @@ from cupy_mla.kernels.family import DecodeFamily, KernelConfig
 from cupy_mla.kernels.fp8 import FP8_SPLIT16, Fp8Family
 from cupy_mla.kernels.gathered_narrow import GATHERED_NARROW16, GATHERED_NARROW32
 from cupy_mla.kernels.narrow import NARROW16, NARROW32
+from cupy_mla.kernels.token_pages import RowPagesFamily
 from cupy_mla.kernels.wide import WIDE64
-from cupy_mla.layouts import BF16, DENSE_LAYOUTS, FP8_E4M3, FP16, LAYOUTS, CacheLayout
+from cupy_mla.layouts import BF16, DENSE_LAYOUTS, FP8_DS_MLA, FP8_E4M3, FP16, LAYOUTS, CacheLayout
 
 NUM_SMS = 132
 
@@ -122,7 +123,7 @@ def test_partial_results_of_four_rows_and_fewer_are_float32(
 
 @pytest.mark.parametrize("family", [*FAMILIES, *GATHERED_FAMILIES], ids=lambda family: family.name)
 def test_probabilities_of_few_rows_are_refined_where_they_are_bf16(family: DecodeFamily) -> None:
-    is_fp8 = family.name.startswith(("fp8", "gathered_fp8"))
+    is_fp8 = family.name.startswith(("fp8", "gathered_fp8", "row_pages"))
     assert [family.refines("bfloat16", rows) for rows in (1, 8, 9, 16)] == [not is_fp8, not is_fp8, False, False]
     assert not family.refines("float16", 1)
     for config in family.standard_configs():
@@ -194,7 +195,9 @@ def test_the_kernel_that_is_asked_for_is_chosen(family: DecodeFamily, heads: int
     call = problem(4, 8192, heads)
     if isinstance(family, Fp8Family):
         call = fp8(call, "fp8" if family.compute == "fp8" else "auto")
-    if family.gathers:
+    if isinstance(family, RowPagesFamily):
+        call = replace(call, layout=FP8_DS_MLA)
+    elif family.gathers:
         call = replace(call, keys=PagedKeys(1, 8192))
     config = choose_config(call, NUM_SMS, None, split, kernel=family.name)
     assert config == family.configure(call, heads)

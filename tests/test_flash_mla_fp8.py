@@ -10,7 +10,6 @@ from cases_fp8 import E4M3, LATENT, Fp8Case, relative_error
 
 import cupy_mla.flash_mla as flash_mla
 from cupy_mla import InvalidArgumentError, PlanMismatchError
-from cupy_mla.errors import MlaError
 
 MAX_ERROR, LSE_TOLERANCE = 3e-3, 1e-5
 CASE = Fp8Case((140, 0, 64), heads=4, seqlen_q=2, causal=True)
@@ -75,13 +74,32 @@ def test_without_a_scale_values_are_as_stored() -> None:
     check(case, arrays, *call(arrays, flash_mla.get_mla_metadata()[0]))
 
 
-def test_e4m3_queries_are_refused_by_name() -> None:
+@pytest.mark.parametrize("framework", ["numpy", "torch", "jax"])
+def test_e4m3_queries_are_taken_as_they_are(framework: str) -> None:
     arrays = CASE.build()
+    rounded = arrays["q"].astype(E4M3)
+    given = {**arrays, "q": rounded}
+    if framework == "torch":
+        torch = pytest.importorskip("torch")
+        given = {
+            name: torch.from_numpy(array.view(np.uint8)).view(torch.float8_e4m3fn)
+            if array.dtype == E4M3
+            else torch.from_numpy(array)
+            for name, array in given.items()
+        }
+    if framework == "jax":
+        jax = pytest.importorskip("jax")
+        given = {name: jax.numpy.asarray(array) for name, array in given.items()}
     meta, _ = flash_mla.get_mla_metadata()
-    with pytest.raises(flash_mla.MissingFeatureError, match=r"does not have e4m3 queries \(q\) yet") as caught:
-        call({**arrays, "q": arrays["q"].astype(E4M3)}, meta)
-    assert isinstance(caught.value, MlaError)
-    assert not meta.have_initialized
+    for _ in range(2):
+        out, lse = call(given, meta, descale_k=CASE.kv_scale)
+        assert str(out.dtype).endswith("bfloat16")
+        values = out.float().numpy() if framework == "torch" else np.asarray(out)
+        check(CASE, {**arrays, "q": rounded}, values, np.asarray(lse))
+    bf16, _ = flash_mla.get_mla_metadata()
+    call(arrays, bf16, descale_k=CASE.kv_scale)
+    with pytest.raises(PlanMismatchError, match="compute"):  # metadata is for one type of queries
+        call(given, bf16, descale_k=CASE.kv_scale)
 
 
 @pytest.mark.parametrize(

@@ -14,7 +14,7 @@ from typing import Any
 from ..arrays.frameworks import CUDA
 from ..arrays.view import ArrayView, view
 from ..errors import InvalidArgumentError
-from ..layouts import DENSE_LAYOUTS, FP8_E4M3, CacheLayout, name_cache_type
+from ..layouts import DECODED_LAYOUTS, DENSE_LAYOUTS, CacheLayout, name_cache_type
 from .arguments import (
     COPY_ALIGNMENT,
     KV_SCALE_DTYPE,
@@ -41,6 +41,8 @@ from .problem import (
     PagedKeys,
     Queries,
 )
+
+_BYTE_LAYOUTS = tuple(layout for layout in DECODED_LAYOUTS if layout not in DENSE_LAYOUTS.values())
 
 # What the CUDA kernels of dense decoding are written for.
 CUDA_PAGE_MULTIPLE = 16
@@ -226,7 +228,12 @@ def _check(call: _Call) -> _Checked:
 
     first_q = call.q[0]
     latent_dim, rope_dim, q_latent, q_rope = _split(call.q, "q", call.options.head_dim_v)
-    kv_latent_dim, kv_rope_dim, kv_latent, kv_rope = _split(call.kv, "kv_cache", call.options.head_dim_v)
+    if layout.has_columns:
+        kv_latent_dim, kv_rope_dim, kv_latent, kv_rope = _split(call.kv, "kv_cache", call.options.head_dim_v)
+    else:
+        layout.check(call.kv[0], "kv_cache", latent_dim, rope_dim)
+        kv_latent_dim, kv_rope_dim, kv_rope = latent_dim, rope_dim, None
+        kv_latent = _Part(0, 0, call.kv[0].shape, settled_strides(call.kv[0]))
     if (kv_latent_dim, kv_rope_dim) != (latent_dim, rope_dim):
         raise InvalidArgumentError(
             "kv_cache",
@@ -289,15 +296,15 @@ def _check_types(call: _Call) -> CacheLayout:
     dtype, stored = call.q[0].dtype, call.kv[0].dtype
     if dtype not in DENSE_LAYOUTS:
         raise InvalidArgumentError(first_q, " or ".join(DENSE_LAYOUTS), dtype)
-    layout = FP8_E4M3 if FP8_E4M3.fits(stored, call.kv[0].shape[-1]) else DENSE_LAYOUTS[dtype]
+    layout = next((other for other in _BYTE_LAYOUTS if _fits(call.kv, other)), DENSE_LAYOUTS[dtype])
     if dtype not in layout.query_dtypes:
         raise InvalidArgumentError(first_q, f"{' or '.join(layout.query_dtypes)} for a cache of {stored}", dtype)
     for name, array in _named("q", call.q):
         if array.dtype != dtype:
             raise InvalidArgumentError(name, f"{dtype}, the type of q", array.dtype)
     for name, array in _named("kv_cache", call.kv):
-        if array.dtype != layout.dtype:
-            expected = f"{stored}, as the latent part" if layout is FP8_E4M3 else f"{dtype}, the type of q"
+        if array.dtype not in layout.dtypes:
+            expected = f"{dtype}, the type of q" if layout.dtype == dtype else f"{stored}, as the latent part"
             raise InvalidArgumentError(name, expected, name_cache_type(array.dtype, array.shape[-1]))
     if not layout.needs_scale and call.options.compute not in (AUTO, EXACT):
         raise InvalidArgumentError("compute", f"{AUTO} or {EXACT} for a cache of {stored}", call.options.compute)
@@ -307,6 +314,10 @@ def _check_types(call: _Call) -> CacheLayout:
         if not name.startswith(("q", "kv_cache", "kv_scale")) and array.dtype != INDEX_DTYPE:
             raise InvalidArgumentError(name, INDEX_DTYPE, array.dtype)
     return layout
+
+
+def _fits(kv: Sequence[ArrayView], layout: CacheLayout) -> bool:
+    return layout.fits(kv[0].dtype, kv[0].shape[-1]) and (layout.has_columns or len(kv) == 1)
 
 
 def _check_devices(call: _Call) -> None:

@@ -178,7 +178,8 @@ class DecodeInputs:
         [batch, seqlen_q, num_heads_q, latent_dim] and [..., rope_dim], or without the first axis and with total_q
         as the second when ragged. q_rope is None when rope_dim is 0.
     kv_latent, kv_rope
-        [num_pages, page_size, num_heads_kv, latent_dim] and [..., rope_dim]; kv_rope is None when rope_dim is 0.
+        [num_pages, page_size, num_heads_kv, latent_dim] and [..., rope_dim]; kv_rope is None when rope_dim is 0. Of a
+        layout without columns (`CacheLayout.has_columns`) kv_latent is the cache, and kv_rope None.
     block_table
         [batch, max_pages_per_seq] int32.
     cache_seqlens

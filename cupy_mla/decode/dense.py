@@ -67,7 +67,8 @@ def mla_decode(
     kv_cache
         [num_pages, page_size, num_heads_kv, d_qk] of q's type, or a pair (latent, rope). The first ``head_dim_v``
         columns are the latent part, which is key and value; the rest is the rope part of the key. With bfloat16 queries
-        also float8_e4m3fn, the layout ``fp8_e4m3``: values are stored values times ``kv_scale``.
+        also float8_e4m3fn, the layout ``fp8_e4m3``: values are stored values times ``kv_scale``; or bytes (uint8 or
+        float8_e4m3fn) [num_pages, page_size, 1, 656], the layout ``fp8_ds_mla``, whose tokens hold their scales.
     block_table
         [batch, max_pages_per_seq] int32: pages of each request. Entries past its last page may hold anything.
     cache_seqlens
@@ -164,11 +165,11 @@ def plan_decode(
         Cut each request after every so many tokens (a multiple of 64), whatever the batch: the same request then gives
         the same bits in any batch. None: cut where it balances the GPU best.
     kernel
-        The decode kernel: "narrow16", "narrow32" or "wide64" (16, 32 or 64 query rows a CTA), for FP8 caches
-        "fp8_split16", "fp8_split32", "fp8_split64", "fp8_exact16", "fp8_exact32", for ``compute="fp8"`` "fp8_query16",
-        "fp8_query32" or "fp8_query64", for pages of one token also "token_pages16",
-        "token_pages32" or "token_pages64", or "auto", the one that should take the least time. On the CPU, where there
-        is but one, the name is checked and changes nothing.
+        The decode kernel: "narrow16", "narrow32" or "wide64" (16, 32 or 64 query rows a CTA); for FP8 caches
+        "fp8_split16", "fp8_split32", "fp8_split64", "fp8_exact16", "fp8_exact32", for ``compute="fp8"``
+        "fp8_query16", "fp8_query32" or "fp8_query64", for 656 bytes a token "row_pages16" or "row_pages32"; for pages
+        of one token also "token_pages16", "token_pages32" or "token_pages64"; or "auto", the one that should take the
+        least time. On the CPU, where there is but one, the name is checked and changes nothing.
 
     Returns
     -------

@@ -5,7 +5,9 @@ from __future__ import annotations
 import math
 from typing import Any
 
+from ..arrays.dtypes import numpy_dtype
 from ..arrays.exchange import as_numpy
+from ..arrays.frameworks import framework_of
 from ..arrays.view import view
 from ..call.arguments import as_boolean, as_number
 from ..errors import InvalidArgumentError
@@ -28,6 +30,7 @@ def decode_dense(
     causal: bool,
     out: Any,
     kv_scale: Any,
+    compute: str,
     enable_batch_invariant: bool,
 ) -> tuple[Any, Any]:
     """`mla_decode` with the plan of metadata, which a first call fills.
@@ -38,7 +41,7 @@ def decode_dense(
         q, k_cache, block_table and cache_seqlens.
     meta
         From `meta_of`.
-    head_dim_v, softmax_scale, causal, out, kv_scale
+    head_dim_v, softmax_scale, causal, out, kv_scale, compute
         As in `mla_decode`.
     enable_batch_invariant
         Whether the plan cuts requests the same way in any batch.
@@ -56,7 +59,7 @@ def decode_dense(
     plan = plan_of(meta, DecodePlan, lengths, enable_batch_invariant)
     if plan is None and (meta is not None or enable_batch_invariant):
         split = INVARIANT_SPLIT_TOKENS if enable_batch_invariant else None
-        options: dict[str, Any] = {"head_dim_v": head_dim_v, "causal": causal, "kv_scale": kv_scale}
+        options: dict[str, Any] = {"head_dim_v": head_dim_v, "causal": causal, "kv_scale": kv_scale, "compute": compute}
         plan = plan_decode(*arrays, **options, fixed_split_tokens=split)
     result, lse = mla_decode(
         *arrays,
@@ -64,6 +67,7 @@ def decode_dense(
         softmax_scale=softmax_scale,
         causal=causal,
         kv_scale=kv_scale,
+        compute=compute,
         plan=plan,
         out=out,
         empty_lse=math.inf,
@@ -96,6 +100,16 @@ def check_copies_arguments(
 def is_e4m3(array: Any, name: str) -> bool:
     """Whether an array, which errors call ``name``, is of the type that FlashMLA wants of queries and of caches."""
     return view(array, name).dtype == _E4M3
+
+
+def widen_queries(q: Any) -> Any:
+    """e4m3 queries as bfloat16, which holds them, in their framework and on its current stream. With ``compute="fp8"``
+    they are multiplied as they came."""
+    if framework_of(q, "q") == "torch":
+        import torch
+
+        return q.to(torch.bfloat16)
+    return q.astype(numpy_dtype("bfloat16"))
 
 
 def fold_descale(descale_q: Any, q: Any, softmax_scale: float | None) -> float | None:

@@ -64,7 +64,7 @@ class Pages:
 class CallStrides:
     """Strides of a call's arrays, in elements; those of q, out and lse are batch (0 when ragged), token, head.
 
-    q_rope and kv_rope are None when there is no rope part.
+    q_rope and kv_rope are None when there is no rope part; of a layout without columns kv_latent is of the whole cache.
     """
 
     q_latent: Strides

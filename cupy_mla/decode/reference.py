@@ -160,6 +160,8 @@ class _PagedKeys:
         self.compute = compute
         self.block_table = as_numpy(inputs.block_table)
         self.scale = inputs.kv_scale_value if inputs.kv_scale is None else float(as_numpy(inputs.kv_scale).reshape(()))
+        self.layout = problem.layout
+        self.latent_dim = problem.queries.latent_dim
         self.parts = [as_numpy(inputs.kv_latent)]
         if inputs.kv_rope is not None:
             self.parts.append(as_numpy(inputs.kv_rope))
@@ -170,6 +172,11 @@ class _PagedKeys:
         pages = self.block_table[request, tokens // self.page_size]
         outside = (pages < 0) | (pages >= self.num_pages)
         pages = np.where(outside, 0, pages)
+        if not self.layout.has_columns:
+            slots = pages * np.int64(self.page_size) + tokens % self.page_size
+            rows = self.layout.dequantise_tokens(self.parts[0], slots, 0).astype(self.compute)[None]
+            rows[:, outside] = 0
+            return [part for part in np.split(rows, [self.latent_dim], axis=-1) if part.shape[-1]]
         gathered = []
         for part in self.parts:
             values = part[pages, tokens % self.page_size].astype(self.compute)

@@ -1,5 +1,5 @@
-"""Prepared calls of dense decode over pages of one token, whose kernels gather tokens by their addresses; and which
-calls are these."""
+"""Prepared calls of dense decode whose kernels gather tokens by their addresses: over pages of one token, and over rows
+that hold their scales; and which calls are these."""
 
 from __future__ import annotations
 
@@ -7,12 +7,13 @@ from typing import Any
 
 import numpy.typing as npt
 
+from ..arrays.dtypes import ITEM_SIZES
 from ..call.memo import remembered
 from ..gpu.launch import is_capturing
 from ..kernels.structs import COMBINE_PARAMS, GATHER_PARAMS, words_of
 from .blueprint import DenseBlueprint, PlanMemory
 from .gathered import KV_UNIT, MAX_SLOTS
-from .prepared import CALLS_KEPT, ELEMENT_BYTES, FLAG_BYTES, CallStrides, DecodeCall
+from .prepared import CALLS_KEPT, FLAG_BYTES, CallStrides, DecodeCall
 
 _Q, _Q_ROPE, _KV, _KV_ROPE, _INDICES, _OUT, _LSE, _PARTIAL_OUT, _PARTIAL_LSE, _PLAN = words_of(
     GATHER_PARAMS,
@@ -30,17 +31,20 @@ class TokenPagesCall(DecodeCall):
 
     def _say_where(self, params: npt.NDArray[Any]) -> None:
         """Write where queries and keys lie from one another: to a kernel of gathered tokens, by request."""
-        strides, queries = self._strides, self.kind.problem.queries
+        strides, problem = self._strides, self.kind.problem
+        queries, layout = problem.queries, problem.layout
         params["q_strides"] = strides.q_latent
         if strides.q_rope is not None:
             params["q_rope_strides"] = strides.q_rope
         params["indices_strides"] = strides.block_table, 0, 0
         for part, pages in (("kv", strides.kv_latent), ("kv_rope", strides.kv_rope)):
             if pages is not None:
-                page, _, head, _ = (step * ELEMENT_BYTES for step in pages.strides)
+                page, token, head, _ = (step * ITEM_SIZES[layout.dtype] for step in layout.row_strides(pages.strides))
                 params[f"{part}_stride_page"] = page // KV_UNIT
                 params[f"{part}_stride_head"] = head if queries.num_heads_kv > 1 else 0
-        params["num_slots"] = min(strides.kv_latent.shape[0], MAX_SLOTS)
+                if part == "kv":  # of pages of one token the kernels do not look at it
+                    params["kv_stride_token"] = token // KV_UNIT
+        params["num_slots"] = min(strides.kv_latent.shape[0] * problem.keys.page_size, MAX_SLOTS)
         params["seqlen_q"] = queries.seqlen_q
 
     def _leading_arguments(self) -> tuple[npt.NDArray[Any], ...]:

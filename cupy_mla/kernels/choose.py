@@ -24,19 +24,24 @@ from .gathered_fp8 import GATHERED_FP8_NARROW16, GATHERED_FP8_NARROW32
 from .gathered_fp8_wide import GATHERED_FP8_WIDE64
 from .gathered_narrow import GATHERED_NARROW16, GATHERED_NARROW32
 from .narrow import NARROW16, NARROW32
-from .token_pages import TOKEN_PAGES_NARROW16, TOKEN_PAGES_NARROW32, TOKEN_PAGES_WIDE64
+from .token_pages import ROW_PAGES16, ROW_PAGES32, TOKEN_PAGES_NARROW16, TOKEN_PAGES_NARROW32, TOKEN_PAGES_WIDE64
 from .wide import WIDE64
 
 if TYPE_CHECKING:
     from ..call.problem import DecodeProblem
     from ..call.sparse_problem import SparseProblem
 
-FAMILIES: tuple[DecodeFamily, ...] = (
+# Of dense decoding: over 16-bit caches, and over FP8 ones.
+DENSE_FAMILIES: tuple[DecodeFamily, ...] = (
     *(NARROW16, NARROW32, WIDE64),
-    *(FP8_SPLIT16, FP8_SPLIT32, FP8_SPLIT64, FP8_EXACT16, FP8_EXACT32),
-    *(FP8_QUERY16, FP8_QUERY32, FP8_QUERY64),
     *(TOKEN_PAGES_NARROW16, TOKEN_PAGES_NARROW32, TOKEN_PAGES_WIDE64),
 )
+FP8_FAMILIES: tuple[DecodeFamily, ...] = (
+    *(FP8_SPLIT16, FP8_SPLIT32, FP8_SPLIT64, FP8_EXACT16, FP8_EXACT32),
+    *(FP8_QUERY16, FP8_QUERY32, FP8_QUERY64),
+    *(ROW_PAGES16, ROW_PAGES32),
+)
+FAMILIES = (*DENSE_FAMILIES, *FP8_FAMILIES)
 # Of gathered tokens, by rows.
 GATHERED_DENSE_FAMILIES: tuple[DecodeFamily, ...] = (GATHERED_NARROW16, GATHERED_NARROW32, GATHERED_WIDE64)
 GATHERED_FP8_FAMILIES: tuple[DecodeFamily, ...] = (GATHERED_FP8_NARROW16, GATHERED_FP8_NARROW32, GATHERED_FP8_WIDE64)

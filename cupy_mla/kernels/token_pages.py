@@ -1,7 +1,8 @@
-"""The kernels of gathered tokens in dense decode over pages of one token: the block table is the list of tokens.
+"""The kernels of gathered tokens in dense decode: over pages of one token, whose list is the block table, and over rows
+that hold their scales, in pages of any size.
 
-TMA brings such pages token by token. These kernels gather them, and are else those of sparse decode: their jobs are the
-requests of a dense plan (decode/gathered/params.h: by request).
+TMA brings pages of one token token by token, and tiles of rows as no product wants them. These kernels gather tokens,
+and are else those of sparse decode: their jobs are the requests of a dense plan (decode/gathered/params.h: by request).
 """
 
 from __future__ import annotations
@@ -12,9 +13,10 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ..layouts import DENSE_LAYOUTS
+from ..layouts import DENSE_LAYOUTS, FP8_DS_MLA
 from .family import STANDARD_DIMS, DecodeFamily, KernelConfig
 from .gathered import GATHERED_WIDE64, GatheredConfig, GatheredWideFamily
+from .gathered_fp8 import GATHERED_FP8_NARROW16, GATHERED_FP8_NARROW32, GatheredFp8NarrowFamily, why_no_codec
 from .gathered_narrow import GATHERED_NARROW16, GATHERED_NARROW32, GatheredNarrowFamily
 from .structs import GATHER_PARAMS
 
@@ -23,6 +25,8 @@ if TYPE_CHECKING:
     from ..call.sparse_problem import SparseProblem
 
 _PAGE_SIZE = 1
+_ROW_PAGE_SIZES = (1, 64)  # the latter's block table has pages, not tokens
+_ROW_DTYPE = "bfloat16"
 
 
 class _OfTokenPages(DecodeFamily):
@@ -79,6 +83,36 @@ class TokenPagesNarrowFamily(_OfTokenPages, GatheredNarrowFamily):
         return _why_not_token_pages(problem) or GatheredNarrowFamily.why_unsupported(self, problem)
 
 
+@dataclass(frozen=True, slots=True)
+class RowPagesFamily(_OfTokenPages, GatheredFp8NarrowFamily):
+    """One for pages of rows that hold their scales."""
+
+    def why_unsupported(self, problem: DecodeProblem | SparseProblem) -> str | None:
+        """Other layouts."""
+        return why_no_codec(problem, (FP8_DS_MLA,))
+
+    def configure(self, problem: DecodeProblem, rows: int) -> KernelConfig:
+        """As for every kernel of dense decode."""
+        queries = problem.queries
+        causal = queries.causal and queries.seqlen_q > 1
+        return self._row_config(
+            queries.dtype, problem.keys.page_size, causal=causal, float_partials=self.has_float_partials(rows)
+        )
+
+    def standard_configs(self) -> list[KernelConfig]:
+        """What `cupy-mla compile` prepares ahead of time and the tests compile."""
+        partials = (False, True) if self.has_float_partials(1) else (False,)
+        return [
+            self._row_config(_ROW_DTYPE, page_size, causal=causal, float_partials=float_partials)
+            for float_partials, page_size, causal in itertools.product(partials, _ROW_PAGE_SIZES, (False, True))
+        ]
+
+    def _row_config(self, dtype: str, page_size: int, **options: Any) -> KernelConfig:
+        layout = FP8_DS_MLA
+        widths = layout.latent_dim, layout.rope_dim
+        return GatheredConfig(self, *widths, dtype, page_size, by_request=True, layout=layout, **options)
+
+
 def _why_not_token_pages(problem: DecodeProblem | SparseProblem) -> str | None:
     page_size = problem.keys.page_size
     return None if page_size == _PAGE_SIZE else f"takes pages of {_PAGE_SIZE} token, not of {page_size}"
@@ -91,3 +125,5 @@ def _values(family: DecodeFamily, name: str) -> dict[str, Any]:
 TOKEN_PAGES_NARROW16 = TokenPagesNarrowFamily(**_values(GATHERED_NARROW16, "token_pages16"))
 TOKEN_PAGES_NARROW32 = TokenPagesNarrowFamily(**_values(GATHERED_NARROW32, "token_pages32"))
 TOKEN_PAGES_WIDE64 = TokenPagesWideFamily(**_values(GATHERED_WIDE64, "token_pages64"))
+ROW_PAGES16 = RowPagesFamily(**_values(GATHERED_FP8_NARROW16, "row_pages16"))
+ROW_PAGES32 = RowPagesFamily(**_values(GATHERED_FP8_NARROW32, "row_pages32"))

@@ -113,6 +113,9 @@ CHECK_CASES: tuple[CheckCase, ...] = (
     CheckCase(_EDGES, 16, layout=FP8_E4M3.name, page_size=16, padded=True),
     CheckCase(_EDGES, 16, layout=FP8_E4M3.name, seqlens_q=_RAGGED, causal=True, storage=STRIDED),
     CheckCase((3000, 700, 64, 1), 16, layout=FP8_E4M3.name, fixed_split_tokens=512),
+    # Tokens that hold their scales.
+    *(CheckCase(_EDGES, heads, layout=FP8_DS_MLA.name) for heads in (3, 16, 32, 128)),
+    CheckCase(_EDGES, 16, layout=FP8_DS_MLA.name, seqlens_q=_RAGGED, causal=True, page_size=16, storage=STRIDED),
     # Chosen tokens: decode with plans that cut and that do not, lengths, sinks, pages of any size.
     *(CheckCase(_EDGES, heads, topk=200) for heads in (1, 16, 32, 128)),
     *(CheckCase((5000, 17, 3000), heads, topk=2048, topk_length=True, attn_sink=True) for heads in (16, 64)),

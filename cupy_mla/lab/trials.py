@@ -15,7 +15,7 @@ from ..decode.dense import mla_decode, plan_decode
 from ..decode.merge import merge_states
 from ..decode.prefill import mla_sparse_prefill
 from ..decode.sparse import mla_sparse_decode, plan_sparse_decode
-from ..kernels.choose import FAMILIES, GATHERED_DENSE_FAMILIES
+from ..kernels.choose import DENSE_FAMILIES, FP8_FAMILIES, GATHERED_DENSE_FAMILIES
 from ..kernels.family import DecodeFamily
 from ..kernels.fp8 import Fp8Family
 from ..layouts import FP4_V41, FP8_DS_MLA, FP8_DS_MLA_NO_ROPE, FP8_E4M3, FP8_MODEL1, FP8_V41, CacheLayout
@@ -225,7 +225,9 @@ def _dense_plan(trial: Trial, arrays: list[Any], options: dict[str, Any], length
     if trial.chance(0.3):
         return None
     fp8 = "kv_scale" in options
-    families = [family for family in FAMILIES if isinstance(family, Fp8Family) == fp8 and _serves(trial, family)]
+    # Of those that "auto" may take.
+    known = [family for family in FP8_FAMILIES if isinstance(family, Fp8Family) and family.compute != FP8]
+    families = [family for family in (known if fp8 else DENSE_FAMILIES) if _serves(trial, family)]
     chosen: dict[str, Any] = {
         "fixed_split_tokens": trial.pick(None, None, TILE_TOKENS * trial.up_to(4)),
         "kernel": trial.pick("auto", *(family.name for family in families)),

@@ -3,6 +3,7 @@
 from .base import CacheLayout
 from .table import (
     BF16,
+    DECODED_LAYOUTS,
     DENSE_LAYOUTS,
     FP4_V41,
     FP8_DS_MLA,
@@ -21,6 +22,7 @@ from .table import (
 
 __all__ = [
     "BF16",
+    "DECODED_LAYOUTS",
     "DENSE_LAYOUTS",
     "FP4_V41",
     "FP8_DS_MLA",

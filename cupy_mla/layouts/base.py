@@ -40,17 +40,20 @@ class CacheLayout(ABC):
     tma_type
         Element type of a tensor map over its pages: ``CU_TENSOR_MAP_DATA_TYPE_`` and this.
     kernel_type
-        What kernels_cu/core/types.h calls the stored type; None: no kernel of dense decoding reads this layout (yet).
+        What kernels_cu/core/types.h calls the stored type; None: no kernel reads this layout but through a codec.
     codec
-        What kernels_cu/codec calls it; None: no kernel of sparse attention reads this layout through a codec.
+        What kernels_cu/codec calls it; None: no kernel reads this layout through a codec.
     needs_scale
         Whether values are stored values times one scale that is kept apart from the cache.
     one_head
         Whether it holds one KV head only.
+    has_columns
+        Whether an element of a stored token is one of its columns, so that the latent part may be an array of its own.
     """
 
     needs_scale: ClassVar[bool] = False
     one_head: ClassVar[bool] = True
+    has_columns: ClassVar[bool] = True
 
     name: str
     dtypes: tuple[str, ...]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 
@@ -43,6 +43,8 @@ class BlockScaled(CacheLayout):
     page_multiple
         Bytes; pages start at multiples of it, from the start of the cache.
     """
+
+    has_columns: ClassVar[bool] = False
 
     dtypes: tuple[str, ...] = ("uint8", "float8_e4m3fn")
     latent_dim: int

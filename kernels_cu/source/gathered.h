@@ -24,15 +24,30 @@ MLA_DEVICE const i32* extra_indices_of(const GatherParams& params, const BlockWo
 MLA_DEVICE i32 first_list_tiles(const BlockWork& work) { return ceil_div(work.first_list, kTileTokens); }
 MLA_DEVICE bool is_extra_tile(const BlockWork& work, i32 tile) { return kHasExtra && tile >= first_list_tiles(work); }
 
-// Tokens that follow each other in a list, by their indices.
+// By request, with pages of several tokens: the block table has the page of a token, not its slot.
+constexpr bool kHasBlockTable = kByRequest && kPageSize > 1;
+
+// Tokens that follow each other in a list, by their indices; with a block table, tokens of a request from one on.
 struct TokenRun {
     const i32* indices;
     i32 left;
     bool is_extra;
+    i32 first = 0;  // with a block table, whose row `indices` is
 
     MLA_DEVICE void next_tile() {
-        indices += kTileTokens;
+        if (kHasBlockTable)
+            first += kTileTokens;
+        else
+            indices += kTileTokens;
         left -= kTileTokens;
+    }
+
+    // The slot of one of them. A page outside the cache has none.
+    MLA_DEVICE i32 slot(const GatherParams& params, u32 place) const {
+        if (!kHasBlockTable) return __ldg(indices + place);
+        const u32 token = first + place, in_row = token / kPageSize;
+        const u32 page = __ldg(indices + in_row);
+        return page < params.num_slots / kPageSize ? page * kPageSize + token - in_row * kPageSize : -1;
     }
 };
 
@@ -45,6 +60,7 @@ MLA_DEVICE TokenRun tokens_from(const GatherParams& params, const BlockWork& wor
         if (first >= begin_of_extra) return {extra_indices_of(params, work) + first - begin_of_extra, end - first, true};
         return {indices_of(params, work) + first, min_i32(end, work.first_list) - first, false};
     }
+    if constexpr (kHasBlockTable) return {indices_of(params, work), end - first, false, first};
     return {indices_of(params, work) + first, end - first, false};
 }
 

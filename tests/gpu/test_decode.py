@@ -16,8 +16,7 @@ from cupy_mla.arrays.scratch import scratch_like
 from cupy_mla.arrays.view import view
 from cupy_mla.call.options import AUTO
 from cupy_mla.decode import blueprint
-from cupy_mla.kernels.choose import FAMILIES
-from cupy_mla.kernels.fp8 import Fp8Family
+from cupy_mla.kernels.choose import DENSE_FAMILIES
 
 from . import gpu_arrays as gpu
 
@@ -30,10 +29,10 @@ RUNS = 10
 LENGTHS = (0, 1, 63, 64, 65, 140, 4096)
 
 
-OF_TOKEN_PAGES = [family.name for family in FAMILIES if family.gathers]
+OF_TOKEN_PAGES = [family.name for family in DENSE_FAMILIES if family.gathers]
 
 
-@pytest.fixture(params=[AUTO, *(family.name for family in FAMILIES if not isinstance(family, Fp8Family))])
+@pytest.fixture(params=[AUTO, *(family.name for family in DENSE_FAMILIES)])
 def kernel(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     """Every test runs on the kernel that is chosen for its case, and on each of the kernels."""
     name: str = request.param

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from cases_fp8 import E4M3, KINDS, LATENT, Fp8Case, relative_error
 
+import cupy_mla.flash_mla as flash_mla
 from cupy_mla import InvalidArgumentError, mla_decode, plan_decode
 from cupy_mla.arrays.exchange import as_numpy
 from cupy_mla.kernels.choose import FAMILIES
@@ -139,6 +140,23 @@ def test_the_scale_may_be_on_the_device_and_the_parts_in_two_arrays() -> None:
         arrays[name] = arrays[name][..., :LATENT], arrays[name][..., LATENT:]
     out, _ = mla_decode(**arrays, kv_scale=scale)
     assert as_numpy(out).tobytes() == expected.tobytes()
+
+
+@pytest.mark.parametrize("heads", [16, 64, 128])
+def test_e4m3_queries_of_flash_mla(heads: int) -> None:
+    case = Fp8Case(LENGTHS, heads, seqlen_q=2, causal=True)
+    host = case.build()
+    host["q"] = host["q"].astype(E4M3)
+    arrays = upload(host)
+    meta, _ = flash_mla.get_mla_metadata_dense_fp8(arrays["cache_seqlens"], 2 * heads, 1)
+    options = {"head_dim_v": LATENT, "tile_scheduler_metadata": meta, "num_splits": None, "causal": True}
+    for _ in range(2):
+        out, lse = flash_mla.flash_mla_with_kvcache_fp8(*arrays.values(), **options, descale_k=case.kv_scale)
+        exact, exact_lse = case.exact(host)
+        assert relative_error(as_numpy(out), exact) < MAX_ERROR["fp8"]
+        seen = np.isfinite(exact_lse)
+        assert np.isposinf(as_numpy(lse)[~seen]).all()
+        assert np.abs(as_numpy(lse)[seen] - exact_lse[seen]).max() < NORMAL_LSE_ERROR["fp8"]
 
 
 def test_pages_of_one_token_are_refused() -> None:

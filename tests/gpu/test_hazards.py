@@ -13,9 +13,8 @@ import pytest
 from cases_dense import DTYPES
 
 from cupy_mla import InvalidArgumentError, mla_decode, mla_sparse_decode, mla_sparse_prefill, plan_decode
-from cupy_mla.kernels.choose import FAMILIES, GATHERED_DENSE_FAMILIES
+from cupy_mla.kernels.choose import DENSE_FAMILIES, GATHERED_DENSE_FAMILIES
 from cupy_mla.kernels.family import DecodeFamily
-from cupy_mla.kernels.fp8 import Fp8Family
 
 from . import gpu_arrays as gpu
 
@@ -23,7 +22,6 @@ INT32 = np.iinfo(np.int32)
 BATCH, COLUMNS, PAGES, PAGE_SIZE = 6, 5, 12, 64
 MARGIN = 2  # pages of NaN on either side of the cache
 LENGTHS = np.array([-1, INT32.min, COLUMNS * PAGE_SIZE + 1, INT32.max, 130, 0], np.int32)
-KERNELS = [family for family in FAMILIES if not isinstance(family, Fp8Family)]
 
 
 def arrays(heads: int, page_size: int = PAGE_SIZE) -> dict[str, np.ndarray]:
@@ -37,7 +35,7 @@ def arrays(heads: int, page_size: int = PAGE_SIZE) -> dict[str, np.ndarray]:
     return {"q": q, "pool": pool, "block_table": table, "cache_seqlens": LENGTHS}
 
 
-@pytest.mark.parametrize("family", KERNELS, ids=lambda family: family.name)
+@pytest.mark.parametrize("family", DENSE_FAMILIES, ids=lambda family: family.name)
 @pytest.mark.parametrize("split", [None, 64])
 def test_dense(family: DecodeFamily, split: int | None) -> None:
     host = arrays(16, 1 if family.gathers else PAGE_SIZE)

@@ -2,7 +2,6 @@
 #pragma once
 #include "decode/gathered/narrow_load.h"
 #include "decode/gathered/narrow_softmax.h"
-#include "decode/masks.h"
 
 namespace mla {
 
@@ -58,7 +57,7 @@ private:
 #pragma unroll
             for (u32 i = 0; i < kFragment; ++i) scores[i] *= params_.scale_log2;
             if constexpr (kByRequest) {
-                hide_unseen(work, tile, scores);
+                softmax_.hide_unseen(work, tile, scores);
             } else {
                 const u32 valid = load_shared_u32(valid_word(smem_, ring_, warp_));
                 if (valid != kAllValid) softmax_.hide(valid, scores);
@@ -86,22 +85,6 @@ private:
                 multiply_box(box, box_address(smem_, ring_, box), query, scores);
         }
         wgmma_commit();
-    }
-
-    // By request: what is past a row's end, as in decode/narrow/consumer.h. Nothing else is hidden; a page outside of the cache is
-    // zeros.
-    MLA_DEVICE void hide_unseen(const BlockWork& work, i32 tile, float (&scores)[kFragment]) const {
-        const i32 first_key = tile * kTileTokens;
-        if (first_key + static_cast<i32>(kTileTokens) <= block_visible_end(params_, work)) return;
-        const i32 key = first_key + static_cast<i32>(warp_ * kWarpTokens + lane_ / 4);
-#pragma unroll
-        for (u32 i = 0; i < kThreadRows; ++i) {
-            const i32 end = row_visible_end(params_, work, row_of_lane(lane_, i));
-            float& upper = scores[row_element(i)];
-            float& lower = scores[row_element(i) + 2];
-            upper = key < end ? upper : minus_infinity();
-            lower = key + 8 < end ? lower : minus_infinity();
-        }
     }
 
     const GatherParams& params_;

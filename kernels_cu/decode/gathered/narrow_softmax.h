@@ -3,6 +3,7 @@
 #pragma once
 #include "core/row_power.h"
 #include "decode/gathered/narrow_work.h"
+#include "decode/masks.h"
 #include "decode/narrow/store.h"
 #include "decode/rows.h"
 
@@ -82,6 +83,22 @@ public:
             float& lower = scores[row_element(i) + 2];
             upper = has_upper ? upper : minus_infinity();
             lower = has_lower ? lower : minus_infinity();
+        }
+    }
+
+    // By request: what is past a row's end, as in decode/narrow/consumer.h. Nothing else is hidden; a page outside of the cache is
+    // zeros.
+    MLA_DEVICE void hide_unseen(const BlockWork& work, i32 tile, float (&scores)[kFragment]) const {
+        const i32 first_key = tile * kTileTokens;
+        if (first_key + static_cast<i32>(kTileTokens) <= block_visible_end(params_, work)) return;
+        const i32 key = first_key + static_cast<i32>(warp_ * kWarpTokens + lane_ / 4);
+#pragma unroll
+        for (u32 i = 0; i < kThreadRows; ++i) {
+            const i32 end = row_visible_end(params_, work, row_of_lane(lane_, i));
+            float& upper = scores[row_element(i)];
+            float& lower = scores[row_element(i) + 2];
+            upper = key < end ? upper : minus_infinity();
+            lower = key + 8 < end ? lower : minus_infinity();
         }
     }
 

@@ -7,8 +7,8 @@
 //
 // There may be a second cache: the tokens of its list follow those of the first, from the next tile on (core/plan_format.h).
 //
-// "By request": dense decode over pages of one token. The block table is the indices, the same for all query tokens of a
-// request, and the plan is that of dense decode; queries may be ragged, latent and rope parts arrays of their own.
+// "By request": dense decode over pages of one token, or of FP8 rows. The block table is the indices, the same for all query
+// tokens of a request, or the pages of these, and the plan is that of dense decode; queries may be ragged, latent and rope parts arrays of their own.
 #pragma once
 #include "core/plan_format.h"
 #include "decode/params.h"

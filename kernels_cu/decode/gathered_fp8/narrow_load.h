@@ -49,7 +49,10 @@ private:
 #pragma unroll 1
         for (u32 line = warp_ * kWarpThreads + lane_; line < kRows * kTileBoxes; line += kLoaderWarps * kWarpThreads) {
             const QueryRow row = query_row(params_, work, line / kTileBoxes, 0);
-            if (row.exists) prefetch_to_l2(row.latent + line % kTileBoxes * kBoxColumns);
+            const u32 box = line % kTileBoxes;
+            if (row.exists)
+                prefetch_to_l2(box < kLatentBoxes ? row.latent + box * kBoxColumns
+                                                  : row.rope + (box - kLatentBoxes) * kBoxColumns);
         }
         return tokens_from(params_, work, work.tile_begin);
     }
@@ -57,7 +60,7 @@ private:
     // The slot of token `lane` of this warp's share of a tile. Indices past the last that counts are not read.
     MLA_DEVICE i32 read(const TokenRun& tokens) const {
         const i32 place = warp_ * kSlabTokens + lane_;
-        return lane_ < kSlabTokens && place < tokens.left ? __ldg(tokens.indices + place) : -1;
+        return lane_ < kSlabTokens && place < tokens.left ? tokens.slot(params_, place) : -1;
     }
 
     MLA_DEVICE void load_slab(i32 slot, bool is_extra) {

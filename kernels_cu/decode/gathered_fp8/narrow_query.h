@@ -19,13 +19,12 @@ public:
 #pragma unroll
         for (u32 pass = 0; pass < kRowPasses; ++pass) {
             const QueryRow row = query_row(params, work, thread / kChunksPerBoxRow + pass * kRowsPerPass, 0);
-            const u32* const words = reinterpret_cast<const u32*>(row.latent);  // rope columns follow
 #pragma unroll
             for (u32 box = 0; box < kTileBoxes; ++box) {
+                const u32* const words = reinterpret_cast<const u32*>(
+                    box < kLatentBoxes ? row.latent + box * kBoxColumns : row.rope + (box - kLatentBoxes) * kBoxColumns);
 #pragma unroll
-                for (u32 i = 0; i < 4; ++i)
-                    pairs_[pass][box][i] =
-                        row.exists ? __ldg(words + box * (kBoxColumns / 2) + pair_of(box, chunk, i)) : 0;
+                for (u32 i = 0; i < 4; ++i) pairs_[pass][box][i] = row.exists ? __ldg(words + pair_of(box, chunk, i)) : 0;
             }
         }
     }

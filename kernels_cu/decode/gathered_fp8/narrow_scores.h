@@ -29,8 +29,9 @@ public:
             query.write(smem_, thread_, params_.scale_log2 * cache_scale(params_));
         }
         while (work.has_tiles()) {
+            const i32 current = item - items.step();
             const BlockWork next = next_work(params_, items, item);
-            run_item(work, next);
+            run_item(work, current, next);
             work = next;
         }
     }
@@ -49,7 +50,7 @@ private:
         u32 valid;  // bits of the warp's tokens
     };
 
-    MLA_DEVICE void run_item(const BlockWork& work, const BlockWork& next) {
+    MLA_DEVICE void run_item(const BlockWork& work, i32 item, const BlockWork& next) {
         fence_async_proxy();
         softmax_.barrier();  // Q and its scales are complete before any warp reads them
         float row_scale[kThreadRows];
@@ -58,19 +59,19 @@ private:
             row_scale[i] = load_shared_f32(smem_ + Smem::row_scales + row_of_lane(lane_, i) * sizeof(f32));
         Softmax::Rows rows(work);
         for (i32 tile = work.tile_begin; tile < work.tile_end; ++tile) {
-            const bool is_first = tile == work.tile_begin;
             if (kMixesCodecs && is_extra_tile(work, tile))
-                run_tile<ExtraCodec>(is_first, row_scale, rows);
+                run_tile<ExtraCodec>(work, tile, row_scale, rows);
             else
-                run_tile<Codec>(is_first, row_scale, rows);
+                run_tile<Codec>(work, tile, row_scale, rows);
         }
+        // By request the work is read again, as no register is left to keep all of it in.
         if (next.has_tiles()) {
             QueryLoad query;
             query.read(params_, next, thread_);
-            softmax_.finish(work, rows, cache_scale(params_));
+            softmax_.finish(kByRequest ? load_block_work(params_, item) : work, rows, cache_scale(params_));
             query.write(smem_, thread_, params_.scale_log2 * cache_scale(params_));
         } else {
-            softmax_.finish(work, rows, cache_scale(params_));
+            softmax_.finish(kByRequest ? load_block_work(params_, item) : work, rows, cache_scale(params_));
         }
     }
 
@@ -120,7 +121,7 @@ private:
     }
 
     template <class C>
-    MLA_DEVICE void run_tile(bool is_first, const float (&row_scale)[kThreadRows], Softmax::Rows& rows) {
+    MLA_DEVICE void run_tile(const BlockWork& work, i32 tile, const float (&row_scale)[kThreadRows], Softmax::Rows& rows) {
         const Tokens<C> tokens = open_tile<C>();
         float scores[kFragment];
         multiply(tokens, scores);
@@ -133,8 +134,11 @@ private:
                 if (Codec::kHasScales) score *= tokens.units.of[half];
             }
         }
-        if (tokens.valid != kAllValid) softmax_.hide(tokens.valid, scores);
-        softmax_.add_tile<Operand>(is_first, scores, rows, tokens.units);
+        if constexpr (kByRequest)
+            softmax_.hide_unseen(work, tile, scores);
+        else if (tokens.valid != kAllValid)
+            softmax_.hide(tokens.valid, scores);
+        softmax_.add_tile<Operand>(tile == work.tile_begin, scores, rows, tokens.units);
         values_parity_ ^= 1;
         ring_.advance();
     }
