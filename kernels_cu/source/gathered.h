@@ -47,7 +47,8 @@ struct TokenRun {
         if (!kHasBlockTable) return __ldg(indices + place);
         const u32 token = first + place, in_row = token / kPageSize;
         const u32 page = __ldg(indices + in_row);
-        return page < params.num_slots / kPageSize ? page * kPageSize + token - in_row * kPageSize : -1;
+        if (page >= params.num_slots / kPageSize) return -1;
+        return page * kPageSize + token - in_row * kPageSize;
     }
 };
 
