@@ -16,8 +16,10 @@ constexpr u32 kLoaderWarps = kWarpgroupWarps;
 constexpr int kEntryRegisters = kRows == 16 ? 96 : 168;
 constexpr int kMovedRegisters = kRefines && !MLA_PLANNED && kRows == 16 ? 8 : 0;  // largest scores, and P refined
 constexpr int kScoresRegisters = (kRows == 16 ? 96 : 184) + kMovedRegisters;
-constexpr int kValuesRegisters = kRows == 16 ? 136 : 240;
-constexpr int kLoadersRegisters = (kRows == 16 ? 56 : 80) - kMovedRegisters;
+// O of half the latent columns leaves registers to the loaders, which wait for more groups then; without a plan they spill.
+constexpr int kSparedRegisters = kRows == 16 && kLatentBoxes <= 4 && !MLA_PLANNED ? 8 : 0;
+constexpr int kValuesRegisters = (kRows == 16 ? 136 : 240) - kSparedRegisters;
+constexpr int kLoadersRegisters = (kRows == 16 ? 56 : 80) - kMovedRegisters + kSparedRegisters;
 static_assert(kScoresRegisters + kValuesRegisters + kLoadersRegisters == 3 * kEntryRegisters, "no more than there are");
 
 // As much shared memory as leaves room for that CTA.
