@@ -117,3 +117,11 @@ def test_chosen_tokens_do_the_better_the_more_peaked_attention_is(tour: dict[str
 
 def test_its_memory_picture_comes_with_the_arithmetic(tour: dict[str, Any]) -> None:
     assert "93.3%" in text_of(tour["memory"])
+
+
+def test_a_model_of_transformers_gives_the_logits_of_its_own_attention(tour: dict[str, Any]) -> None:
+    pytest.importorskip("transformers", reason=f"transformers {REASON}")
+    text = text_of(tour["model"])
+    assert text.count("ms a token") == 3
+    of_eager, of_ours = map(float, re.findall(r"\d\.\de-\d\d", text))
+    assert max(of_eager, of_ours) < 2e-2
