@@ -314,15 +314,23 @@ def test_the_wide_kernel_s_roles_have_the_registers_that_the_kernel_gives_them()
 def test_the_roles_of_gathered_rows_have_the_registers_that_the_kernel_gives_them() -> None:
     text = (kernels_root() / "decode/gathered/narrow_schedule.h").read_text()
     [moved] = re.findall(r"\bkMovedRegisters = kRefines && !MLA_PLANNED && kRows == 16 \? (\d+) : 0;", text)
-    refined = next(c for c in GATHERED_NARROW16.standard_configs() if c.refined and c.name.endswith("_static_refined"))
+    [(width, spared)] = re.findall(
+        r"\bkSparedRegisters = kLatent <= (\d+) && !MLA_PLANNED && kRows == 16 \? (\d+) : 0;", text
+    )
+    configs = GATHERED_NARROW16.standard_configs()
+    refined = next(c for c in configs if c.refined and c.name.endswith("_static_refined"))
+    narrow = next(c for c in configs if c.latent_dim == int(width) and c.name.endswith("_static"))
     of_16, of_32 = (f.roles(f.standard_configs()[0]) for f in (GATHERED_NARROW16, GATHERED_NARROW32))
-    for at_16, at_32, at_few in zip(of_16, of_32, GATHERED_NARROW16.roles(refined), strict=True):
+    others = GATHERED_NARROW16.roles(refined), GATHERED_NARROW16.roles(narrow)
+    for at_16, at_32, at_few, at_narrow in zip(of_16, of_32, *others, strict=True):
         name = rf"\bk{at_16.name.capitalize()}Registers"
-        [(*registers, sign)] = re.findall(
-            name + r" = \(?kRows == 16 \? (\d+) : (\d+)\)?(?: ([+-]) kMovedRegisters)?;", text
+        [(*registers, sign, sign_of_spared)] = re.findall(
+            name + r" = \(?kRows == 16 \? (\d+) : (\d+)\)?(?: ([+-]) kMovedRegisters)?(?: ([+-]) kSparedRegisters)?;",
+            text,
         )
         assert tuple(map(int, registers)) == (at_16.registers, at_32.registers)
         assert at_few.registers - at_16.registers == int(f"{sign}{moved}" if sign else 0)
+        assert at_narrow.registers - at_16.registers == int(f"{sign_of_spared}{spared}" if sign_of_spared else 0)
 
 
 @pytest.mark.parametrize("family", [GATHERED_NARROW16, GATHERED_NARROW32], ids=lambda family: family.name)

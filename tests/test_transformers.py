@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import importlib
 from typing import Any
 
 import pytest
@@ -295,6 +296,7 @@ def test_a_static_cache_that_is_full(steps: list[Any]) -> None:
 
 
 def test_inside_torch_compile() -> None:
+    importlib.import_module("cupy_mla.torch_rules")  # as it is where functions of ours were traced before
     model, inputs = make_model(attn="sdpa"), prompts([20, 11])
     enable(model)
     cache = transformers.StaticCache(config=model.config, max_cache_len=64)

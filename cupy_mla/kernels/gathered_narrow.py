@@ -37,6 +37,8 @@ _BUFFERS = 2  # of P and of what goes with it
 _WARPS = 4  # of a warpgroup
 _WORD_BYTES = 4
 _MOVED_REGISTERS = 8  # from the loaders to the scores warpgroup, which needs them to refine P of prefill
+_SPARED_REGISTERS = 8  # from the values warpgroup to the loaders in prefill, where O is narrow
+_SPARING_LATENT_DIM = 256
 _FLOAT_PARTIAL_ROWS = 4  # as in the dense narrow kernel
 # Beside a CTA of 16 rows, 96 registers a thread on average, there is room for them; beside one of 32 rows there is not.
 _COMBINE_THREADS = 256
@@ -105,8 +107,10 @@ class GatheredNarrowFamily(DecodeFamily):
     def _registers(self, config: KernelConfig) -> tuple[int, int, int]:
         scores, values, loaders = self.registers
         assert isinstance(config, GatheredConfig)
-        moved = _MOVED_REGISTERS if config.refined and not config.planned and self.float_partials else 0
-        return scores + moved, values, loaders - moved
+        is_prefill_of_few = self.float_partials and not config.planned
+        moved = _MOVED_REGISTERS if is_prefill_of_few and config.refined else 0
+        spared = _SPARED_REGISTERS if is_prefill_of_few and config.latent_dim <= _SPARING_LATENT_DIM else 0
+        return scores + moved, values - spared, loaders - moved + spared
 
     def _fixed_bytes(self, boxes: int) -> int:
         """All but the ring: queries, P, what goes between warps and between warpgroups."""

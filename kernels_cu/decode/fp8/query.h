@@ -151,11 +151,12 @@ private:
             const f32* const x = values + i * 4;
             f32 rounded[4];
             words[0][i] = round_e4m3(x, rounded);
-            if constexpr (kQueryParts == 1) continue;
-            f32 rest[4];
+            if constexpr (kQueryParts == 2) {
+                f32 rest[4];
 #pragma unroll
-            for (u32 j = 0; j < 4; ++j) rest[j] = (x[j] - rounded[j]) * kLowPart;
-            words[1][i] = pack_e4m3(rest[0], rest[1], rest[2], rest[3]);
+                for (u32 j = 0; j < 4; ++j) rest[j] = (x[j] - rounded[j]) * kLowPart;
+                words[1][i] = pack_e4m3(rest[0], rest[1], rest[2], rest[3]);
+            }
         }
         const u32 in_chunk = chunk % 2 * kChunkColumns;
 #pragma unroll

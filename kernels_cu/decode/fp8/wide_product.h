@@ -44,7 +44,7 @@ private:
     struct Step {
         u32 part, column;  // 0: high, 1: low; which 32 columns
         MLA_DEVICE constexpr explicit Step(u32 index)
-            : part(index < kLowSteps ? 1 : 0), column(index < kLowSteps ? index : index - kLowSteps) {}
+            : part(kQueryParts - 1 - index / kColumnSteps), column(index % kColumnSteps) {}
     };
 
     struct Operands {
@@ -151,12 +151,13 @@ private:
                 a[word][half] = e4m3_pair_low(words[word]);
                 a[word][2 + half] = e4m3_pair_high(words[word]);
             }
-            if constexpr (kQueryParts == 1) continue;
-            load_shared_words(query_address(kRows + first_row + half * 8, box, chunk), words);
+            if constexpr (kQueryParts == 2) {
+                load_shared_words(query_address(kRows + first_row + half * 8, box, chunk), words);
 #pragma unroll
-            for (u32 word = 0; word < kWords; ++word) {
-                a[word][half] = fma_fp16_pairs(e4m3_pair_low(words[word]), kInverseLowPart, a[word][half]);
-                a[word][2 + half] = fma_fp16_pairs(e4m3_pair_high(words[word]), kInverseLowPart, a[word][2 + half]);
+                for (u32 word = 0; word < kWords; ++word) {
+                    a[word][half] = fma_fp16_pairs(e4m3_pair_low(words[word]), kInverseLowPart, a[word][half]);
+                    a[word][2 + half] = fma_fp16_pairs(e4m3_pair_high(words[word]), kInverseLowPart, a[word][2 + half]);
+                }
             }
         }
     }

@@ -17,7 +17,7 @@ constexpr int kEntryRegisters = kRows == 16 ? 96 : 168;
 constexpr int kMovedRegisters = kRefines && !MLA_PLANNED && kRows == 16 ? 8 : 0;  // largest scores, and P refined
 constexpr int kScoresRegisters = (kRows == 16 ? 96 : 184) + kMovedRegisters;
 // O of half the latent columns leaves registers to the loaders, which wait for more groups then; without a plan they spill.
-constexpr int kSparedRegisters = kRows == 16 && kLatentBoxes <= 4 && !MLA_PLANNED ? 8 : 0;
+constexpr int kSparedRegisters = kLatent <= 256 && !MLA_PLANNED && kRows == 16 ? 8 : 0;
 constexpr int kValuesRegisters = (kRows == 16 ? 136 : 240) - kSparedRegisters;
 constexpr int kLoadersRegisters = (kRows == 16 ? 56 : 80) - kMovedRegisters + kSparedRegisters;
 static_assert(kScoresRegisters + kValuesRegisters + kLoadersRegisters == 3 * kEntryRegisters, "no more than there are");
