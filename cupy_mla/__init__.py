@@ -3,9 +3,6 @@
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from .cache.allocator import OutOfPagesError, OutOfRequestsError
-from .cache.append import append_tokens
-from .cache.paged import PagedKVCache
 from .decode.dense import mla_decode, plan_decode
 from .decode.merge import merge_states
 from .decode.plan import DecodePlan
@@ -21,6 +18,9 @@ from .errors import (
 from .torch_compile import teach
 
 if TYPE_CHECKING:
+    from .cache.allocator import OutOfPagesError, OutOfRequestsError
+    from .cache.append import append_tokens
+    from .cache.paged import PagedKVCache
     from .cache.slots import slots_of
     from .cache.step import CacheStep
     from .decode.prefill import mla_sparse_prefill
@@ -33,8 +33,12 @@ __version__ = "0.1.0"
 # Loaded when first asked for: importing the package stays as quick as importing NumPy.
 _LOADED_LATER = {
     "CacheStep": "cache.step",
+    "OutOfPagesError": "cache.allocator",
+    "OutOfRequestsError": "cache.allocator",
+    "PagedKVCache": "cache.paged",
     "SparsePlan": "decode.sparse_plan",
     "Support": "decode.support",
+    "append_tokens": "cache.append",
     "is_supported": "decode.support",
     "mla_sparse_decode": "decode.sparse",
     "mla_sparse_prefill": "decode.prefill",
@@ -70,7 +74,7 @@ __all__ = [
     "slots_of",
 ]
 
-teach(append_tokens, merge_states, mla_decode, plan_decode)
+teach(merge_states, mla_decode, plan_decode)
 
 
 def __getattr__(name: str) -> Any:

@@ -16,8 +16,7 @@ import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from .cache.new_tokens import APPEND_ROPES
-from .call.options import OPERATOR_NAMES, ROPE_OF
+from .call.options import APPEND_ROPES, OPERATOR_NAMES, ROPE_OF
 
 _TRACED_INSTEAD = "_torchdynamo_inline"
 _LOG2_E = math.log2(math.e)

@@ -21,9 +21,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from .cache.append import append_tokens
-from .cache.new_tokens import APPEND_ROPES
 from .cache.slots import slots_of
-from .call.options import DECODE, DECODE_FORM, OPERATOR_NAMES, PLAN, ROPE_OF, CallForm, Option
+from .call.options import APPEND_ROPES, DECODE, DECODE_FORM, OPERATOR_NAMES, PLAN, ROPE_OF, CallForm, Option
 from .call.sparse_options import (
     PLAN_SPARSE,
     SPARSE_DECODE,

@@ -14,9 +14,10 @@ from ..arrays import view as arrays
 from ..arrays.exchange import as_numpy, keep_imported
 from ..arrays.frameworks import CUDA, check_stream, current_stream
 from ..call.known import KnownCalls
+from ..call.options import APPEND_ROPES
 from ..layouts import CacheLayout
 from ..settings import get_settings
-from .new_tokens import APPEND_PARTS, APPEND_ROPES, Append, AppendArrays, Places, describe_append
+from .new_tokens import APPEND_PARTS, Append, AppendArrays, Places, describe_append
 from .quantise import put_numpy
 
 if TYPE_CHECKING:

@@ -9,6 +9,7 @@ from ..arrays import view as arrays
 from ..arrays.frameworks import CUDA
 from ..arrays.view import ArrayView
 from ..call.arguments import misaligned
+from ..call.options import APPEND_ROPES
 from ..call.problem import SLOT_DTYPE
 from ..errors import InvalidArgumentError
 from ..gpu.device import require_backend
@@ -25,7 +26,6 @@ from .segments import (
 )
 
 # The arrays of an append, the parts of a pair one by one.
-APPEND_ROPES = {"kv_cache": "kv_rope", "kv_new": "kv_new_rope"}
 APPEND_PARTS = (
     *(name for pair in APPEND_ROPES.items() for name in pair),
     *("slot_mapping", "block_table", "positions", "requests", "kv_scale"),
