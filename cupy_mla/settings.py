@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import atexit
 import os
-import shutil
 import stat
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -153,6 +152,7 @@ def _can_be_made(folder: Path) -> bool:
 def _private_folder() -> Path:
     """A user without a home that can be written to (some containers) has one folder for all processes, in that for
     temporary files: if nobody else has planted it there. Else each process has its own, removed at its end."""
+    import shutil
     import tempfile
 
     folder = Path(tempfile.gettempdir()) / f"cupy_mla-{os.getuid()}"

@@ -19,15 +19,12 @@ from ..gpu.device import describe_device
 from ..gpu.jit.module import load
 from ..gpu.launch import Launch
 from ..kernels.choose import choose_gathered_config
-from ..kernels.structs import GATHER_PARAMS, words_of
+from ..kernels.structs import GATHER_PARAMS, KV_UNIT, MAX_SLOTS, words_of
 from ..layouts import CacheLayout
 from ..schedule.pieces import ceil_div
 from .prepared import CALLS_KEPT
 
 _LOG2_E = math.log2(math.e)
-KV_UNIT = 16  # bytes; strides of pages and tokens are counted in it
-MAX_SLOTS = 2**31  # what an index can name, so that a negative one names nothing
-
 _PREFILL_WORDS = words_of(
     GATHER_PARAMS, *("kv_scale_at" if name == "kv_scale" else name for name in SPARSE_PREFILL_ARRAYS)
 )

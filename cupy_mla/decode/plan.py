@@ -13,7 +13,6 @@ from ..call.problem import DecodeProblem
 from ..errors import InvalidArgumentError
 from ..gpu.device import describe_device
 from ..gpu.launch import is_capturing
-from ..kernels.choose import check_kernel, check_named, choose_config
 from ..kernels.combine import combine_source
 from ..kernels.family import KernelConfig
 from ..schedule.pieces import ceil_div
@@ -64,6 +63,9 @@ def plan_kind(problem: DecodeProblem, location: tuple[str, int], options: Decode
     UnsupportedDeviceError
         There is no such GPU.
     """
+    # It imports all families, which importing the package need not wait for.
+    from ..kernels.choose import check_kernel, check_named
+
     check_kernel(options.kernel)
     check_fixed_split(options.fixed_split_tokens)
     device, device_id = location
@@ -88,6 +90,8 @@ def blueprint(
     UnsupportedDeviceError
         There is no such GPU.
     """
+    from ..kernels.choose import choose_config
+
     num_sms = describe_device(device_id).num_sms
     config = choose_config(problem, num_sms, max_seqlen_k, fixed_split_tokens, kernel)
     shape = schedule_shape(problem, config, num_sms, max_seqlen_k, fixed_split_tokens)

@@ -10,9 +10,8 @@ import numpy.typing as npt
 from ..arrays.dtypes import ITEM_SIZES
 from ..call.memo import remembered
 from ..gpu.launch import is_capturing
-from ..kernels.structs import COMBINE_PARAMS, GATHER_PARAMS, words_of
+from ..kernels.structs import COMBINE_PARAMS, GATHER_PARAMS, KV_UNIT, MAX_SLOTS, words_of
 from .blueprint import DenseBlueprint, PlanMemory
-from .gathered import KV_UNIT, MAX_SLOTS
 from .prepared import CALLS_KEPT, FLAG_BYTES, CallStrides, DecodeCall
 
 _Q, _Q_ROPE, _KV, _KV_ROPE, _INDICES, _OUT, _LSE, _PARTIAL_OUT, _PARTIAL_LSE, _PLAN = words_of(

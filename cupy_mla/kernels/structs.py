@@ -59,6 +59,8 @@ FP8_PARAMS = np.dtype(
     ],
     align=True,
 )
+KV_UNIT = 16  # bytes; strides of pages and tokens are counted in it
+MAX_SLOTS = 2**31  # what an index can name, so that a negative one names nothing
 GATHER_PARAMS = np.dtype(
     [
         ("q", _POINTER),
