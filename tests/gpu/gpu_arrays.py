@@ -7,9 +7,14 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
+import pytest
 from cases_dense import DenseCase
 
+from cupy_mla import InvalidArgumentError
 from cupy_mla.arrays.dtypes import numpy_dtype
+from cupy_mla.call.memo import forget
+from cupy_mla.decode import gathered, sparse_plan
+from cupy_mla.kernels.choose import choose_gathered_config
 from cupy_mla.lab.cases import Case
 from cupy_mla.lab.libraries import CUPY, ArrayLibrary, TorchLibrary
 
@@ -203,3 +208,20 @@ def delayed_stream() -> Iterator[int]:
 def allocate(size: int) -> Any:
     """So many bytes from the allocator, as the current stream gets them."""
     return cupy.empty(size, np.uint8) if torch is None else torch.empty(size, dtype=torch.uint8, device="cuda")
+
+
+def on_gathered_kernel(kernel: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    """For a fixture: sparse attention runs on the kernel of this name, whatever would be chosen. A test whose call it does
+    not serve is skipped."""
+
+    def choose(problem: Any, *arguments: Any, **options: Any) -> Any:
+        try:
+            return choose_gathered_config(problem, *arguments, **{**options, "kernel": kernel})
+        except InvalidArgumentError as error:
+            pytest.skip(f"{kernel}: {error}")
+
+    for module in (gathered, sparse_plan):
+        monkeypatch.setattr(module, "choose_gathered_config", choose)
+    forget()
+    yield kernel
+    forget()

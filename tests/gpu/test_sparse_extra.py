@@ -14,10 +14,8 @@ from cases_extra import ExtraArrays, ExtraCase, of_plan
 from cases_sparse import SparseCase
 from cases_sparse_fp8 import NAN_BYTE, Fp8SparseCase
 
-from cupy_mla import InvalidArgumentError, flash_mla, mla_sparse_decode, plan_sparse_decode
-from cupy_mla.call.memo import forget
-from cupy_mla.decode import gathered, sparse_plan
-from cupy_mla.kernels.choose import GATHERED_FAMILIES, choose_gathered_config
+from cupy_mla import flash_mla, mla_sparse_decode, plan_sparse_decode
+from cupy_mla.kernels.choose import GATHERED_FAMILIES
 from cupy_mla.layouts import SPARSE_LAYOUTS
 
 from . import gpu_arrays as gpu
@@ -43,17 +41,7 @@ pytestmark = [pytest.mark.timeout(60), pytest.mark.usefixtures("kernel")]
 def kernel(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     """Every test runs on each of the kernels that serve its caches."""
 
-    def choose(problem: Any, *arguments: Any, **options: Any) -> Any:
-        try:
-            return choose_gathered_config(problem, *arguments, **{**options, "kernel": request.param})
-        except InvalidArgumentError:
-            pytest.skip(f"{request.param} does not serve these caches")
-
-    for module in (gathered, sparse_plan):
-        monkeypatch.setattr(module, "choose_gathered_config", choose)
-    forget()
-    yield request.param
-    forget()
+    yield from gpu.on_gathered_kernel(request.param, monkeypatch)
 
 
 @pytest.fixture(params=[DENSE, FP8], ids=["16 bits", "fp8"])

@@ -13,10 +13,8 @@ from cases_dense import frobenius_error
 from cases_sparse import exact_sparse
 from cases_sparse_fp8 import KINDS, NAN_BYTE, Fp8SparseArrays, Fp8SparseCase, without_padding
 
-from cupy_mla import InvalidArgumentError, mla_sparse_decode, mla_sparse_prefill, plan_sparse_decode
-from cupy_mla.call.memo import forget
-from cupy_mla.decode import gathered, sparse_plan
-from cupy_mla.kernels.choose import GATHERED_FP8_FAMILIES, choose_gathered_config
+from cupy_mla import mla_sparse_decode, mla_sparse_prefill, plan_sparse_decode
+from cupy_mla.kernels.choose import GATHERED_FP8_FAMILIES
 
 from . import gpu_arrays as gpu
 
@@ -35,17 +33,7 @@ pytestmark = [pytest.mark.timeout(60), pytest.mark.usefixtures("kernel")]
 def kernel(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     """Every test runs on each of the kernels that serve its layout."""
 
-    def choose(problem: Any, *arguments: Any, **options: Any) -> Any:
-        try:
-            return choose_gathered_config(problem, *arguments, **{**options, "kernel": request.param})
-        except InvalidArgumentError:
-            pytest.skip(f"{request.param} does not serve this layout")
-
-    for module in (gathered, sparse_plan):
-        monkeypatch.setattr(module, "choose_gathered_config", choose)
-    forget()
-    yield request.param
-    forget()
+    yield from gpu.on_gathered_kernel(request.param, monkeypatch)
 
 
 @lru_cache(maxsize=32)  # for each of the kernels
