@@ -211,8 +211,8 @@ def allocate(size: int) -> Any:
 
 
 def on_gathered_kernel(kernel: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
-    """For a fixture: sparse attention runs on the kernel of this name, whatever would be chosen. A test whose call it does
-    not serve is skipped."""
+    """For a fixture: sparse attention runs on the kernel of this name, whatever would be chosen. A test whose call it
+    does not serve is skipped."""
 
     def choose(problem: Any, *arguments: Any, **options: Any) -> Any:
         try:
