@@ -63,10 +63,18 @@ OTHER_CONFIGS += [
     KernelConfig(NARROW32, 512, 64, "bfloat16", 64, True, refined=True),
     KernelConfig(WIDE64, 512, 64, "bfloat16", 64, False, scale_parts=ColumnParts(256, 2), refined=True),
     KernelConfig(WIDE64, 512, 0, "bfloat16", 16, True, scale_parts=ColumnParts(256, 2), refined=True),
+    KernelConfig(WIDE64, 512, 64, "bfloat16", 64, True, scale_parts=ColumnParts(256, 2), refined=True),
     GatheredConfig(GATHERED_NARROW32, 512, 64, "bfloat16", 1, causal=False, planned=False, refined=True),
     GatheredConfig(GATHERED_WIDE64, 512, 64, "bfloat16", 1, causal=False, planned=False, refined=True),
     GatheredConfig(
         GATHERED_WIDE64, 512, 64, "bfloat16", 1, causal=False, scale_parts=ColumnParts(256, 2), refined=True
+    ),
+    GatheredConfig(
+        *(GATHERED_WIDE64, 512, 64, "bfloat16", 1),
+        causal=True,
+        scale_parts=ColumnParts(256, 2),
+        refined=True,
+        by_request=True,
     ),
 ]
 # FP8 caches of other widths and with gaps between pages.

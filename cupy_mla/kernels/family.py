@@ -34,7 +34,7 @@ BOX_BYTES = TILE_TOKENS * BOX_COLUMNS * ELEMENT_BYTES
 BARRIER_BYTES = 8
 CLAIM_BYTES = 8
 _EXPONENTS_BYTES = 4  # of the parts of a row
-_REFINED_ROWS = 8  # of decode/work_item.h; over more, the mean of the rounding counts
+_REFINED_ROWS = 8  # over more, the mean of the rounding counts
 
 # What the models in use need: (latent, rope) of DeepSeek V2/V3/R1 and Kimi K2, without rope, and a small MLA.
 STANDARD_DIMS = ((512, 64), (512, 0), (256, 64))
@@ -113,11 +113,16 @@ class DecodeFamily(ABC):
         """Whether partial results are float32 when so many query rows share a kv head: decode/config.h says why."""
         return False
 
+    @property
+    def refined_rows(self) -> int:
+        """How many rows `refines` takes for few."""
+        return _REFINED_ROWS
+
     def refines(self, dtype: str, rows: int) -> bool:
         """Whether probabilities keep what bf16 leaves out of them when so many query rows share a kv head:
         decode/work_item.h says how.
         """
-        return dtype == "bfloat16" and rows <= _REFINED_ROWS
+        return dtype == "bfloat16" and rows <= self.refined_rows
 
     def scale_parts(self, latent_dim: int, dtype: str, rows: int) -> ColumnParts | None:
         """Parts of a row of partial results that are fp16 with a power of two each, when so many query rows share a kv
@@ -154,7 +159,7 @@ class DecodeFamily(ABC):
             ("MLA_CAUSAL", str(int(config.causal))),
             ("MLA_ROWS", str(self.rows)),
             ("MLA_FLOAT_PARTIALS", str(int(config.float_partials))),
-            ("MLA_REFINED", str(int(config.refined))),
+            ("MLA_REFINED_ROWS", str(self.refined_rows if config.refined else 0)),
             *scale_defines(config),
             ("MLA_SHARED_BYTES", str(config.shared_memory)),
         )

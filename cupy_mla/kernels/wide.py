@@ -28,9 +28,9 @@ if TYPE_CHECKING:
     from ..call.sparse_problem import SparseProblem
 
 VALUES_WARPGROUPS = 2
-# Few rows have up to 3.1e-3 of error with bf16 partial results; over many the mean counts. For all rows fp16 partial
-# results would cost 0.2 to 1 us (kernels_cu/TRIED.md).
-_SCALED_PARTIAL_ROWS = 16
+# Few rows have up to 3.1e-3 of error where P and partial results are bf16; over many the mean counts. For all rows fp16
+# partial results would cost 0.2 to 1 us (kernels_cu/TRIED.md).
+_FEW_ROWS = 16
 _ROLES = (Role("scores", WARPGROUP_THREADS, 184), Role("values", VALUES_WARPGROUPS * WARPGROUP_THREADS, 160))
 # Two warpgroups share the values' columns, in a width that wgmma has; a stage has one rope box, which P replaces.
 _LATENT_DIMS = (128, 256, 512)
@@ -44,7 +44,7 @@ _LOADER_WARPS = 4  # where a page does not hold a swizzle atom's tokens
 
 def wide_scale_parts(latent_dim: int, dtype: str, rows: int) -> ColumnParts | None:
     """``DecodeFamily.scale_parts`` where two warpgroups share the columns: for few rows of bf16."""
-    if rows > _SCALED_PARTIAL_ROWS or dtype != "bfloat16":
+    if rows > _FEW_ROWS or dtype != "bfloat16":
         return None
     return ColumnParts(latent_dim // VALUES_WARPGROUPS, VALUES_WARPGROUPS)
 
@@ -69,6 +69,11 @@ class WideFamily(DecodeFamily):
     def copies_whole_tokens(self, config: KernelConfig) -> bool:
         """As a stage holds whole tiles: where no swizzle atom is shared by pages."""
         return config.group_tokens == ATOM_TOKENS
+
+    @property
+    def refined_rows(self) -> int:
+        """More than in the others: of 64 rows, there are enough that do not exist."""
+        return _FEW_ROWS
 
     def scale_parts(self, latent_dim: int, dtype: str, rows: int) -> ColumnParts | None:
         """For few rows of bf16: two warpgroups share the columns."""

@@ -6,11 +6,12 @@
 namespace mla {
 
 // bf16 rounds P by up to 2^-8, which shows where a few keys have all the weight of a few rows. For few rows the kernel is
-// compiled to refine P: in a block of up to eight, the eight rows behind them, which do not exist, take what the rounding leaves
-// out, with the same factors, and their O is added in the end.
-constexpr bool kRefines = MLA_REFINED;
+// compiled to refine P: in a block of so few, rows that do not exist take what the rounding leaves out of the rows eight before
+// them, with the same factors, and their O is added in the end.
+constexpr i32 kRefinedRows = MLA_REFINED_ROWS;
+constexpr bool kRefines = kRefinedRows > 0;
 static_assert(!kRefines || kSameType<Operand, Bf16>, "fp16 rounds little enough");
-constexpr i32 kRefinedRows = 8;
+static_assert(2 * kRefinedRows <= static_cast<i32>(kRows), "what is left out takes as many rows");
 
 struct BlockWork {
     i32 request, kv_head;

@@ -14,7 +14,8 @@ from cupy_mla import InvalidArgumentError
 from cupy_mla.arrays.dtypes import numpy_dtype
 from cupy_mla.call.memo import forget
 from cupy_mla.decode import gathered, sparse_plan
-from cupy_mla.kernels.choose import choose_gathered_config
+from cupy_mla.kernels.choose import FAMILIES, GATHERED_FAMILIES, choose_gathered_config
+from cupy_mla.kernels.narrow import NARROW16
 from cupy_mla.lab.cases import Case
 from cupy_mla.lab.libraries import CUPY, ArrayLibrary, TorchLibrary
 
@@ -208,6 +209,14 @@ def delayed_stream() -> Iterator[int]:
 def allocate(size: int) -> Any:
     """So many bytes from the allocator, as the current stream gets them."""
     return cupy.empty(size, np.uint8) if torch is None else torch.empty(size, dtype=torch.uint8, device="cuda")
+
+
+def skip_where_not_refined(kernel: str, rows: int) -> None:
+    """Skips a test with more rows of a kv head than the kernel of this name, or the one that is chosen, refines."""
+    named = [family for family in (*FAMILIES, *GATHERED_FAMILIES) if family.name == kernel]
+    most = (named or [NARROW16])[0].refined_rows
+    if rows > most:
+        pytest.skip(f"more than the {most} rows of which {kernel} keeps what bf16 leaves out of probabilities")
 
 
 def on_gathered_kernel(kernel: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:

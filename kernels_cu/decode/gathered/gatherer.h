@@ -2,6 +2,7 @@
 // Every values warp gathers eight rows of each stage, ahead of the arithmetic and across items. Indices are read one tile
 // ahead: their latency hides behind a tile's arithmetic.
 #pragma once
+#include "decode/wide/row_places.h"
 #include "decode/wide/smem.h"
 #include "ptx/copy_async.h"
 #include "ptx/mbarrier.h"
@@ -109,8 +110,12 @@ private:
         u32 bytes;  // none of a row that there is not
     };
 
+    MLA_DEVICE QueryRow query_of(const BlockWork& work, u32 row, u32 chunk) {
+        return query_row(params_, work, row_at(work, warp() * kAtomRows + row), chunk * 8);
+    }
+
     MLA_DEVICE RowChunk query_chunk(i32 item, u32 row, u32 chunk) {
-        const QueryRow query = query_row(params_, load_block_work(params_, item), warp() * kAtomRows + row, chunk * 8);
+        const QueryRow query = query_of(load_block_work(params_, item), row, chunk);
         return {reinterpret_cast<const u8*>(query.latent), query.exists ? 16u : 0u};
     }
 
@@ -128,7 +133,7 @@ private:
         if constexpr (!kByRequest) return source.first + kLatentBoxes * kBoxRowBytes;
         if (item < 0) {
             const BlockWork work = load_block_work(params_, ~item);
-            return reinterpret_cast<const u8*>(query_row(params_, work, warp() * kAtomRows + row, chunk * 8).rope);
+            return reinterpret_cast<const u8*>(query_of(work, row, chunk).rope);
         }
         const u8* rope = token_rope_address(params_, __shfl_sync(kFullWarp, index_, row)) + chunk * 16;
         if (params_.kv_rope_stride_head != 0)

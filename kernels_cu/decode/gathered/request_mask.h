@@ -3,6 +3,7 @@
 #pragma once
 #include "decode/gathered/work.h"
 #include "decode/masks.h"
+#include "decode/wide/row_places.h"
 #include "decode/wide/softmax.h"
 
 namespace mla {
@@ -20,8 +21,8 @@ public:
         const i32 first_key = (work.tile_end - tiles_left) * kTileTokens + static_cast<i32>(threadIdx.x % 4) * 2;
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
-            const i32 row = threadIdx.x / 32 * 16 + threadIdx.x % 32 / 4 + half * 8;
-            const i32 end = row_visible_end(params, work, row) - first_key;
+            const i32 place = threadIdx.x / 32 * 16 + threadIdx.x % 32 / 4 + half * 8;
+            const i32 end = row_visible_end(params, work, row_at(work, place)) - first_key;
 #pragma unroll
             for (int i = 0; i < 16; ++i) {
                 float& score = scores[score_index(half, i)];

@@ -3,6 +3,7 @@
 #pragma once
 #include "core/softmax.h"
 #include "decode/gathered/work.h"
+#include "decode/wide/row_places.h"
 #include "ptx/warp.h"
 
 namespace mla {
@@ -32,7 +33,7 @@ public:
         if (work.is_partial()) return sinks;
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
-            const RowPlace place = locate_row(params, work, row + half * 8);
+            const RowPlace place = locate_row(params, work, row_at(work, row + half * 8));
             if (place.exists) sinks.of[half] = __ldg(params.attn_sink + place.head);
         }
         return sinks;

@@ -1,6 +1,7 @@
 // The mask of dense decode: a row sees the keys before some end.
 #pragma once
 #include "decode/masks.h"
+#include "decode/wide/row_places.h"
 #include "decode/wide/smem.h"
 #include "decode/wide/softmax.h"
 #include "ptx/warp.h"
@@ -9,11 +10,12 @@ namespace mla {
 
 class EndMask {
 public:
-    // `row` and row + 8 of the block are this thread's.
+    // This thread's rows are at `row` and row + 8 of the matrices.
     MLA_DEVICE void open(const DecodeParams& params, const BlockWork& work, u32 row) {
         const i32 first_key = work.tile_begin * kTileTokens;
 #pragma unroll
-        for (int half = 0; half < 2; ++half) ends_[half] = row_visible_end(params, work, row + half * 8) - first_key;
+        for (int half = 0; half < 2; ++half)
+            ends_[half] = row_visible_end(params, work, row_at(work, row + half * 8)) - first_key;
     }
 
     MLA_DEVICE void next_tile() {

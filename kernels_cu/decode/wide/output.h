@@ -2,6 +2,7 @@
 #pragma once
 #include "core/quad.h"
 #include "decode/partial.h"
+#include "decode/wide/row_places.h"
 #include "ptx/convert.h"
 #include "ptx/warp.h"
 
@@ -55,7 +56,7 @@ public:
             const u32 exponent = fit_half(output);
             pack<Fp16>(output, packed);
             const BlockWork work = load_block_work(params, item);
-            const i32 row = warp() * 16 + lane();
+            const i32 row = row_at(work, warp() * 16 + lane());
             if (lane() < 16 && row_exists(work, row))
                 partial_exponents(params, work, row)[first_column() / kValueColumns] = exponent;
         } else {
@@ -65,7 +66,8 @@ public:
         const u32 lane_in_quad = lane() % 4;
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
-            const i32 row = warp() * 16 + lane() / 4 + half * 8;
+            i32 row = warp() * 16 + lane() / 4 + half * 8;
+            if constexpr (kRefines) row = row_at(work, row);  // without the if, other kernels get other registers
             const bool exists = row_exists(work, row);
             u16* destination = output_row(params, work, row) + first_column() + lane_in_quad * 8;
 #pragma unroll

@@ -2,6 +2,7 @@
 #pragma once
 #include "core/quad.h"
 #include "decode/rows.h"
+#include "decode/wide/row_places.h"
 #include "decode/wide/schedule.h"
 #include "decode/wide/tile.h"
 #include "ptx/warp.h"
@@ -16,14 +17,14 @@ MLA_DEVICE u32 q_step_chunk_offset(u32 row, u32 chunk) {
     return row * kQStepRowBytes + ((chunk ^ ((row >> 2) & 1)) << 4);
 }
 
-// For a thread whose fragment rows are `row` and row + 8 of the block: 16-byte loads of 8 columns a lane, transposed within
+// For a thread whose fragment rows are at `row` and row + 8 of the matrices: 16-byte loads of 8 columns a lane, transposed within
 // the quad to the fragment's column pairs. Steps past kRegisterSteps go to shared memory at `shared_steps`.
 template <class Params>
 MLA_DEVICE void load_query(const Params& params, const BlockWork& work, u32 row, u32 lane_in_quad, u32 shared_steps,
                            u32 (&q)[kRegisterSteps][4]) {
     QueryRow rows[2];
 #pragma unroll
-    for (int half = 0; half < 2; ++half) rows[half] = query_row(params, work, row + half * 8, lane_in_quad * 8);
+    for (int half = 0; half < 2; ++half) rows[half] = query_row(params, work, row_at(work, row + half * 8), lane_in_quad * 8);
 #pragma unroll
     for (int block = static_cast<int>(kSteps / 2) - 1; block >= 0; --block) {  // two k16 steps, 32 columns
         u32 words[2][4];

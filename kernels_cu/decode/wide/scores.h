@@ -191,9 +191,10 @@ private:
         if (lane() % 4 != 0) return;
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
-            if (!row_exists(work, row + half * 8)) continue;
-            *lse_row(params_, work, row + half * 8) = lse_of(params_, work, maximum[half], sum[half]);
-            results.store(params_, work, row + half * 8, half);
+            const i32 in_block = row_at(work, row + half * 8);
+            if (!row_exists(work, in_block)) continue;
+            *lse_row(params_, work, in_block) = lse_of(params_, work, maximum[half], sum[half]);
+            results.store(params_, work, in_block, half);
         }
     }
 
