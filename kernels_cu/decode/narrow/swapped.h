@@ -96,19 +96,19 @@ MLA_DEVICE void exponentiate(const float (&scores)[kFragment], const RowStatisti
 
 // Of a refined block (decode/work_item.h): the rows eight further are the next four of a thread's accumulators, and the next
 // two of its rows.
-constexpr u32 kRefinedAccumulators = kRefinedRows / 2;
-constexpr u32 kRefinedThreadRows = kRefinedRows / 4;
+constexpr i32 kRefinedAccumulators = kRefinedRows / 2;
+constexpr i32 kRefinedThreadRows = kRefinedRows / 4;
 
 MLA_DEVICE void share_factors(float (&factor)[kThreadRows]) {
 #pragma unroll
-    for (u32 i = 0; i < kRefinedThreadRows; ++i) factor[i + kRefinedThreadRows] = factor[i];
+    for (i32 i = 0; i < kRefinedThreadRows; ++i) factor[i + kRefinedThreadRows] = factor[i];
 }
 
 MLA_DEVICE void add_refinement(float (&output)[kLatentBoxes][kFragment]) {
 #pragma unroll
     for (u32 box = 0; box < kLatentBoxes; ++box) {
 #pragma unroll
-        for (u32 i = 0; i < kRefinedAccumulators; ++i) output[box][i] += output[box][i + kRefinedAccumulators];
+        for (i32 i = 0; i < kRefinedAccumulators; ++i) output[box][i] += output[box][i + kRefinedAccumulators];
     }
 }
 
