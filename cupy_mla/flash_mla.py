@@ -115,6 +115,11 @@ def flash_mla_with_kvcache(
     kv_format: str | None = None,
     descale_q: Any = None,
     descale_k: Any = None,
+    *,
+    cp_world: int = 1,
+    cp_rank: int = 0,
+    cp_interleave: int = 1,
+    total_seqlens: Any = None,
 ) -> tuple[Any, Any]:
     """Decode over a paged latent cache, called as in FlashMLA.
 
@@ -163,6 +168,8 @@ def flash_mla_with_kvcache(
         Of dense attention to an e4m3 cache: what q and the stored keys and values are multiplied by. One
         float32 in an array, or a number; None: 1. ``descale_q`` goes into the factor on the scores, so in an array it
         is read back, which waits for the device.
+    cp_world, cp_rank, cp_interleave, total_seqlens
+        Of dense attention to a shard of a cache, as in `cupy_mla.mla_decode`; FlashMLA does not have them.
 
     Returns
     -------
@@ -225,6 +232,12 @@ def flash_mla_with_kvcache(
             out=out,
             kv_scale=kv_scale,
             compute=compute,
+            sharding={
+                "cp_world": cp_world,
+                "cp_rank": cp_rank,
+                "cp_interleave": cp_interleave,
+                "total_seqlens": total_seqlens,
+            },
             enable_batch_invariant=enable_batch_invariant,
         )
     except InvalidArgumentError as error:

@@ -113,7 +113,8 @@ _OF_FLASH_MLA = {
 # Metadata is no tensor: such a call plans in the program, and its results are those of a plan that is kept in it.
 _NOT_LOOKED_AT = ("tile_scheduler_metadata", "num_splits", "use_legacy")
 _SHARED = ("q", "k_cache", "head_dim_v", "softmax_scale")
-_DENSE = (*_SHARED, "block_table", "cache_seqlens", "causal")
+_SHARDING = ("cp_world", "cp_rank", "cp_interleave", "total_seqlens")
+_DENSE = (*_SHARED, "block_table", "cache_seqlens", "causal", *_SHARDING)
 _EXTRA = ("extra_k_cache", "extra_indices_in_kvcache", "extra_topk_length")
 _CHOSEN = (*_SHARED, "indices", "attn_sink", "topk_length", *_EXTRA)
 

@@ -12,9 +12,10 @@ from test_describe import BASE, GpuArray, _read_gpu_arrays, cpu_zeros  # noqa: F
 
 from cupy_mla.arrays.view import ArrayView, view
 from cupy_mla.call import problem
-from cupy_mla.call.arguments import check_output, validate_values
+from cupy_mla.call.arguments import check_output
 from cupy_mla.call.describe import describe_decode
 from cupy_mla.call.options import read_call
+from cupy_mla.call.values import validate_values
 from cupy_mla.errors import InvalidArgumentError
 
 # --- outputs

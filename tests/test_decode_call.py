@@ -557,7 +557,7 @@ def test_a_plan_in_an_array_of_its_own(gpu: FakeGpu) -> None:
         arrays, made = packed(gpu), gpu.array((size,), "uint8")
         gpu.take()
         gpu.allocated.clear()
-        out, lse = run_decode((*arrays.values(), None, None, made, None, None), DEFAULTS)
+        out, lse = run_decode((*arrays.values(), None, None, None, made, None, None), DEFAULTS)
         assert gpu.allocated[:2] == [out, lse]
         [workspace] = gpu.allocated[2:]
         assert workspace.shape == (kind.partial_bytes,)
@@ -578,7 +578,7 @@ def test_wrong_plans_in_arrays_are_refused_after_good_calls(gpu: FakeGpu) -> Non
     size = plan_array_bytes(kind.problem, DecodeOptions(), kind)
 
     def decode(made: Any, options: tuple[Any, ...] = DEFAULTS) -> None:
-        run_decode((*plain.values(), None, None, made, None, None), options)
+        run_decode((*plain.values(), None, None, None, made, None, None), options)
 
     good = gpu.array((size,), "uint8")
     decode(good)
@@ -607,7 +607,7 @@ def test_a_call_that_plans_by_itself_keeps_to_options_of_a_plan(gpu: FakeGpu) ->
     for _ in range(2):
         gpu.take()
         gpu.allocated.clear()
-        run_decode((*arrays.values(), None, None, None, None, None), (*DEFAULTS[:-2], 256, AUTO))
+        run_decode((*arrays.values(), None, None, None, None, None, None), (*DEFAULTS[:-2], 256, AUTO))
         assert fixed is not None
         assert gpu.allocated[-1].shape == (fixed.workspace_bytes,)
         assert [launched.kernel for launched in gpu.take()] == ["plan", "decode", "combine"]
@@ -705,7 +705,7 @@ def test_a_plan_serves_pools_of_any_size(gpu: FakeGpu) -> None:
             result = mla_decode(**arrays, plan=plan)
             decode, _ = gpu.take()
             expect_decode(decode, arrays, *result)
-            result = run_decode((*arrays.values(), None, None, made, None, None), DEFAULTS)
+            result = run_decode((*arrays.values(), None, None, None, made, None, None), DEFAULTS)
             decode, _ = gpu.take()
             expect_decode(decode, arrays, *result)
 

@@ -38,6 +38,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("torch_rules",),
     ("torch_compile",),
     ("flash_mla",),
+    ("parallel",),
     ("engines",),
     ("lab",),
     ("bench",),

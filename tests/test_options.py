@@ -169,7 +169,7 @@ def test_parts_and_pairs() -> None:
 
 def test_a_call_by_names() -> None:
     arrays, options = read_call(1, 2, 3, 4, cu_seqlens_q=5, out=6, causal=True)
-    assert [getattr(arrays, name) for name in ARRAYS] == [1, 2, 3, 4, 5, None, None, 6, None]
+    assert [getattr(arrays, name) for name in ARRAYS] == [1, 2, 3, 4, 5, None, None, None, 6, None]
     assert options == DecodeOptions(causal=True)
     with pytest.raises(TypeError, match="sink"):
         read_call(1, 2, 3, 4, sink=5)

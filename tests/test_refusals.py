@@ -176,10 +176,27 @@ def dense_rows(make: Make) -> list[tuple[str, str, Changes]]:
         ("compute", "a string", {"compute": 1}),
         *(("compute", "", {"compute": value}) for value in ("fast", "split")),
         *no_flag("causal"),
+        *shard_rows(make),
         *WIDTH,
         *VALIDATE,
         *STRICT,
         *STREAM,
+    ]
+
+
+def shard_rows(make: Make) -> list[tuple[str, str, Changes]]:
+    others = {"cp_world": 4, "cp_rank": 1, "cp_interleave": 16}
+    ranges = {"cp_world": (1, (0, -1, 256)), "cp_rank": (0, (-1, 4)), "cp_interleave": (1, (0, -1, 2**16))}
+    masked = {"q": make((2, 3, 16, 576)), "causal": True, **others}
+    return [
+        *((name, "an integer", {**others, name: value}) for name in others for value in ("1", 1.5)),
+        *((name, f"{least} to", {**others, name: value}) for name, (least, wrong) in ranges.items() for value in wrong),
+        ("cp_rank", "0 to 0", {"cp_rank": 1}),
+        ("cp_interleave", "1 to 65535", {"cp_interleave": 0}),
+        ("total_seqlens", "places in whole requests", masked),
+        *no_array("total_seqlens"),
+        *shaped("total_seqlens", "int32", make, (3,), (2, 1)),
+        *typed("total_seqlens", (2,), make, "int64", "float32"),
     ]
 
 
@@ -437,6 +454,7 @@ def flash_rows(make: Make) -> list[tuple[str, str, Changes]]:
         *SCALE,
         *no_flag("causal"),
         ("causal", "False in sparse", {"causal": True, "indices": indices}),
+        *shard_rows(make),
         ("indices", "int32", {"indices": make((2, 1, 5), "int64")}),
         ("topk_length", "int32", {"indices": indices, "topk_length": make((2,), "int64")}),
         ("attn_sink", "float32", {"indices": indices, "attn_sink": make((3,), "float32")}),

@@ -1,4 +1,4 @@
-"""Checks of single arguments: scales, outputs, row strides and addresses, and values that lie on the device."""
+"""Checks of single arguments: scales, outputs, row strides and addresses."""
 
 from __future__ import annotations
 
@@ -9,12 +9,11 @@ from typing import Any
 
 import numpy as np
 
-from ..arrays.exchange import as_numpy
 from ..arrays.frameworks import CUDA
 from ..arrays.view import ArrayView, source_of
 from ..errors import InvalidArgumentError
 from ..layouts import CacheLayout
-from .problem import PLAN_ALIGNMENT, PLAN_DTYPE, DecodeInputs, DecodeProblem, Queries
+from .problem import PLAN_ALIGNMENT, PLAN_DTYPE, Queries
 
 # What the CUDA kernels are written for.
 CUDA_WIDTH_MULTIPLE = 64
@@ -306,66 +305,21 @@ def as_text(value: Any, name: str) -> str:
     raise InvalidArgumentError(name, "a string", f"{type(value).__name__} {value!r}")
 
 
-def validate_values(
-    problem: DecodeProblem, inputs: DecodeInputs, stream: int | None = None, max_seqlen_k: int | None = None
-) -> None:
-    """Read lengths and page numbers back to the host and check them. Waits for the device.
-
-    Parameters
-    ----------
-    problem, inputs
-        What `describe_decode` returned.
-    stream
-        Stream that produces the values. None: the current stream of the arrays' framework.
-    max_seqlen_k
-        Largest length of the plan, in tokens. None: what the block table can hold.
+def sharded_places(
+    given: tuple[int, int, int], totals: ArrayView | None, causal: bool, batch: int, seqlen_q: int
+) -> tuple[int, int, int]:
+    """World, rank and interleave of a sharded cache where a mask goes by them, else those of a whole one.
 
     Raises
     ------
     InvalidArgumentError
-        ``cache_seqlens[i]`` is negative or longer than the block table or the plan allows, ``block_table[i, j]`` is
-        used by request i and is no page of the cache, or ``cu_seqlens_q[i]`` does not start at 0, falls, or passes
-        ``total_q``.
+        The lengths of whole requests are missing, or not one for each; ``argument`` is ``total_seqlens``.
     """
-    keys = problem.keys
-    lengths = as_numpy(inputs.cache_seqlens, stream).astype(np.int64)
-    most = keys.max_seqlen_k
-    reason = f"{keys.max_pages_per_seq} pages of {keys.page_size} tokens"
-    if max_seqlen_k is not None and max_seqlen_k < most:
-        most, reason = max_seqlen_k, "max_seqlen_k of the plan"
-    wrong = np.flatnonzero((lengths < 0) | (lengths > most))
-    if wrong.size:
-        request = int(wrong[0])
-        raise InvalidArgumentError(f"cache_seqlens[{request}]", f"0 to {most} ({reason})", str(lengths[request]))
-    pages = as_numpy(inputs.block_table, stream)
-    used = -(-lengths // keys.page_size)
-    in_use = np.arange(keys.max_pages_per_seq) < used[:, None]
-    wrong_pages = np.argwhere(in_use & ((pages < 0) | (pages >= inputs.num_pages)))
-    if wrong_pages.size:
-        request, column = (int(index) for index in wrong_pages[0])
-        raise InvalidArgumentError(
-            f"block_table[{request}, {column}]",
-            f"a page of the cache, 0 to {inputs.num_pages - 1} (request {request} has {lengths[request]} tokens)",
-            str(pages[request, column]),
-        )
-    if inputs.cu_seqlens_q is not None:
-        _validate_starts(problem.queries, as_numpy(inputs.cu_seqlens_q, stream).astype(np.int64))
-
-
-def _validate_starts(queries: Queries, starts: np.ndarray) -> None:
-    if starts[0] != 0:
-        raise InvalidArgumentError("cu_seqlens_q[0]", "0", str(starts[0]))
-    counts = np.diff(starts)
-    wrong = np.flatnonzero((counts < 0) | (counts > queries.seqlen_q))
-    if wrong.size:
-        request = int(wrong[0])
-        raise InvalidArgumentError(
-            f"cu_seqlens_q[{request + 1}]",
-            f"{starts[request]} to {starts[request] + queries.seqlen_q} "
-            f"(request {request} may have 0 to {queries.seqlen_q} queries)",
-            str(starts[request + 1]),
-        )
-    if starts[-1] > queries.total_q:
-        raise InvalidArgumentError(
-            f"cu_seqlens_q[{queries.batch}]", f"at most {queries.total_q}, the rows of q", str(starts[-1])
-        )
+    if totals is not None and totals.shape != (batch,):
+        raise InvalidArgumentError("total_seqlens", f"shape [{batch}], one per request", str(list(totals.shape)))
+    if given[0] == 1 or not causal or seqlen_q <= 1:
+        return 1, 0, 1
+    if totals is None:
+        expected = f"an array: a causal mask goes by places in whole requests (cp_world is {given[0]})"
+        raise InvalidArgumentError("total_seqlens", expected, "None")
+    return given

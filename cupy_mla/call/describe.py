@@ -29,6 +29,7 @@ from .arguments import (
     place_name,
     scale_value,
     settled_strides,
+    sharded_places,
 )
 from .memo import shared_memo
 from .options import AUTO, EXACT, DecodeArrays, DecodeOptions
@@ -119,6 +120,7 @@ def describe_decode(
         view(arrays.block_table, "block_table", stream),
         view(arrays.cache_seqlens, "cache_seqlens", stream),
         _view_of(arrays, "cu_seqlens_q", stream),
+        _view_of(arrays, "total_seqlens", stream),
         None if is_number(arrays.kv_scale) else _view_of(arrays, "kv_scale", stream),
         options,
     )
@@ -126,8 +128,10 @@ def describe_decode(
     key = (
         *map(_layout_key, (*q, *kv, call.table, call.lengths)),
         None if call.starts is None else _layout_key(call.starts),
+        None if call.totals is None else _layout_key(call.totals),
         None if call.kv_scale is None else _layout_key(call.kv_scale),
         (len(q), len(kv), options.head_dim_v, options.causal, options.max_seqlen_q, options.compute, options.strict),
+        (options.cp_world, options.cp_rank, options.cp_interleave),
     )
     checked: _Checked = _checked.get(key) or _checked.keep(key, _check(call))
     if q[0].device == CUDA:
@@ -141,6 +145,7 @@ def describe_decode(
         call.table,
         call.lengths,
         call.starts,
+        None if checked.problem.keys.shard is None else call.totals,
         call.kv_scale,
         _view_of(arrays, "plan", stream),
         _view_of(arrays, "out", stream),
@@ -169,6 +174,7 @@ class _Call:
     table: ArrayView
     lengths: ArrayView
     starts: ArrayView | None
+    totals: ArrayView | None
     kv_scale: ArrayView | None
     options: DecodeOptions
 
@@ -177,6 +183,8 @@ class _Call:
         named += [("block_table", self.table), ("cache_seqlens", self.lengths)]
         if self.starts is not None:
             named.append(("cu_seqlens_q", self.starts))
+        if self.totals is not None:
+            named.append(("total_seqlens", self.totals))
         if self.kv_scale is not None:
             named.append(("kv_scale", self.kv_scale))
         return named
@@ -255,6 +263,8 @@ def _check(call: _Call) -> _Checked:
             "cu_seqlens_q", f"shape [{batch + 1}], one more than requests", str(list(call.starts.shape))
         )
     seqlen_q, total_q = _query_counts(call)
+    shard = (call.options.cp_world, call.options.cp_rank, call.options.cp_interleave)
+    shard = sharded_places(shard, call.totals, call.options.causal, batch, seqlen_q)
     queries = Queries(
         batch=batch,
         seqlen_q=seqlen_q,
@@ -267,7 +277,7 @@ def _check(call: _Call) -> _Checked:
         causal=call.options.causal,
         ragged=ragged,
     )
-    keys = PagedKeys(page_size, call.table.shape[1])
+    keys = PagedKeys(page_size, call.table.shape[1], *shard)
     if keys.max_seqlen_k > MAX_TOKENS:
         raise InvalidArgumentError(
             "block_table", f"at most {MAX_TOKENS // page_size} pages per sequence", str(keys.max_pages_per_seq)

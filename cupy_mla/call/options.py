@@ -15,6 +15,7 @@ from typing import Any
 
 from ..errors import InvalidArgumentError
 from .arguments import as_boolean, as_integer, as_number, as_text, check_softmax_scale
+from .shard import Shard
 
 DECODE, PLAN = "mla_decode", "plan_decode"  # the functions that take an option
 AUTO = "auto"  # of ``kernel`` and ``compute``: what should take the least time
@@ -36,7 +37,8 @@ class DecodeOptions:
 
     Attributes
     ----------
-    head_dim_v, softmax_scale, causal, max_seqlen_q, empty_lse, validate, strict, compute
+    head_dim_v, softmax_scale, causal, max_seqlen_q, empty_lse, validate, strict, compute, cp_world, cp_rank,
+    cp_interleave
         As in `cupy_mla.mla_decode`.
     max_seqlen_k, fixed_split_tokens, kernel
         As in `cupy_mla.plan_decode`; of a decode call with a plan in an array, or without a plan.
@@ -55,6 +57,9 @@ class DecodeOptions:
     validate: bool | None = option(None, DECODE, PLAN)
     strict: bool = option(True, DECODE, PLAN)
     compute: str = option(AUTO, DECODE, PLAN)
+    cp_world: int = option(1, DECODE, PLAN)
+    cp_rank: int = option(0, DECODE, PLAN)
+    cp_interleave: int = option(1, DECODE, PLAN)
     max_seqlen_k: int | None = option(None, PLAN)
     fixed_split_tokens: int | None = option(None, PLAN)
     kernel: str = option(AUTO, PLAN)
@@ -67,6 +72,7 @@ class DecodeOptions:
             raise InvalidArgumentError("compute", "one of " + ", ".join(COMPUTES), repr(self.compute))
         if self.max_seqlen_k is not None and self.max_seqlen_k < 0:
             raise InvalidArgumentError("max_seqlen_k", "a non-negative integer", str(self.max_seqlen_k))
+        Shard(self.cp_world, self.cp_rank, self.cp_interleave)  # which checks them
 
     def of_plan_alone(self) -> tuple[Any, ...]:
         """Those that a plan depends on beside the problem."""
@@ -81,7 +87,7 @@ class DecodeArrays:
     ----------
     q, kv_cache
         As in `cupy_mla.mla_decode`: an array, or a pair (latent, rope).
-    block_table, cache_seqlens, cu_seqlens_q
+    block_table, cache_seqlens, cu_seqlens_q, total_seqlens
         As in `cupy_mla.mla_decode`.
     kv_scale
         As in `cupy_mla.mla_decode`: an array, or a number.
@@ -96,6 +102,7 @@ class DecodeArrays:
     block_table: Any
     cache_seqlens: Any
     cu_seqlens_q: Any = None
+    total_seqlens: Any = None
     kv_scale: Any = None
     plan: Any = None
     out: Any = None
@@ -153,7 +160,7 @@ def settle_options(given: Any, options: Sequence[Option]) -> None:
 _CONVERSIONS = {"int": as_integer, "float": as_number, "bool": as_boolean, "str": as_text}
 OPTIONS = options_of(DecodeOptions)
 ARRAYS = tuple(field.name for field in fields(DecodeArrays))
-OPTIONAL_ARRAYS = ("cu_seqlens_q", "kv_scale", "plan", "out", "lse")
+OPTIONAL_ARRAYS = ("cu_seqlens_q", "total_seqlens", "kv_scale", "plan", "out", "lse")
 OUTPUTS = ("out", "lse")
 # Interfaces that know no pairs have the rope part as an array of its own, under these names.
 ROPE_OF = {"q": "q_rope", "kv_cache": "kv_rope"}

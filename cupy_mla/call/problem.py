@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 from ..arrays.view import ArrayView
 from ..layouts import CacheLayout
 from ..shown.html import facts_table
+from .shard import Shard
 
 INDEX_DTYPE = "int32"
 SLOT_DTYPE = "int64"  # of a slot mapping
@@ -104,10 +105,21 @@ class PagedKeys:
         Tokens per page of the cache.
     max_pages_per_seq
         Columns of the block table.
+    cp_world, cp_rank, cp_interleave
+        Which tokens of whole requests these are (`cupy_mla.call.shard`), where a mask goes by places in these; else
+        1, 0, 1.
     """
 
     page_size: int
     max_pages_per_seq: int
+    cp_world: int = 1
+    cp_rank: int = 0
+    cp_interleave: int = 1
+
+    @property
+    def shard(self) -> Shard | None:
+        """Which tokens of whole requests these are; None where that does not matter."""
+        return Shard(self.cp_world, self.cp_rank, self.cp_interleave) if self.cp_world > 1 else None
 
     @property
     def max_seqlen_k(self) -> int:
@@ -162,6 +174,7 @@ class Addresses(NamedTuple):
     block_table: int
     cache_seqlens: int
     cu_seqlens_q: int
+    total_seqlens: int
     kv_scale: int
     plan: int
     out: int
@@ -186,6 +199,8 @@ class DecodeInputs:
         [batch] int32.
     cu_seqlens_q
         [batch + 1] int32, or None.
+    total_seqlens
+        [batch] int32: tokens of each request on all ranks; None where keys are not sharded.
     kv_scale
         One float32 number for the whole cache, or None: then ``kv_scale_value`` counts.
     plan
@@ -203,6 +218,7 @@ class DecodeInputs:
     block_table: ArrayView
     cache_seqlens: ArrayView
     cu_seqlens_q: ArrayView | None
+    total_seqlens: ArrayView | None = None
     kv_scale: ArrayView | None = None
     plan: ArrayView | None = None
     out: ArrayView | None = None
@@ -218,6 +234,11 @@ class DecodeInputs:
     def num_pages(self) -> int:
         """Pages in the cache."""
         return self.kv_latent.shape[0]
+
+    @property
+    def planned_lengths(self) -> ArrayView:
+        """The lengths that a plan is made for."""
+        return self.cache_seqlens if self.total_seqlens is None else self.total_seqlens
 
     def views(self) -> tuple[ArrayView | None, ...]:
         """All of them, None for one that is not there."""

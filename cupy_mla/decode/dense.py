@@ -9,11 +9,11 @@ from typing import Any
 from ..arrays.exchange import as_numpy, empty_like, finish, keep_imported
 from ..arrays.frameworks import CUDA, check_stream, current_stream
 from ..arrays.sketch import pointer_of
-from ..call.arguments import validate_values
 from ..call.describe import describe_decode
 from ..call.known import KnownCalls
 from ..call.options import ARRAYS, DECODE, PARTS, ROPE_OF, DecodeArrays, DecodeOptions, option_names
 from ..call.problem import LSE_DTYPE, Addresses, DecodeInputs, DecodeProblem
+from ..call.values import validate_values
 from ..errors import InvalidArgumentError
 from ..gpu.device import require_backend
 from ..settings import get_settings, wants_validation
@@ -29,7 +29,9 @@ _VALIDATE = option_names(DECODE).index("validate")
 _Q, _OUT, _LSE = (ARRAYS.index(name) for name in ("q", "out", "lse"))
 # Prepared calls; for packed q and cache (0 else) the bytes from the latent to the rope columns.
 _known: KnownCalls[tuple[DecodeCall, int, int]] = KnownCalls(PARTS, pairs=len(ROPE_OF))
-_LENGTHS, _STARTS, _PLAN = (Addresses._fields.index(name) for name in ("cache_seqlens", "cu_seqlens_q", "plan"))
+_LENGTHS, _STARTS, _TOTALS, _PLAN = (
+    Addresses._fields.index(name) for name in ("cache_seqlens", "cu_seqlens_q", "total_seqlens", "plan")
+)
 
 
 def mla_decode(
@@ -52,6 +54,10 @@ def mla_decode(
     stream: int | None = None,
     validate: bool | None = None,
     strict: bool = True,
+    cp_world: int = 1,
+    cp_rank: int = 0,
+    cp_interleave: int = 1,
+    total_seqlens: Any = None,
 ) -> tuple[Any, Any]:
     """Attention of queries over a paged latent cache: ``out = softmax(scale * q @ k^T) @ k[..., :head_dim_v]``.
 
@@ -107,6 +113,14 @@ def mla_decode(
     strict
         Refuse on the CPU too what a GPU would refuse: widths, page sizes and strides that no kernel takes. False: the
         NumPy backend takes any.
+    cp_world, cp_rank, cp_interleave
+        Of a cache that is sharded along the sequence over ``cp_world`` ranks: which of them this one is, and how many
+        tokens in a row lie on the same rank. Token t of a request is on rank ``t // cp_interleave % cp_world``
+        (`cupy_mla.parallel`). They matter where ``causal`` hides anything: query i of s_q then sees the tokens of this
+        cache up to place ``total_seqlen - s_q + i`` in the request.
+    total_seqlens
+        [batch] int32: tokens of each request on all ranks, where the mask goes by them; ``cache_seqlens`` is what the
+        rank has of them (`local_lengths`), and a GPU reads this array alone.
 
     Returns
     -------
@@ -125,8 +139,10 @@ def mla_decode(
     UnsupportedDeviceError
         The arrays are on a GPU that is not Hopper, or the backend that the settings ask for cannot take them.
     """
-    arrays = (q, kv_cache, block_table, cache_seqlens, cu_seqlens_q, kv_scale, None, out, lse)
-    options = (head_dim_v, softmax_scale, causal, max_seqlen_q, empty_lse, validate, strict, compute)
+    arrays = (q, kv_cache, block_table, cache_seqlens, cu_seqlens_q, total_seqlens, kv_scale, None, out, lse)
+    options: tuple[Any, ...] = (head_dim_v, softmax_scale, causal, max_seqlen_q, empty_lse, validate, strict, compute)
+    if cp_world != 1 or cp_rank or cp_interleave != 1:
+        options = (*options, cp_world, cp_rank, cp_interleave)
     return run_decode(arrays, options, plan, stream)
 
 
@@ -148,13 +164,17 @@ def plan_decode(
     stream: int | None = None,
     validate: bool | None = None,
     strict: bool = True,
+    cp_world: int = 1,
+    cp_rank: int = 0,
+    cp_interleave: int = 1,
+    total_seqlens: Any = None,
 ) -> DecodePlan:
     """Plan a decode step once, for all layers that share its shapes and lengths.
 
     Parameters
     ----------
     q, kv_cache, block_table, cache_seqlens, head_dim_v, causal, cu_seqlens_q, kv_scale, compute, stream, validate,
-    strict
+    strict, cp_world, cp_rank, cp_interleave, total_seqlens
         As in `mla_decode`. Of q, kv_cache and kv_scale only shapes, types and strides count.
     max_seqlen_q
         Largest number of query tokens of a request when ragged; None: total_q.
@@ -183,7 +203,7 @@ def plan_decode(
     UnsupportedDeviceError
         The arrays are on a GPU that is not Hopper, or the backend that the settings ask for cannot take them.
     """
-    arrays = DecodeArrays(q, kv_cache, block_table, cache_seqlens, cu_seqlens_q, kv_scale)
+    arrays = DecodeArrays(q, kv_cache, block_table, cache_seqlens, cu_seqlens_q, total_seqlens, kv_scale)
     options = DecodeOptions(
         head_dim_v=head_dim_v,
         causal=causal,
@@ -194,11 +214,15 @@ def plan_decode(
         fixed_split_tokens=fixed_split_tokens,
         kernel=kernel,
         compute=compute,
+        cp_world=cp_world,
+        cp_rank=cp_rank,
+        cp_interleave=cp_interleave,
     )
     problem, inputs, kind = describe_plan(arrays, options, stream)
     first_q = q[0] if isinstance(q, (tuple, list)) else q
     plan = DecodePlan(problem, inputs.location, first_q, kind, max_seqlen_k=options.max_seqlen_k, stream=stream)
-    plan.update(cache_seqlens, cu_seqlens_q, stream=stream)
+    lengths = cache_seqlens if problem.keys.shard is None else total_seqlens
+    plan.update(lengths, cu_seqlens_q, stream=stream)
     return plan
 
 
@@ -271,9 +295,9 @@ def run_decode(
         if known is not None:
             call, q_rope_offset, kv_rope_offset = known
             if q_rope_offset or kv_rope_offset:
-                q, q_rope, kv, kv_rope, table, lengths, starts, scale, made, out, lse = addresses
+                q, q_rope, kv, kv_rope, *others = addresses
                 q_rope, kv_rope = q_rope or q + q_rope_offset, kv_rope or kv + kv_rope_offset
-                addresses = (q, q_rope, kv, kv_rope, table, lengths, starts, scale, made, out, lse)
+                addresses = (q, q_rope, kv, kv_rope, *others)
             return _launch(call, addresses, plan, arrays, stream)
 
     if plan is not None and not isinstance(plan, DecodePlan):
@@ -354,7 +378,8 @@ def _launch(
         addresses = (*addresses[:-2], pointer_of(out), pointer_of(lse))
     memory: PlanMemory | None = plan
     if memory is None:
-        lengths, starts, made = addresses[_LENGTHS], addresses[_STARTS], addresses[_PLAN]
+        is_sharded = kind.problem.keys.cp_world > 1
+        lengths, starts, made = addresses[_TOTALS if is_sharded else _LENGTHS], addresses[_STARTS], addresses[_PLAN]
         memory = CallMemory(kind, q, made, lengths, starts, stream)
     call(addresses, memory, stream)
     if inputs is None:  # recognised, which only arrays of torch and CuPy are

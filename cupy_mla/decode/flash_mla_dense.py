@@ -31,6 +31,7 @@ def decode_dense(
     out: Any,
     kv_scale: Any,
     compute: str,
+    sharding: dict[str, Any],
     enable_batch_invariant: bool,
 ) -> tuple[Any, Any]:
     """`mla_decode` with the plan of metadata, which a first call fills.
@@ -43,6 +44,8 @@ def decode_dense(
         From `meta_of`.
     head_dim_v, softmax_scale, causal, out, kv_scale, compute
         As in `mla_decode`.
+    sharding
+        cp_world, cp_rank, cp_interleave and total_seqlens of `mla_decode`.
     enable_batch_invariant
         Whether the plan cuts requests the same way in any batch.
 
@@ -59,7 +62,7 @@ def decode_dense(
     plan = plan_of(meta, DecodePlan, lengths, enable_batch_invariant)
     if plan is None and (meta is not None or enable_batch_invariant):
         split = INVARIANT_SPLIT_TOKENS if enable_batch_invariant else None
-        options: dict[str, Any] = {"head_dim_v": head_dim_v, "causal": causal, "kv_scale": kv_scale, "compute": compute}
+        options = {"head_dim_v": head_dim_v, "causal": causal, "kv_scale": kv_scale, "compute": compute} | sharding
         plan = plan_decode(*arrays, **options, fixed_split_tokens=split)
     result, lse = mla_decode(
         *arrays,
@@ -71,6 +74,7 @@ def decode_dense(
         plan=plan,
         out=out,
         empty_lse=math.inf,
+        **sharding,
     )
     if meta is not None and plan is not None and not meta.have_initialized:  # a call that was refused leaves it empty
         fill(meta, plan, plan.problem.keys.page_size, lengths, enable_batch_invariant)

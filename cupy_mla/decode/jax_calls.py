@@ -16,10 +16,10 @@ from ..arrays.exchange import as_numpy
 from ..arrays.frameworks import CUDA
 from ..arrays.view import ArrayView
 from ..arrays.xla import CustomCall, start, view_buffer, view_hosts
-from ..call.arguments import validate_values
 from ..call.describe import describe_decode
 from ..call.options import COMPUTES, OPTIONS, PARTS, DecodeArrays, DecodeOptions, Option
 from ..call.problem import DecodeInputs, DecodeProblem
+from ..call.values import validate_values
 from ..errors import InvalidArgumentError
 from ..kernels.choose import FAMILIES, GATHERED_FAMILIES
 from ..layouts import LAYOUTS
@@ -146,7 +146,7 @@ def _run_decode(*values: Any) -> None:
     addresses = inputs.addresses()
     memory = _place(kind, workspace, addresses.plan)
     if not addresses.plan:
-        kind.launch_planner(addresses.cache_seqlens, addresses.cu_seqlens_q, memory.pointer, stream)
+        kind.launch_planner(inputs.planned_lengths.pointer, addresses.cu_seqlens_q, memory.pointer, stream)
     call_kernels = prepare(kind, scale, options.empty_lse, CallStrides.of(problem, inputs), inputs.kv_scale_value)
     call_kernels(addresses, memory, stream)
 
@@ -161,7 +161,7 @@ def _run_plan(*values: Any) -> None:
     assert stream is not None
     _validate(problem, inputs, call.options, stream)
     addresses = inputs.addresses()
-    kind.launch_planner(addresses.cache_seqlens, addresses.cu_seqlens_q, buffers[0].pointer, stream)
+    kind.launch_planner(inputs.planned_lengths.pointer, addresses.cu_seqlens_q, buffers[0].pointer, stream)
 
 
 def _run_merge(*buffers: Any) -> None:

@@ -47,6 +47,7 @@ def schedule_shape(
         fixed_split_tokens=fixed_split_tokens,
         total_q=queries.total_q if queries.ragged else None,
         cost=config.family.cost.pieces,
+        shard=problem.keys.shard,
     )
 
 
@@ -140,7 +141,8 @@ class DecodePlan(Plan[DecodeProblem]):
         Parameters
         ----------
         cache_seqlens
-            [batch] int32 on the plan's device; lengths up to the plan's maximum (longer ones are cut to it).
+            [batch] int32 on the plan's device; lengths up to the plan's maximum (longer ones are cut to it). Of a plan
+            for a shard (``cp_world``) with a causal mask: ``total_seqlens``.
         cu_seqlens_q
             [batch + 1] int32 for ragged queries, else None.
         stream

@@ -188,7 +188,7 @@ class DecodeCall:
         DriverError
             The driver refused a launch.
         """
-        q_latent, q_rope, kv_latent, kv_rope, block_table, _, _, kv_scale, _, out, lse = addresses
+        q_latent, q_rope, kv_latent, kv_rope, block_table, _, _, _, kv_scale, _, out, lse = addresses
         maps = self._maps.get((kv_latent, kv_rope)) or self._make_maps(kv_latent, kv_rope)
         words, combine, combine_words = self._words, self._combine, self._combine_words
         self._lock.acquire()  # a with statement takes twice the time

@@ -86,7 +86,7 @@ def mla_decode_reference(
     else:
         lse[...] = -np.inf
     keys = _PagedKeys(problem, inputs, compute)
-    lengths = np.clip(as_numpy(inputs.cache_seqlens), 0, problem.keys.max_seqlen_k)
+    lengths, totals = _lengths(problem, inputs)
     starts = None if inputs.cu_seqlens_q is None else np.clip(as_numpy(inputs.cu_seqlens_q), 0, problem.queries.total_q)
 
     for request in range(problem.queries.batch):
@@ -106,7 +106,8 @@ def mla_decode_reference(
         for part in queries:
             part *= softmax_scale
         length = int(lengths[request])
-        request_out, request_lse = _attend(queries, keys, request, length, problem)
+        visible = _visible_keys(queries[0].shape[1], length, int(totals[request]), problem)
+        request_out, request_lse = _attend(queries, keys, request, length, visible, problem)
         seqlen_q = out[rows].shape[0]
         with np.errstate(over="ignore"):  # beyond float16's range, as on the GPU
             out[rows] = _by_query(request_out, seqlen_q)
@@ -188,12 +189,11 @@ class _PagedKeys:
 
 
 def _attend(
-    queries: list[Array], keys: _PagedKeys, request: int, length: int, problem: DecodeProblem
+    queries: list[Array], keys: _PagedKeys, request: int, length: int, visible: Array, problem: DecodeProblem
 ) -> tuple[Array, Array]:
     """out [num_heads_kv, rows, d_v] and lse [num_heads_kv, rows] of one request; row = query * group_heads + head."""
     num_heads_kv, rows, _ = queries[0].shape
     compute = queries[0].dtype
-    visible = _visible_keys(rows, length, problem)
     highest = np.full((num_heads_kv, rows), -np.inf, compute)
     total = np.zeros((num_heads_kv, rows), compute)
     summed = np.zeros((num_heads_kv, rows, problem.queries.head_dim_v), compute)
@@ -219,13 +219,26 @@ def _attend(
     return out, lse
 
 
-def _visible_keys(rows: int, length: int, problem: DecodeProblem) -> Array:
-    """How many leading keys each row sees: [rows]. Causal: query i of s_q sees length - s_q + i + 1."""
+def _lengths(problem: DecodeProblem, inputs: DecodeInputs) -> tuple[Array, Array]:
+    """Keys that the cache has of each request, and tokens of the whole requests."""
+    most, shard = problem.keys.max_seqlen_k, problem.keys.shard
+    if shard is None or inputs.total_seqlens is None:
+        lengths = np.clip(as_numpy(inputs.cache_seqlens), 0, most)
+        return lengths, lengths
+    totals = np.clip(as_numpy(inputs.total_seqlens).astype(np.int64), 0, shard.longest_request(most))
+    return shard.count(totals), totals
+
+
+def _visible_keys(rows: int, length: int, total: int, problem: DecodeProblem) -> Array:
+    """How many leading keys each row sees: [rows]. Causal: query i of s_q sees those of the total - s_q + i + 1 first
+    tokens that are there.
+    """
     if not problem.queries.causal:
         return np.full(rows, length)
     query = np.arange(rows) // problem.queries.group_heads
     seqlen_q = rows // problem.queries.group_heads
-    return np.clip(length - seqlen_q + query + 1, 0, length)
+    tokens = np.clip(total - seqlen_q + query + 1, 0, total)
+    return tokens if problem.keys.shard is None else problem.keys.shard.count(tokens)
 
 
 def _finite(highest: Array) -> Array:

@@ -58,7 +58,7 @@ class TokenPagesCall(DecodeCall):
         DriverError
             The driver refused a launch.
         """
-        q_latent, q_rope, kv_latent, kv_rope, block_table, _, _, _, _, out, lse = addresses
+        q_latent, q_rope, kv_latent, kv_rope, block_table, *_, out, lse = addresses
         words, combine, combine_words = self._words, self._combine, self._combine_words
         self._lock.acquire()  # a with statement takes twice the time
         try:

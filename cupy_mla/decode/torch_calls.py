@@ -46,7 +46,7 @@ def run_plan(arrays: Values, options: Values) -> Any:
     given, checked = DecodeArrays(*arrays), DecodeOptions(*options)
     problem, inputs, kind = describe_plan(given, checked)
     addresses = inputs.addresses()
-    lengths = addresses.cache_seqlens, addresses.cu_seqlens_q
+    lengths = inputs.planned_lengths.pointer, addresses.cu_seqlens_q
     return _fill_plan(_first(given.q), plan_array_bytes(problem, checked, kind), kind, lengths)
 
 

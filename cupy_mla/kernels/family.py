@@ -146,6 +146,7 @@ class DecodeFamily(ABC):
             float_partials=self.has_float_partials(rows),
             scale_parts=self.scale_parts(queries.latent_dim, queries.dtype, rows),
             refined=self.refines(queries.dtype, rows),
+            sharded=problem.keys.shard is not None,
         )
 
     def defines(self, config: KernelConfig) -> tuple[tuple[str, str], ...]:
@@ -161,6 +162,7 @@ class DecodeFamily(ABC):
             ("MLA_FLOAT_PARTIALS", str(int(config.float_partials))),
             ("MLA_REFINED_ROWS", str(self.refined_rows if config.refined else 0)),
             *scale_defines(config),
+            *((("MLA_SHARDED", "1"),) if config.sharded else ()),
             ("MLA_SHARED_BYTES", str(config.shared_memory)),
         )
 
@@ -205,6 +207,8 @@ class KernelConfig:
         Parts of a row of partial results that are fp16 with a power of two each, where ``dtype`` is bfloat16.
     refined : bool
         Whether probabilities keep what bf16 leaves out of them.
+    sharded : bool
+        Whether the mask goes by places in requests of which the cache has a shard.
     """
 
     family: DecodeFamily
@@ -216,6 +220,7 @@ class KernelConfig:
     float_partials: bool = False
     scale_parts: ColumnParts | None = None
     refined: bool = False
+    sharded: bool = False
 
     @property
     def name(self) -> str:
@@ -225,7 +230,12 @@ class KernelConfig:
     @property
     def suffix(self) -> str:
         """The end of the name: what besides type, widths and page size it is compiled for."""
-        return ("_causal" if self.causal else "") + self.partial_suffix + self.refined_suffix
+        return self.mask_suffix + self.partial_suffix + self.refined_suffix
+
+    @property
+    def mask_suffix(self) -> str:
+        """What the name of a kernel says of the mask."""
+        return ("_causal" if self.causal else "") + ("_sharded" if self.sharded else "")
 
     @property
     def rows(self) -> int:

@@ -56,7 +56,7 @@ class GatheredConfig(KernelConfig):
     def suffix(self) -> str:
         """The end of the name: a layout that is not that of the type, and the schedule."""
         if self.by_request:
-            return ("_causal" if self.causal else "") + self.partial_suffix + self.refined_suffix
+            return self.mask_suffix + self.partial_suffix + self.refined_suffix
         layout = f"_{self.layout.name}" if self.layout.codec is not None else ""
         extra = ""
         if self.extra_layout is not None:

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from ..call.shard import WHOLE_KEYS
 from ..errors import InvalidArgumentError
 from ..gpu.jit.source import KernelSource
 from ..gpu.launch import Geometry
@@ -86,11 +87,12 @@ def plan_params(shape: ScheduleShape) -> npt.NDArray[Any]:
     for name in ("batch", "num_parts", "blocks_per_job", "rows", "group_heads", "num_heads_kv", "seqlen_q"):
         params[name] = getattr(shape, name)
     params["total_q"] = shape.batch * shape.seqlen_q if shape.total_q is None else shape.total_q
-    params["max_seqlen_k"] = shape.max_seqlen_k
+    params["max_seqlen_k"] = shape.max_length
     params["max_extra_k"] = _ONE_LIST if shape.max_extra_k is None else shape.max_extra_k
     params["requests_per_length"] = shape.requests_per_length
     params["requests_per_extra_length"] = shape.requests_per_extra_length
     params["causal"] = shape.causal
+    params["shard"] = WHOLE_KEYS if shape.shard is None else shape.shard.word
     params["fixed_split_tiles"] = shape.fixed_split_tiles
     for name in ("piece_overhead", "split_overhead", "merge_overhead", "packs"):
         params[name] = getattr(shape.cost, name)

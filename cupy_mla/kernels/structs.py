@@ -121,7 +121,7 @@ PLAN_HEADER = np.dtype(
         ("num_jobs", np.int32),
         ("claimed_parts", np.int32),
         ("claims", np.uint32),
-        ("reserved", np.int32),
+        ("shard", np.uint32),
     ]
 )
 WORK_ITEM = np.dtype(
@@ -162,6 +162,7 @@ PLAN_PARAMS = np.dtype(
         ("requests_per_length", np.int32),
         ("requests_per_extra_length", np.int32),
         ("causal", np.int32),
+        ("shard", np.uint32),
         ("fixed_split_tiles", np.int32),
         ("piece_overhead", np.int32),
         ("split_overhead", np.int32),

@@ -51,6 +51,7 @@ class _OfTokenPages(DecodeFamily):
             float_partials=self.has_float_partials(rows),
             scale_parts=self.scale_parts(queries.latent_dim, queries.dtype, rows),
             refined=self.refines(queries.dtype, rows),
+            sharded=problem.keys.shard is not None,
         )
 
     def standard_configs(self) -> list[KernelConfig]:
@@ -94,9 +95,11 @@ class RowPagesFamily(_OfTokenPages, GatheredFp8NarrowFamily):
     def configure(self, problem: DecodeProblem, rows: int) -> KernelConfig:
         """As for every kernel of dense decode."""
         queries = problem.queries
-        causal = queries.causal and queries.seqlen_q > 1
         return self._row_config(
-            queries.dtype, problem.keys.page_size, causal=causal, float_partials=self.has_float_partials(rows)
+            *(queries.dtype, problem.keys.page_size),
+            causal=queries.causal and queries.seqlen_q > 1,
+            float_partials=self.has_float_partials(rows),
+            sharded=problem.keys.shard is not None,
         )
 
     def standard_configs(self) -> list[KernelConfig]:

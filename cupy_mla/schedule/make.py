@@ -115,7 +115,7 @@ def make_schedule(
         Bounds and settings.
     cache_seqlens
         int [batch], or so many that ``shape.requests_per_length`` requests share one: KV tokens of each request. Taken
-        as 0 if negative, as ``shape.max_seqlen_k`` if larger. None: all have so many.
+        as 0 if negative, as ``shape.max_length`` if larger. None: all have so many.
     cu_seqlens_q
         int [batch + 1], when ``shape.ragged``: query tokens of request i are rows ``cu_seqlens_q[i]`` to
         ``cu_seqlens_q[i + 1]`` of q.
@@ -131,7 +131,7 @@ def make_schedule(
     InvalidArgumentError
         An array of the wrong length, or ``cu_seqlens_q`` given or missing against ``shape.ragged``.
     """
-    lengths = _lengths(shape, cache_seqlens, "cache_seqlens", shape.max_seqlen_k, shape.requests_per_length)
+    lengths = _lengths(shape, cache_seqlens, "cache_seqlens", shape.max_length, shape.requests_per_length)
     extra = _lengths(shape, extra_lengths, "extra_lengths", shape.max_extra_k or 0, shape.requests_per_extra_length)
     require("cu_seqlens_q", "an array if and only if ragged", cu_seqlens_q, (cu_seqlens_q is not None) == shape.ragged)
     offsets = np.zeros(0, np.int64) if cu_seqlens_q is None else np.asarray(cu_seqlens_q, dtype=np.int64)
@@ -155,7 +155,8 @@ def _lengths(
 def _list_jobs(shape: ScheduleShape, lengths: Int64Array, offsets: Int64Array, extra: Int64Array) -> list[_Job]:
     jobs: list[_Job] = []
     for request in range(shape.batch):
-        seqlen_k, first_list = int(lengths[request]), 0
+        total, first_list = int(lengths[request]), 0
+        seqlen_k = total if shape.shard is None else shape.shard.count(total)
         if shape.max_extra_k is not None:
             first_list = seqlen_k
             seqlen_k = ceil_div(first_list, TILE_TOKENS) * TILE_TOKENS + int(extra[request])
@@ -170,10 +171,14 @@ def _list_jobs(shape: ScheduleShape, lengths: Int64Array, offsets: Int64Array, e
                 visible = seqlen_k
                 if shape.causal:
                     last_token = (min(first_row + shape.rows_per_job, num_rows) - 1) // shape.group_heads
-                    visible = min(max(seqlen_k - seqlen_q + last_token + 1, 0), seqlen_k)
+                    hidden = seqlen_q - last_token - 1
+                    visible = max(total - hidden, 0)
+                    if shape.shard is not None:
+                        visible = shape.shard.count(visible)
                 tiles = ceil_div(visible, TILE_TOKENS)
                 rows = kv_head, first_row // shape.rows
-                jobs.append(_Job(request, *rows, tiles, seqlen_k, seqlen_q, q_begin, first_list))
+                length = seqlen_k if shape.shard is None else total
+                jobs.append(_Job(request, *rows, tiles, length, seqlen_q, q_begin, first_list))
     return jobs[: shape.max_jobs]  # more only if the offsets do not rise
 
 

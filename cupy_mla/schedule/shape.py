@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from ..call.shard import Shard
 from ..errors import InvalidArgumentError
 from .pieces import MAX_OVERHEAD, TILE_COST, TILE_TOKENS, PieceCosts, ceil_div
 
@@ -16,6 +17,7 @@ CLAIM_TILES = 48
 
 _DEFAULT_COST = PieceCosts()
 _MAX_KV_HEADS = 1 << (31 - HEAD_BLOCK_SHIFT)
+_MAX_LENGTH = 2**31 - 64  # int32, and so are the ends of the last tile's tokens
 _MAX_COST = 2**30  # budgets stay clear of int32's end
 
 
@@ -56,6 +58,9 @@ class ScheduleShape:
         What pieces cost besides their tiles.
     requests_per_length, requests_per_extra_length
         Requests, one after the other, that share a length, and that share a length of the second list.
+    shard
+        Which tokens of whole requests the keys are, if a causal mask goes by places in these: lengths are those of
+        whole requests then, but not ``max_seqlen_k``. None: the keys are all there are.
 
     Raises
     ------
@@ -79,6 +84,7 @@ class ScheduleShape:
     requests_per_length: int = 1
     max_extra_k: int | None = None
     requests_per_extra_length: int = 1
+    shard: Shard | None = None
 
     def __post_init__(self) -> None:
         shared = "requests_per_length", "requests_per_extra_length"
@@ -135,6 +141,13 @@ class ScheduleShape:
         """Whether CTAs may have to claim their parts: work can be long, and a part's CTAs need not be neighbours."""
         # The fullest part may hold more than the mean; one of more than twice as much has few others beside it.
         return self.blocks_per_job == 1 and self.max_jobs * self.max_tiles >= CLAIM_TILES * self.num_parts // 2
+
+    @property
+    def max_length(self) -> int:
+        """Largest length of a request as a planner is given it, in tokens."""
+        if self.shard is None:
+            return self.max_seqlen_k
+        return min(self.shard.longest_request(self.max_seqlen_k), _MAX_LENGTH)
 
     @property
     def _has_mask(self) -> bool:

@@ -9,6 +9,7 @@
 // Every section starts at a multiple of 8 ints (32 bytes). cupy_mla/kernels/structs.py and planner.py mirror this; tests compare the two.
 #pragma once
 
+#include "core/shard.h"
 #include "core/types.h"
 
 namespace mla {
@@ -26,7 +27,7 @@ struct alignas(16) PlanHeader {
     i32 num_jobs;
     i32 claimed_parts;  // parts [0, n) are claimed by CTAs (decode/claim.h); 0: CTA i has part i
     u32 claims;         // CTAs that have claimed in the launch under way; 0 between launches
-    i32 reserved;
+    u32 shard;          // core/shard.h
 };
 
 // One piece of a job (request, kv head, blocks_per_job row blocks): KV tiles [tile_begin, tile_end).
@@ -37,7 +38,7 @@ struct alignas(16) WorkItem {
     i32 head_block;
     i32 tile_begin;
     i32 tile_end;
-    i32 seqlen_k;  // of the request, clamped to the plan's maximum
+    i32 seqlen_k;  // of the request, clamped to the plan's maximum; of its tokens on all ranks, where keys are sharded
     i32 seqlen_q;
     i32 q_begin;   // first query token of the request in a ragged batch; of two lists of keys, how many the first has; else 0
     i32 slot;      // partial slot, or kWholeJob

@@ -19,6 +19,12 @@ using Operand = Output;
 constexpr u32 kLatent = MLA_LATENT;  // also the width of V and of the output
 constexpr u32 kRope = MLA_ROPE;      // may be 0
 constexpr bool kCausal = MLA_CAUSAL;
+#ifdef MLA_SHARDED
+constexpr bool kSharded = true;      // the causal mask goes by places in requests of which the cache has a shard
+static_assert(kCausal, "without a mask places do not matter");
+#else
+constexpr bool kSharded = false;
+#endif
 constexpr bool kGathered = MLA_GATHERED;  // tokens are named one by one (indices), not by pages and lengths
 constexpr u32 kPageSize = MLA_PAGE_SIZE;  // tokens; gathered: 1 also where all slots are equally far apart
 constexpr u32 kRows = MLA_ROWS;      // query rows of a CTA

@@ -20,6 +20,8 @@ struct BlockWork {
     i32 tile_begin, tile_end;
     i32 seqlen_k, seqlen_q, q_begin, slot;
     i32 first_list;  // of gathered tokens in two lists: how many the first has
+    i32 total_k;     // of a shard, whose tokens seqlen_k counts: tokens on all ranks
+    u32 shard;       // core/shard.h
 
     MLA_DEVICE bool exists() const { return first_row < num_rows; }
     MLA_DEVICE bool has_tiles() const { return exists() && tile_begin < tile_end; }
@@ -45,6 +47,11 @@ MLA_DEVICE BlockWork planned_block_work(const Params& params, i32 item_index) {
     work.tile_begin = a.z;
     work.tile_end = a.w;
     work.seqlen_k = b.x;
+    if constexpr (kSharded) {
+        work.total_k = b.x;
+        work.shard = plan_header(params.plan)->shard;
+        work.seqlen_k = unpack_shard(work.shard).count(b.x);
+    }
     work.seqlen_q = b.y;
     work.q_begin = b.z;
     work.slot = b.w;

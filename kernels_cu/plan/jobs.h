@@ -37,6 +37,7 @@ constexpr i32 kOneList = -1;  // PlanParams::max_extra_k
 struct Request {
     i32 seqlen_k, seqlen_q, q_begin;
     i32 first_list;  // keys of the first list, where there are two
+    i32 total_k;     // as the arrays say it; of sharded keys seqlen_k is the rank's share
 };
 
 MLA_DEVICE i32 load_length(const i32* lengths, i32 requests_per_length, i32 longest, i32 index) {
@@ -47,7 +48,9 @@ MLA_DEVICE i32 load_length(const i32* lengths, i32 requests_per_length, i32 long
 // Whatever the arrays hold, what comes out stays within the plan's maxima: nothing past an array is ever addressed.
 MLA_DEVICE Request load_request(const PlanParams& params, const PlanInputs& inputs, i32 index) {
     Request request{load_length(inputs.cache_seqlens, params.requests_per_length, params.max_seqlen_k, index),
-                    params.seqlen_q, 0, 0};
+                    params.seqlen_q, 0, 0, 0};
+    request.total_k = request.seqlen_k;
+    if (params.shard != kWholeKeys) request.seqlen_k = unpack_shard(params.shard).count(request.total_k);
     if (params.max_extra_k != kOneList) {
         // The second list begins with a tile of its own.
         request.first_list = request.seqlen_k;
@@ -74,7 +77,9 @@ MLA_DEVICE i32 job_tiles(const PlanParams& params, const Request& request, i32 f
         const i32 end_row =
             min_i32((first_row_block + params.blocks_per_job) * params.rows, request.seqlen_q * params.group_heads);
         const i32 last_token = (end_row - 1) / params.group_heads;
-        visible = clamp_i32(visible - request.seqlen_q + last_token + 1, 0, visible);
+        const i32 hidden = request.seqlen_q - last_token - 1;
+        visible = params.shard == kWholeKeys ? max_i32(visible - hidden, 0)
+                                             : unpack_shard(params.shard).count(max_i32(request.total_k - hidden, 0));
     }
     return ceil_div(visible, kTileTokens);
 }

@@ -18,6 +18,7 @@ struct PlanParams {
     i32 requests_per_length;        // that share an entry of cache_seqlens
     i32 requests_per_extra_length;  // that share an entry of extra_lengths
     i32 causal;              // 0 or 1
+    u32 shard;               // core/shard.h; of sharded keys lengths and max_seqlen_k are those of whole requests
     i32 fixed_split_tiles;   // 0: split where the load asks for it
     i32 piece_overhead;      // these three in 1/16 tile, see PieceCosts in cupy_mla/schedule/pieces.py
     i32 split_overhead;
@@ -29,6 +30,6 @@ struct PlanParams {
     i32 table_in_shared;  // 1: the job table lies in dynamic shared memory and the plan has no workspace
 };
 
-static_assert(sizeof(PlanParams) == 22 * sizeof(i32), "no padding");
+static_assert(sizeof(PlanParams) == 23 * sizeof(i32), "no padding");
 
 }  // namespace mla

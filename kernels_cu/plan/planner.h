@@ -49,7 +49,8 @@ struct Planner {
         }
         if (thread == 0) {
             *reinterpret_cast<PlanHeader*>(plan) =
-                PlanHeader{totals.items, totals.merges, totals.slots, rule.budget, load.jobs, claimed_parts(rule), 0, 0};
+                PlanHeader{totals.items, totals.merges, totals.slots, rule.budget, load.jobs, claimed_parts(rule), 0,
+                           params.shard};
         }
     }
 
@@ -128,7 +129,8 @@ struct Planner {
         const Request request = load_request(params, inputs, table.request[job]);
         const i32 slot = table.slot_begin[job] == kWholeJob ? kWholeJob : table.slot_begin[job] + index;
         reinterpret_cast<WorkItem*>(plan + plan_items_offset(params.num_parts))[item] =
-            WorkItem{table.request[job], table.head_block[job], tile_begin, tile_end, request.seqlen_k, request.seqlen_q,
+            WorkItem{table.request[job], table.head_block[job], tile_begin, tile_end,
+                     params.shard == kWholeKeys ? request.seqlen_k : request.total_k, request.seqlen_q,
                      request.q_begin + request.first_list,  // one of them is 0
                      slot};
     }

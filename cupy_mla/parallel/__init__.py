@@ -1,0 +1,1 @@
+"""Context-parallel decode: a cache sharded along the sequence over several GPUs."""
