@@ -523,6 +523,10 @@ def sizes(*names: str, least: int = 1) -> list[tuple[str, str, Changes]]:
 PAGES_ROWS = [
     *sizes("num_pages", "page_size", "latent_dim", "max_requests", "max_pages_per_seq", "num_layers"),
     *sizes("rope_dim", least=0),
+    *(row for name in ("cp_world", "cp_rank", "cp_interleave") for row in no_integer(name)),
+    *(("cp_world", "1 to 255", {"cp_world": value}) for value in (0, 256)),
+    *(("cp_rank", "0 to 1", {"cp_world": 2, "cp_rank": value}) for value in (-1, 2)),
+    *(("cp_interleave", "1 to 65535", {"cp_interleave": value}) for value in (0, 2**16)),
     *(("dtype", "one of", {"dtype": value}) for value in ("float32", 16)),
     *(("device", "cpu, cuda", {"device": value}) for value in ("gpu", 0, None)),
     ("layout", "None beside", {"dtype": "float16", "layout": "fp16"}),
@@ -654,10 +658,13 @@ TARGETS: dict[str, Target] = {
         make_cache().block_table, lambda make: {"requests": [0]},
         lambda make: [*REQUESTS_ROWS, *outputs(make, out=((1, 2), "int32")), *STREAM], ("out",),
     ),
-    "PagedKVCache.cache_seqlens": Target(
-        make_cache().cache_seqlens, lambda make: {"requests": [0]},
-        lambda make: [*REQUESTS_ROWS, *shaped("out", "int32", make, (2,)), *STREAM], ("out",),
-    ),
+    **{
+        f"PagedKVCache.{name}": Target(
+            getattr(make_cache(), name), lambda make: {"requests": [0]},
+            lambda make: [*REQUESTS_ROWS, *shaped("out", "int32", make, (2,)), *STREAM], ("out",),
+        )
+        for name in ("cache_seqlens", "total_seqlens")
+    },
 }  # fmt: skip
 
 

@@ -13,10 +13,12 @@ import numpy as np
 import numpy.typing as npt
 
 from ..call.arguments import as_integer
+from ..call.shard import Shard
 from ..errors import InvalidArgumentError, MlaError
 from ..schedule.pieces import ceil_div
 
 _UNUSED_PAGE = 0  # past the end of a request; a page that exists, for kernels that look ahead
+_NO_SLOT = -1  # of a token that lies on another rank
 
 
 class OutOfPagesError(MlaError, RuntimeError):
@@ -70,20 +72,26 @@ class AppendPlan:
 
     Attributes
     ----------
-    rows, new_lengths
-        Of the requests: where each is kept here, and its length afterwards.
+    rows, new_lengths, new_seqlens
+        Of the requests: where each is kept here, its length afterwards, and how much of that lies in this cache.
     fresh_pages, copies
         Pages that are taken.
     slots, positions
-        Of the new tokens: page * page_size + offset, and the place in the request.
+        Of the new tokens: page * page_size + offset (-1: another rank's), and the place in the request.
     """
 
     rows: npt.NDArray[np.int64]
     new_lengths: npt.NDArray[np.int64]
+    new_seqlens: npt.NDArray[np.int64]
     fresh_pages: list[int]
     copies: list[PageCopy]
     slots: npt.NDArray[np.int64]
     positions: npt.NDArray[np.int64]
+
+    @property
+    def is_sharded(self) -> bool:
+        """Whether requests are longer than what lies in this cache."""
+        return self.new_seqlens is not self.new_lengths
 
 
 class PageAllocator:
@@ -99,6 +107,8 @@ class PageAllocator:
         Requests that may exist at once.
     max_pages_per_seq
         Most pages of a request.
+    shard
+        Which tokens of each request lie in this cache; None: all.
 
     Attributes
     ----------
@@ -110,7 +120,10 @@ class PageAllocator:
         How often an append has changed the pages of a request.
     """
 
-    def __init__(self, num_pages: int, page_size: int, max_requests: int, max_pages_per_seq: int) -> None:
+    def __init__(
+        self, num_pages: int, page_size: int, max_requests: int, max_pages_per_seq: int, shard: Shard | None = None
+    ) -> None:
+        self.shard = shard
         self.num_pages = num_pages
         self.page_size = page_size
         self.max_requests = max_requests
@@ -186,6 +199,11 @@ class PageAllocator:
         return self._table[self._batch_rows(requests)]
 
     def cache_seqlens(self, requests: Sequence[int] | None) -> npt.NDArray[np.int32]:
+        """What this cache has of a batch of requests, as `total_seqlens`."""
+        held: npt.NDArray[np.int64] = self._held(self._lengths[self._batch_rows(requests)])
+        return held.astype(np.int32)
+
+    def total_seqlens(self, requests: Sequence[int] | None) -> npt.NDArray[np.int32]:
         """Lengths of a batch of requests, in this order (None: of all), [batch].
 
         Raises
@@ -218,18 +236,18 @@ class PageAllocator:
         requests = as_list(requests, "requests", "requests, e.g. [request]")
         rows = self._distinct_rows(requests)
         counts = _settled_counts(token_counts, len(requests), num_tokens)
-        lengths = self._lengths[rows]
-        new_lengths = lengths + counts
+        positions = self._lengths[rows]
+        new_lengths = positions + counts
+        lengths, new_seqlens = self._held(positions), self._held(new_lengths)
         capacity = self.max_pages_per_seq * self.page_size
-        for index in np.flatnonzero(new_lengths > capacity)[:1]:
+        for index in np.flatnonzero(new_seqlens > capacity)[:1]:
             raise InvalidArgumentError(
                 "kv_new",
                 f"at most {capacity} tokens in a request (max_pages_per_seq * page_size)",
-                f"{new_lengths[index]} in request {requests[index]}",
+                f"{new_seqlens[index]} in request {requests[index]}",
             )
-        pages_before = ceil_div(lengths, self.page_size)
-        pages_after = ceil_div(new_lengths, self.page_size)
-        shared = self._shared_last_pages(rows, lengths, counts)
+        pages_before, pages_after = ceil_div(lengths, self.page_size), ceil_div(new_seqlens, self.page_size)
+        shared = self._shared_last_pages(rows, lengths, new_seqlens - lengths)
         num_fresh = int((pages_after - pages_before).sum())
         needed = num_fresh + len(shared)
         if needed > len(self.free_pages):
@@ -249,8 +267,8 @@ class PageAllocator:
         for index, new in zip(shared, copy_pages, strict=True):
             copies.append(PageCopy(int(rows[index]), int(last_index[index]), int(last_page[index]), new))
             last_page[index] = new
-        slots, positions = self._places(rows, lengths, counts, last_index, last_page)
-        return AppendPlan(rows, new_lengths, fresh_pages, copies, slots, positions)
+        slots, places = self._places(rows, positions, counts, last_index, last_page)
+        return AppendPlan(rows, new_lengths, new_seqlens, fresh_pages, copies, slots, places)
 
     def commit(self, plan: AppendPlan) -> None:
         """Do what a plan says; nothing may have changed since it was made."""
@@ -264,8 +282,12 @@ class PageAllocator:
             self.references[copy.new] = 1
         self._lengths[plan.rows] = plan.new_lengths
 
+    def _held(self, lengths: Any) -> Any:
+        """What of requests of these lengths lies in this cache."""
+        return lengths if self.shard is None else self.shard.count(lengths)
+
     def _pages_for(self, num_tokens: int) -> int:
-        return ceil_div(num_tokens, self.page_size)
+        return ceil_div(int(self._held(num_tokens)), self.page_size)
 
     def _row(self, request: int, argument: str) -> int:
         try:
@@ -324,13 +346,16 @@ class PageAllocator:
         last_index: npt.NDArray[np.int64],
         last_page: npt.NDArray[np.int64],
     ) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
-        """Slot (page * page_size + offset) and place in its request of every new token, int64 [num_tokens]."""
+        """Slot (page * page_size + offset, or -1) and place in its request of every new token, int64 [num_tokens]."""
         request = np.repeat(np.arange(rows.size), counts)
         first_token = np.cumsum(counts) - counts
         position = np.arange(request.size) - first_token[request] + lengths[request]
-        page_index = position // self.page_size
+        held = self._held(position)
+        # A token of another rank may come where no page is left for one of this rank.
+        page_index = np.minimum(held // self.page_size, self.max_pages_per_seq - 1)
         page = np.where(page_index == last_index[request], last_page[request], self._table[rows[request], page_index])
-        return page * self.page_size + position % self.page_size, position
+        slots = page * self.page_size + held % self.page_size
+        return slots if self.shard is None else np.where(self.shard.has(position), slots, _NO_SLOT), position
 
 
 def as_list(values: Any, name: str, what: str) -> list[Any]:

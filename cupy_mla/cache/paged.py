@@ -9,12 +9,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from ..arrays import view as arrays
 from ..arrays.frameworks import CPU, CUDA, check_stream, current_stream
+from ..call.arguments import shard_of
 from ..errors import InvalidArgumentError
 from ..layouts import CacheLayout
 from .allocator import AppendPlan, as_counts, as_list
 from .append import append_tokens
+from .layer_rows import first_part, rows_of_layers, view_first
 from .requests import Requests
 from .storage import JAX, Storage, settle_device, settle_framework, settle_layout, size, spread
 
@@ -63,6 +64,10 @@ class PagedKVCache(Requests):
     kv_scale
         For ``fp8_e4m3``: what stored values are multiplied by, a number or one float32 on the cache's device; or a list
         of one for each layer.
+    cp_world, cp_rank, cp_interleave
+        Of a cache that is sharded along the sequence: ranks, which of them this one is, and tokens in a row that lie on
+        the same rank. Each rank is given all new tokens and stores its own; lengths to append, fork and truncate are
+        those of whole requests. See `cupy_mla.parallel`.
 
     Raises
     ------
@@ -102,13 +107,18 @@ class PagedKVCache(Requests):
         num_layers: int = 1,
         framework: str | None = None,
         kv_scale: Any = None,
+        cp_world: int = 1,
+        cp_rank: int = 0,
+        cp_interleave: int = 1,
     ) -> None:
+        self.shard = shard_of(cp_world, cp_rank, cp_interleave)
         pages = size(num_pages, "num_pages")
         super().__init__(
             pages,
             size(page_size, "page_size"),
             size(max_requests, "max_requests"),
             pages if max_pages_per_seq is None else size(max_pages_per_seq, "max_pages_per_seq"),
+            self.shard if self.shard.world > 1 else None,
         )
         self.latent_dim = size(latent_dim, "latent_dim")
         self.rope_dim = size(rope_dim, "rope_dim", least=0)
@@ -214,15 +224,15 @@ class PagedKVCache(Requests):
         OutOfPagesError
             Too few free pages. In each case the requests are as they were.
         """
-        rows = [kv_new] if self.num_layers == 1 else self._rows_of_layers(kv_new)
-        views = [self._check_rows(row, stream) for row in rows]
+        rows = [kv_new] if self.num_layers == 1 else rows_of_layers(kv_new, self.num_layers)
+        views = [view_first(row, self.latent_dim, stream) for row in rows]
         num_tokens = views[0].shape[0]
         for view in views[1:]:
             if view.shape[0] != num_tokens:
                 raise InvalidArgumentError("kv_new", f"{num_tokens} tokens in every layer", str(view.shape[0]))
         plan = self._allocator.plan_append(requests, counts, num_tokens)
         if stream is None and self.framework != JAX and views[0].device == CUDA:
-            stream = current_stream(_first(rows[0]), views[0].device_id)
+            stream = current_stream(first_part(rows[0]), views[0].device_id)
         # Copies and tokens go to pages that nobody holds yet, or behind the end of a request: a refusal after them
         # leaves every request as it was.
         slots = self.storage.upload(plan.slots, stream)
@@ -334,11 +344,20 @@ class PagedKVCache(Requests):
     def cache_seqlens(
         self, requests: Sequence[int] | None = None, *, out: Any = None, stream: int | None = None
     ) -> Any:
-        """Lengths of a batch of requests, int32 [batch]: ``cache_seqlens`` of ``mla_decode``.
+        """Tokens that this cache has of a batch of requests, int32 [batch]: ``cache_seqlens`` of ``mla_decode``.
 
         Parameters and errors as for ``block_table``.
         """
         return self._hand_out(self._allocator.cache_seqlens(requests), out, stream)
+
+    def total_seqlens(
+        self, requests: Sequence[int] | None = None, *, out: Any = None, stream: int | None = None
+    ) -> Any:
+        """Lengths of a batch of requests on all ranks, int32 [batch]: ``total_seqlens`` of ``mla_decode``.
+
+        Parameters and errors as for ``block_table``.
+        """
+        return self._hand_out(self._allocator.total_seqlens(requests), out, stream)
 
     # The pages and the device ----------------------------------------------------------------------------------------
 
@@ -358,25 +377,6 @@ class PagedKVCache(Requests):
             raise InvalidArgumentError("kv_scale", f"{words} for the layout {self.layout.name}", repr(kv_scale))
         return spread(kv_scale, self.num_layers, "kv_scale")
 
-    def _rows_of_layers(self, kv_new: Any) -> list[Any]:
-        if not isinstance(kv_new, (tuple, list)):
-            shape = arrays.view(kv_new, "kv_new").shape
-            if len(shape) < 3 or shape[0] != self.num_layers:
-                raise InvalidArgumentError("kv_new", f"[{self.num_layers} layers, num_tokens, d]", str(list(shape)))
-        elif len(kv_new) != self.num_layers:
-            raise InvalidArgumentError("kv_new", f"{self.num_layers} items, one for each layer", str(len(kv_new)))
-        return [kv_new[layer] for layer in range(self.num_layers)]
-
-    def _check_rows(self, kv_new: Any, stream: int | None) -> arrays.ArrayView:
-        """A view of the first part."""
-        first = _first(kv_new)
-        view = arrays.view(first, "kv_new", stream)
-        if view.ndim < 2:
-            raise InvalidArgumentError("kv_new", "shape [num_tokens, d]", str(view.shape))
-        if first is not kv_new and view.shape[-1] != self.latent_dim:
-            raise InvalidArgumentError("kv_new[0]", f"{self.latent_dim} latent columns", str(view.shape[-1]))
-        return view
-
     def _copy_pages(self, plan: AppendPlan, stream: int | None) -> None:
         for copy in plan.copies:
             self.storage.copy_page(copy.old, copy.new, stream)
@@ -388,7 +388,3 @@ class PagedKVCache(Requests):
         if not isinstance(self.storage, Storage):
             raise InvalidArgumentError("out", "None for a cache of JAX, whose arrays are not written to", "an array")
         return self.storage.fill(out, host, stream)
-
-
-def _first(kv_new: Any) -> Any:
-    return kv_new[0] if isinstance(kv_new, (tuple, list)) and kv_new else kv_new

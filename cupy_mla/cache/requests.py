@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from ..call.shard import Shard
 from .allocator import PageAllocator
 
 
@@ -18,14 +19,18 @@ class Requests:
         Requests that may exist at once.
     max_pages_per_seq
         Most pages of a request.
+    shard
+        Which tokens of each request lie in this cache; None: all.
     """
 
-    def __init__(self, num_pages: int, page_size: int, max_requests: int, max_pages_per_seq: int) -> None:
+    def __init__(
+        self, num_pages: int, page_size: int, max_requests: int, max_pages_per_seq: int, shard: Shard | None = None
+    ) -> None:
         self.num_pages = num_pages
         self.page_size = page_size
         self.max_requests = max_requests
         self.max_pages_per_seq = max_pages_per_seq
-        self._allocator = PageAllocator(num_pages, page_size, max_requests, max_pages_per_seq)
+        self._allocator = PageAllocator(num_pages, page_size, max_requests, max_pages_per_seq, shard)
 
     @property
     def num_free_pages(self) -> int:
@@ -38,7 +43,7 @@ class Requests:
         return self._allocator.requests
 
     def length(self, request: int) -> int:
-        """Tokens of a request.
+        """Tokens of a request; on all ranks, of a cache that is sharded.
 
         Raises
         ------

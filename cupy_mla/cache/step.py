@@ -48,9 +48,12 @@ class CacheStep:
     block_table
         int32 [batch, max_pages_per_seq], as ``mla_decode`` takes it.
     cache_seqlens
-        int32 [batch]: lengths with the new tokens.
+        int32 [batch]: lengths with the new tokens, of what this cache has.
+    total_seqlens
+        int32 [batch]: lengths with the new tokens on all ranks; `cache_seqlens` of a cache that is not sharded.
     slot_mapping
-        int64 [num_tokens]: where the new tokens of each layer go, as ``append_tokens`` takes it (JAX: int32).
+        int64 [num_tokens]: where the new tokens of each layer go, as ``append_tokens`` takes it (JAX: int32); -1: to
+        another rank.
     positions
         int32 [num_tokens]: place of each new token in its request, counted from 0, e.g. for rotary embeddings.
     """
@@ -59,12 +62,13 @@ class CacheStep:
         self.requests = tuple(requests)
         self.block_table: Any = None
         self.cache_seqlens: Any = None
+        self.total_seqlens: Any = None
         self.slot_mapping: Any = None
         self.positions: Any = None
         self._cache = cache
         self._counts = tuple(counts)
         self._tables_seen = -1
-        self._small: Any = None  # slots, positions and lengths, one behind the other: one copy a step
+        self._small: Any = None  # slots, positions and both lengths, one behind the other: one copy a step
         self.advance(stream=stream)
 
     def __repr__(self) -> str:
@@ -106,25 +110,33 @@ class CacheStep:
             Too few free pages. In each case the requests and the arrays are as they were.
         """
         plan = self._cache.make_room(self.requests, self._counts, stream)
-        lengths = plan.new_lengths.astype(np.int32)
+        lengths = plan.new_seqlens.astype(np.int32)
         positions = plan.positions.astype(np.int32)
         storage = self._cache.storage
         if isinstance(storage, Storage):
             self._write(storage, plan, positions, lengths, stream)
             return
         self.slot_mapping, self.positions = storage.upload(plan.slots, stream), storage.upload(positions, stream)
-        self.cache_seqlens = storage.upload(lengths, stream)
+        self.cache_seqlens = self.total_seqlens = storage.upload(lengths, stream)
+        if plan.is_sharded:
+            self.total_seqlens = storage.upload(plan.new_lengths.astype(np.int32), stream)
         self.block_table = self._cache.block_table(self.requests)
 
     def _write(self, storage: Storage, plan: AppendPlan, positions: Any, lengths: Any, stream: int | None) -> None:
-        host = np.concatenate([plan.slots.view(np.uint8), positions.view(np.uint8), lengths.view(np.uint8)])
+        host_arrays = [plan.slots, positions, lengths]
+        if plan.is_sharded:
+            host_arrays.append(plan.new_lengths.astype(np.int32))
+        host = np.concatenate([array.view(np.uint8) for array in host_arrays])
         if self._small is None:
             self._small = storage.empty(host.size, stream)
             slots_end = plan.slots.size * _SLOT_BYTES
             positions_end = slots_end + positions.size * _POSITION_BYTES
             self.slot_mapping = typed(self._small[:slots_end], "int64")
             self.positions = typed(self._small[slots_end:positions_end], "int32")
-            self.cache_seqlens = typed(self._small[positions_end:], "int32")
+            lengths_end = positions_end + lengths.nbytes
+            self.cache_seqlens = self.total_seqlens = typed(self._small[positions_end:lengths_end], "int32")
+            if plan.is_sharded:
+                self.total_seqlens = typed(self._small[lengths_end:], "int32")
             self.block_table = self._cache.block_table(self.requests, stream=stream)
         else:
             if self._tables_seen != self._cache.tables_changed:

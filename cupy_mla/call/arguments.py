@@ -14,6 +14,7 @@ from ..arrays.view import ArrayView, source_of
 from ..errors import InvalidArgumentError
 from ..layouts import CacheLayout
 from .problem import PLAN_ALIGNMENT, PLAN_DTYPE, Queries
+from .shard import Shard
 
 # What the CUDA kernels are written for.
 CUDA_WIDTH_MULTIPLE = 64
@@ -323,3 +324,14 @@ def sharded_places(
         expected = f"an array: a causal mask goes by places in whole requests (cp_world is {given[0]})"
         raise InvalidArgumentError("total_seqlens", expected, "None")
     return given
+
+
+def shard_of(world: Any, rank: Any, interleave: Any) -> Shard:
+    """A shard of numbers of any integer type.
+
+    Raises
+    ------
+    InvalidArgumentError
+        One is no integer or out of range; ``argument`` is ``cp_world``, ``cp_rank`` or ``cp_interleave``.
+    """
+    return Shard(as_integer(world, "cp_world"), as_integer(rank, "cp_rank"), as_integer(interleave, "cp_interleave"))

@@ -4,19 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from ..call.arguments import as_integer
-from ..call.shard import Shard
-
-
-def shard_of(world: Any, rank: Any, interleave: Any) -> Shard:
-    """A shard of numbers of any integer type.
-
-    Raises
-    ------
-    InvalidArgumentError
-        One is no integer or out of range; ``argument`` is ``cp_world``, ``cp_rank`` or ``cp_interleave``.
-    """
-    return Shard(as_integer(world, "cp_world"), as_integer(rank, "cp_rank"), as_integer(interleave, "cp_interleave"))
+from ..call.arguments import shard_of
 
 
 def local_lengths(lengths: Any, world: int, rank: int, interleave: int = 1) -> Any:
