@@ -141,11 +141,12 @@ def test_a_graph_follows_the_lengths() -> None:
             mla_decode(*tensors, **options, plan=plan)
 
         options |= {**on_gpu.options, "out": out, "lse": lse}
-        replays.append((gpu.capture(partial(work, shard, plan, on_gpu.tensors, options)), out, lse))
+        graph = gpu.capture(partial(work, shard, plan, on_gpu.tensors, options))
+        replays.append((graph, out, lse, (plan, on_gpu)))  # the graph holds none of what it works on
     for lengths in ((4096, 3000, 900), (1, 33, 17), (0, 2, 900), (4000, 1, 64)):
         gpu.assign(total, gpu.upload(np.array(lengths, np.int32)))
         results = []
-        for replay, out, lse in replays:
+        for replay, out, lse, _ in replays:
             replay()
             results.append((out, lse))
         out, lse = merge_states(*(gpu.stack(list(part)) for part in zip(*results, strict=True)))
