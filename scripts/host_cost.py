@@ -184,7 +184,10 @@ def parts(arrays: Inputs) -> dict[str, Callable[[], object]]:
     made = plan_decode(**inputs)
     mla_decode(**inputs, plan=made, **outputs)
     given = tuple({**inputs, **outputs}.get(name) for name in ARRAYS)
-    options = tuple(option.default for option in OPTIONS if DECODE in option.functions)
+    # mla_decode hands on what says of a shard only where there is one.
+    options = tuple(
+        option.default for option in OPTIONS if DECODE in option.functions and not option.name.startswith("cp_")
+    )
 
     settings = get_settings()
 

@@ -10,6 +10,7 @@ import multiprocessing
 import os
 from collections.abc import Iterator, Mapping
 from concurrent.futures import Future, ProcessPoolExecutor
+from dataclasses import replace
 
 import pytest
 
@@ -19,6 +20,7 @@ from cupy_mla.gpu.jit.compiler import CompiledKernel
 from cupy_mla.gpu.jit.module import get_cubin
 from cupy_mla.gpu.jit.source import kernels_root
 from cupy_mla.kernels.catalogue import all_kernels, standard_configs
+from cupy_mla.kernels.choose import FAMILIES
 from cupy_mla.kernels.combine import combine_source, gathered_combine_source
 from cupy_mla.kernels.family import ColumnParts, KernelConfig
 from cupy_mla.kernels.gathered import GATHERED_WIDE64, GatheredConfig
@@ -108,6 +110,10 @@ SCALED_CONFIGS: list[KernelConfig] = [
     ),
 ]
 OTHER_CONFIGS += SCALED_CONFIGS
+# Masks that go by places in whole requests, of which the cache has a shard: in every kernel of dense decode.
+OTHER_CONFIGS += [
+    replace(next(config for config in family.standard_configs() if config.causal), sharded=True) for family in FAMILIES
+]
 STANDARD = {config.name: config for config in standard_configs()}
 SOURCES = {kernel.name: kernel.source for kernel in all_kernels()} | {c.name: c.source() for c in OTHER_CONFIGS}
 SOURCES |= {f"combine of {c.name}": combine_source(c) for c in SCALED_CONFIGS[1:3]}
