@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import shutil
+import subprocess
 from collections.abc import Iterator
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -65,6 +68,9 @@ def no_cupy() -> SimpleNamespace:
     raise ImportError("No module named 'cupy'")
 
 
+NO_LIBRARY = "lib-that-is-not-there.so"
+
+
 def no_cache_folder() -> SimpleNamespace:
     raise PermissionError(13, "Permission denied", "/nobody/.cupy")
 
@@ -72,7 +78,7 @@ def no_cache_folder() -> SimpleNamespace:
 @pytest.mark.parametrize(
     ("runtime", "reason"),
     [
-        (no_cupy, r"\.\[cuda12\]"),
+        (no_cupy, "no NVIDIA driver is installed"),
         (no_cache_folder, r"/nobody/\.cupy.*CUPY_CACHE_DIR"),
         (lambda: fake_runtime(0, driver=0), "no NVIDIA driver"),
         (lambda: fake_runtime(0, driver=13000), "there is no GPU"),
@@ -87,8 +93,31 @@ def no_cache_folder() -> SimpleNamespace:
 )
 def test_what_is_missing_is_said(monkeypatch: pytest.MonkeyPatch, runtime: object, reason: str) -> None:
     monkeypatch.setattr(device, "_runtime", runtime)
+    monkeypatch.setattr(device, "_DRIVER_LIBRARY", NO_LIBRARY)
     with pytest.raises(UnsupportedDeviceError, match=f"{reason}.*NumPy backend"):
         device.require_supported()
+
+
+def test_where_there_is_a_driver_cupy_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(device, "_runtime", no_cupy)
+    monkeypatch.setattr(device, "_driver_version_without_cupy", lambda: 13000)
+    assert device.driver_cuda_version() == "13.0"
+    with pytest.raises(UnsupportedDeviceError, match=r"CuPy cannot be imported.*\.\[cuda12\].*NumPy backend"):
+        device.require_supported()
+
+
+def test_the_driver_itself_says_its_version(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(device, "_runtime", no_cupy)
+    compiler = shutil.which("gcc")
+    if compiler is None:
+        pytest.skip("gcc is not installed")
+    for name, body in (("driver", "int cuDriverGetVersion(int *v) { *v = 12080; return 0; }"), ("other", "int x;")):
+        source = tmp_path / f"{name}.c"
+        source.write_text(body, encoding="utf-8")
+        subprocess.run([compiler, "-shared", "-o", str(tmp_path / f"{name}.so"), str(source)], check=True)
+    for name, version in (("driver", "12.8"), ("other", None)):
+        monkeypatch.setattr(device, "_DRIVER_LIBRARY", str(tmp_path / f"{name}.so"))
+        assert device.driver_cuda_version() == version
 
 
 def test_a_gpu_number_out_of_range_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -100,5 +129,6 @@ def test_a_gpu_number_out_of_range_is_refused(monkeypatch: pytest.MonkeyPatch) -
 
 def test_counting_never_fails(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(device, "_runtime", no_cupy)
+    monkeypatch.setattr(device, "_DRIVER_LIBRARY", NO_LIBRARY)
     assert device.count_devices() == 0
     assert device.driver_cuda_version() is None

@@ -23,7 +23,7 @@ _CUPY_WHEELS = ("cupy-cuda12x", "cupy-cuda13x", "cupy")
 _MISSING = "not installed"
 
 
-@click.command(cls=Command)
+@click.command(cls=Command, short_help="What this machine can run, and why not.")
 @json_option
 def info(as_json: bool) -> None:
     """Show GPUs, driver, CuPy, NVRTC, kernel cache and settings, and what is supported or why not."""
@@ -42,7 +42,7 @@ def collect_facts() -> dict[str, str]:
         "Python": f"{platform.python_version()} on {platform.platform()}",
         **_gpus(),
         "driver": f"supports CUDA {device.driver_cuda_version()}" if device.driver_cuda_version() else "none",
-        "CuPy": next((f"{_version(name)} ({name})" for name in _CUPY_WHEELS if _version(name) != _MISSING), _MISSING),
+        "CuPy": _cupy(),
         "compiler": _compiler(),
         **{name: _version(name) for name in _PACKAGES},
         "kernel cache": f"{settings.cache_dir}: {_cached(settings.cache_dir)} ({CACHE_DIR_VARIABLE})",
@@ -71,7 +71,13 @@ def _gpus() -> dict[str, str]:
             f"{gpu.name}, compute capability {major}.{minor}, {gpu.num_sms} SMs, {gpu.memory_bytes / 1e9:.0f} GB, "
             f"{gpu.l2_bytes / 1e6:.0f} MB L2"
         )
+    if not facts and device.driver_cuda_version() and _cupy() == _MISSING:
+        return {"GPU": "not known without CuPy"}
     return facts or {"GPU": "none"}
+
+
+def _cupy() -> str:
+    return next((f"{_version(name)} ({name})" for name in _CUPY_WHEELS if _version(name) != _MISSING), _MISSING)
 
 
 def _compiler() -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import functools
 from dataclasses import dataclass
 from typing import Any
@@ -13,6 +14,8 @@ from . import hopper
 
 CUDA_EXTRA = "cuda12"  # runs on every driver that the kernels do
 NUMPY_WAY_OUT = "arrays in host memory run on the NumPy backend instead"
+_DRIVER_LIBRARY = "libcuda.so.1"
+_NO_DRIVER = "no NVIDIA driver is installed"
 
 
 @dataclass(frozen=True, slots=True)
@@ -145,7 +148,7 @@ def require_cuda() -> None:
 
 
 def driver_cuda_version() -> str | None:
-    """Return the newest CUDA version that the driver supports, e.g. ``"13.0"``; None without CuPy or a driver."""
+    """Return the newest CUDA version that the driver supports, e.g. ``"13.0"``; None without a driver."""
     version = _driver_version()
     return _version_text(version) if version else None
 
@@ -161,11 +164,21 @@ def _device_count() -> int:
 
 
 def _driver_version() -> int:
-    """Return the driver's CUDA version as CUDA numbers it (13000 is 13.0); 0 without CuPy or a driver."""
+    """Return the driver's CUDA version as CUDA numbers it (13000 is 13.0); 0 without a driver."""
     try:
         return int(_runtime().driverGetVersion())
     except (ImportError, OSError):
+        return _driver_version_without_cupy()
+
+
+def _driver_version_without_cupy() -> int:
+    """The driver's own answer: what to install depends on whether there is a driver at all."""
+    version = ctypes.c_int(0)
+    try:
+        ctypes.CDLL(_DRIVER_LIBRARY).cuDriverGetVersion(ctypes.byref(version))
+    except (OSError, AttributeError):  # no such library, or one that is not NVIDIA's
         return 0
+    return version.value
 
 
 def _version_text(version: int) -> str:
@@ -178,12 +191,14 @@ def _why_no_cuda() -> str | None:
     try:
         runtime = _runtime()
     except ImportError as error:
+        if not _driver_version():
+            return _NO_DRIVER
         return f"CuPy cannot be imported ({error}): {install_command(CUDA_EXTRA)}"
     except OSError as error:  # CuPy makes its cache folder when it is imported
         return f"CuPy cannot be imported ({error}): set CUPY_CACHE_DIR to a folder that can be written"
     driver = _driver_version()
     if not driver:
-        return "no NVIDIA driver is installed"
+        return _NO_DRIVER
     try:
         return None if _device_count() else "there is no GPU"
     except runtime.CUDARuntimeError as error:
