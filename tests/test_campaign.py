@@ -132,7 +132,7 @@ def test_an_exception_is_a_failure_of_its_problem(monkeypatch: pytest.MonkeyPatc
 
 def test_the_command_says_how_to_run_a_failure_again(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(trials, "slots_of", spoiled(trials.slots_of, forget_slot))
-    monkeypatch.setattr(campaign, "usual_jobs", lambda: 1)
+    monkeypatch.setattr("cupy_mla.commands.check.usual_jobs", lambda: 1)
     result = run("--random", "30", "--seed", "7")
     assert result.exit_code == 1
     assert "seeds 7 to 36" in result.output
@@ -145,7 +145,7 @@ def test_the_command_says_how_to_run_a_failure_again(monkeypatch: pytest.MonkeyP
 
 
 def test_the_command_passes(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(campaign, "usual_jobs", lambda: 1)
+    monkeypatch.setattr("cupy_mla.commands.check.usual_jobs", lambda: 1)
     result = run("--random", "20")
     assert result.exit_code == 0, result.output
     assert "20 of 20 problems passed" in result.output

@@ -12,6 +12,8 @@ from click.core import ParameterSource
 
 from ..errors import InvalidArgumentError
 from ..lab.files import to_json
+from ..lab.processes import usual_jobs
+from ..schedule.text import counted
 from .command import Command
 from .common import COUNT, Backend, backend_option, choose_backend, json_option, note
 
@@ -19,7 +21,7 @@ if TYPE_CHECKING:
     from ..lab.selftest import CheckResult
 
 
-@click.command(cls=Command)
+@click.command(cls=Command, short_help="Self-test of this machine, against float64.")
 @backend_option
 @click.option("--random", "random_problems", type=COUNT, help="Run so many random problems of every operation instead.")
 @click.option(
@@ -32,7 +34,8 @@ def check(ctx: click.Context, backend: str, random_problems: int | None, seed: i
     decoding and sparse prefill.
 
     Heads, query tokens, masks, types, page sizes, splits and strides; each case runs twice and must give the same
-    bits. Takes a minute, with the compilation of the kernels. Exits with 1 if a case fails.
+    bits. Several processes share the cases and, in a first run, the compilation of their kernels. Exits with 1 if a
+    case fails.
 
     With --random, problems of every operation (dense and sparse decode, sparse prefill, merges, appends, slots) are
     drawn, one for each number from --seed on, and run in several processes. A problem that fails is shown with the
@@ -44,7 +47,6 @@ def check(ctx: click.Context, backend: str, random_problems: int | None, seed: i
         ctx.exit(1 if _run_campaign(range(seed, seed + random_problems), choose_backend(backend)) else 0)
     if ctx.get_parameter_source("seed") is ParameterSource.COMMANDLINE:
         raise InvalidArgumentError("seed", "none without --random", str(seed))
-    from ..lab.libraries import LIBRARY_OF_BACKEND
     from ..lab.selftest import CHECK_CASES, run_checks
 
     chosen = choose_backend(backend)
@@ -54,7 +56,7 @@ def check(ctx: click.Context, backend: str, random_problems: int | None, seed: i
     click.echo(f"{len(CHECK_CASES)} cases on {chosen.device}; errors as shares of their bounds", err=as_json)
     results = []
     start = time.perf_counter()
-    for result in run_checks(LIBRARY_OF_BACKEND[chosen.name]):
+    for result in run_checks(chosen.name, jobs=usual_jobs()):
         results.append(result)
         verdict = "ok    " if result.passed else "FAILED"
         line = f"{verdict}  {result.case.name}"
@@ -81,12 +83,13 @@ def _facts(result: CheckResult) -> dict[str, Any]:
 
 def _run_campaign(seeds: range, chosen: Backend) -> int:
     """Run random problems, print what came of them, and return how many failed."""
-    from ..lab.campaign import compile_for, run_campaign, usual_jobs
+    from ..lab.campaign import compile_for, run_campaign
 
     if chosen.note:
         note(chosen.note)
     jobs = usual_jobs()
-    click.echo(f"{len(seeds)} random problems, seeds {seeds[0]} to {seeds[-1]}, on {chosen.device}, {jobs} processes")
+    drawn = f"seeds {seeds[0]} to {seeds[-1]}" if len(seeds) > 1 else f"seed {seeds[0]}"
+    click.echo(f"{counted(len(seeds), 'random problem')}, {drawn}, on {chosen.device}, {jobs} at a time")
     start = time.perf_counter()
     if chosen.name == "cuda":
         compile_for(seeds, jobs)
@@ -104,5 +107,5 @@ def _run_campaign(seeds: range, chosen: Backend) -> int:
     for operation, count in sorted(counts.items()):
         click.echo(f"{operation:15} {count:7}  largest error {shares[operation]:4.0%} of its bound")
     seconds = time.perf_counter() - start
-    click.echo(f"{len(seeds) - failed} of {len(seeds)} problems passed in {seconds:.1f} s")
+    click.echo(f"{len(seeds) - failed} of {counted(len(seeds), 'problem')} passed in {seconds:.1f} s")
     return failed

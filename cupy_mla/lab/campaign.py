@@ -5,24 +5,21 @@ Problem i of a campaign that starts at seed s is that of seed s + i, so that one
 
 from __future__ import annotations
 
-import multiprocessing
-import os
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures import as_completed
 from dataclasses import dataclass, replace
 
 from ..gpu.jit.source import KernelSource
 from ..kernels.catalogue import NamedKernel, standard_configs
 from ..kernels.choose import FAMILIES
 from ..kernels.combine import combine_source, gathered_combine_source
-from ..settings import one_thread_each
 from .compile_job import compile_all
 from .libraries import LIBRARY_OF_BACKEND
+from .processes import new_processes
 from .trial import Settings, Trial, WrongResultError
 from .trials import TRIALS
 
 _SEEDS_PER_TASK = 50
-_MOST_JOBS = 16  # each of them holds a context of CUDA
 _ANY_PAGE_SIZE = 64  # of the standard configurations that are taken for other page sizes
 
 
@@ -53,11 +50,6 @@ def run_trial(seed: int, backend: str) -> TrialResult:
     return TrialResult(seed, operation.__name__, trial.share, failure)
 
 
-def usual_jobs() -> int:
-    """Processes for a campaign on this machine."""
-    return min(os.cpu_count() or 1, _MOST_JOBS)
-
-
 def run_campaign(seeds: Sequence[int], backend: str, jobs: int) -> Iterator[TrialResult]:
     """Run the problems of seeds, in several processes where there are many.
 
@@ -74,8 +66,7 @@ def run_campaign(seeds: Sequence[int], backend: str, jobs: int) -> Iterator[Tria
     if len(tasks) == 1 or jobs == 1:
         yield from (run_trial(seed, backend) for seed in seeds)
         return
-    # Not forked: a process that has used CUDA or has threads does not survive that.
-    with one_thread_each(), ProcessPoolExecutor(jobs, mp_context=multiprocessing.get_context("spawn")) as pool:
+    with new_processes(jobs) as pool:
         for future in as_completed([pool.submit(_run_task, task, backend) for task in tasks]):
             yield from future.result()
 

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import fnmatch
-import multiprocessing
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures import as_completed
 from dataclasses import dataclass
 
 from ..errors import CompilationError, InvalidArgumentError
 from ..gpu.jit import compiler
 from ..gpu.jit.module import get_cubin
 from ..kernels.catalogue import NamedKernel, all_kernels
+from .processes import new_processes
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,8 +79,7 @@ def compile_all(kernels: Sequence[NamedKernel], jobs: int, *, fresh: bool = Fals
     if jobs <= 1:
         yield from (_compile(kernel, fresh) for kernel in kernels)
         return
-    # Not forked: a process that has used CUDA or has threads does not survive that.
-    with ProcessPoolExecutor(jobs, mp_context=multiprocessing.get_context("spawn")) as pool:
+    with new_processes(jobs) as pool:
         futures = [pool.submit(_compile, kernel, fresh) for kernel in kernels]
         for future in as_completed(futures):
             yield future.result()

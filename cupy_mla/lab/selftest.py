@@ -1,22 +1,24 @@
 """The self-test of ``cupy-mla check``: small calls of every kind against float64 on this machine.
 
-The cases share few kernel configurations, so that a first run, which compiles them, still takes about a minute.
-Every case is poisoned (`CaseSpec`).
+They run in several processes: a first run spends its time on compiling. Every case is poisoned (`CaseSpec`).
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from ..call.options import AUTO, EXACT, FP8, SPLIT
 from ..errors import MlaError
 from ..layouts import FP8_DS_MLA, FP8_DS_MLA_NO_ROPE, FP8_E4M3, FP8_MODEL1
+from ..schedule.text import counted
 from .accuracy import Accuracy, choose_requests, measure_accuracy
 from .build import build_case
 from .cases import Case
-from .libraries import ArrayLibrary
+from .libraries import LIBRARY_OF_BACKEND
+from .processes import new_processes
 from .sparse_cases import SparseCase
 from .spec import DEFAULT_DTYPE, DEFAULT_HEAD_DIM_V, DEFAULT_PAGE_SIZE, DEFAULT_ROPE_DIM, PACKED, STRIDED, CaseSpec
 
@@ -34,7 +36,7 @@ class CheckCase(CaseSpec):
     @property
     def name(self) -> str:
         """What is particular about the case, in words."""
-        words = [f"{self.batch} x {max(self.lengths)} tokens", f"{self.num_heads_q} heads"]
+        words = [f"{self.batch} x {max(self.lengths)} tokens", counted(self.num_heads_q, "head")]
         words += [f"{'prefill' if self.prefill else 'sparse'}, top {self.topk}"] * (self.topk is not None)
         words += [f"{self.num_heads_kv} KV heads"] * (self.num_heads_kv > 1)
         words += ["ragged q"] if self.ragged else [f"s_q {self.seqlens_q}"] * (self.seqlens_q != 1)
@@ -149,19 +151,35 @@ CHECK_CASES: tuple[CheckCase, ...] = (
 )
 
 
-def run_checks(library: ArrayLibrary, cases: Sequence[CheckCase] = CHECK_CASES) -> Iterator[CheckResult]:
-    """Run the cases one by one on arrays of a library; each twice, since results must be the same bits."""
-    for check_case in cases:
-        case = build_case(check_case, library)
-        try:
-            plan: Any = case.plan(fixed_split_tokens=check_case.fixed_split_tokens)
-            out, lse, *_ = first = case.run(plan, validate=True)
-            again = case.run(plan)
-            accuracy = measure_accuracy(case, out, lse, choose_requests(case, _COMPARED))
-        except MlaError as error:
-            yield CheckResult(check_case, None, str(error))
-            continue
-        yield CheckResult(check_case, accuracy, "" if _same_bits(case, first, again) else "two runs differ")
+def run_checks(backend: str, cases: Sequence[CheckCase] = CHECK_CASES, *, jobs: int = 1) -> Iterator[CheckResult]:
+    """Run the cases, and give their results in order.
+
+    Parameters
+    ----------
+    backend
+        ``"cuda"`` or ``"numpy"``.
+    jobs
+        Most processes; 1 runs them in this one.
+    """
+    jobs = min(jobs, len(cases))
+    if jobs <= 1:
+        yield from (_run_check(case, backend) for case in cases)
+        return
+    with new_processes(jobs) as pool:
+        yield from pool.map(partial(_run_check, backend=backend), cases)
+
+
+def _run_check(check_case: CheckCase, backend: str) -> CheckResult:
+    """Run one twice, since results must be the same bits."""
+    case = build_case(check_case, LIBRARY_OF_BACKEND[backend])
+    try:
+        plan: Any = case.plan(fixed_split_tokens=check_case.fixed_split_tokens)
+        out, lse, *_ = first = case.run(plan, validate=True)
+        again = case.run(plan)
+        accuracy = measure_accuracy(case, out, lse, choose_requests(case, _COMPARED))
+    except MlaError as error:
+        return CheckResult(check_case, None, str(error))
+    return CheckResult(check_case, accuracy, "" if _same_bits(case, first, again) else "two runs differ")
 
 
 def _same_bits(case: Case | SparseCase, first: tuple[Any, ...], again: tuple[Any, ...]) -> bool:
