@@ -13,11 +13,13 @@ import pytest
 from click.testing import CliRunner
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from rich.console import Console
 
 from cupy_mla.cli import main
 from cupy_mla.gpu.jit import cache, compiler, module
 from cupy_mla.gpu.jit.compiler import CompiledKernel, ResourceUsage
 from cupy_mla.gpu.jit.source import KernelSource
+from cupy_mla.shown import tables
 
 USAGE = ResourceUsage(registers=168, spill_stores=0, spill_loads=0, stack_frame=0, static_smem=0, barriers=0)
 KERNEL = CompiledKernel(bytes(range(256)) * 4, "ptxas info: fine", USAGE, (), 1.0)
@@ -52,6 +54,15 @@ def test_it_lists(folder: Path) -> None:
     assert "NVRTC 12.9" in result.output
     assert f"2 kernels, 0.0 MB in {folder}, 1 damaged" in result.output
     assert run("list").output == result.output
+
+
+def test_it_lists_on_a_narrow_terminal(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tables, "_console", lambda width: Console(width=40))
+    lines = run().output.splitlines()
+    assert sum(line.startswith("mla_decode rows=16") for line in lines) == 2
+    assert sum("compiled by: NVRTC 12.9" in line for line in lines) == 2
+    assert sum(line.endswith("damaged") and ": damaged" not in line for line in lines[:-1]) == 1  # it has no title
+    assert not any(line.rstrip().endswith(":") for line in lines)
 
 
 def test_it_checks(folder: Path) -> None:

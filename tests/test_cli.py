@@ -60,6 +60,7 @@ def assert_mistake(result: Result, *words: str) -> None:
 
 def test_help_names_every_command() -> None:
     output = run("--help").output
+    assert "..." not in output.partition("Commands:")[2]  # what each does is not cut
     assert set(main.commands) == {"decode", "info", "check", "compile", "cache", "plan", "bench", "memory"}
     for command in main.commands:
         assert f"\n  {command} " in output
@@ -74,7 +75,7 @@ def test_the_package_runs_as_a_module() -> None:
     assert refused.returncode == 2
     assert refused.stderr.startswith("Usage: python -m cupy_mla plan ")
     done = subprocess.run(command[:-1], capture_output=True, text=True, check=True)
-    assert done.stdout.startswith("1 request, 64 to 64 tokens")
+    assert done.stdout.startswith("1 request, 64 tokens each, 64 in all")
 
 
 # --- decode ---
@@ -255,7 +256,7 @@ def test_decode_takes_pairs(tmp_path: Path) -> None:
     write_arrays(path, arrays)
     result = run("decode", "--input", str(path), "--backend", "numpy")
     assert result.exit_code == 0, result.output
-    shapes = "q [2, 1, 4, 512] + [2, 1, 4, 64], cache [1, 64, 1, 512] + [1, 64, 1, 64], bfloat16"
+    shapes = "q [2, 1, 4, 512] + [2, 1, 4, 64], bfloat16 cache [1, 64, 1, 512] + [1, 64, 1, 64], bfloat16"
     assert shapes in words_of(result.output)
 
 

@@ -31,7 +31,8 @@ def describe(results: Results) -> Iterator[str]:
     """Lines that say what a run ran on, and what it did without."""
     facts = results.metadata
     versions = {**facts.get("versions", {}), **facts.get("peers", {})}
-    yield f"{facts.get('device')}, driver {facts.get('driver') or '-'}, {facts.get('date')}"
+    driver = [f"driver {facts['driver']}"] if facts.get("driver") else []
+    yield ", ".join([str(facts.get("device")), *driver, str(facts.get("date"))])
     yield ", ".join(f"{name} {version}" for name, version in versions.items())
     ceilings = results.ceilings
     if ceilings is not None:

@@ -41,6 +41,7 @@ _FOLDER = click.Path(path_type=Path, file_okay=False, writable=True)
 
 
 @click.command(
+    short_help="Time decodes, beside other implementations.",
     cls=Command,
     spellings={
         "fixed_split_tokens": "--split",

@@ -13,7 +13,7 @@ _ACTIONS = ("list", "check", "clear")
 _SHOWN_DIGITS = 12  # of a digest
 
 
-@click.command(cls=Command)
+@click.command(cls=Command, short_help="The compiled kernels on disk: list, check, clear.")
 @click.argument("action", type=click.Choice(_ACTIONS), default=_ACTIONS[0])
 @click.pass_context
 def cache(ctx: click.Context, action: str) -> None:

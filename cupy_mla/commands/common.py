@@ -125,10 +125,9 @@ def describe_lengths(kv_lengths: npt.NDArray[np.int64]) -> str:
     """For example ``128 requests, 12 to 4,312 tokens each, 146,113 in all``."""
     if len(kv_lengths) == 0:
         return "no requests"
-    return (
-        f"{counted(len(kv_lengths), 'request')}, {kv_lengths.min():,} to {kv_lengths.max():,} tokens each, "
-        f"{kv_lengths.sum():,} in all"
-    )
+    least, most = kv_lengths.min(), kv_lengths.max()
+    each = f"{most:,}" if least == most else f"{least:,} to {most:,}"
+    return f"{counted(len(kv_lengths), 'request')}, {each} tokens each, {kv_lengths.sum():,} in all"
 
 
 def format_time(seconds: float) -> str:

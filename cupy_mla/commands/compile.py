@@ -19,7 +19,7 @@ from .command import Command
 from .common import json_option, note
 
 
-@click.command("compile", cls=Command)
+@click.command("compile", cls=Command, short_help="Compile kernels into the cache, ahead of time.")
 @click.argument("patterns", nargs=-1, metavar="[PATTERN]...")
 @click.option("--jobs", type=click.IntRange(min=1), default=os.cpu_count() or 1, help="Processes; one per core.")
 @click.option("--fresh", is_flag=True, help="Compile again what the kernel cache has, to see how long it takes.")

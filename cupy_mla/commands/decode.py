@@ -50,7 +50,7 @@ _BUILD_OPTIONS = (
 )
 
 
-@click.command(cls=Command)
+@click.command(cls=Command, short_help="Decode a batch of real lengths; time and check it.")
 @click.option("--input", "input_file", type=click.Path(path_type=Path), help="A case: .npz or .safetensors.")
 @batch_options
 @click.option(
@@ -168,21 +168,26 @@ def _refuse_build_options(ctx: click.Context) -> None:
             raise InvalidArgumentError("--" + name.replace("_", "-"), "nothing beside --input", "both")
 
 
+def _shape(array: Any) -> str:
+    """For example ``[2, 1, 4, 512] + [2, 1, 4, 64], bfloat16``."""
+    return " + ".join(str(list(part.shape)) for part in parts_of(array)) + f", {dtype_of(array)}"
+
+
 def _print(facts: dict[str, Any], case: Case | SparseCase, timing: Timing) -> None:
     for text in facts["notes"]:
         note(text)
-    shapes = (" + ".join(str(list(part.shape)) for part in parts_of(array)) for array in (case.q, case.kv_cache))
-    shape = "q {}, cache {}, ".format(*shapes) + f"{case.dtype}, {dtype_of(case.kv_cache)}"
-    shape += ", causal" * (isinstance(case, Case) and case.causal)
+    shapes = {name: _shape(array) for name, array in (("q", case.q), ("cache", case.kv_cache))}
+    spread = f" ({format_time(timing.fastest)} to {format_time(timing.slowest)})" * (timing.fastest < timing.slowest)
     print_facts(
         "cupy-mla decode",
         {
             "case": facts["case"],
             "batch": describe_lengths(case.kv_lengths),
-            "shapes": shape,
+            **shapes,
+            **({"mask": "causal"} if isinstance(case, Case) and case.causal else {}),
             "backend": f"{facts['backend']} on {facts['device']}",
             "first call": f"{facts['first_call_s']:.3f} s (with compiling or loading, and validation)",
-            "time": f"{format_time(timing.seconds)} ({format_time(timing.fastest)} to {format_time(timing.slowest)})",
+            "time": format_time(timing.seconds) + spread,
             "timed": facts["protocol"],
             "speed": f"{facts['tflops']:.4g} TFLOPS, {facts['gigabytes_per_second']:,.4g} GB/s",
             "checked": f"{len(facts['requests_checked'])} of {case.batch} requests against float64",

@@ -26,7 +26,7 @@ FILE_WIDTH = 160  # characters of a line of a table where there is no terminal
 TEXT_WIDTH = 120
 
 
-@click.command(cls=Command)
+@click.command(cls=Command, short_help="What the KV cache of a model takes.")
 @click.option(
     "--model",
     "models",

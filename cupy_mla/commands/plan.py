@@ -26,7 +26,7 @@ from .command import Command
 from .common import batch_options, describe_lengths, draw_lengths, json_option
 
 
-@click.command(cls=Command)
+@click.command(cls=Command, short_help="How a batch is divided among the SMs, as text.")
 @click.argument("kv_lengths", nargs=-1, type=click.IntRange(0, MAX_TOKENS), metavar="[KV_LENGTH]...")
 @batch_options
 @click.option("--sms", type=click.IntRange(min=1), default=hopper.COMMON_SMS, show_default=True, help="SMs of the GPU.")

@@ -80,7 +80,9 @@ def _print_one_by_one(
         console.print(Text("  ".join(filter(None, line[:shown])), style="bold"))
         row = ""
         for name, value in zip(titles[shown:], line[shown:], strict=True):
-            item = f"{' '.join(name.split())}: {value}"
+            if not value:
+                continue
+            item = ": ".join(filter(None, (" ".join(name.split()), value)))
             if row and len(row) + len(item) + _GAP > console.width:
                 console.print(Text(row))
                 row = ""
