@@ -35,7 +35,7 @@ from cupy_mla import (
     slots_of,
 )
 from cupy_mla.call.options import FP8
-from cupy_mla.kernels.catalogue import all_kernels, standard_configs
+from cupy_mla.kernels.catalogue import NamedKernel, all_kernels, standard_configs
 from cupy_mla.kernels.choose import FAMILIES, GATHERED_FAMILIES
 from cupy_mla.kernels.family import DecodeFamily, KernelConfig
 from cupy_mla.kernels.fp8 import Fp8Family
@@ -164,6 +164,8 @@ def compile_for(units: list[str], every: bool) -> None:
         name for name, config in decode.items() if config.family in families and (every or is_typical(config))
     }
     kernels = [kernel for kernel in all_kernels() if kernel.name in wanted or kernel.name not in decode]
+    typical = itertools.chain.from_iterable(map(typical_configs, families))
+    kernels += [NamedKernel(config.name, config.source()) for config in typical if config.name not in decode]
     for _ in compile_all(kernels, os.cpu_count() or 1):
         pass  # a kernel that does not compile fails where it is used
 
@@ -193,10 +195,18 @@ def is_typical(config: KernelConfig) -> bool:
 
 
 def distinct_configs(family: DecodeFamily) -> Iterator[KernelConfig]:
-    """Without those of a static schedule: what is planned is run as prefill, too."""
-    for config in family.standard_configs():
-        if not isinstance(config, GatheredConfig) or config.planned:
-            yield config
+    """The standard ones, and typical ones of few rows where only a call by name gets them. Without those of a static
+    schedule: what is planned is run as prefill, too.
+    """
+    standard = family.standard_configs()
+    few = 0 if any(config.refined for config in standard) else family.refined_rows
+    for config in standard:
+        if isinstance(config, GatheredConfig) and not config.planned:
+            continue
+        yield config
+        if few and is_typical(config) and family.refines(config.dtype, few):
+            parts = family.scale_parts(config.latent_dim, config.dtype, few)
+            yield replace(config, refined=True, scale_parts=parts)
 
 
 def trial_of(config: KernelConfig) -> Trial:
@@ -209,7 +219,7 @@ def heads_of(config: KernelConfig, tokens: int) -> int:
     """So that a query token, or so many of them, have as many rows as the configuration is for."""
     if config.float_partials:
         return 1
-    return 8 // tokens if config.refined else config.rows + 3
+    return config.family.refined_rows // tokens if config.refined else config.rows + 3
 
 
 def dense_arrays(config: KernelConfig, lengths: tuple[int, ...] = LENGTHS) -> tuple[list[Any], dict[str, Any]]:

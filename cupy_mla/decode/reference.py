@@ -12,6 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ..arrays.dtypes import numpy_dtype
+from ..arrays.events import unheeded
 from ..arrays.exchange import as_numpy
 from ..call.options import FP8
 from ..call.problem import DecodeInputs, DecodeProblem
@@ -25,6 +26,7 @@ Array = npt.NDArray[Any]
 TOKENS_PER_STEP = 1024
 
 
+@unheeded
 def mla_decode_reference(
     problem: DecodeProblem,
     inputs: DecodeInputs,
@@ -109,13 +111,13 @@ def mla_decode_reference(
         visible = _visible_keys(queries[0].shape[1], length, int(totals[request]), problem)
         request_out, request_lse = _attend(queries, keys, request, length, visible, problem)
         seqlen_q = out[rows].shape[0]
-        with np.errstate(over="ignore"):  # beyond float16's range, as on the GPU
-            out[rows] = _by_query(request_out, seqlen_q)
-            lse_rows[...] = _by_query(request_lse[..., None], seqlen_q)[..., 0].T
+        out[rows] = _by_query(request_out, seqlen_q)
+        lse_rows[...] = _by_query(request_lse[..., None], seqlen_q)[..., 0].T
     lse[np.isneginf(lse)] = empty_lse
     return out, lse
 
 
+@unheeded
 def merge_states_reference(outs: Array, lses: Array, *, dtype: npt.DTypeLike = np.float32) -> tuple[Array, Array]:
     """Merge attention over disjoint sets of keys into attention over all of them.
 
@@ -142,12 +144,11 @@ def merge_states_reference(outs: Array, lses: Array, *, dtype: npt.DTypeLike = n
     parts = lses.astype(compute)
     parts[np.isposinf(parts)] = -np.inf
     highest = parts.max(axis=0)
-    with np.errstate(invalid="ignore", divide="ignore"):
-        weights = np.exp(parts - _finite(highest))
-        total = weights.sum(axis=0)
-        lse = _finite(highest) + np.log(total)
-        seen = np.where(np.isneginf(parts)[..., None], compute.type(0), outs.astype(compute))
-        summed = (weights[..., None] * seen).sum(axis=0)
+    weights = np.exp(parts - _finite(highest))
+    total = weights.sum(axis=0)
+    lse = _finite(highest) + np.log(total)
+    seen = np.where(np.isneginf(parts)[..., None], compute.type(0), outs.astype(compute))
+    summed = (weights[..., None] * seen).sum(axis=0)
     out = np.divide(summed, total[..., None], out=np.zeros_like(summed), where=(total != 0)[..., None])
     return out.astype(compute if compute == np.float64 else outs.dtype), lse
 
@@ -197,24 +198,23 @@ def _attend(
     highest = np.full((num_heads_kv, rows), -np.inf, compute)
     total = np.zeros((num_heads_kv, rows), compute)
     summed = np.zeros((num_heads_kv, rows, problem.queries.head_dim_v), compute)
-    with np.errstate(invalid="ignore", divide="ignore"):
-        for begin in range(0, length, TOKENS_PER_STEP):
-            end = min(begin + TOKENS_PER_STEP, length)
-            gathered = keys.gather(request, begin, end)
-            scores = queries[0] @ gathered[0].swapaxes(1, 2)
-            for query_part, key_part in zip(queries[1:], gathered[1:], strict=True):
-                scores += query_part @ key_part.swapaxes(1, 2)
-            if visible.min() < end:
-                scores[:, np.arange(begin, end) >= visible[:, None]] = -np.inf
-            new_highest = np.maximum(highest, scores.max(axis=2))
-            base = _finite(new_highest)
-            scores -= base[..., None]
-            weights = np.exp(scores, out=scores)
-            shrink = np.exp(highest - base)
-            total = total * shrink + weights.sum(axis=2)
-            summed = summed * shrink[..., None] + weights @ gathered[0]
-            highest = new_highest
-        lse = _finite(highest) + np.log(total)
+    for begin in range(0, length, TOKENS_PER_STEP):
+        end = min(begin + TOKENS_PER_STEP, length)
+        gathered = keys.gather(request, begin, end)
+        scores = queries[0] @ gathered[0].swapaxes(1, 2)
+        for query_part, key_part in zip(queries[1:], gathered[1:], strict=True):
+            scores += query_part @ key_part.swapaxes(1, 2)
+        if visible.min() < end:
+            scores[:, np.arange(begin, end) >= visible[:, None]] = -np.inf
+        new_highest = np.maximum(highest, scores.max(axis=2))
+        base = _finite(new_highest)
+        scores -= base[..., None]
+        weights = np.exp(scores, out=scores)
+        shrink = np.exp(highest - base)
+        total = total * shrink + weights.sum(axis=2)
+        summed = summed * shrink[..., None] + weights @ gathered[0]
+        highest = new_highest
+    lse = _finite(highest) + np.log(total)
     out = np.divide(summed, total[..., None], out=np.zeros_like(summed), where=(total != 0)[..., None])
     return out, lse
 

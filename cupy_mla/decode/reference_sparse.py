@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from ..arrays.events import unheeded
 from ..arrays.exchange import as_numpy
 from ..arrays.view import ArrayView
 from ..call.sparse_problem import SparseInputs, SparseProblem
@@ -56,6 +57,7 @@ class ChosenKeys:
         return valid
 
 
+@unheeded
 def sparse_attention_reference(
     q: Array,
     sources: Sequence[ChosenKeys],
@@ -107,17 +109,16 @@ def sparse_attention_reference(
         for begin in range(0, num_queries, step):
             rows = slice(begin, min(begin + step, num_queries))
             keys, valid = _gather(sources, rows, kv_head, compute, q.shape[2])
-            with np.errstate(all="ignore"):  # infinities of empty queries, NaN of chosen tokens, float16's range
-                scores = (q[rows, heads].astype(compute) * softmax_scale) @ keys.swapaxes(1, 2)
-                scores = np.where(valid[:, None], scores, -np.inf)
-                highest = scores.max(axis=2, initial=-np.inf)
-                base = np.where(np.isneginf(highest), highest.dtype.type(0), highest)
-                weights = np.exp(scores - base[..., None])
-                total = weights.sum(axis=2)
-                row_lse = base + np.log(total)
-                divisor = total if sinks is None else total + np.exp(sinks[heads] - base)
-                summed = weights @ keys[..., :head_dim_v]
-                out[rows, heads] = np.where((total == 0)[..., None], total.dtype.type(0), summed / divisor[..., None])
+            scores = (q[rows, heads].astype(compute) * softmax_scale) @ keys.swapaxes(1, 2)
+            scores = np.where(valid[:, None], scores, -np.inf)
+            highest = scores.max(axis=2, initial=-np.inf)
+            base = np.where(np.isneginf(highest), highest.dtype.type(0), highest)
+            weights = np.exp(scores - base[..., None])
+            total = weights.sum(axis=2)
+            row_lse = base + np.log(total)
+            divisor = total if sinks is None else total + np.exp(sinks[heads] - base)
+            summed = weights @ keys[..., :head_dim_v]
+            out[rows, heads] = np.where((total == 0)[..., None], total.dtype.type(0), summed / divisor[..., None])
             lse[rows, heads] = row_lse
             if max_logits is not None:
                 max_logits[rows, heads] = highest
@@ -137,6 +138,7 @@ def _gather(
     return np.concatenate(all_keys, axis=1), np.concatenate(all_valid, axis=1)
 
 
+@unheeded
 def sparse_reference(
     problem: SparseProblem,
     inputs: SparseInputs,
@@ -210,8 +212,7 @@ def sparse_reference(
         dtype=compute,
     )
     sums[np.isneginf(sums)] = empty_lse
-    with np.errstate(over="ignore"):  # beyond float16's range, as on the GPU
-        out[...] = results.reshape(out.shape)
+    out[...] = results.reshape(out.shape)
     lse[...] = sums.reshape(queries.batch, queries.seqlen_q, heads).swapaxes(1, 2)
     if max_logits is not None:
         max_logits[...] = largest

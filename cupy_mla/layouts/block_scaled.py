@@ -8,6 +8,7 @@ from typing import Any, ClassVar
 import numpy as np
 
 from ..arrays.dtypes import numpy_dtype
+from ..arrays.events import unheeded
 from ..arrays.view import ArrayView, view
 from ..errors import InvalidArgumentError
 from .base import CacheLayout, Float32Array, Floats, Indices, Stored, cache_values
@@ -148,6 +149,7 @@ class BlockScaled(CacheLayout):
         scales = flat[:, page_size * value_bytes :].reshape(num_pages, page_size, self.scale_bytes)
         return tokens[..., :codes_end], scales, tokens[..., codes_end:]
 
+    @unheeded
     def quantise(self, values: Floats, scale: float | np.floating[Any] | None = None) -> Stored:
         """To bytes; ``values`` are [num_pages, page_size, 1, latent_dim + rope_dim].
 
@@ -195,12 +197,14 @@ class BlockScaled(CacheLayout):
         for target, source in zip(self.fields(cache.view(np.uint8)), self.fields(tokens), strict=True):
             target[pages, offsets] = source[:, 0]
 
+    @unheeded
     def dequantise(self, stored: Stored, scale: float | np.floating[Any] | None = None) -> Float32Array:
         """From bytes."""
         self._settled_scale(scale)
         self.check(view(stored, "stored"), "stored", self.latent_dim, self.rope_dim)
         return self._values(*self.fields(stored.view(np.uint8)))[:, :, None]
 
+    @unheeded
     def dequantise_tokens(
         self, stored: Stored, slots: Indices, kv_head: int, scale: float | np.floating[Any] | None = None
     ) -> Float32Array:
@@ -219,8 +223,7 @@ class BlockScaled(CacheLayout):
             scales = self.scales.decode(scale_field[..., :num_blocks])
         values = np.empty((*tokens, self.latent_dim + self.rope_dim), np.float32)
         blocks = self.codes.decode(codes).reshape(*tokens, num_blocks, self.block)
-        with np.errstate(over="ignore", invalid="ignore"):
-            blocks *= scales[..., None]
+        blocks *= scales[..., None]
         values[..., : self.coded] = blocks.reshape(*tokens, self.coded)
         values[..., self.coded :] = _typed(uncoded, numpy_dtype("bfloat16"))
         return values

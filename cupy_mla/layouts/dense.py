@@ -8,6 +8,7 @@ from typing import Any, ClassVar
 import numpy as np
 
 from ..arrays.dtypes import dtype_of_numpy, numpy_dtype
+from ..arrays.events import unheeded
 from ..errors import InvalidArgumentError
 from .base import CacheLayout, Float32Array, Floats, Indices, Stored, cache_values
 
@@ -30,12 +31,13 @@ class DenseLayout(CacheLayout):
         """``latent_dim + rope_dim``."""
         return latent_dim + rope_dim
 
+    @unheeded
     def quantise(self, values: Floats, scale: float | np.floating[Any] | None = None) -> Stored:
         """Round the values to the type."""
         self._settled_scale(scale)
-        with np.errstate(over="ignore"):  # beyond float16's range
-            return cache_values(values).astype(numpy_dtype(self.dtype))
+        return cache_values(values).astype(numpy_dtype(self.dtype))
 
+    @unheeded
     def dequantise(self, stored: Stored, scale: float | np.floating[Any] | None = None) -> Float32Array:
         """The values as float32."""
         self._settled_scale(scale)
@@ -43,6 +45,7 @@ class DenseLayout(CacheLayout):
             raise InvalidArgumentError("stored", self.dtype, str(stored.dtype))
         return cache_values(stored).astype(np.float32)
 
+    @unheeded
     def dequantise_tokens(
         self, stored: Stored, slots: Indices, kv_head: int, scale: float | np.floating[Any] | None = None
     ) -> Float32Array:

@@ -8,6 +8,7 @@ from typing import Any, ClassVar
 import numpy as np
 
 from ..arrays.dtypes import dtype_of_numpy, numpy_dtype
+from ..arrays.events import unheeded
 from ..errors import InvalidArgumentError
 from .base import CacheLayout, Float32Array, Floats, Indices, Stored, cache_values
 from .codes import E4M3, largest_magnitudes
@@ -38,17 +39,20 @@ class TensorScaled(CacheLayout):
         """``latent_dim + rope_dim``."""
         return latent_dim + rope_dim
 
+    @unheeded
     def choose_scale(self, values: Floats) -> np.float32:
         """The scale with which the largest finite magnitude of the values is stored as 448; 1 if they are all 0, or too
         small for a float32 scale."""
         scale = np.float32(largest_magnitudes(np.asarray(values, np.float32).reshape(-1)) / np.float32(E4M3.largest))
         return scale if scale >= np.finfo(np.float32).tiny else np.float32(1)
 
+    @unheeded
     def quantise(self, values: Floats, scale: float | np.floating[Any] | None = None) -> Stored:
         """Divide the values by the scale and round them to e4m3."""
         divided = np.asarray(cache_values(values), np.float32) / self._settled_scale(scale)
         return E4M3.encode(divided).view(numpy_dtype(self.dtype))
 
+    @unheeded
     def dequantise(self, stored: Stored, scale: float | np.floating[Any] | None = None) -> Float32Array:
         """The e4m3 values times the scale."""
         factor = self._settled_scale(scale)
@@ -56,6 +60,7 @@ class TensorScaled(CacheLayout):
             raise InvalidArgumentError("stored", self.dtype, str(stored.dtype))
         return E4M3.decode(np.ascontiguousarray(cache_values(stored)).view(np.uint8)) * factor
 
+    @unheeded
     def dequantise_tokens(
         self, stored: Stored, slots: Indices, kv_head: int, scale: float | np.floating[Any] | None = None
     ) -> Float32Array:
