@@ -20,6 +20,8 @@ from .torch_compile import teach
 if TYPE_CHECKING:
     from .cache.allocator import OutOfPagesError, OutOfRequestsError
     from .cache.append import append_tokens
+    from .cache.convert import dequantise_cache, quantise_cache
+    from .cache.copy_pages import copy_pages
     from .cache.paged import PagedKVCache
     from .cache.slots import slots_of
     from .cache.step import CacheStep
@@ -39,10 +41,13 @@ _LOADED_LATER = {
     "SparsePlan": "decode.sparse_plan",
     "Support": "decode.support",
     "append_tokens": "cache.append",
+    "copy_pages": "cache.copy_pages",
+    "dequantise_cache": "cache.convert",
     "is_supported": "decode.support",
     "mla_sparse_decode": "decode.sparse",
     "mla_sparse_prefill": "decode.prefill",
     "plan_sparse_decode": "decode.sparse",
+    "quantise_cache": "cache.convert",
     "slots_of": "cache.slots",
 }
 
@@ -64,6 +69,8 @@ __all__ = [
     "Support",
     "UnsupportedDeviceError",
     "append_tokens",
+    "copy_pages",
+    "dequantise_cache",
     "is_supported",
     "merge_states",
     "mla_decode",
@@ -71,6 +78,7 @@ __all__ = [
     "mla_sparse_prefill",
     "plan_decode",
     "plan_sparse_decode",
+    "quantise_cache",
     "slots_of",
 ]
 

@@ -15,6 +15,7 @@ from typing import Any
 from .arrays import xla
 from .arrays.frameworks import CPU
 from .cache.jax_append import append_tokens
+from .cache.jax_pages import copy_pages, dequantise_cache, quantise_cache
 from .call.describe import describe_decode
 from .call.options import PARTS, DecodeArrays, DecodeOptions, read_call
 from .call.problem import LSE_DTYPE, PLAN_DTYPE, DecodeInputs, DecodeProblem
@@ -38,12 +39,15 @@ from .gpu.device import require_backend
 
 __all__ = [
     "append_tokens",
+    "copy_pages",
+    "dequantise_cache",
     "merge_states",
     "mla_decode",
     "mla_sparse_decode",
     "mla_sparse_prefill",
     "plan_decode",
     "plan_sparse_decode",
+    "quantise_cache",
 ]
 
 

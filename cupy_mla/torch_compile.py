@@ -16,7 +16,7 @@ import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from .call.options import APPEND_ROPES, OPERATOR_NAMES, ROPE_OF
+from .call.options import APPEND_ROPES, CONVERT_ROPES, COPY_ROPES, OPERATOR_NAMES, ROPE_OF
 
 _TRACED_INSTEAD = "_torchdynamo_inline"
 _LOG2_E = math.log2(math.e)
@@ -74,7 +74,7 @@ def _operator(
         ):
             return NotImplemented
         for array, rope in ropes.items():
-            if isinstance(given[array], (tuple, list)):
+            if isinstance(given.get(array), (tuple, list)):
                 if len(given[array]) != len((array, rope)):
                     return NotImplemented
                 given[array], given[rope] = given[array]
@@ -148,6 +148,8 @@ def _renamed(given: Given) -> Given:
 
 _OPERATORS: dict[str, Callable[[Given], Any]] = {
     "append_tokens": _operator("append_tokens", ropes=APPEND_ROPES),
+    "copy_pages": _operator("copy_pages", ropes=COPY_ROPES),
+    "dequantise_cache": _operator("dequantise_cache", ropes=CONVERT_ROPES),
     "flash_mla_sparse_fwd": _flash_mla_sparse_fwd,
     "flash_mla_with_kvcache": _flash_mla_with_kvcache,
     "get_mla_metadata": _no_operator,
@@ -157,5 +159,6 @@ _OPERATORS: dict[str, Callable[[Given], Any]] = {
     "mla_sparse_prefill": _mla_sparse_prefill,
     "plan_decode": _no_operator,
     "plan_sparse_decode": _no_operator,
+    "quantise_cache": _operator("quantise_cache", ropes=CONVERT_ROPES),
     "slots_of": _operator("slots_of"),
 }

@@ -21,8 +21,21 @@ from dataclasses import dataclass
 from typing import Any
 
 from .cache.append import append_tokens
+from .cache.convert import dequantise_cache, quantise_cache
+from .cache.copy_pages import copy_pages
 from .cache.slots import slots_of
-from .call.options import APPEND_ROPES, DECODE, DECODE_FORM, OPERATOR_NAMES, PLAN, ROPE_OF, CallForm, Option
+from .call.options import (
+    APPEND_ROPES,
+    CONVERT_ROPES,
+    COPY_ROPES,
+    DECODE,
+    DECODE_FORM,
+    OPERATOR_NAMES,
+    PLAN,
+    ROPE_OF,
+    CallForm,
+    Option,
+)
 from .call.sparse_options import (
     PLAN_SPARSE,
     SPARSE_DECODE,
@@ -141,28 +154,31 @@ def _call_operator(
     return _Operator(positional, list(by_name.values()), call, results, run, fake)
 
 
-def _append_operator() -> _Operator:
-    """`cupy_mla.append_tokens` as it is, but for the stream; the layout by its name, the scale in a tensor."""
-    parameters = [
-        parameter for name, parameter in inspect.signature(append_tokens).parameters.items() if name != "stream"
-    ]
+# What functions that write to an array take besides tensors; None stands for their defaults.
+_NO_TENSORS = {"layout": "str?", "validate": "bool?"}
+
+
+def _in_place_operator(function: Callable[..., Any], written: str, ropes: dict[str, str]) -> _Operator:
+    """A function that writes to one of its arrays, as it is but for the stream; the layout by its name, the scale in a
+    tensor."""
+    parameters = [parameter for name, parameter in inspect.signature(function).parameters.items() if name != "stream"]
     positional: list[_Argument] = []
     named: list[_Argument] = []
     call: list[str] = []
     for parameter in parameters:
         name = parameter.name
-        is_cache = name == "kv_cache"
+        is_written = name == written
         by_name = parameter.kind is parameter.KEYWORD_ONLY
         argument = _Argument.of_array(
-            name, optional=parameter.default is not parameter.empty, alias="(a!)" if is_cache else ""
+            name, optional=parameter.default is not parameter.empty, alias="(a!)" if is_written else ""
         )
-        if name == "layout":
-            argument = _Argument(name, "str?", _NONE)
+        if name in _NO_TENSORS:
+            argument = _Argument(name, _NO_TENSORS[name], _NONE)
         (named if by_name else positional).append(argument)
-        call.append(f"{name}={name}" if by_name else _pair(name, APPEND_ROPES))
-        if name in APPEND_ROPES:
-            named.append(_Argument.of_array(APPEND_ROPES[name], optional=True, alias="(b!)" if is_cache else ""))
-    return _Operator(positional, named, f"run({', '.join(call)})", "()", append_tokens, calls.fake_nothing)
+        call.append(f"{name}={_pair(name, ropes)}" if by_name else _pair(name, ropes))
+        if name in ropes:
+            named.append(_Argument.of_array(ropes[name], optional=True, alias="(b!)" if is_written else ""))
+    return _Operator(positional, named, f"run({', '.join(call)})", "()", function, calls.fake_nothing)
 
 
 def _merge_operator(kind: str) -> _Operator:
@@ -217,7 +233,10 @@ _OPERATORS = {
         slots_of,
         calls.fake_slots,
     ),
-    "append_tokens": _append_operator(),
+    "append_tokens": _in_place_operator(append_tokens, "kv_cache", APPEND_ROPES),
+    "copy_pages": _in_place_operator(copy_pages, "kv_cache", COPY_ROPES),
+    "quantise_cache": _in_place_operator(quantise_cache, "kv_cache", CONVERT_ROPES),
+    "dequantise_cache": _in_place_operator(dequantise_cache, "values", CONVERT_ROPES),
     "merge_states": _merge_operator("Tensor"),
     "merge_states.list": _merge_operator("Tensor[]"),
 }

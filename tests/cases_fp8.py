@@ -30,13 +30,18 @@ class Fp8Case:
     page_size: int = 64
     causal: bool = False
     kind: str = "normal"
-    kv_scale: float | None = 0.5
+    kv_scale: float | tuple[float, float] | None = 0.5  # or of the latent and of the rope part
     seed: int = 0
 
     @property
     def has_rows(self) -> bool:
         """Whether tokens are 656 bytes with their scales: where there is no scale for the cache."""
         return self.kv_scale is None
+
+    @property
+    def column_scales(self) -> np.ndarray:
+        """What the stored value of each column is multiplied by."""
+        return np.repeat(np.broadcast_to(np.float32(self.kv_scale), 2), (LATENT, ROPE))
 
     def build(self) -> dict[str, Any]:
         """Arguments of `mla_decode` as NumPy arrays, without the scale."""
@@ -61,7 +66,7 @@ class Fp8Case:
             if self.kv_scale is None:
                 codes = FP8_DS_MLA.quantise(values[:, None, None])[:, 0, 0]
             else:
-                codes = (values / self.kv_scale).astype(E4M3).view(np.uint8)
+                codes = (values / self.column_scales).astype(E4M3).view(np.uint8)
             for page in range(count):
                 part = codes[page * self.page_size : (page + 1) * self.page_size]
                 cache[table[request, page], : len(part), 0] = part
@@ -82,7 +87,10 @@ class Fp8Case:
     def exact(self, arrays: dict[str, Any], compute: str = "exact") -> tuple[np.ndarray, np.ndarray]:
         """out [batch, seqlen_q, heads, d_v] and lse [batch, heads, seqlen_q] in float64; "fp8": of rounded queries."""
         q = arrays["q"].astype(np.float64)
-        q = (rounded_to_e4m3(q) if compute == "fp8" else q) * (LATENT + ROPE) ** -0.5
+        if compute == "fp8":
+            factors = self.column_scales / self.column_scales[0]
+            q = rounded_to_e4m3(q * factors) / factors
+        q = q * (LATENT + ROPE) ** -0.5
         out = np.zeros((*q.shape[:-1], LATENT))
         lse = np.full((len(self.lengths), self.heads, self.seqlen_q), -np.inf)
         for request, length in enumerate(self.lengths):
@@ -92,7 +100,7 @@ class Fp8Case:
             if self.kv_scale is None:
                 keys = FP8_DS_MLA.dequantise(keys[:, None, None])[:, 0, 0].astype(np.float64)
             else:
-                keys = keys.astype(np.float64) * self.kv_scale
+                keys = keys.astype(np.float64) * self.column_scales
             for token in range(self.seqlen_q):
                 seen = max(length - self.seqlen_q + token + 1, 0) if self.causal else length
                 if not seen:

@@ -20,22 +20,24 @@ from cupy_mla.arrays import frameworks, scratch
 from cupy_mla.arrays import sketch as sketches
 from cupy_mla.arrays import view as arrays
 from cupy_mla.arrays.view import ArrayView, contiguous_strides
-from cupy_mla.cache import append, append_call
+from cupy_mla.cache import append, append_call, convert, copy_pages
 from cupy_mla.call.memo import forget
 from cupy_mla.decode import blueprint, gathered, gathered_decode, plan, prefill, sparse, sparse_plan
 from cupy_mla.decode import dense as decode
 from cupy_mla.decode import prepared as decode_call
 from cupy_mla.gpu import device, driver
 from cupy_mla.gpu.device import DeviceInfo
+from cupy_mla.gpu.jit import module as jit_module
 from cupy_mla.gpu.jit.source import KernelSource
 from cupy_mla.kernels.structs import (
     APPEND_PARAMS,
+    BLOCKS_PARAMS,
     COMBINE_PARAMS,
+    COPY_PAGES_PARAMS,
     DECODE_PARAMS,
     GATHER_COMBINE_PARAMS,
     GATHER_PARAMS,
     PLAN_PARAMS,
-    QUANTISE_PARAMS,
 )
 from cupy_mla.kernels.tensor_maps import TENSOR_MAP
 
@@ -51,7 +53,9 @@ ARGUMENTS: dict[str, tuple[Any, ...]] = {
     "combine": (COMBINE_PARAMS,),
     "plan": (np.uint64, np.uint64, np.uint64, np.uint64, PLAN_PARAMS),
     "append": (APPEND_PARAMS,),
-    "quantise": (QUANTISE_PARAMS,),
+    "dequantise": (BLOCKS_PARAMS,),
+    "quantise": (BLOCKS_PARAMS,),
+    "copy_pages": (COPY_PAGES_PARAMS,),
 }
 
 
@@ -187,14 +191,14 @@ def fake_gpu(patch: pytest.MonkeyPatch) -> FakeGpu:
     info = DeviceInfo(0, "fake", (9, 0), NUM_SMS, 2**36, 2**25, 232448)
     for module in (plan, sparse_plan, gathered):
         patch.setattr(module, "describe_device", lambda device_id: info)
-    for module in (append_call, blueprint, gathered):
+    for module in (append_call, blueprint, gathered, jit_module):
         patch.setattr(module, "load", gpu.load)
     patch.setattr(device, "require_supported", lambda device_id: info)
     for module in (decode_call, gathered_decode):
         patch.setattr(module, "second_half", lambda device_id: HALF)
     for module in (blueprint, decode, prefill, scratch, sparse):
         patch.setattr(module, "empty_like", gpu.empty_like)
-    for module in (append, plan, sparse_plan, decode, prefill, sparse):
+    for module in (append, convert, copy_pages, plan, sparse_plan, decode, prefill, sparse):
         patch.setattr(module, "current_stream", lambda array, device_id: 77)
     forget()
     return gpu

@@ -12,7 +12,13 @@ import pytest
 
 from cupy_mla.cache.append import append_tokens
 from cupy_mla.errors import InvalidArgumentError
-from cupy_mla.kernels.structs import APPEND_PARAMS, APPEND_PLACES, APPEND_SEGMENT, QUANTISE_PARAMS
+from cupy_mla.kernels.structs import (
+    APPEND_PARAMS,
+    APPEND_PLACES,
+    APPEND_SEGMENT,
+    BLOCKS_PARAMS,
+    COPY_PAGES_PARAMS,
+)
 
 LATENT, ROPE = 12, 4
 WIDTH = LATENT + ROPE
@@ -152,13 +158,15 @@ def test_a_bad_append_is_refused(argument: str, call: dict[str, Any]) -> None:
 
 
 def test_params_have_the_sizes_of_the_kernel() -> None:
-    sources = "".join((CACHE_SOURCES / name).read_text() for name in ("places.h", "append.cu", "quantise.cu"))
+    names = "places.h", "append.cu", "blocks.h", "copy_pages.cu"
+    sources = "".join((CACHE_SOURCES / name).read_text() for name in names)
     sizes = {name: int(size) for name, size in re.findall(r"sizeof\((\w+)\) == (\d+)", sources)}
     assert sizes == {
         "AppendSegment": APPEND_SEGMENT.itemsize,
         "AppendPlaces": APPEND_PLACES.itemsize,
         "AppendParams": APPEND_PARAMS.itemsize,
-        "QuantiseParams": QUANTISE_PARAMS.itemsize,
+        "BlocksParams": BLOCKS_PARAMS.itemsize,
+        "CopyPagesParams": COPY_PAGES_PARAMS.itemsize,
     }
 
 

@@ -375,6 +375,23 @@ def test_how_an_archive_stores_its_arrays_does_not_matter(tmp_path: Path, dtype:
 
 
 @pytest.mark.parametrize("suffix", SUFFIXES)
+def test_a_file_may_have_a_scale_of_each_part(tmp_path: Path, suffix: str) -> None:
+    if suffix == ".safetensors":
+        pytest.importorskip("safetensors")
+    case = replace(build_case(CaseSpec((40, 3), 2, layout="fp8_e4m3")), kv_scale=(0.5, 0.25))
+    path = tmp_path / f"case{suffix}"
+    arrays = {**stored(case), "kv_cache": case.kv_cache.view(np.uint8)}
+    write_arrays(path, arrays | {"kv_scale": np.array(case.kv_scale, np.float32)})
+    loaded = case_files.load_case(path)
+    assert loaded.kv_scale == case.kv_scale
+    for ours, theirs in zip(loaded.run(), case.run(), strict=True):
+        assert ours.tobytes() == theirs.tobytes()
+    write_arrays(path, arrays | {"kv_scale": np.ones(3, np.float32)})
+    with pytest.raises(InvalidArgumentError, match=r"kv_scale: expected a single value .* got shape \(3,\)"):
+        case_files.load_case(path)
+
+
+@pytest.mark.parametrize("suffix", SUFFIXES)
 def test_an_e4m3_case_comes_back_from_a_file(tmp_path: Path, suffix: str) -> None:
     if suffix == ".safetensors":
         pytest.importorskip("safetensors")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -39,6 +40,22 @@ def test_pairs() -> None:
         np.testing.assert_array_equal(ours, theirs)
 
 
+@pytest.mark.parametrize("compute", ["exact", "split", "fp8"])
+@pytest.mark.parametrize("form", [tuple, list, lambda pair: np.array(pair, np.float32)], ids=["tuple", "list", "array"])
+@pytest.mark.parametrize("pairs", [False, True])
+def test_each_part_has_a_scale(compute: str, form: Any, pairs: bool) -> None:
+    case = replace(CASE, kv_scale=(0.5, 0.0375))
+    arrays = case.build()
+    exact, exact_lse = case.exact(arrays, compute)
+    if pairs:
+        for name in ("q", "kv_cache"):
+            arrays[name] = arrays[name][..., :LATENT].copy(), arrays[name][..., LATENT:].copy()
+    options = {"causal": True, "kv_scale": form(case.kv_scale), "compute": compute}
+    out, lse = mla_decode(**arrays, **options, plan=plan_decode(**arrays, **options))
+    assert relative_error(out, exact) < 3e-3
+    np.testing.assert_allclose(lse, exact_lse, rtol=1e-5, atol=1e-5)
+
+
 def test_a_plan_is_for_one_way_to_compute() -> None:
     arrays = CASE.build()
     plan = plan_decode(**arrays, causal=True, kv_scale=1.0, compute="exact")
@@ -55,7 +72,11 @@ REFUSED: dict[str, tuple[str, dict[str, Any]]] = {
     "a text": ("kv_scale", {"kv_scale": "1"}),
     "a truth value": ("kv_scale", {"kv_scale": True}),
     "a scale of another type": ("kv_scale", {"kv_scale": np.ones(1)}),
-    "two scales": ("kv_scale", {"kv_scale": np.ones(2, np.float32)}),
+    "three scales": ("kv_scale", {"kv_scale": np.ones(3, np.float32)}),
+    "two scales with a gap": ("kv_scale", {"kv_scale": np.ones(4, np.float32)[::2]}),
+    "a pair with a zero": ("kv_scale", {"kv_scale": (1.0, 0.0)}),
+    "a pair of texts": ("kv_scale", {"kv_scale": ("1", "2")}),
+    "three numbers": ("kv_scale", {"kv_scale": (1.0, 1.0, 1.0)}),
     "an unknown way to compute": ("compute", {"compute": "fast"}),
     "a way to compute that is no text": ("compute", {"compute": 1}),
 }

@@ -24,7 +24,7 @@ from cupy_mla import (
     mla_decode,
 )
 from cupy_mla.arrays import xla
-from cupy_mla.cache import jax_append
+from cupy_mla.cache import jax_in_place
 from cupy_mla.call.options import DECODE, OPTIONS, PARTS, PLAN, DecodeOptions
 from cupy_mla.decode import jax_calls
 from cupy_mla.decode.jax_calls import TracedCall
@@ -51,7 +51,7 @@ def bridge(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> s
         pytest.skip("jax-tvm-ffi is not installed")
     if request.param == "callback":
         monkeypatch.setattr(jax_ops, "register_calls", lambda device: False)
-        monkeypatch.setattr(jax_append, "register_calls", lambda device: False)
+        monkeypatch.setattr(jax_in_place, "register_calls", lambda call, device: False)
     jax.clear_caches()
     return str(request.param)
 
@@ -322,6 +322,18 @@ def test_the_missing_bridge_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     assert xla.register(jax_calls.CALLS, "cpu") is False
     with pytest.raises(MissingDependencyError, match="jax-tvm-ffi"):
         xla.register(jax_calls.CALLS, "cuda")
+
+
+@pytest.mark.parametrize("as_array", [False, True])
+def test_each_part_of_an_e4m3_cache_has_a_scale(as_array: bool) -> None:
+    host = make()
+    host["kv_cache"] = host["kv_cache"].astype(FP8_E4M3.dtype)
+    scales = np.array([0.5, 0.0375], np.float32)
+    expected = mla_decode(**host, kv_scale=scales)
+    given = scales if as_array else (0.5, 0.0375)
+    program = jax.jit(lambda arrays, scale: jax_ops.mla_decode(**arrays, kv_scale=scale if as_array else given))
+    for results in (program(host, scales), jax_ops.mla_decode(**host, kv_scale=given)):
+        same(results, expected)
 
 
 # --- appends and merges

@@ -133,6 +133,9 @@ def test_what_is_taken_is_shown() -> None:
         jax_ops.plan_sparse_decode: (cupy_mla.plan_sparse_decode,),
         jax_ops.mla_sparse_prefill: (cupy_mla.mla_sparse_prefill,),
         jax_ops.append_tokens: (cupy_mla.append_tokens,),
+        jax_ops.copy_pages: (cupy_mla.copy_pages,),
+        jax_ops.quantise_cache: (cupy_mla.quantise_cache,),
+        jax_ops.dequantise_cache: (cupy_mla.dequantise_cache,),
     }
     for function, others in taken.items():
         shown = inspect.signature(function).parameters

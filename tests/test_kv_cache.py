@@ -277,7 +277,6 @@ def test_counts_of_a_narrow_type_do_not_wrap() -> None:
         ("max_pages_per_seq", 2.5),
         ("dtype", "float64"),
         ("layout", "fp8"),
-        ("layout", "fp4_v41"),  # nothing appends to it
         ("framework", "tensorflow"),
         ("framework", "cupy"),  # which has nothing on the CPU
         ("num_layers", 0),
@@ -290,7 +289,7 @@ def test_counts_of_a_narrow_type_do_not_wrap() -> None:
 )
 def test_a_bad_setting_is_named(argument: str, value: Any) -> None:
     with pytest.raises(InvalidArgumentError, match=f"^{argument}: "):
-        small_cache(**({"dtype": None} if value == "fp4_v41" else {}) | {argument: value})
+        small_cache(**{argument: value})
 
 
 @pytest.mark.parametrize(("layout", "dtype"), [("fp16", "float16"), (BF16, "bfloat16"), (None, "bfloat16")])

@@ -16,7 +16,7 @@ from cupy_mla.layouts import FP8_DS_MLA, FP8_E4M3, FP8_MODEL1, LAYOUTS, CacheLay
 LAYERS, PAGES, PAGE_SIZE = 3, 12, 16
 SCALES = [0.01, 0.02, 0.03]
 FRAMEWORKS = ["numpy", "torch", "jax"]
-WRITTEN = [layout for layout in LAYOUTS.values() if layout.name != "fp4_v41"]
+WRITTEN = list(LAYOUTS.values())
 layouts = pytest.mark.parametrize("layout", WRITTEN, ids=[layout.name for layout in WRITTEN])
 frameworks = pytest.mark.parametrize("framework", FRAMEWORKS)
 

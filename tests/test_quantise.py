@@ -1,4 +1,4 @@
-"""Appending 16-bit rows to caches of e4m3 against the layouts' own quantisers."""
+"""Appending 16-bit rows to caches of e4m3 or e2m1 against the layouts' own quantisers."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ import pytest
 
 from cupy_mla import append_tokens
 from cupy_mla.errors import InvalidArgumentError
-from cupy_mla.layouts import FP8_DS_MLA, FP8_DS_MLA_NO_ROPE, FP8_E4M3, FP8_MODEL1, FP8_V41, LAYOUTS, CacheLayout
+from cupy_mla.layouts import FP4_V41, FP8_DS_MLA, FP8_DS_MLA_NO_ROPE, FP8_E4M3, FP8_MODEL1, FP8_V41, CacheLayout
 
-WRITTEN = [FP8_E4M3, FP8_DS_MLA, FP8_DS_MLA_NO_ROPE, FP8_MODEL1, FP8_V41]
+WRITTEN = [FP8_E4M3, FP8_DS_MLA, FP8_DS_MLA_NO_ROPE, FP8_MODEL1, FP8_V41, FP4_V41]
 PAGES, PAGE_SIZE, TOKENS = 5, 16, 40
 SCALE = 0.0173
 OUTSIDE = (-1, PAGES * PAGE_SIZE)
@@ -97,7 +97,6 @@ def bad_calls() -> dict[str, tuple[str, dict[str, Any]]]:
     tensor_scaled = {"kv_cache": empty_cache(FP8_E4M3), "kv_new": wide, "kv_scale": SCALE}
     bytes_528 = {"kv_cache": empty_cache(FP8_V41), "kv_new": rows}
     named = bytes_528 | {"layout": FP8_V41}
-    fp4 = {"kv_cache": empty_cache(LAYOUTS["fp4_v41"]), "kv_new": rows}
     dense = {"kv_cache": np.zeros((PAGES, PAGE_SIZE, 1, 576), ml_dtypes.bfloat16), "kv_new": wide}
     calls: dict[str, tuple[str, dict[str, Any]]] = {
         "no scale": ("kv_scale", tensor_scaled | {"kv_scale": None}),
@@ -110,7 +109,6 @@ def bad_calls() -> dict[str, tuple[str, dict[str, Any]]]:
         "an unknown layout": ("layout", named | {"layout": "fp8"}),
         "another layout": ("kv_cache", named | {"layout": "bf16"}),
         "another width": ("kv_cache", named | {"layout": "fp8_ds_mla"}),
-        "nibbles": ("layout", fp4),
         "rows too wide": ("kv_new", named | {"kv_new": wide}),
         "rows of float32": ("kv_new", named | {"kv_new": rows.astype(np.float32)}),
         "fp16 for bf16": ("kv_new", dense | {"kv_new": wide.astype(np.float16)}),

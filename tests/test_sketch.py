@@ -103,6 +103,18 @@ def test_numbers_in_the_places_of_arrays_count_in_repeated_calls() -> None:
     assert repeated((tensor, 0.25))[2][-1] == 0.25
 
 
+def test_two_numbers_in_the_place_of_an_array_count_too() -> None:
+    repeated, tensor = Sketches().sketch, torch.zeros(3)
+    for _ in range(REPEATS):
+        sketched = repeated((tensor, (0.5, 0.25)))
+    assert sketched[0] == (tensor.data_ptr(), 0)
+    assert repeated((tensor, (0.5, 0.25)))[2] is sketched[2]
+    assert repeated((tensor, (0.5, 0.125)))[2][-1] == (0.5, 0.125)
+    for other in ((0.5, 1), (0.5,), [0.5, 0.25], (tensor, 0.5)):
+        assert repeated((tensor, other)) is None
+    assert repeated((tensor, (0.5, 0.25, 1.0)))[2] != sketched[2]
+
+
 def test_a_torch_without_guards_has_sketches(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "torch._C._dynamo.guards", None)
     monkeypatch.setattr(sketch_module, "_tensor_guards", sketch_module._tensor_guards.__wrapped__)

@@ -47,6 +47,16 @@ def run_append(*, by_table: bool) -> Any:
     return (cache,)
 
 
+def run_pages() -> Any:
+    """All three calls on pages: quantised, copied, and some of them read again."""
+    cache = torch.zeros(PAGES, PAGE_SIZE, 1, 656, dtype=torch.uint8)
+    cupy_mla.quantise_cache(cache, pair(DENSE[1]), layout="fp8_ds_mla")
+    cupy_mla.copy_pages(cache, DENSE[2][0, :1], DENSE[2][0, 1:2])
+    values = torch.zeros_like(DENSE[1][:2])
+    cupy_mla.dequantise_cache(cache, values, pages=DENSE[2][0, :2].contiguous())
+    return cache, values
+
+
 def with_outputs(arrays: tuple[Any, ...]) -> Any:
     out, lse = torch.empty(BATCH, 1, HEADS, 512, dtype=torch.bfloat16), torch.empty(BATCH, HEADS, 1)
     return cupy_mla.mla_decode(*arrays, out=out, lse=lse)
@@ -90,10 +100,15 @@ IN_GRAPHS: list[tuple[str, Callable[[], Any]]] = [
     ),
     ("mla_sparse_prefill into outputs", chosen_into_outputs),
     ("of an FP8 cache", lambda: cupy_mla.mla_decode(DENSE[0], FP8_E4M3, *DENSE[2:], kv_scale=torch.tensor(0.1))),
+    (
+        "of an FP8 cache of two scales",
+        lambda: cupy_mla.mla_decode(DENSE[0], pair(FP8_E4M3), *DENSE[2:], kv_scale=torch.tensor([0.1, 0.2])),
+    ),
     ("mla_sparse_prefill", lambda: cupy_mla.mla_sparse_prefill(*PREFILL)),
     ("slots_of", lambda: (cupy_mla.slots_of(SPARSE[2], DENSE[2], PAGE_SIZE),)),
     ("append_tokens", lambda: run_append(by_table=False)),
     ("append_tokens by table", lambda: run_append(by_table=True)),
+    ("pages", run_pages),
     ("FlashMLA", lambda: flash_mla.flash_mla_with_kvcache(*DENSE, 512, DENSE_META)),
     ("FlashMLA, causal", lambda: flash_mla.flash_mla_with_kvcache(*DENSE, 512, CAUSAL_META, None, 0.1, True)),
     (
@@ -138,6 +153,7 @@ BETWEEN_GRAPHS: list[tuple[str, Callable[[], Any]]] = [
     ("sparse plans", planned_sparse),
     ("one output", one_output),
     ("a scale as a number", lambda: cupy_mla.mla_decode(DENSE[0], FP8_E4M3, *DENSE[2:], kv_scale=0.1)),
+    ("two scales as numbers", lambda: cupy_mla.mla_decode(DENSE[0], FP8_E4M3, *DENSE[2:], kv_scale=(0.1, 0.2))),
     (
         "a layout as an object",
         lambda: (quantised(cupy_mla.layouts.FP8_DS_MLA, torch.uint8),),

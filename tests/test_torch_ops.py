@@ -10,7 +10,16 @@ from typing import Any
 
 import pytest
 
-from cupy_mla import InvalidArgumentError, PlanMismatchError, append_tokens, merge_states, mla_decode
+from cupy_mla import (
+    InvalidArgumentError,
+    PlanMismatchError,
+    append_tokens,
+    copy_pages,
+    dequantise_cache,
+    merge_states,
+    mla_decode,
+    quantise_cache,
+)
 from cupy_mla.call.options import ARRAYS, DECODE, DECODE_FORM, OPTIONS, OUTPUTS, PARTS, PLAN, Option
 
 torch = pytest.importorskip("torch", reason="torch is not installed")
@@ -234,6 +243,35 @@ def test_bad_outputs_are_refused_and_not_written() -> None:
     assert given["out"].isnan().all()
 
 
+def test_calls_on_pages() -> None:
+    values = torch.randn(4, 16, 1, 576).bfloat16()
+    scale, pages = torch.tensor(0.02), torch.tensor([2, 0], dtype=torch.int32)
+    cache = torch.zeros(4, 16, 1, 576, dtype=torch.float8_e4m3fn)
+    expected = cache.clone()
+    quantise_cache(expected, values[:2], pages=pages, kv_scale=0.02)
+    latent, rope = cache[..., :512].clone(), cache[..., 512:].clone()
+    OPS.quantise_cache(latent, values[:2, ..., :512], kv_rope=rope, values_rope=values[:2, ..., 512:], pages=pages,
+                       kv_scale=scale)  # fmt: skip
+    stored = torch.cat((latent.view(torch.uint8), rope.view(torch.uint8)), -1)
+    assert torch.equal(stored, expected.view(torch.uint8))
+
+    back, expected_back = torch.zeros_like(values[:2]), torch.zeros_like(values[:2])
+    dequantise_cache(expected, expected_back, pages=pages, kv_scale=0.02)
+    OPS.dequantise_cache(expected, back, pages=pages, kv_scale=scale)
+    assert torch.equal(back, expected_back)
+    assert (back - values[:2]).abs().max() < 0.2
+
+    moved = values.clone()
+    copy_pages(moved, pages, pages + 1)
+    OPS.copy_pages(values, pages, pages + 1)
+    assert torch.equal(values, moved)
+    gathered = torch.empty_like(values[:2])
+    OPS.copy_pages(gathered, pages, source=values)
+    assert torch.equal(gathered, values[pages.long()])
+    with pytest.raises(InvalidArgumentError, match=r"^target_pages\[1\]: "):
+        OPS.copy_pages(values, pages, torch.tensor([1, 4], dtype=torch.int32), validate=True)
+
+
 def samples() -> dict[str, tuple[Any, tuple[Any, ...], dict[str, Any]]]:
     tensors = make()
     ragged = make(ragged=True)
@@ -249,6 +287,22 @@ def samples() -> dict[str, tuple[Any, tuple[Any, ...], dict[str, Any]]]:
             OPS.append_tokens,
             (torch.zeros(4, 16, 1, 528, dtype=torch.uint8), torch.randn(2, 512).bfloat16(), slots),
             {"layout": "fp8_v41"},
+        ),
+        "copied pages": (OPS.copy_pages, (tensors["kv_cache"].clone(), slots.int(), slots.int() + 1), {}),
+        "gathered pages": (
+            OPS.copy_pages,
+            (torch.empty(2, 16, 1, 8), torch.tensor([3, 0], dtype=torch.int32)),
+            {"source": torch.randn(4, 16, 1, 8)},
+        ),
+        "quantise": (
+            OPS.quantise_cache,
+            (torch.zeros(4, 16, 1, 528, dtype=torch.uint8), torch.randn(4, 16, 1, 512).bfloat16()),
+            {"layout": "fp8_v41"},
+        ),
+        "dequantise": (
+            OPS.dequantise_cache,
+            (torch.zeros(4, 16, 1, 656, dtype=torch.uint8), torch.zeros(4, 16, 1, 576).bfloat16()),
+            {},
         ),
         "merge": (OPS.merge_states, (torch.randn(4, 3, 2, 16, 512), torch.randn(4, 3, 16, 2)), {}),
         "merge lists": (

@@ -34,6 +34,7 @@ _EXPRESSIONS: dict[tuple[str, str], tuple[str, str]] = {
     ("builtins", "float"): ("0", "{a}"),
 }
 _NO_ARRAYS = (NoneType, float)
+_TWO_NUMBERS = (float, float)  # so may be a pair of them
 _REPEATS = 6  # calls like one another until guards are made, which takes as long as they save in so many calls
 # The type of an array, or of the arrays of a pair.
 _Type = Any
@@ -119,6 +120,14 @@ class Sketcher:
         expected: list[tuple[str, type]] = []
         for index, array_type in enumerate(types):
             parts = [(f"a{index}", array_type)]
+            if array_type == _TWO_NUMBERS and index >= pairs:
+                [(name, _)] = parts
+                pointers.append("0")
+                forms.append(name)
+                numbers.append(name)
+                expected += [(name, tuple), (f"{name}[0]", float), (f"{name}[1]", float)]
+                self.not_there += 1
+                continue
             if isinstance(array_type, tuple):
                 expected.append((f"a{index}", tuple))
                 parts = [(f"a{index}[{part}]", part_type) for part, part_type in enumerate(array_type)]

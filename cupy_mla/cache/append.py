@@ -52,8 +52,8 @@ def append_tokens(
     kv_new
         [num_tokens, num_heads_kv, d] or, with one KV head, [num_tokens, d]; or the pair (latent, rope). Packed rows
         may go to a pair of caches and the other way round. Rows of bfloat16 or float16 for a cache in an FP8 layout
-        are rounded to it: ``fp8_e4m3``, or a layout whose scales are in the cache, found here as DeepSeek's powers
-        of two.
+        are rounded to it: ``fp8_e4m3``, or a layout whose scales are in the cache, found here as the quantisers of
+        `cupy_mla.layouts` find them.
     slot_mapping
         int64 [num_tokens]: ``page * page_size + offset``.
     block_table
@@ -77,8 +77,8 @@ def append_tokens(
     ------
     InvalidArgumentError
         An argument of the wrong rank, shape, type, device or alignment, a cache that cannot be written to, a layout
-        that is unknown, in doubt or never written, a scale that is missing or out of place, or a stream that is no
-        number. Nothing is written then.
+        that is unknown or in doubt, a scale that is missing or out of place, or a stream that is no number. Nothing is
+        written then.
     UnsupportedDeviceError
         The arrays are on a GPU that is not Hopper, or the backend that the settings ask for cannot take them.
     """
@@ -131,7 +131,11 @@ def _append_numpy(append: Append) -> None:
     num_pages, page_size = append.segments[0].cache.shape[:2]
     pages, offsets, tokens = _find_slots(append.places, append.num_tokens, num_pages=num_pages, page_size=page_size)
     if append.quantiser is not None:
-        put_numpy(append.quantiser, append.segments, pages, offsets, tokens)
+        values = [
+            as_numpy(part.rows)[tokens, :, part.rows_column : part.rows_column + part.width].astype(np.float32)
+            for part in append.segments
+        ]
+        put_numpy(append.quantiser, append.segments, pages, offsets, values)
         return
     for segment in append.segments:
         target = as_numpy(segment.cache)

@@ -1,4 +1,4 @@
-"""Appends on a GPU: everything about a call but its addresses, packed once and launched for every layer."""
+"""Appends on a GPU, and reads: everything about a call but its addresses, packed once and launched for every layer."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ import numpy.typing as npt
 from ..arrays.view import ArrayView
 from ..gpu.jit.module import load
 from ..gpu.launch import Launch
-from ..kernels.append import APPEND_SOURCE, CHUNK_BYTES, append_geometry, quantise_source
-from ..kernels.structs import APPEND_PARAMS, QUANTISE_PARAMS
+from ..kernels.append import APPEND_SOURCE, CHUNK_BYTES, append_geometry, dequantise_source, quantise_source
+from ..kernels.structs import APPEND_PARAMS, BLOCKS_PARAMS
 from .new_tokens import Append, Places
 from .quantise import pack_quantiser
 from .segments import Segment
@@ -37,8 +37,9 @@ class AppendCall:
     def __init__(self, append: Append) -> None:
         self.device_id = append.location[1]
         geometry = append_geometry(append.num_tokens)
-        rounded = append.quantiser is not None
-        source = quantise_source(append.rows[0].dtype) if rounded else APPEND_SOURCE
+        source = APPEND_SOURCE
+        if append.quantiser is not None:
+            source = (dequantise_source if append.reads else quantise_source)(append.rows[0].dtype)
         params, self._addresses = pack_append(append)
         self._words = params.view(_POINTER).data
         self._lock = threading.Lock()  # the packed arguments are shared by all threads
@@ -67,11 +68,11 @@ def pack_append(append: Append) -> tuple[npt.NDArray[np.void], list[tuple[int, i
     Returns
     -------
     params
-        An array of size one and type ``APPEND_PARAMS``, or ``QUANTISE_PARAMS`` where rows are rounded.
+        An array of size one and type ``APPEND_PARAMS``, or ``BLOCKS_PARAMS`` where rows are rounded.
     addresses
         For each address: its word of ``params``, which of `APPEND_PARTS` it is in, and how many bytes from its first.
     """
-    params = np.zeros(1, APPEND_PARAMS if append.quantiser is None else QUANTISE_PARAMS)
+    params = np.zeros(1, APPEND_PARAMS if append.quantiser is None else BLOCKS_PARAMS)
     fields, parts = params[0], append.parts()
     for packed, segment in zip(fields["segments"], append.segments, strict=False):
         _pack_segment(packed, segment)
@@ -128,6 +129,8 @@ def _pack_places(packed: Any, places: Places, cache: ArrayView, num_tokens: int)
     if places.block_table is not None:
         packed["block_table_stride"] = places.block_table.strides[0]
         packed["num_requests"], packed["max_pages_per_seq"] = places.block_table.shape
+    elif places.slot_mapping is None:
+        packed["num_requests"], packed["max_pages_per_seq"] = 1, cache.shape[0]
     packed["num_pages"], packed["page_size"], packed["num_heads_kv"] = cache.shape[:3]
     packed["num_tokens"] = num_tokens
     packed["tokens_per_request"] = places.tokens_per_request

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import sys
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -67,9 +68,10 @@ class JaxStorage:
             raise InvalidArgumentError("pages", self._description, said)
         self.pages = pages
 
-    def copy_page(self, old: int, new: int, stream: int | None) -> None:
-        """Copy one page to another, in every layer."""
-        self.pages = _copying()(self.pages, old, new, self._num_pages)
+    def copy_pages(self, old: Sequence[int], new: Sequence[int], stream: int | None) -> None:
+        """Copy pages to others, in every layer; one by one, as a program is compiled for a number of them."""
+        for pair in zip(old, new, strict=True):
+            self.pages = _copying()(self.pages, *pair, self._num_pages)
 
     def append(self, layer: int, kv_new: Any, slots: Any, kv_scale: Any, layout: CacheLayout) -> None:
         """Write new tokens to a layer."""

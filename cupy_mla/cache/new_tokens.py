@@ -21,7 +21,7 @@ from .segments import (
     check_last_contiguous,
     check_same_place,
     match_segments,
-    view_cache,
+    view_pages,
     view_rows,
 )
 
@@ -50,7 +50,11 @@ class AppendArrays:
 
 @dataclass(frozen=True, slots=True)
 class Places:
-    """Where the tokens go: a slot mapping, or a block table with positions (and requests)."""
+    """Where the tokens lie: a slot mapping, or a block table with positions (and requests).
+
+    Without a slot mapping and positions the tokens are those of one request, in turn. Its pages are the one row of the
+    block table, or without it all pages.
+    """
 
     slot_mapping: ArrayView | None
     block_table: ArrayView | None
@@ -59,7 +63,7 @@ class Places:
     tokens_per_request: int
 
 
-def _index_array(
+def view_index(
     value: Any, name: str, dtype: str, shape: tuple[int | None, ...], cache: ArrayView, stream: int | None
 ) -> ArrayView:
     """View of an index array, after its type, shape (None: any size) and device are checked."""
@@ -79,20 +83,22 @@ def _index_array(
 
 @dataclass(frozen=True, slots=True)
 class Append:
-    """An append that was checked.
+    """An append that was checked, or a read in the other direction.
 
     Attributes
     ----------
     caches, rows
-        The cache and the new tokens, or the two parts of each.
+        The cache and the tokens, or the two parts of each.
     segments
-        What is copied; none where there is nothing to copy.
+        What is moved; none where there is nothing to move.
     places
-        Where to.
+        Where in the cache.
     num_tokens
         How many rows.
     quantiser
         How they are rounded; None: they are copied as they are.
+    reads
+        Whether the rows are read from the cache, with what was rounded.
     """
 
     caches: list[ArrayView]
@@ -101,6 +107,7 @@ class Append:
     places: Places
     num_tokens: int
     quantiser: Quantiser | None = None
+    reads: bool = False
 
     @property
     def location(self) -> tuple[str, int]:
@@ -122,11 +129,11 @@ def describe_append(given: AppendArrays, stream: int | None = None, layout: Cach
     ------
     InvalidArgumentError
         An array has a wrong rank, shape, type, device, strides or alignment, the cache cannot be written to, its layout
-        is unknown, in doubt or not one that is written, or a scale is missing, out of place or no number above 0.
+        is unknown or in doubt, or a scale is missing, out of place or no number above 0.
     UnsupportedDeviceError
         The arrays are on a GPU that is not Hopper, or the backend that the settings ask for cannot take them.
     """
-    cache_views = view_cache(given.kv_cache, stream)
+    cache_views = view_pages(given.kv_cache, stream, written=True)
     rows_views = view_rows(given.kv_new, stream)
     quantiser = settle_quantiser(cache_views, rows_views, given.kv_scale, layout, stream)
     if quantiser is None:
@@ -152,15 +159,15 @@ def describe_places(cache: ArrayView, num_tokens: int, given: AppendArrays, stre
         for name in ("block_table", "positions", "requests"):
             if getattr(given, name) is not None:
                 raise InvalidArgumentError(name, "None beside slot_mapping", type(getattr(given, name)).__name__)
-        slots = _index_array(given.slot_mapping, "slot_mapping", SLOT_DTYPE, (num_tokens,), cache, stream)
+        slots = view_index(given.slot_mapping, "slot_mapping", SLOT_DTYPE, (num_tokens,), cache, stream)
         return Places(slots, None, None, None, 1)
     for name in ("block_table", "positions"):
         if getattr(given, name) is None:
             raise InvalidArgumentError(name, "an array (or slot_mapping instead)", "None")
-    table = _index_array(given.block_table, "block_table", "int32", (None, None), cache, stream)
-    place = _index_array(given.positions, "positions", "int32", (num_tokens,), cache, stream)
+    table = view_index(given.block_table, "block_table", "int32", (None, None), cache, stream)
+    place = view_index(given.positions, "positions", "int32", (num_tokens,), cache, stream)
     if given.requests is not None:
-        owner = _index_array(given.requests, "requests", "int32", (num_tokens,), cache, stream)
+        owner = view_index(given.requests, "requests", "int32", (num_tokens,), cache, stream)
         return Places(None, table, place, owner, 1)
     batch = table.shape[0]
     if num_tokens > 0 and (batch == 0 or num_tokens % batch != 0):

@@ -55,7 +55,7 @@ class PagedKVCache(Requests):
         ``num_pages`` if not given.
     layout
         How tokens are stored, by name or as an object of `cupy_mla.layouts`, instead of ``dtype``: ``"bf16"``,
-        ``"fp16"``, ``"fp8_e4m3"`` or another one whose values are e4m3.
+        ``"fp16"``, ``"fp8_e4m3"`` or any other.
     num_layers
         Layers of the model.
     framework
@@ -72,8 +72,8 @@ class PagedKVCache(Requests):
     Raises
     ------
     InvalidArgumentError
-        A size that is no positive integer, an unknown type, layout, device or framework, a layout that no kernel
-        appends to, a layout beside a type, or a scale where none belongs or none where one does.
+        A size that is no positive integer, an unknown type, layout, device or framework, a layout beside a type, or a
+        scale where none belongs or none where one does.
     MissingDependencyError
         The framework is not installed.
     UnsupportedDeviceError
@@ -378,8 +378,8 @@ class PagedKVCache(Requests):
         return spread(kv_scale, self.num_layers, "kv_scale")
 
     def _copy_pages(self, plan: AppendPlan, stream: int | None) -> None:
-        for copy in plan.copies:
-            self.storage.copy_page(copy.old, copy.new, stream)
+        if plan.copies:
+            self.storage.copy_pages([copy.old for copy in plan.copies], [copy.new for copy in plan.copies], stream)
 
     def _hand_out(self, host: Any, out: Any, stream: int | None) -> Any:
         check_stream(stream)

@@ -1,6 +1,6 @@
-"""Appending 16-bit rows to caches that hold fewer bits of each value.
+"""16-bit rows beside caches that hold fewer bits of each value: what is rounded how, for kernels and for NumPy.
 
-One kernel launch on a Hopper GPU (kernels_cu/cache/quantise.cu), the layouts' own NumPy on the CPU.
+The kernels are kernels_cu/cache/quantise.cu and dequantise.cu; NumPy's side are the layouts themselves.
 """
 
 from __future__ import annotations
@@ -18,16 +18,18 @@ from ..errors import InvalidArgumentError
 from ..kernels.append import CHUNK_VALUES
 from ..layouts import DENSE_LAYOUTS, FP8_E4M3, CacheLayout, find_layout, infer_layout
 from ..layouts.block_scaled import BlockScaled
-from ..layouts.codes import E4M3
+from ..layouts.codes import E2M1, E4M3, E8M0, Codes
 from .segments import Segment, check_same_place, match_segments
 
-_BFLOAT16_BYTES = 2
-_NONE = -1  # of the kernel's plain_segment
+_BFLOAT16_BITS = 16
+# Of kernels_cu/cache/blocks.h; None: float32.
+_CODES = {E4M3: 0, E2M1: 1}
+_SCALE_FORMATS: dict[Codes | None, int] = {None: 0, E8M0: 1, E4M3: 2}
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Quantiser:
-    """How new tokens are rounded.
+    """How tokens are rounded, and how they are read again.
 
     Attributes
     ----------
@@ -43,6 +45,12 @@ class Quantiser:
     layout: CacheLayout
     scale: ArrayView | None
     scale_value: float
+
+    def factor(self) -> float | None:
+        """That scale, read now; None of a layout that has its scales in the cache."""
+        if not self.layout.needs_scale:
+            return None
+        return self.scale_value if self.scale is None else float(as_numpy(self.scale).reshape(()))
 
 
 def settle_quantiser(
@@ -72,8 +80,6 @@ def settle_quantiser(
     if found is None:
         pair = len(caches) == 2  # only this one has the two parts apart
         found = FP8_E4M3 if pair and stored in FP8_E4M3.dtypes else infer_layout(stored, caches[0].shape[-1])
-    if isinstance(found, BlockScaled) and found.codes is not E4M3:
-        raise InvalidArgumentError("layout", "one of e4m3 values", f"{found.name}, which is only written in NumPy")
     if not found.needs_scale:
         if kv_scale is not None:
             expected = f"None: the layout {found.name} has its scales in the cache"
@@ -92,8 +98,15 @@ def settle_quantiser(
     return Quantiser(found, scale, 1.0)
 
 
-def quantised_segments(layout: CacheLayout, caches: list[ArrayView], rows: list[ArrayView]) -> list[Segment]:
+def quantised_segments(
+    layout: CacheLayout, caches: list[ArrayView], rows: list[ArrayView], rows_name: str = "kv_new"
+) -> list[Segment]:
     """The columns that are rounded, and then those that stay 16-bit.
+
+    Parameters
+    ----------
+    rows_name
+        What errors call the rows.
 
     Raises
     ------
@@ -101,7 +114,7 @@ def quantised_segments(layout: CacheLayout, caches: list[ArrayView], rows: list[
         The cache is none of the layout, or the sides differ in device, number of heads or widths.
     """
     if not isinstance(layout, BlockScaled):
-        return match_segments(caches, rows, rows[0].dtype)
+        return match_segments(caches, rows, rows[0].dtype, rows_name)
     if len(caches) != 1:
         raise InvalidArgumentError("kv_cache", f"one array for the layout {layout.name}", "a pair")
     [cache] = caches
@@ -112,16 +125,16 @@ def quantised_segments(layout: CacheLayout, caches: list[ArrayView], rows: list[
     if widths != expected or rows[0].shape[1] != 1:
         words = " and ".join(f"[num_tokens, {width}]" for width in expected)
         got = " and ".join(str(list(part.shape)) for part in rows)
-        raise InvalidArgumentError("kv_new", f"{words} for the layout {layout.name}", got)
+        raise InvalidArgumentError(rows_name, f"{words} for the layout {layout.name}", got)
     for part in rows:
-        check_same_place(part, "kv_new", cache)
+        check_same_place(part, rows_name, cache)
         if part.dtype != rows[0].dtype:
-            raise InvalidArgumentError("kv_new", f"one type, {rows[0].dtype}", part.dtype)
+            raise InvalidArgumentError(rows_name, f"one type, {rows[0].dtype}", part.dtype)
     token_bytes, _, _ = layout.steps(cache)
-    segments = [Segment(cache, 0, rows[0], 0, layout.coded, 1, token_bytes)]
+    segments = [Segment(cache, 0, rows[0], 0, layout.coded, 8 // layout.codes.per_byte, token_bytes)]
     if uncoded:
         column = 0 if len(rows) == 2 else layout.coded
-        segments.append(Segment(cache, layout.uncoded_start, rows[-1], column, uncoded, _BFLOAT16_BYTES, token_bytes))
+        segments.append(Segment(cache, layout.uncoded_start, rows[-1], column, uncoded, _BFLOAT16_BITS, token_bytes))
     return segments
 
 
@@ -130,27 +143,22 @@ def put_numpy(
     segments: list[Segment],
     pages: npt.NDArray[np.int64],
     offsets: npt.NDArray[np.int64],
-    tokens: npt.NDArray[np.int64],
+    values: list[npt.NDArray[np.float32]],
 ) -> None:
-    """Store tokens of the rows at their places, on the CPU."""
-    layout = quantiser.layout
-    values = [
-        as_numpy(part.rows)[tokens, :, part.rows_column : part.rows_column + part.width].astype(np.float32)
-        for part in segments
-    ]
+    """Store tokens at their places, on the CPU; ``values`` are [num_tokens, num_heads_kv, width] of each segment."""
+    layout, scale = quantiser.layout, quantiser.factor()
     if isinstance(layout, BlockScaled):
         layout.put(as_numpy(segments[0].cache), pages, offsets, np.concatenate(values, axis=-1), None)
         return
-    scale = quantiser.scale_value if quantiser.scale is None else float(as_numpy(quantiser.scale).reshape(()))
     for segment, part in zip(segments, values, strict=True):
         columns = slice(segment.cache_column, segment.cache_column + segment.width)
         layout.put(as_numpy(segment.cache)[..., columns], pages, offsets, part, scale)
 
 
 def pack_quantiser(fields: Any, quantiser: Quantiser, segments: list[Segment]) -> None:
-    """Fill in what a ``structs.QUANTISE_PARAMS`` has beside segments and places."""
+    """Fill in what a ``structs.BLOCKS_PARAMS`` has beside segments and places."""
     layout, cache = quantiser.layout, segments[0].cache
-    fields["plain_segment"] = _NONE
+    fields["rows_page_steps"][: len(segments)] = [segment.rows_page_step for segment in segments]
     fields["kv_scale"] = 0 if quantiser.scale is None else quantiser.scale.pointer
     fields["kv_scale_value"] = quantiser.scale_value
     if not isinstance(layout, BlockScaled):
@@ -158,7 +166,6 @@ def pack_quantiser(fields: Any, quantiser: Quantiser, segments: list[Segment]) -
     _, first_scales, scale_bytes = layout.steps(cache)
     fields["scales"] = cache.pointer + first_scales
     fields["scales_page_stride"], fields["scales_token_stride"] = cache.strides[0], scale_bytes
-    fields["block_lanes"] = layout.block // CHUNK_VALUES
-    fields["exponents"] = layout.scales is not None
-    if len(segments) > 1:
-        fields["plain_segment"] = 1
+    fields["block_shift"] = (layout.block // CHUNK_VALUES).bit_length() - 1
+    fields["codes"], fields["scale_format"] = _CODES[layout.codes], _SCALE_FORMATS[layout.scales]
+    fields["second_is_plain"] = len(segments) > 1

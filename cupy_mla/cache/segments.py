@@ -1,6 +1,6 @@
-"""The columns that an append writes: views of both sides, matched.
+"""The columns that move between a cache and rows of tokens: views of both sides, matched.
 
-Rows of one element type are written to a cache of the same, or to one that holds fewer bits of each value.
+Rows of one element type belong to a cache of the same, or to one that holds fewer bits of each value.
 """
 
 from __future__ import annotations
@@ -32,13 +32,15 @@ class Segment:
     cache, cache_column
         The cache, and where in its rows the first value lies, in elements.
     rows, rows_column
-        The new tokens, in the same way.
+        The tokens [num_tokens, num_heads_kv, d], in the same way.
     width
         How many values.
-    value_bytes
+    value_bits
         What a value takes in the cache.
     token_bytes
         From the values of one token of a page of the cache to those of the next.
+    rows_page_step
+        Of rows in pages: bytes from where a page's tokens end to where the next page's begin.
     """
 
     cache: ArrayView
@@ -46,8 +48,9 @@ class Segment:
     rows: ArrayView
     rows_column: int
     width: int
-    value_bytes: int
+    value_bits: int
     token_bytes: int
+    rows_page_step: int = 0
 
 
 def _parts(value: Any, name: str) -> list[tuple[Any, str]]:
@@ -58,36 +61,48 @@ def _parts(value: Any, name: str) -> list[tuple[Any, str]]:
     return [(part, f"{name}[{index}]") for index, part in enumerate(value)]
 
 
-def view_cache(kv_cache: Any, stream: int | None) -> list[ArrayView]:
-    """The cache to write to, or its two parts.
+def view_pages(pages: Any, stream: int | None, name: str = "kv_cache", *, written: bool) -> list[ArrayView]:
+    """A cache, or another array of pages, or its two parts.
+
+    Parameters
+    ----------
+    name
+        What errors call it.
+    written
+        Whether it is to be written to.
 
     Raises
     ------
     InvalidArgumentError
-        It has a wrong rank, shape or strides, or cannot be written to.
+        It has a wrong rank, shape or strides, or is to be written to and cannot be.
     """
     views = []
-    for part, name in _parts(kv_cache, "kv_cache"):
-        view = arrays.view(part, name, stream)
+    for part, part_name in _parts(pages, name):
+        view = arrays.view(part, part_name, stream)
         if view.ndim != CACHE_RANK:
-            raise InvalidArgumentError(name, "shape [num_pages, page_size, num_heads_kv, d]", str(view.shape))
-        # JAX hands out its buffers through DLPack but counts on nobody writing to them.
-        if not isinstance(part, ArrayView) and framework_of(part) == "jax":
-            raise InvalidArgumentError(name, "an array that can be written to", "a JAX array, which is immutable")
-        if isinstance(part, np.ndarray) and not part.flags.writeable:
-            raise InvalidArgumentError(name, "an array that can be written to", "a read-only NumPy array")
-        check_last_contiguous(view, name)
-        check_no_overlap(view, name)
+            raise InvalidArgumentError(part_name, "shape [num_pages, page_size, num_heads_kv, d]", str(view.shape))
+        if written:
+            _check_writable(part, view, part_name)
+        check_last_contiguous(view, part_name)
         views.append(view)
     if views[0].shape[1] < 1:
-        raise InvalidArgumentError("kv_cache", "a page_size of at least 1", str(views[0].shape))
+        raise InvalidArgumentError(name, "a page_size of at least 1", str(views[0].shape))
     if views[0].shape[0] > _INT32_MAX:
-        raise InvalidArgumentError("kv_cache", "fewer than 2^31 pages", str(views[0].shape))
+        raise InvalidArgumentError(name, "fewer than 2^31 pages", str(views[0].shape))
     if views[-1].shape[:3] != views[0].shape[:3]:
         raise InvalidArgumentError(
-            "kv_cache[1]", f"[num_pages, page_size, num_heads_kv] = {views[0].shape[:3]}", str(views[1].shape)
+            f"{name}[1]", f"[num_pages, page_size, num_heads_kv] = {views[0].shape[:3]}", str(views[1].shape)
         )
     return views
+
+
+def _check_writable(part: Any, view: ArrayView, name: str) -> None:
+    # JAX hands out its buffers through DLPack but counts on nobody writing to them.
+    if not isinstance(part, ArrayView) and framework_of(part) == "jax":
+        raise InvalidArgumentError(name, "an array that can be written to", "a JAX array, which is immutable")
+    if isinstance(part, np.ndarray) and not part.flags.writeable:
+        raise InvalidArgumentError(name, "an array that can be written to", "a read-only NumPy array")
+    check_no_overlap(view, name)
 
 
 def view_rows(kv_new: Any, stream: int | None) -> list[ArrayView]:
@@ -153,10 +168,12 @@ def check_same_place(view: ArrayView, name: str, reference: ArrayView) -> None:
         )
 
 
-def _check_together(cache_views: list[ArrayView], rows_views: list[ArrayView], rows_dtype: str) -> None:
+def _check_together(
+    cache_views: list[ArrayView], rows_views: list[ArrayView], rows_dtype: str, rows_name: str
+) -> None:
     """One device, one number of heads and one width on both sides, and the types that belong together."""
     reference = cache_views[0]
-    sides = ("kv_cache", cache_views, reference.dtype), ("kv_new", rows_views, rows_dtype)
+    sides = ("kv_cache", cache_views, reference.dtype), (rows_name, rows_views, rows_dtype)
     for name, views, dtype in sides:
         for view in views:
             if view.dtype != dtype:
@@ -164,32 +181,36 @@ def _check_together(cache_views: list[ArrayView], rows_views: list[ArrayView], r
                 raise InvalidArgumentError(name, f"the type {dtype} of the {of_what}", view.dtype)
             check_same_place(view, name, reference)
     if rows_views[0].shape[1] != reference.shape[2]:
-        raise InvalidArgumentError("kv_new", f"num_heads_kv = {reference.shape[2]}", str(rows_views[0].shape[1]))
+        raise InvalidArgumentError(rows_name, f"num_heads_kv = {reference.shape[2]}", str(rows_views[0].shape[1]))
     cache_widths = [view.shape[-1] for view in cache_views]
     rows_widths = [view.shape[-1] for view in rows_views]
     both_pairs = len(cache_views) == len(rows_views) == 2
     if sum(cache_widths) != sum(rows_widths) or (both_pairs and cache_widths != rows_widths):
         raise InvalidArgumentError(
-            "kv_new",
+            rows_name,
             "the widths of kv_cache, " + " + ".join(map(str, cache_widths)),
             " + ".join(map(str, rows_widths)),
         )
 
 
-def match_segments(cache_views: list[ArrayView], rows_views: list[ArrayView], rows_dtype: str) -> list[Segment]:
-    """Column ranges to write: one when both sides are packed, else the two parts of the pair.
+def match_segments(
+    cache_views: list[ArrayView], rows_views: list[ArrayView], rows_dtype: str, rows_name: str = "kv_new"
+) -> list[Segment]:
+    """Column ranges that belong together: one when both sides are packed, else the two parts of the pair.
 
     Parameters
     ----------
     rows_dtype
         What the rows' type has to be.
+    rows_name
+        What errors call the rows.
 
     Raises
     ------
     InvalidArgumentError
         The rows have another type, or the sides differ in device, number of heads or widths.
     """
-    _check_together(cache_views, rows_views, rows_dtype)
+    _check_together(cache_views, rows_views, rows_dtype, rows_name)
     pair = cache_views if len(cache_views) == 2 else rows_views
     segments = []
     column = 0
@@ -201,29 +222,31 @@ def match_segments(cache_views: list[ArrayView], rows_views: list[ArrayView], ro
         rows = rows_views[min(index, len(rows_views) - 1)]
         if width > 0:
             token_bytes = cache.strides[1] * cache.itemsize
-            segments.append(Segment(cache, cache_column, rows, rows_column, width, cache.itemsize, token_bytes))
+            segments.append(Segment(cache, cache_column, rows, rows_column, width, 8 * cache.itemsize, token_bytes))
         column += width
     return segments
 
 
-def check_chunks(segments: list[Segment]) -> None:
-    """The kernels read 16 bytes of a row at a time, and write what becomes of them: addresses, strides and widths have
-    to allow that.
+def check_chunks(segments: list[Segment], rows_name: str = "kv_new") -> None:
+    """The kernels take 16 bytes of a row at a time, and what belongs to them of the cache. Addresses, strides and
+    widths have to allow that.
 
     Raises
     ------
     InvalidArgumentError
-        An address, a stride or a width is no multiple of the bytes that are read or written at a time.
+        An address, a stride or a width is no multiple of the bytes that are moved at a time.
     """
     for segment in segments:
         cache, rows = segment.cache, segment.rows
-        written = CHUNK_BYTES // rows.itemsize * segment.value_bytes
+        cached = CHUNK_BYTES // rows.itemsize * segment.value_bits // 8
         sides = (
-            ("kv_cache", cache, segment.cache_column, segment.value_bytes, written),
-            ("kv_new", rows, segment.rows_column, rows.itemsize, CHUNK_BYTES),
+            ("kv_cache", cache, segment.cache_column, segment.value_bits, cached),
+            (rows_name, rows, segment.rows_column, 8 * rows.itemsize, CHUNK_BYTES),
         )
-        for name, view, column, value_bytes, chunk in sides:
-            values = {"width": segment.width * value_bytes, "address": view.pointer + column * view.itemsize}
+        for name, view, column, value_bits, chunk in sides:
+            values = {"width": segment.width * value_bits // 8, "address": view.pointer + column * view.itemsize}
+            if view is rows:
+                values["step from page to page"] = segment.rows_page_step
             for axis, (size, stride) in enumerate(zip(view.shape[:-1], view.strides[:-1], strict=True)):
                 if size > 1:
                     of_tokens = view is cache and axis == TOKEN_AXIS

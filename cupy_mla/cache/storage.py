@@ -17,7 +17,8 @@ from ..arrays.view import ArrayView, contiguous_strides, view
 from ..call.arguments import as_integer, check_output
 from ..errors import InvalidArgumentError, MissingDependencyError
 from ..gpu.device import require_backend, require_cuda
-from ..layouts import BF16, DENSE_LAYOUTS, FP4_V41, LAYOUTS, CacheLayout, find_layout
+from ..layouts import BF16, DENSE_LAYOUTS, CacheLayout, find_layout
+from .copy_pages import copy_pages
 
 NUMPY, CUPY, TORCH, JAX = "numpy", "cupy", "torch", "jax"
 FRAMEWORKS = (NUMPY, CUPY, TORCH, JAX)
@@ -50,7 +51,7 @@ class Storage:
         width: int,
     ) -> None:
         self.location = location
-        self._num_layers, self._num_pages, self._page_bytes = num_layers, num_pages, page_bytes
+        self._num_layers, self._num_pages = num_layers, num_pages
         total = num_layers * num_pages
         memory = _empty_bytes(framework, location, (total, page_bytes))
         token_bytes = width * ITEM_SIZES[layout.dtype]
@@ -58,7 +59,6 @@ class Storage:
         self.pages = typed(used, layout.dtype)
         self.layers = tuple(self.pages[i * num_pages : (i + 1) * num_pages] for i in range(num_layers))
         self._memory = memory
-        self._pointer = view(memory, "kv_cache").pointer
 
     def stream(self, stream: int | None) -> int | None:
         """The stream itself; for None the current one of the framework, and on the CPU none."""
@@ -66,32 +66,19 @@ class Storage:
             return stream
         return current_stream(self._memory, self.location[1])
 
-    def copy_page(self, old: int, new: int, stream: int | None) -> None:
-        """Copy one page to another, in every layer.
+    def copy_pages(self, old: Sequence[int], new: Sequence[int], stream: int | None) -> None:
+        """Copy pages to others, in every layer.
 
         Raises
         ------
         InvalidArgumentError
             The stream is captured in a CUDA graph.
         """
-        if self.location[0] == CPU:
-            pages = as_numpy(self._memory).reshape(self._num_layers, self._num_pages, self._page_bytes)
-            pages[:, new] = pages[:, old]
-            return
-        used = self._uncaptured(stream)
-        cuda = cupy_module().cuda
-        layer_bytes = self._num_pages * self._page_bytes
-        with cuda.Device(self.location[1]):
-            cuda.runtime.memcpy2DAsync(
-                self._pointer + new * self._page_bytes,
-                layer_bytes,
-                self._pointer + old * self._page_bytes,
-                layer_bytes,
-                self._page_bytes,
-                self._num_layers,
-                cuda.runtime.memcpyDeviceToDevice,
-                used,
-            )
+        first = np.arange(self._num_layers, dtype=np.int32)[:, None] * self._num_pages
+        pages = [(first + np.asarray(numbers, np.int32)).reshape(-1) for numbers in (old, new)]
+        used = self.stream(stream)
+        source, target = (self.upload(numbers, used) for numbers in pages)
+        copy_pages(self.pages, source, target, validate=False, stream=used)
 
     def empty(self, num_bytes: int, stream: int | None) -> Any:
         """Uninitialised bytes on the device."""
@@ -266,17 +253,13 @@ def settle_layout(dtype: Any, layout: CacheLayout | str | None) -> CacheLayout:
     Raises
     ------
     InvalidArgumentError
-        The type or the layout is unknown or none that tokens are appended to, or both are given.
+        The type or the layout is unknown, or both are given.
     """
     dtype = _name_dtype(dtype)
     if layout is not None:
         if dtype is not None:
             raise InvalidArgumentError("layout", f"None beside dtype={dtype!r}", repr(layout))
-        found = find_layout(layout)
-        if found is FP4_V41:
-            names = ", ".join(other.name for other in LAYOUTS.values() if other is not FP4_V41)
-            raise InvalidArgumentError("layout", f"one of {names}", f"{found.name}, which no kernel appends to")
-        return found
+        return find_layout(layout)
     if dtype is None:
         return BF16
     if not isinstance(dtype, str) or dtype not in DENSE_LAYOUTS:

@@ -27,12 +27,18 @@ NUMPY_WAY_OUT = "(the NumPy backend takes any: CPU arrays with strict=False)"
 # Times log2(e), a softmax scale is a float32.
 _MIN_SCALE, _MAX_SCALE = 1e-37, 1e37
 KV_SCALE_DTYPE = "float32"
+PARTS_OF_A_TOKEN = 2  # latent and rope, each of which may have a scale
 _SMALLEST_KV_SCALE, _LARGEST_KV_SCALE = 1e-37, 1e37  # of a cache, well within float32
 
 
 def is_number(value: Any) -> bool:
     """Whether a value is a real number of Python's or NumPy's, and no array."""
     return isinstance(value, numbers.Real) and not isinstance(value, bool)
+
+
+def is_pair_of_numbers(value: Any) -> bool:
+    """Whether a value is two of them: the scales of the latent and of the rope part."""
+    return isinstance(value, (tuple, list)) and len(value) == PARTS_OF_A_TOKEN and all(map(is_number, value))
 
 
 def check_softmax_scale(softmax_scale: float) -> None:
@@ -64,17 +70,21 @@ def check_kv_scale(kv_scale: float) -> float:
     return value
 
 
-def check_kv_scale_array(kv_scale: ArrayView) -> None:
-    """Refuse an array that is not the scale of a cache.
+def check_kv_scale_array(kv_scale: ArrayView, *, of_parts: bool = False) -> None:
+    """Refuse an array that is not the scale of a cache, or where there may be one for each part those of the parts.
 
     Raises
     ------
     InvalidArgumentError
-        It is not one float32; ``argument`` is ``kv_scale``.
+        It is not one float32, nor two where there may be; ``argument`` is ``kv_scale``.
     """
-    if kv_scale.dtype != KV_SCALE_DTYPE or kv_scale.shape not in ((), (1,)):
+    shapes = ((), (1,), (PARTS_OF_A_TOKEN,)) if of_parts else ((), (1,))
+    if kv_scale.dtype != KV_SCALE_DTYPE or kv_scale.shape not in shapes:
         got = f"{kv_scale.dtype} {list(kv_scale.shape)}"
-        raise InvalidArgumentError("kv_scale", f"a number, or one {KV_SCALE_DTYPE} in an array", got)
+        two = ", or two, of latent and rope" if of_parts else ""
+        raise InvalidArgumentError("kv_scale", f"a number, or one {KV_SCALE_DTYPE} in an array{two}", got)
+    if of_parts and kv_scale.shape == (PARTS_OF_A_TOKEN,) and kv_scale.strides != (1,):
+        raise InvalidArgumentError("kv_scale", "a contiguous array", f"strides {kv_scale.strides}")
 
 
 def scale_value(kv_scale: Any, layout: CacheLayout) -> float:
@@ -92,6 +102,21 @@ def scale_value(kv_scale: Any, layout: CacheLayout) -> float:
     elif kv_scale is not None:
         raise InvalidArgumentError("kv_scale", f"None: the layout {layout.name} has no scale", type(kv_scale).__name__)
     return check_kv_scale(kv_scale) if is_number(kv_scale) else 1.0
+
+
+def scale_values(kv_scale: Any, layout: CacheLayout) -> tuple[float, float]:
+    """The scales of the latent and the rope part of a cache as `scale_value` has one: of a pair of numbers each its own.
+
+    Raises
+    ------
+    InvalidArgumentError
+        As in `scale_value`.
+    """
+    if layout.needs_scale and is_pair_of_numbers(kv_scale):
+        latent, rope = map(check_kv_scale, kv_scale)
+        return latent, rope
+    value = scale_value(kv_scale, layout)
+    return value, value
 
 
 def check_output(

@@ -25,9 +25,10 @@ from .arguments import (
     check_plan_view,
     check_rows,
     is_number,
+    is_pair_of_numbers,
     misaligned,
     place_name,
-    scale_value,
+    scale_values,
     settled_strides,
     sharded_places,
 )
@@ -114,6 +115,7 @@ def describe_decode(
         An argument has a wrong rank, shape, type, device, stride, alignment or value; its name, what was expected
         and what came are in the error.
     """
+    scale = arrays.kv_scale
     call = _Call(
         _views(arrays.q, "q", stream),
         _views(arrays.kv_cache, "kv_cache", stream),
@@ -121,7 +123,7 @@ def describe_decode(
         view(arrays.cache_seqlens, "cache_seqlens", stream),
         _view_of(arrays, "cu_seqlens_q", stream),
         _view_of(arrays, "total_seqlens", stream),
-        None if is_number(arrays.kv_scale) else _view_of(arrays, "kv_scale", stream),
+        None if is_number(scale) or is_pair_of_numbers(scale) else _view_of(arrays, "kv_scale", stream),
         options,
     )
     q, kv = call.q, call.kv
@@ -150,7 +152,7 @@ def describe_decode(
         _view_of(arrays, "plan", stream),
         _view_of(arrays, "out", stream),
         _view_of(arrays, "lse", stream),
-        scale_value(arrays.kv_scale, checked.problem.layout),
+        scale_values(scale, checked.problem.layout),
     )
     if inputs.plan is not None:
         check_plan_view(inputs.plan, inputs.location)
@@ -319,7 +321,7 @@ def _check_types(call: _Call) -> CacheLayout:
     if not layout.needs_scale and call.options.compute not in (AUTO, EXACT):
         raise InvalidArgumentError("compute", f"{AUTO} or {EXACT} for a cache of {stored}", call.options.compute)
     if call.kv_scale is not None:
-        check_kv_scale_array(call.kv_scale)
+        check_kv_scale_array(call.kv_scale, of_parts=True)
     for name, array in call.arrays():
         if not name.startswith(("q", "kv_cache", "kv_scale")) and array.dtype != INDEX_DTYPE:
             raise InvalidArgumentError(name, INDEX_DTYPE, array.dtype)

@@ -165,6 +165,8 @@ OUTPUTS = ("out", "lse")
 # Interfaces that know no pairs have the rope part as an array of its own, under these names.
 ROPE_OF = {"q": "q_rope", "kv_cache": "kv_rope"}
 APPEND_ROPES = {"kv_cache": "kv_rope", "kv_new": "kv_new_rope"}  # of an append
+COPY_ROPES = {"kv_cache": "kv_rope", "source": "source_rope"}  # of copies of pages
+CONVERT_ROPES = {"kv_cache": "kv_rope", "values": "values_rope"}  # of pages that are quantised or dequantised
 PARTS = ("q", "q_rope", "kv_cache", "kv_rope", *ARRAYS[2:])
 # torch.compile calls a function that has a parameter named kernel itself, with the options beside it; and a layout is
 # torch.strided or the like to it. So torch's operators have other names for them.

@@ -202,13 +202,14 @@ class DecodeInputs:
     total_seqlens
         [batch] int32: tokens of each request on all ranks; None where keys are not sharded.
     kv_scale
-        One float32 number for the whole cache, or None: then ``kv_scale_value`` counts.
+        One float32 number for the whole cache, or two, for its latent and its rope part; or None: then
+        ``kv_scale_values`` count.
     plan
         A plan in an array, uint8, or None.
     out, lse
         Of `Queries.out_shape` and `Queries.lse_shape`, to be written to; None: the callee makes them.
-    kv_scale_value
-        What stored values are multiplied by where no array says it.
+    kv_scale_values
+        What stored values of the two parts are multiplied by where no array says it.
     """
 
     q_latent: ArrayView
@@ -223,7 +224,7 @@ class DecodeInputs:
     plan: ArrayView | None = None
     out: ArrayView | None = None
     lse: ArrayView | None = None
-    kv_scale_value: float = 1.0
+    kv_scale_values: tuple[float, float] = (1.0, 1.0)
 
     @property
     def location(self) -> tuple[str, int]:

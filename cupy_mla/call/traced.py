@@ -10,7 +10,7 @@ from typing import Any, TypeVar, cast
 from ..arrays.frameworks import CPU, CUDA
 from ..arrays.view import ArrayView, contiguous_strides
 from ..errors import InvalidArgumentError, MissingDependencyError, UnsupportedDeviceError
-from .arguments import is_number
+from .arguments import is_number, is_pair_of_numbers
 from .problem import PLAN_ALIGNMENT
 
 _NOT_IN_JAX = ("stream", "out", "lse", "max_logits")  # programs have no streams, and no arrays to write to
@@ -113,8 +113,9 @@ def two_parts(argument: Any, name: str) -> tuple[Any, Any]:
 
 
 def scale_as_array(kv_scale: Any) -> Any:
-    """A number as an array: a compiled program takes it like the others."""
-    return jax_module().numpy.float32(kv_scale) if is_number(kv_scale) else kv_scale
+    """A number, or a pair of them, as an array: a compiled program takes it like the others."""
+    given = is_number(kv_scale) or is_pair_of_numbers(kv_scale)
+    return jax_module().numpy.asarray(kv_scale, "float32") if given else kv_scale
 
 
 def jax_module() -> Any:

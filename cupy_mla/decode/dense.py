@@ -93,7 +93,7 @@ def mla_decode(
         GPU a request that has more gets an output for the first so many only, and a wrong one if causal.
     kv_scale
         Of an FP8 cache, and only of one: a number, or one float32 in an array [] or [1] on q's device, which is read
-        when the call runs.
+        when the call runs. Or two of them, for the latent and the rope part: a pair of numbers, or an array [2].
     compute
         How products with an FP8 cache are computed. ``"exact"``: K is converted to fp16, which holds every e4m3
         value. ``"split"``: q is the sum of two e4m3 parts, multiplied by FP8 tensor cores; rows of q with outliers are
@@ -323,7 +323,7 @@ def run_decode(
     factor = problem.queries.default_softmax_scale if checked.softmax_scale is None else checked.softmax_scale
     if kind is None:
         return _without_kernels(problem, inputs, factor, checked.empty_lse, given, stream)
-    call = prepare(kind, factor, checked.empty_lse, CallStrides.of(problem, inputs), inputs.kv_scale_value)
+    call = prepare(kind, factor, checked.empty_lse, CallStrides.of(problem, inputs), inputs.kv_scale_values)
     if found is not None:
         q, q_rope, kv, kv_rope, *_ = addresses
         q_rope_offset = inputs.q_rope.pointer - q if inputs.q_rope is not None and not q_rope else 0

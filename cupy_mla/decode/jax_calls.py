@@ -147,7 +147,7 @@ def _run_decode(*values: Any) -> None:
     memory = _place(kind, workspace, addresses.plan)
     if not addresses.plan:
         kind.launch_planner(inputs.planned_lengths.pointer, addresses.cu_seqlens_q, memory.pointer, stream)
-    call_kernels = prepare(kind, scale, options.empty_lse, CallStrides.of(problem, inputs), inputs.kv_scale_value)
+    call_kernels = prepare(kind, scale, options.empty_lse, CallStrides.of(problem, inputs), inputs.kv_scale_values)
     call_kernels(addresses, memory, stream)
 
 

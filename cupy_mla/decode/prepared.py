@@ -14,8 +14,10 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from ..arrays.dtypes import ITEM_SIZES
 from ..arrays.frameworks import CUDA
 from ..arrays.view import ArrayView, contiguous_strides
+from ..call.arguments import KV_SCALE_DTYPE, PARTS_OF_A_TOKEN
 from ..call.memo import Memo
 from ..call.problem import DecodeInputs, DecodeProblem
 from ..gpu.launch import Launch, is_capturing
@@ -45,7 +47,11 @@ _C_OUT, _C_LSE, _C_PARTIAL_OUT, _C_PARTIAL_LSE, _C_PLAN = words_of(
 assert DECODE_PARAMS.fields is not None
 _PLAN_IS_SETTLED = DECODE_PARAMS.fields["plan_is_settled"][1] // FLAG_BYTES
 
+_SCALE_BYTES = ITEM_SIZES[KV_SCALE_DTYPE]
+
 Strides = tuple[int, ...]
+Scales = tuple[float, float]  # of the latent and the rope part
+ONE_EACH: Scales = (1.0, 1.0)
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,6 +71,7 @@ class CallStrides:
     """Strides of a call's arrays, in elements; those of q, out and lse are batch (0 when ragged), token, head.
 
     q_rope and kv_rope are None when there is no rope part; of a layout without columns kv_latent is of the whole cache.
+    rope_scale are the bytes from the latent part's scale to the rope part's, 0 where they share one.
     """
 
     q_latent: Strides
@@ -74,6 +81,7 @@ class CallStrides:
     block_table: int
     out: Strides
     lse: Strides
+    rope_scale: int = 0
 
     @staticmethod
     def of(problem: DecodeProblem, inputs: DecodeInputs) -> CallStrides:
@@ -89,6 +97,7 @@ class CallStrides:
             block_table=inputs.block_table.strides[0],
             out=_query_strides(out, ragged),
             lse=_lse_strides(lse, ragged),
+            rope_scale=0 if inputs.kv_scale is None else _SCALE_BYTES * (inputs.kv_scale.shape == (PARTS_OF_A_TOKEN,)),
         )
 
 
@@ -105,12 +114,17 @@ class DecodeCall:
         The lse of a query that sees no key.
     strides
         Strides of the arrays.
-    kv_scale
+    kv_scales
         What the values of an FP8 cache are multiplied by where a call has no address of it.
     """
 
     def __init__(
-        self, kind: DenseBlueprint, softmax_scale: float, empty_lse: float, strides: CallStrides, kv_scale: float = 1.0
+        self,
+        kind: DenseBlueprint,
+        softmax_scale: float,
+        empty_lse: float,
+        strides: CallStrides,
+        kv_scales: Scales = ONE_EACH,
     ) -> None:
         config, shape, problem = kind.config, kind.shape, kind.problem
         self.kind = kind
@@ -121,7 +135,7 @@ class DecodeCall:
         params = np.zeros(1, config.family.params)
         self._is_scaled = problem.layout.needs_scale
         if self._is_scaled:
-            params["latent_scale_value"] = params["rope_scale_value"] = kv_scale
+            params["latent_scale_value"], params["rope_scale_value"] = kv_scales
         self._say_where(params)
         params["out_strides"], params["lse_strides"] = strides.out, strides.lse
         params["num_parts"], params["blocks_per_job"] = shape.num_parts, shape.blocks_per_job
@@ -205,7 +219,8 @@ class DecodeCall:
             words[_PARTIAL_LSE] = combine_words[_C_PARTIAL_LSE] = plan.partial_lse
             words[_PLAN] = combine_words[_C_PLAN] = plan.pointer
             if self._is_scaled:
-                words[_LATENT_SCALE] = words[_ROPE_SCALE] = kv_scale
+                words[_LATENT_SCALE] = kv_scale
+                words[_ROPE_SCALE] = kv_scale + self._strides.rope_scale
             # What was captured may not have run yet when a call runs that is not.
             self._flags[_PLAN_IS_SETTLED] = plan.is_settled and (not plan.updated_in_capture or is_capturing(stream))
             self._decode(stream)

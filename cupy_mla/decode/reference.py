@@ -103,7 +103,7 @@ def mla_decode_reference(
             continue
         given = [part[rows].astype(compute) for part in (q_latent, q_rope) if part is not None]
         if problem.compute == FP8:
-            given = round_queries(given)
+            given = round_queries(given, keys.scales)
         queries = [_by_kv_head(part, problem.queries.num_heads_kv) for part in given]
         for part in queries:
             part *= softmax_scale
@@ -161,7 +161,10 @@ class _PagedKeys:
         self.num_pages = inputs.num_pages
         self.compute = compute
         self.block_table = as_numpy(inputs.block_table)
-        self.scale = inputs.kv_scale_value if inputs.kv_scale is None else float(as_numpy(inputs.kv_scale).reshape(()))
+        self.scales = inputs.kv_scale_values
+        if inputs.kv_scale is not None:
+            found = as_numpy(inputs.kv_scale).reshape(-1)
+            self.scales = float(found[0]), float(found[-1])
         self.layout = problem.layout
         self.latent_dim = problem.queries.latent_dim
         self.parts = [as_numpy(inputs.kv_latent)]
@@ -180,11 +183,11 @@ class _PagedKeys:
             rows[:, outside] = 0
             return [part for part in np.split(rows, [self.latent_dim], axis=-1) if part.shape[-1]]
         gathered = []
-        for part in self.parts:
+        for part, scale in zip(self.parts, self.scales, strict=False):
             values = part[pages, tokens % self.page_size].astype(self.compute)
             values[outside] = 0
-            if self.scale != 1:
-                values *= self.scale
+            if scale != 1:
+                values *= scale
             gathered.append(values.transpose(1, 0, 2))
         return gathered
 

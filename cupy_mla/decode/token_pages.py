@@ -12,7 +12,7 @@ from ..call.memo import remembered
 from ..gpu.launch import is_capturing
 from ..kernels.structs import COMBINE_PARAMS, GATHER_PARAMS, KV_UNIT, MAX_SLOTS, words_of
 from .blueprint import DenseBlueprint, PlanMemory
-from .prepared import CALLS_KEPT, FLAG_BYTES, CallStrides, DecodeCall
+from .prepared import CALLS_KEPT, FLAG_BYTES, ONE_EACH, CallStrides, DecodeCall, Scales
 
 _Q, _Q_ROPE, _KV, _KV_ROPE, _INDICES, _OUT, _LSE, _PARTIAL_OUT, _PARTIAL_LSE, _PLAN = words_of(
     GATHER_PARAMS,
@@ -85,7 +85,7 @@ class TokenPagesCall(DecodeCall):
 
 @remembered(CALLS_KEPT)
 def prepare(
-    kind: DenseBlueprint, softmax_scale: float, empty_lse: float, strides: CallStrides, kv_scale: float = 1.0
+    kind: DenseBlueprint, softmax_scale: float, empty_lse: float, strides: CallStrides, kv_scales: Scales = ONE_EACH
 ) -> DecodeCall:
     """The prepared call of a kind and of these strides; the same object whenever it is asked for again.
 
@@ -95,4 +95,4 @@ def prepare(
         A kernel cannot be compiled or loaded.
     """
     made = TokenPagesCall if kind.config.family.gathers else DecodeCall
-    return made(kind, softmax_scale, empty_lse, strides, kv_scale)
+    return made(kind, softmax_scale, empty_lse, strides, kv_scales)

@@ -1,4 +1,4 @@
-"""The kernels that write new tokens to their places in a paged cache: as they are, or rounded to e4m3."""
+"""The kernels that move tokens to their places in a paged cache, as they are or rounded, and back."""
 
 from __future__ import annotations
 
@@ -16,10 +16,15 @@ _WARPS_PER_BLOCK = 4  # one token per warp: 128 tokens of a decode step are spre
 
 
 def quantise_source(dtype: str) -> KernelSource:
-    """The kernel that rounds rows of "bfloat16" or "float16" to e4m3; its argument is a `structs.QUANTISE_PARAMS`."""
+    """The kernel that rounds rows of "bfloat16" or "float16" to fewer bits; it takes a `structs.BLOCKS_PARAMS`."""
     return KernelSource("cache/quantise.cu", "mla_quantise", (("MLA_DTYPE", KERNEL_TYPES[dtype]),))
 
 
+def dequantise_source(dtype: str) -> KernelSource:
+    """The kernel of the other direction, with the same argument."""
+    return KernelSource("cache/dequantise.cu", "mla_dequantise", (("MLA_DTYPE", KERNEL_TYPES[dtype]),))
+
+
 def append_geometry(num_tokens: int) -> Geometry:
-    """How either is launched."""
+    """How each is launched."""
     return Geometry((ceil_div(num_tokens, _WARPS_PER_BLOCK), 1, 1), (_LANES, _WARPS_PER_BLOCK, 1))

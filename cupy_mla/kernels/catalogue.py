@@ -10,9 +10,10 @@ from dataclasses import dataclass
 from ..arrays.dtypes import KERNEL_TYPES
 from ..gpu.jit.source import KernelSource
 from ..layouts import DENSE_LAYOUTS
-from .append import APPEND_SOURCE, quantise_source
+from .append import APPEND_SOURCE, dequantise_source, quantise_source
 from .choose import FAMILIES, GATHERED_FAMILIES
 from .combine import MERGE_STATES_THREADS, combine_source, gathered_combine_source, merge_states_source
+from .copy_pages import UNIT_TYPES, copy_pages_source
 from .family import KernelConfig
 from .halves import PROBE_SOURCE
 from .planner import PLAN_SOURCE, PLAN_THREADS
@@ -56,6 +57,8 @@ def all_kernels() -> list[NamedKernel]:
         NamedKernel("plan", PLAN_SOURCE, PLAN_THREADS),
         NamedKernel("append", APPEND_SOURCE),
         *(NamedKernel(f"quantise_{dtype}", quantise_source(dtype)) for dtype in DENSE_LAYOUTS),
+        *(NamedKernel(f"dequantise_{dtype}", dequantise_source(dtype)) for dtype in DENSE_LAYOUTS),
+        *(NamedKernel(f"copy_pages_{unit_bytes}", copy_pages_source(unit_bytes)) for unit_bytes in UNIT_TYPES),
         NamedKernel("slots", SLOTS_SOURCE, SLOTS_THREADS),
         NamedKernel("probe_latency", PROBE_SOURCE),
     ]

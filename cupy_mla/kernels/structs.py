@@ -2,9 +2,9 @@
 
 DecodeParams is in kernels_cu/decode/params.h, Fp8Params in decode/fp8/params.h, GatherParams in
 decode/gathered/params.h, PlanParams in plan/params.h, the parameters of merges in combine/params.h, the records of a
-plan in core/plan_format.h, AppendParams in cache/append.cu, its parts in cache/places.h, QuantiseParams in
-cache/quantise.cu, SlotsParams in cache/slots.cu; tests compare the two sides. Strides are in elements unless said,
-those of segments and of scales in bytes.
+plan in core/plan_format.h, AppendParams in cache/append.cu, its parts in cache/places.h, BlocksParams in
+cache/blocks.h, CopyPagesParams in cache/copy_pages.cu, SlotsParams in cache/slots.cu; tests compare the two sides.
+Strides are in elements unless said, those of segments, of scales and of copied pages in bytes.
 """
 
 from __future__ import annotations
@@ -240,18 +240,42 @@ APPEND_PLACES = np.dtype(
     ]
 )
 APPEND_PARAMS = np.dtype([("segments", APPEND_SEGMENT, 2), ("places", APPEND_PLACES)])
-QUANTISE_PARAMS = np.dtype(
+BLOCKS_PARAMS = np.dtype(
     [
         ("segments", APPEND_SEGMENT, 2),
         ("places", APPEND_PLACES),
+        ("rows_page_steps", np.int64, 2),
         ("scales", _POINTER),
         ("scales_page_stride", np.int64),
         ("scales_token_stride", np.int64),
         ("kv_scale", _POINTER),
         ("kv_scale_value", np.float32),
-        ("block_lanes", np.int32),
-        ("plain_segment", np.int32),
-        ("exponents", np.int32),
+        ("block_shift", np.int32),
+        ("second_is_plain", np.int32),
+        ("codes", np.int32),
+        ("scale_format", np.int32),
+        ("reserved", np.int32),
+    ]
+)
+_PAGES_SIDE = np.dtype(
+    [
+        ("pages", _POINTER),
+        ("numbers", _POINTER),
+        ("page_stride", np.int64),
+        ("token_stride", np.int64),
+        ("head_stride", np.int64),
+        ("num_pages", np.int32),
+        ("reserved", np.int32),
+    ]
+)
+COPY_PAGES_PARAMS = np.dtype(
+    [
+        ("source", _PAGES_SIDE),
+        ("target", _PAGES_SIDE),
+        ("num_heads_kv", np.int32),
+        ("row_units", np.int32),
+        ("page_units", np.int32),
+        ("blocks_per_page", np.int32),
     ]
 )
 SLOTS_PARAMS = np.dtype(

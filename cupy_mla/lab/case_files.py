@@ -27,9 +27,10 @@ def load_case(path: Path) -> Case:
     """Read a case from an .npz or .safetensors file, as NumPy arrays.
 
     The file holds q, kv_cache, block_table and cache_seqlens, and may hold cu_seqlens_q, softmax_scale, causal,
-    head_dim_v, kv_scale and compute (single values; in a safetensors file they may be metadata, whose other entries are
-    ignored). Where it holds q_rope or kv_rope too, q or kv_cache is the pair with it. Values stored as uint16 are taken
-    as the bits of bfloat16, those stored as uint8 as the bits of e4m3; index arrays may be int64.
+    head_dim_v, kv_scale and compute (single values, of kv_scale also two; in a safetensors file they may be metadata,
+    whose other entries are ignored). Where it holds q_rope or kv_rope too, q or kv_cache is the pair with it. Values
+    stored as uint16 are taken as the bits of bfloat16, those stored as uint8 as the bits of e4m3; index arrays may be
+    int64.
 
     Raises
     ------
@@ -90,7 +91,7 @@ def _settings(found: dict[str, Array]) -> dict[str, Any]:
         kind, read = _SETTINGS[name]
         array = found[name]
         try:
-            settings[name] = read(array.item())
+            settings[name] = read(array.item() if array.size == 1 else array.tolist())
         except (ValueError, TypeError, OverflowError) as error:  # many values; complex, a date; infinite
             got = repr(array.item()) if array.size == 1 else f"shape {array.shape}"
             raise InvalidArgumentError(name, f"a single value ({kind})", got) from error
@@ -112,6 +113,13 @@ def _truth(value: Any) -> bool:
     return words[text]
 
 
+def _scales(value: Any) -> float | tuple[float, float]:
+    if not isinstance(value, list):
+        return float(value)
+    latent, rope = value
+    return float(latent), float(rope)
+
+
 _READERS: dict[str, tuple[str, Callable[[Any], Any]]] = {
     "float": ("a number", float),
     "int": ("a whole number", _whole_number),
@@ -119,7 +127,7 @@ _READERS: dict[str, tuple[str, Callable[[Any], Any]]] = {
     "str": ("a word", str),
 }
 _SETTINGS = {option.name: _READERS[option.type] for option in CALL_OPTIONS if option.name in OPTIONS}
-_SETTINGS["kv_scale"] = _READERS["float"]
+_SETTINGS["kv_scale"] = "a number, or two of latent and rope", _scales
 
 
 def save_result(path: Path, out: Array, lse: Array) -> None:

@@ -63,7 +63,7 @@ class Case:
     head_dim_v: int = DEFAULT_HEAD_DIM_V
     softmax_scale: float | None = None
     causal: bool = False
-    kv_scale: float | None = None
+    kv_scale: float | tuple[float, float] | None = None
     compute: str = AUTO
     library: ArrayLibrary = NUMPY
 

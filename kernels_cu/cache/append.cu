@@ -16,23 +16,26 @@ struct AppendParams {
 // cupy_mla/kernels/structs.py mirrors it; a test compares the sizes.
 static_assert(sizeof(AppendParams) == 200, "AppendParams is packed by the host");
 
-struct ChunkPlace {
-    const uint4* source;
-    uint4* target;
-};
+// A 16-byte chunk of a token: of which segment and head, and where in that row.
+struct Chunk {
+    const AppendSegment& segment;
+    i32 head;
+    i32 index;
 
-MLA_DEVICE ChunkPlace place_chunk(const AppendParams& params, i32 chunk, i32 token, i64 page, i64 offset) {
-    const i32 chunks_per_head = params.segments[0].chunks + params.segments[1].chunks;
-    const i32 head = chunk / chunks_per_head;
-    const i32 in_head = chunk % chunks_per_head;
-    const bool second = in_head >= params.segments[0].chunks;
-    const AppendSegment& segment = params.segments[second ? 1 : 0];
-    const i64 byte = (in_head - (second ? params.segments[0].chunks : 0)) * kChunkBytes;
-    const u8* source = segment.rows + token * segment.rows_token_stride + head * segment.rows_head_stride + byte;
-    u8* target = segment.cache + page * segment.cache_page_stride + offset * segment.cache_token_stride +
-                 head * segment.cache_head_stride + byte;
-    return {reinterpret_cast<const uint4*>(source), reinterpret_cast<uint4*>(target)};
-}
+    static MLA_DEVICE Chunk of(const AppendParams& params, i32 chunk) {
+        const i32 chunks_per_head = params.segments[0].chunks + params.segments[1].chunks;
+        const i32 head = params.places.num_heads_kv == 1 ? 0 : chunk / chunks_per_head;
+        const i32 in_head = chunk - head * chunks_per_head;
+        const bool second = in_head >= params.segments[0].chunks;
+        return {params.segments[second ? 1 : 0], head, in_head - (second ? params.segments[0].chunks : 0)};
+    }
+
+    MLA_DEVICE uint4 load(i32 token) const { return reinterpret_cast<const uint4*>(token_row(segment, token, head))[index]; }
+
+    MLA_DEVICE void store(CachePlace place, uint4 value) const {
+        reinterpret_cast<uint4*>(cache_row(segment, place, head))[index] = value;
+    }
+};
 
 }  // namespace mla
 
@@ -43,24 +46,30 @@ extern "C" __global__ void mla_append(const __grid_constant__ mla::AppendParams 
     const i64 token_index = static_cast<i64>(blockIdx.x) * blockDim.y + threadIdx.y;
     if (token_index >= params.places.num_tokens) return;
     const i32 token = static_cast<i32>(token_index);
-    const i64 slot = find_slot(params.places, token);
-    if (slot == kNoSlot) return;
-    const i64 page = slot / params.places.page_size;
-    const i64 offset = slot % params.places.page_size;
     const i32 chunks = params.places.num_heads_kv * (params.segments[0].chunks + params.segments[1].chunks);
 
-    for (i32 first = static_cast<i32>(threadIdx.x); first < chunks; first += lanes * kChunksInFlight) {
-        // All loads before all stores: the compiler cannot know that the two sides do not overlap.
-        uint4 values[kChunksInFlight];
+    // All loads before all stores: the compiler cannot know that the two sides do not overlap. The first ones do not wait
+    // for where the token goes.
+    uint4 values[kChunksInFlight];
+    const auto load = [&](i32 first) {
 #pragma unroll
         for (i32 i = 0; i < kChunksInFlight; ++i) {
             const i32 chunk = first + i * lanes;
-            if (chunk < chunks) values[i] = *place_chunk(params, chunk, token, page, offset).source;
+            if (chunk < chunks) values[i] = Chunk::of(params, chunk).load(token);
         }
+    };
+    i32 first = static_cast<i32>(threadIdx.x);
+    load(first);
+    const CachePlace place = find_place(params.places, token);
+    if (place.page == kNoPage) return;
+    while (true) {
 #pragma unroll
         for (i32 i = 0; i < kChunksInFlight; ++i) {
             const i32 chunk = first + i * lanes;
-            if (chunk < chunks) *place_chunk(params, chunk, token, page, offset).target = values[i];
+            if (chunk < chunks) Chunk::of(params, chunk).store(place, values[i]);
         }
+        first += lanes * kChunksInFlight;
+        if (first >= chunks) return;
+        load(first);
     }
 }

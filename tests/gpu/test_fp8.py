@@ -105,6 +105,24 @@ def test_shapes(kernel: str, case: Fp8Case) -> None:
 
 
 @pytest.mark.parametrize("kernel", KERNELS)
+@pytest.mark.parametrize("scales", [(0.5, 0.037), (0.02, 0.5)], ids=str)
+def test_each_part_has_a_scale(kernel: str, scales: tuple[float, float]) -> None:
+    """Given as numbers, and as an array that the kernel reads; of a packed cache, and of a pair."""
+    case = Fp8Case(LENGTHS, 20, kv_scale=scales)
+    error, lse_error, (expected, _) = run(case, kernel)
+    assert error < MAX_ERROR[way_of(kernel)]
+    assert lse_error < LSE_ERROR[way_of(kernel)]
+    arrays = upload(case.build())
+    for name in ("q", "kv_cache"):
+        arrays[name] = arrays[name][..., :LATENT], arrays[name][..., LATENT:]
+    options = options_of(case, kernel) | {"kv_scale": gpu.upload(np.array(scales, np.float32))}
+    plan = plan_decode(**arrays, **options, kernel=kernel)
+    for _ in range(2):
+        out, _ = mla_decode(**arrays, **options, plan=plan)
+        assert as_numpy(out).tobytes() == expected.tobytes()
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
 @pytest.mark.parametrize("kind", KINDS)
 def test_hard_data(kernel: str, kind: str) -> None:
     heads = int(kernel[-2:]) if kernel[-2:] in ("32", "64") else 16
