@@ -42,7 +42,7 @@ EXAMPLES = dict(re.findall(r"```python\n# ([^\n]+)\n(.*?)```", TEXT, re.DOTALL))
 TITLES = {
     *("torch", "torch.compile", "JAX", "CuPy", "NumPy", "FlashMLA", "benchmark", "paged cache"),
     *("sparse decode", "sparse prefill", "sparse decode, FP8", "sparse decode, two caches", "FP8"),
-    *("a step of all layers", "JAX scan", "own call", "transformers"),
+    *("a step of all layers", "JAX scan", "own call", "transformers", "pages"),
 }
 
 PROGRAMS = ("cupy-mla", "./scripts/", ".ci/run", "python ", ".venv/bin/python ", "pip ", "jupyter ")
@@ -107,6 +107,9 @@ def test_example_runs(title: str, monkeypatch: pytest.MonkeyPatch) -> None:
     if title == "benchmark":
         assert len(namespace["results"].rows) == 4
         assert not namespace["results"].failed
+    elif title == "pages":
+        error = (namespace["prefix"] - namespace["values"][namespace["pages"].long()]).abs().max()
+        assert 0 < float(error) < 0.5
     elif title == "transformers":
         assert namespace["tokens"].shape == (2, 48)
         assert "cupy_mla+" in namespace["model"].config._attn_implementation

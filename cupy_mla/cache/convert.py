@@ -103,8 +103,12 @@ def dequantise_cache(
 
     Raises
     ------
-    InvalidArgumentError, UnsupportedDeviceError
-        As in `quantise_cache`, but that ``values`` must be writable.
+    InvalidArgumentError
+        An argument of the wrong rank, shape, type, device, strides or alignment, a cache of 16-bit values, values that
+        cannot be written to, a layout that is unknown or in doubt, a scale that is missing or out of place, or a page
+        number that validation found wrong. Nothing is written then.
+    UnsupportedDeviceError
+        The arrays are on a GPU that is not Hopper, or the backend that the settings ask for cannot take them.
     """
     _convert(ConvertArrays(kv_cache, values, pages, kv_scale), layout, validate, stream, reads=True)
 
@@ -159,8 +163,11 @@ def describe_conversion(
 
     Raises
     ------
-    InvalidArgumentError, UnsupportedDeviceError
-        As in `quantise_cache` and `dequantise_cache`.
+    InvalidArgumentError
+        An array has a wrong rank, shape, type, device, strides or alignment or cannot be written to where it has to be,
+        the layout is unknown or in doubt, or a scale is missing or out of place.
+    UnsupportedDeviceError
+        The arrays are on a GPU that is not Hopper, or the backend that the settings ask for cannot take them.
     """
     caches = view_pages(given.kv_cache, stream, written=not reads)
     values = view_pages(given.values, stream, _VALUES, written=reads)

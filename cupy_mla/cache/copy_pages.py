@@ -115,8 +115,11 @@ def describe_copies(given: CopyArrays, stream: int | None = None) -> PageCopies:
 
     Raises
     ------
-    InvalidArgumentError, UnsupportedDeviceError
-        As in `copy_pages`.
+    InvalidArgumentError
+        An array is missing, has a wrong rank, shape, type, device, strides or alignment, or is to be written to and
+        cannot be.
+    UnsupportedDeviceError
+        The arrays are on a GPU that is not Hopper, or the backend that the settings ask for cannot take them.
     """
     targets = view_pages(given.kv_cache, stream, written=True)
     in_place = given.source is None

@@ -67,8 +67,12 @@ class InPlaceCall:
 
         Raises
         ------
-        InvalidArgumentError, UnsupportedDeviceError, MissingDependencyError
-            As ``check`` and `register_calls`.
+        InvalidArgumentError
+            ``check`` found an array wrong, or there is no such layout.
+        UnsupportedDeviceError
+            The platform is neither CPU nor CUDA.
+        MissingDependencyError
+            The platform is CUDA and jax-tvm-ffi is not installed.
         """
         jax = jax_module()
         arrays, views, location = views_of_parts(parts, self.parts, platform)

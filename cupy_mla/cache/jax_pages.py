@@ -34,8 +34,12 @@ def copy_pages(
 
     Raises
     ------
-    InvalidArgumentError, UnsupportedDeviceError, MissingDependencyError
-        As in `append_tokens`.
+    InvalidArgumentError
+        An array has a wrong rank, shape, type or alignment, or the layout or the scale is wrong; raised while tracing.
+    UnsupportedDeviceError
+        The GPU is not Hopper, the platform is neither CPU nor CUDA, or the settings ask for the other backend.
+    MissingDependencyError
+        The platform is CUDA and jax-tvm-ffi is not installed.
     """
     parts = *two_parts(kv_cache, "kv_cache"), *two_parts(source, "source"), source_pages, target_pages
     return _COPY.trace(parts, None, validate, platform)
@@ -56,8 +60,12 @@ def quantise_cache(
 
     Raises
     ------
-    InvalidArgumentError, UnsupportedDeviceError, MissingDependencyError
-        As in `append_tokens`.
+    InvalidArgumentError
+        An array has a wrong rank, shape, type or alignment, or the layout or the scale is wrong; raised while tracing.
+    UnsupportedDeviceError
+        The GPU is not Hopper, the platform is neither CPU nor CUDA, or the settings ask for the other backend.
+    MissingDependencyError
+        The platform is CUDA and jax-tvm-ffi is not installed.
     """
     parts = *two_parts(kv_cache, "kv_cache"), *two_parts(values, "values"), pages, scale_as_array(kv_scale)
     return _QUANTISE.trace(parts, layout, validate, platform)
@@ -79,8 +87,12 @@ def dequantise_cache(
 
     Raises
     ------
-    InvalidArgumentError, UnsupportedDeviceError, MissingDependencyError
-        As in `append_tokens`.
+    InvalidArgumentError
+        An array has a wrong rank, shape, type or alignment, or the layout or the scale is wrong; raised while tracing.
+    UnsupportedDeviceError
+        The GPU is not Hopper, the platform is neither CPU nor CUDA, or the settings ask for the other backend.
+    MissingDependencyError
+        The platform is CUDA and jax-tvm-ffi is not installed.
     """
     parts = *two_parts(values, "values"), *two_parts(kv_cache, "kv_cache"), pages, scale_as_array(kv_scale)
     return _DEQUANTISE.trace(parts, layout, validate, platform)

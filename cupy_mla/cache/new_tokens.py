@@ -66,7 +66,14 @@ class Places:
 def view_index(
     value: Any, name: str, dtype: str, shape: tuple[int | None, ...], cache: ArrayView, stream: int | None
 ) -> ArrayView:
-    """View of an index array, after its type, shape (None: any size) and device are checked."""
+    """View of an index array, whose shape has None for any size.
+
+    Raises
+    ------
+    InvalidArgumentError
+        It has another type, shape or device, gaps in its last dimension, or an address that is no multiple of its type;
+        the error calls it ``name``.
+    """
     view = arrays.view(value, name, stream)
     expected = "[" + ", ".join("any" if size is None else str(size) for size in shape) + "]"
     fits = view.ndim == len(shape) and all(

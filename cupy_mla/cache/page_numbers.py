@@ -60,7 +60,7 @@ def check_distinct(found: Numbers, name: str) -> None:
     Raises
     ------
     InvalidArgumentError
-        There is one.
+        A page other than -1 is there twice; the error has the place of the second, in ``name``.
     """
     kept = np.flatnonzero(found != NO_PAGE)
     _, first = np.unique(found[kept], return_index=True)

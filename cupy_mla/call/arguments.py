@@ -110,7 +110,7 @@ def scale_values(kv_scale: Any, layout: CacheLayout) -> tuple[float, float]:
     Raises
     ------
     InvalidArgumentError
-        As in `scale_value`.
+        It is missing, the layout has none, or a number is none that float32 has room for; ``argument`` is ``kv_scale``.
     """
     if layout.needs_scale and is_pair_of_numbers(kv_scale):
         latent, rope = map(check_kv_scale, kv_scale)
