@@ -281,7 +281,7 @@ WRONG_ON_BOTH: list[tuple[str, Any, str, str]] = [
     # type
     ("q type", lambda make: {"q": make((4, 2, 16, 576), "float32")}, "q", "bfloat16 or float16"),
     ("kv type", lambda make: {"kv_cache": make((10, 64, 2, 576), "float16")}, "kv_cache", "bfloat16, the type of q"),
-    ("kv bytes", lambda make: {"kv_cache": make((10, 64, 1, 584), "uint8")}, "kv_cache", "bfloat16, the type of q"),
+    ("kv bytes", lambda make: {"kv_cache": make((10, 64, 1, 585), "uint8")}, "kv_cache", "bfloat16, the type of q"),
     (
         "pair types",
         lambda make: {"q": (make((4, 2, 16, 512)), make((4, 2, 16, 64), "float16"))},
@@ -363,17 +363,19 @@ def test_starts_must_be_contiguous():
 
 @MAKERS
 @pytest.mark.parametrize(
-    ("dtype", "width", "layouts"),
-    [
-        ("float8_e4m3fn", 584, "fp8_model1"),
-        ("uint8", 528, "fp8_ds_mla_no_rope or fp8_v41"),
-        ("uint8", 288, "fp4_v41"),
-    ],
+    ("dtype", "width", "layout"), [("float8_e4m3fn", 584, "fp8_model1"), ("uint8", 288, "fp4_v41")]
 )
-def test_a_layout_that_no_kernel_reads_is_named(make: Any, dtype: str, width: int, layouts: str):
+def test_widths_that_a_layout_does_not_have_are_named(make: Any, dtype: str, width: int, layout: str):
     error = dense_call(make).with_(kv_cache=make((10, 64, 1, width), dtype)).refused()
-    assert (error.argument, error.expected) == ("kv_cache", "bfloat16, the type of q")
-    assert error.got == f"{dtype} (layout {layouts}, which no kernel reads yet)"
+    assert (error.argument, error.expected) == ("latent_dim+rope_dim", f"512+0 for {layout}")
+    assert error.got == "512+64"
+
+
+@MAKERS
+def test_a_layout_in_doubt_has_to_be_named(make: Any):
+    error = dense_call(make).with_(kv_cache=make((10, 64, 1, 528), "uint8")).refused()
+    assert (error.argument, error.expected) == ("layout", "fp8_ds_mla_no_rope or fp8_v41")
+    assert error.got == "None, and kv_cache of uint8 [..., 528] may be either"
 
 
 @pytest.mark.parametrize("name", ["q", "kv_cache", "block_table", "cache_seqlens"])

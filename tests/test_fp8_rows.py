@@ -9,8 +9,12 @@ import numpy as np
 import pytest
 from cases_fp8 import BF16, E4M3, LATENT, Fp8Case, relative_error
 
-from cupy_mla import InvalidArgumentError, is_supported, mla_decode, plan_decode
+from cupy_mla import InvalidArgumentError, PlanMismatchError, is_supported, mla_decode, plan_decode
+from cupy_mla.lab.libraries import NUMPY
+from cupy_mla.lab.selftest import CheckCase, run_checks
+from cupy_mla.layouts import FP8_DS_MLA_NO_ROPE, FP8_V41, LAYOUTS
 
+ROW_LAYOUTS = list(LAYOUTS)[3:]  # whose tokens hold their scales
 CASE = Fp8Case((0, 1, 63, 140, 200), heads=6, seqlen_q=2, causal=True, page_size=16, kv_scale=None)
 
 
@@ -71,7 +75,12 @@ def test_bad_options_are_refused(name: str) -> None:
         ({"q": np.zeros((5, 2, 6, 576), np.float16)}, "q: expected bfloat16"),
         ({"q": np.zeros((5, 2, 6, 512), BF16)}, "fp8_ds_mla"),
         ({"kv_cache": np.zeros((40, 16, 2, 656), np.uint8)}, r"\[num_pages, page_size, 1, 656\]"),
-        ({"kv_cache": np.zeros((40, 16, 1, 528), np.uint8)}, "fp8_ds_mla_no_rope or fp8_v41, which no"),
+        ({"kv_cache": np.zeros((40, 16, 1, 528), np.uint8)}, "layout: expected fp8_ds_mla_no_rope or fp8_v41, got"),
+        ({"layout": "fp8_model1"}, "latent_dim.rope_dim: expected 512.0 for fp8_model1, got 512.64"),
+        ({"layout": "fp8_e4m3"}, "kv_cache: expected float8_e4m3fn for the layout fp8_e4m3, got uint8"),
+        ({"layout": "bf16"}, "kv_cache: expected bfloat16, the type of q"),
+        ({"layout": "fp8"}, "layout: expected one of bf16"),
+        ({"kv_cache": (np.zeros((40, 16, 1, 9), np.uint8),) * 2, "layout": "fp8_v41"}, "kv_cache: expected one array"),
         ({"kv_cache": (np.zeros((40, 16, 1, 656), np.uint8), np.zeros((40, 16, 1, 64), BF16))}, "the type of q"),
     ],
 )
@@ -80,9 +89,42 @@ def test_other_arrays_are_refused(changes: dict[str, Any], text: str) -> None:
         mla_decode(**{**CASE.build(), **changes})
 
 
+@pytest.mark.parametrize("layout", ROW_LAYOUTS)
 @pytest.mark.parametrize("page_size", [1, 16, 64, 128])
 @pytest.mark.parametrize("heads", [1, 16, 17, 128])
-def test_a_hopper_gpu_takes_them(heads: int, page_size: int) -> None:
-    support = is_supported(num_heads_q=heads, layout="fp8_ds_mla", page_size=page_size)
+def test_a_hopper_gpu_takes_them(layout: str, heads: int, page_size: int) -> None:
+    rope_dim = 64 if layout == "fp8_ds_mla" else 0
+    support = is_supported(num_heads_q=heads, rope_dim=rope_dim, layout=layout, page_size=page_size)
     assert str(support).startswith("supported: kernel row_pages")
-    assert not is_supported(num_heads_q=heads, layout="fp8_ds_mla", page_size=24)
+    assert layout in str(support)
+    assert not is_supported(num_heads_q=heads, rope_dim=rope_dim, layout=layout, page_size=24)
+
+
+@pytest.mark.parametrize("layout", ROW_LAYOUTS)
+@pytest.mark.parametrize("page_size", [1, 16, 64])
+def test_every_layout_against_float64(layout: str, page_size: int) -> None:
+    rope_dim = 64 if layout == "fp8_ds_mla" else 0
+    lengths = (0, 1, 63, 140, 200)
+    case = CheckCase(lengths, 6, seqlens_q=2, causal=True, rope_dim=rope_dim, page_size=page_size, layout=layout)
+    [result] = run_checks(NUMPY, [case])
+    assert result.passed, result
+
+
+def test_the_layout_that_is_named_is_read() -> None:
+    """528 bytes mean one thing or another."""
+    rng = np.random.default_rng(0)
+    arrays = {
+        "q": rng.standard_normal((1, 1, 4, 512)).astype(BF16),
+        "block_table": np.array([[1, 0]], np.int32),
+        "cache_seqlens": np.array([30], np.int32),
+    }
+    values = rng.standard_normal((2, 16, 1, 512))
+    outs = []
+    for layout in (FP8_DS_MLA_NO_ROPE, FP8_V41):
+        stored = layout.quantise(values)
+        plan = plan_decode(**arrays, kv_cache=stored, layout=layout.name)
+        outs.append(mla_decode(**arrays, kv_cache=stored, layout=layout.name, plan=plan)[0])
+        other = FP8_V41 if layout is FP8_DS_MLA_NO_ROPE else FP8_DS_MLA_NO_ROPE
+        with pytest.raises(PlanMismatchError, match="layout"):
+            mla_decode(**arrays, kv_cache=stored, layout=other.name, plan=plan)
+    np.testing.assert_allclose(*(out.astype(np.float32) for out in outs), atol=0.1)

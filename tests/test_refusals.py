@@ -175,6 +175,7 @@ def dense_rows(make: Make) -> list[tuple[str, str, Changes]]:
         ("kv_scale", "an array", {"kv_scale": "1"}),
         ("compute", "a string", {"compute": 1}),
         *(("compute", "", {"compute": value}) for value in ("fast", "split")),
+        *LAYOUT,
         *no_flag("causal"),
         *shard_rows(make),
         *WIDTH,
@@ -204,7 +205,7 @@ def scale_rows(make: Make) -> list[tuple[str, str, Changes]]:
     e4m3 = {"kv_cache": make((3, 64, 1, 576), "float8_e4m3fn")}
     return [
         ("kv_scale", "a number", {**e4m3, "kv_scale": value})
-        for value in (None, make((2,), "float32"), make((1,), "float16"))
+        for value in (None, make((3,), "float32"), make((1,), "float16"))
     ] + [("kv_scale", "1e-37", {**e4m3, "kv_scale": value}) for value in (0.0, -1.0, math.nan, math.inf)]
 
 
@@ -426,6 +427,54 @@ def slots_rows(make: Make) -> list[tuple[str, str, Changes]]:
     ]
 
 
+# Whole pages: 3 of 16 tokens ----------------------------------------------------------------------------------------
+
+
+def page_copies(make: Make) -> Changes:
+    pages = {"source_pages": make((2,), "int32"), "target_pages": make((2,), "int32")}
+    return {"kv_cache": make((3, 16, 1, 576)), "source": make((3, 16, 1, 576)), **pages, "validate": False}
+
+
+def page_copies_rows(make: Make) -> list[tuple[str, str, Changes]]:
+    return [
+        *required_pair("kv_cache"),
+        *shaped("kv_cache", "bfloat16", make, (16, 1, 576)),
+        *no_array("source")[:3],
+        *shaped("source", "bfloat16", make, (16, 1, 576), (3, 8, 1, 576), (3, 16, 1, 512)),
+        *typed("source", (3, 16, 1, 576), make, "float16", "uint8"),
+        *(row for name in ("source_pages", "target_pages") for row in (
+            *no_array(name), *shaped(name, "int32", make, (2, 1)), *typed(name, (2,), make, "int64"),
+        )),
+        *shaped("target_pages", "int32", make, (3,)),
+        *VALIDATE,
+        *STREAM,
+    ]  # fmt: skip
+
+
+def conversion(make: Make) -> Changes:
+    return {"kv_cache": make((3, 16, 1, 656), "uint8"), "values": make((3, 16, 1, 576))}
+
+
+def conversion_rows(make: Make) -> list[tuple[str, str, Changes]]:
+    e4m3 = {"kv_cache": make((3, 16, 1, 576), "float8_e4m3fn")}
+    return [
+        *required_pair("kv_cache"),
+        *shaped("kv_cache", "uint8", make, (16, 1, 656), (3, 16, 1, 500)),
+        ("kv_cache", "an FP8 or FP4 layout", {"kv_cache": make((3, 16, 1, 576))}),
+        *required_pair("values"),
+        *shaped("values", "bfloat16", make, (16, 1, 576), (2, 16, 1, 576), (3, 8, 1, 576), (3, 16, 1, 512)),
+        *typed("values", (3, 16, 1, 576), make, "float32", "uint8"),
+        *no_array("pages"),
+        *shaped("pages", "int32", make, (2,), (3, 1)),
+        *typed("pages", (3,), make, "int64"),
+        *NO_SCALE,
+        ("kv_scale", "a number", {**e4m3, "kv_scale": make((2,), "float32")}),
+        *LAYOUT,
+        *VALIDATE,
+        *STREAM,
+    ]
+
+
 # FlashMLA's names ---------------------------------------------------------------------------------------------------
 
 
@@ -564,6 +613,9 @@ TARGETS: dict[str, Target] = {
     "merge_states": Target(cupy_mla.merge_states, states, states_rows),
     "append_tokens": Target(cupy_mla.append_tokens, append, append_rows, ("kv_cache",)),
     "slots_of": Target(cupy_mla.slots_of, slots, slots_rows, ("out",)),
+    "copy_pages": Target(cupy_mla.copy_pages, page_copies, page_copies_rows, ("kv_cache",)),
+    "quantise_cache": Target(cupy_mla.quantise_cache, conversion, conversion_rows, ("kv_cache",)),
+    "dequantise_cache": Target(cupy_mla.dequantise_cache, conversion, conversion_rows, ("values",)),
     "flash_mla.flash_mla_with_kvcache": Target(
         flash_mla.flash_mla_with_kvcache, flash, flash_rows, ("out",),
         unchecked=("extra_k_cache", "extra_indices_in_kvcache", "extra_topk_length", "use_legacy"),

@@ -17,7 +17,7 @@ from ..arrays.dtypes import numpy_dtype
 from ..arrays.exchange import as_numpy, keep_imported
 from ..arrays.frameworks import CUDA, check_stream, current_stream
 from ..arrays.view import ArrayView
-from ..call.arguments import settled_strides
+from ..call.arguments import as_boolean, settled_strides
 from ..errors import InvalidArgumentError
 from ..gpu.device import require_backend
 from ..layouts import DENSE_LAYOUTS, CacheLayout
@@ -25,7 +25,7 @@ from ..layouts.block_scaled import BlockScaled
 from .new_tokens import Append, Places
 from .page_numbers import Numbers, check_numbers, read_numbers, view_numbers
 from .quantise import put_numpy, quantised_segments, settle_quantiser
-from .segments import Segment, check_chunks, view_pages
+from .segments import Segment, check_chunks, parts_of, view_pages
 
 _VALUES = "values"
 _MAX_TOKENS = 2**31 - 1
@@ -146,8 +146,10 @@ def _convert(
     given: ConvertArrays, layout: CacheLayout | str | None, validate: bool | None, stream: int | None, *, reads: bool
 ) -> None:
     check_stream(stream)
-    first = given.values[0] if isinstance(given.values, (tuple, list)) and given.values else given.values
-    seen = arrays.view(first, _VALUES)
+    if validate is not None:
+        validate = as_boolean(validate, "validate")
+    first, name = parts_of(given.values, _VALUES)[0]
+    seen = arrays.view(first, name)
     if stream is None and seen.device == CUDA:
         stream = current_stream(first, seen.device_id)
     conversion = describe_conversion(given, layout, stream, reads=reads)

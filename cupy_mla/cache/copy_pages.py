@@ -16,14 +16,14 @@ from ..arrays import view as arrays
 from ..arrays.exchange import as_numpy, keep_imported
 from ..arrays.frameworks import CUDA, check_stream, current_stream
 from ..arrays.view import ArrayView
-from ..call.arguments import settled_strides
+from ..call.arguments import as_boolean, settled_strides
 from ..errors import InvalidArgumentError
 from ..gpu.device import require_backend
 from ..kernels.copy_pages import UNIT_TYPES, copy_pages_blocks, copy_pages_geometry, copy_pages_source
 from ..kernels.structs import COPY_PAGES_PARAMS
 from ..settings import wants_validation
 from .page_numbers import Numbers, check_numbers, read_numbers, view_numbers
-from .segments import check_same_place, view_pages
+from .segments import check_same_place, parts_of, view_pages
 
 _INT32_MAX = 2**31 - 1
 
@@ -68,8 +68,10 @@ def copy_pages(
         The arrays are on a GPU that is not Hopper, or the backend that the settings ask for cannot take them.
     """
     check_stream(stream)
-    first = kv_cache[0] if isinstance(kv_cache, (tuple, list)) and kv_cache else kv_cache
-    seen = arrays.view(first, "kv_cache")
+    if validate is not None:
+        validate = as_boolean(validate, "validate")
+    first, name = parts_of(kv_cache, "kv_cache")[0]
+    seen = arrays.view(first, name)
     if stream is None and seen.device == CUDA:
         stream = current_stream(first, seen.device_id)
     copies = describe_copies(CopyArrays(kv_cache, source_pages, target_pages, source), stream)

@@ -53,7 +53,14 @@ class Segment:
     rows_page_step: int = 0
 
 
-def _parts(value: Any, name: str) -> list[tuple[Any, str]]:
+def parts_of(value: Any, name: str) -> list[tuple[Any, str]]:
+    """An array and its name, or those of the parts of a pair.
+
+    Raises
+    ------
+    InvalidArgumentError
+        It is a list or tuple of another length than two.
+    """
     if not isinstance(value, (tuple, list)):
         return [(value, name)]
     if len(value) != 2:
@@ -77,7 +84,7 @@ def view_pages(pages: Any, stream: int | None, name: str = "kv_cache", *, writte
         It has a wrong rank, shape or strides, or is to be written to and cannot be.
     """
     views = []
-    for part, part_name in _parts(pages, name):
+    for part, part_name in parts_of(pages, name):
         view = arrays.view(part, part_name, stream)
         if view.ndim != CACHE_RANK:
             raise InvalidArgumentError(part_name, "shape [num_pages, page_size, num_heads_kv, d]", str(view.shape))
@@ -114,7 +121,7 @@ def view_rows(kv_new: Any, stream: int | None) -> list[ArrayView]:
         They have a wrong rank, shape or strides.
     """
     views = []
-    for part, name in _parts(kv_new, "kv_new"):
+    for part, name in parts_of(kv_new, "kv_new"):
         view = arrays.view(part, name, stream)
         if view.ndim == _ROWS_RANK - 1:  # [num_tokens, d]: one KV head
             view = ArrayView(

@@ -105,7 +105,7 @@ def scale_value(kv_scale: Any, layout: CacheLayout) -> float:
 
 
 def scale_values(kv_scale: Any, layout: CacheLayout) -> tuple[float, float]:
-    """The scales of the latent and the rope part of a cache as `scale_value` has one: of a pair of numbers each its own.
+    """The scales of the latent and the rope part of a cache, as `scale_value` has one; a pair of numbers are two.
 
     Raises
     ------

@@ -14,7 +14,7 @@ from typing import Any
 from ..arrays.frameworks import CUDA
 from ..arrays.view import ArrayView, view
 from ..errors import InvalidArgumentError
-from ..layouts import DECODED_LAYOUTS, DENSE_LAYOUTS, CacheLayout, name_cache_type
+from ..layouts import DENSE_LAYOUTS, LAYOUTS, CacheLayout, find_layout, infer_layout
 from .arguments import (
     COPY_ALIGNMENT,
     KV_SCALE_DTYPE,
@@ -44,7 +44,7 @@ from .problem import (
     Queries,
 )
 
-_BYTE_LAYOUTS = tuple(layout for layout in DECODED_LAYOUTS if layout not in DENSE_LAYOUTS.values())
+_BYTE_LAYOUTS = tuple(layout for layout in LAYOUTS.values() if layout not in DENSE_LAYOUTS.values())
 
 # What the CUDA kernels of dense decoding are written for.
 CUDA_PAGE_MULTIPLE = 16
@@ -132,8 +132,8 @@ def describe_decode(
         None if call.starts is None else _layout_key(call.starts),
         None if call.totals is None else _layout_key(call.totals),
         None if call.kv_scale is None else _layout_key(call.kv_scale),
-        (len(q), len(kv), options.head_dim_v, options.causal, options.max_seqlen_q, options.compute, options.strict),
-        (options.cp_world, options.cp_rank, options.cp_interleave),
+        (len(q), len(kv), options.head_dim_v, options.causal, options.max_seqlen_q, options.compute, options.layout),
+        (options.strict, options.cp_world, options.cp_rank, options.cp_interleave),
     )
     checked: _Checked = _checked.get(key) or _checked.keep(key, _check(call))
     if q[0].device == CUDA:
@@ -284,7 +284,7 @@ def _check(call: _Call) -> _Checked:
         raise InvalidArgumentError(
             "block_table", f"at most {MAX_TOKENS // page_size} pages per sequence", str(keys.max_pages_per_seq)
         )
-    _check_strides(call)
+    _check_strides(call, layout)
     if first_q.device == CUDA or call.options.strict:
         check_cuda_widths(queries)
         _check_page_size(page_size)
@@ -308,7 +308,7 @@ def _check_types(call: _Call) -> CacheLayout:
     dtype, stored = call.q[0].dtype, call.kv[0].dtype
     if dtype not in DENSE_LAYOUTS:
         raise InvalidArgumentError(first_q, " or ".join(DENSE_LAYOUTS), dtype)
-    layout = next((other for other in _BYTE_LAYOUTS if _fits(call.kv, other)), DENSE_LAYOUTS[dtype])
+    layout = _find_layout(call)
     if dtype not in layout.query_dtypes:
         raise InvalidArgumentError(first_q, f"{' or '.join(layout.query_dtypes)} for a cache of {stored}", dtype)
     for name, array in _named("q", call.q):
@@ -317,7 +317,7 @@ def _check_types(call: _Call) -> CacheLayout:
     for name, array in _named("kv_cache", call.kv):
         if array.dtype not in layout.dtypes:
             expected = f"{dtype}, the type of q" if layout.dtype == dtype else f"{stored}, as the latent part"
-            raise InvalidArgumentError(name, expected, name_cache_type(array.dtype, array.shape[-1]))
+            raise InvalidArgumentError(name, expected, array.dtype)
     if not layout.needs_scale and call.options.compute not in (AUTO, EXACT):
         raise InvalidArgumentError("compute", f"{AUTO} or {EXACT} for a cache of {stored}", call.options.compute)
     if call.kv_scale is not None:
@@ -326,6 +326,22 @@ def _check_types(call: _Call) -> CacheLayout:
         if not name.startswith(("q", "kv_cache", "kv_scale")) and array.dtype != INDEX_DTYPE:
             raise InvalidArgumentError(name, INDEX_DTYPE, array.dtype)
     return layout
+
+
+def _find_layout(call: _Call) -> CacheLayout:
+    """The layout that is named, or the one that the cache's type and width mean; that of q's type if they mean none."""
+    if call.options.layout is not None:
+        named = find_layout(call.options.layout)
+        if not named.has_columns and len(call.kv) == 2:
+            raise InvalidArgumentError("kv_cache", f"one array for the layout {named.name}", "a pair")
+        if named not in DENSE_LAYOUTS.values() and call.kv[0].dtype not in named.dtypes:
+            expected = f"{' or '.join(named.dtypes)} for the layout {named.name}"
+            raise InvalidArgumentError("kv_cache", expected, call.kv[0].dtype)
+        return named
+    fitting = [layout for layout in _BYTE_LAYOUTS if _fits(call.kv, layout)]
+    if len(fitting) > 1:
+        return infer_layout(call.kv[0].dtype, call.kv[0].shape[-1])  # says that it must be named
+    return fitting[0] if fitting else DENSE_LAYOUTS[call.q[0].dtype]
 
 
 def _fits(kv: Sequence[ArrayView], layout: CacheLayout) -> bool:
@@ -380,9 +396,10 @@ def _query_counts(call: _Call) -> tuple[int, int]:
     return seqlen_q, batch * seqlen_q
 
 
-def _check_strides(call: _Call) -> None:
+def _check_strides(call: _Call, layout: CacheLayout) -> None:
     for name, array in _named("q", call.q) + _named("kv_cache", call.kv):
-        check_rows(array.shape, array.strides, array.itemsize, array.device == CUDA or call.options.strict, name)
+        strides = layout.row_strides(array.strides) if name == "kv_cache" else array.strides
+        check_rows(array.shape, strides, array.itemsize, array.device == CUDA or call.options.strict, name)
     for name, array in call.arrays():
         if array.dtype == INDEX_DTYPE and 0 not in array.shape and array.shape[-1] > 1 and array.strides[-1] != 1:
             raise InvalidArgumentError(name, "a contiguous last dimension", f"strides {array.strides}")

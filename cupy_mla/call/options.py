@@ -37,7 +37,7 @@ class DecodeOptions:
 
     Attributes
     ----------
-    head_dim_v, softmax_scale, causal, max_seqlen_q, empty_lse, validate, strict, compute, cp_world, cp_rank,
+    head_dim_v, softmax_scale, causal, max_seqlen_q, empty_lse, validate, strict, compute, layout, cp_world, cp_rank,
     cp_interleave
         As in `cupy_mla.mla_decode`.
     max_seqlen_k, fixed_split_tokens, kernel
@@ -57,6 +57,7 @@ class DecodeOptions:
     validate: bool | None = option(None, DECODE, PLAN)
     strict: bool = option(True, DECODE, PLAN)
     compute: str = option(AUTO, DECODE, PLAN)
+    layout: str | None = option(None, DECODE, PLAN)
     cp_world: int = option(1, DECODE, PLAN)
     cp_rank: int = option(0, DECODE, PLAN)
     cp_interleave: int = option(1, DECODE, PLAN)

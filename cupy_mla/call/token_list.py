@@ -7,7 +7,7 @@ from typing import NamedTuple
 from ..arrays.frameworks import CUDA
 from ..arrays.view import ArrayView, contiguous_strides
 from ..errors import InvalidArgumentError
-from ..layouts import DENSE_LAYOUTS, SPARSE_LAYOUTS, CacheLayout, find_layout, infer_layout, name_cache_type
+from ..layouts import DENSE_LAYOUTS, SPARSE_LAYOUTS, CacheLayout, find_layout, infer_layout
 from .arguments import COPY_ALIGNMENT, settled_strides
 from .problem import INDEX_DTYPE, MAX_TOKENS
 
@@ -73,8 +73,7 @@ class TokenList:
             return DENSE_LAYOUTS[q.dtype]
         coded = [dtype for layout in SPARSE_LAYOUTS for dtype in layout.dtypes if dtype not in DENSE_LAYOUTS]
         if given is None and kv.dtype not in coded:
-            got = name_cache_type(kv.dtype, kv.shape[-1])
-            raise InvalidArgumentError(names.kv, f"{q.dtype}, the type of q", got)
+            raise InvalidArgumentError(names.kv, f"{q.dtype}, the type of q", kv.dtype)
         if given is None:
             layout = infer_layout(kv.dtype, kv.shape[-1], names.kv, names.layout)
         else:

@@ -47,6 +47,7 @@ def mla_decode(
     max_seqlen_q: int | None = None,
     kv_scale: Any = None,
     compute: str = "auto",
+    layout: str | None = None,
     plan: DecodePlan | None = None,
     out: Any = None,
     lse: Any = None,
@@ -74,7 +75,8 @@ def mla_decode(
         [num_pages, page_size, num_heads_kv, d_qk] of q's type, or a pair (latent, rope). The first ``head_dim_v``
         columns are the latent part, which is key and value; the rest is the rope part of the key. With bfloat16 queries
         also float8_e4m3fn, the layout ``fp8_e4m3``: values are stored values times ``kv_scale``; or bytes (uint8 or
-        float8_e4m3fn) [num_pages, page_size, 1, 656], the layout ``fp8_ds_mla``, whose tokens hold their scales.
+        float8_e4m3fn) [num_pages, page_size, 1, width] of a layout whose tokens hold their scales: 656 bytes are
+        ``fp8_ds_mla``, 584 ``fp8_model1``, 528 ``fp8_ds_mla_no_rope`` or ``fp8_v41``, 288 ``fp4_v41``.
     block_table
         [batch, max_pages_per_seq] int32: pages of each request. Entries past its last page may hold anything.
     cache_seqlens
@@ -99,6 +101,8 @@ def mla_decode(
         value. ``"split"``: q is the sum of two e4m3 parts, multiplied by FP8 tensor cores; rows of q with outliers are
         computed exactly. ``"auto"``: what should take less time of these two. ``"fp8"``: q is rounded to e4m3, with a
         power of two for each token and head, and multiplied by FP8 tensor cores. V is exact in all of them.
+    layout
+        Name of the cache's layout. None: what its type and width mean, where they leave no doubt.
     plan
         From `plan_decode`, for calls that share their lengths. None: the call plans by itself.
     out, lse
@@ -141,8 +145,8 @@ def mla_decode(
     """
     arrays = (q, kv_cache, block_table, cache_seqlens, cu_seqlens_q, total_seqlens, kv_scale, None, out, lse)
     options: tuple[Any, ...] = (head_dim_v, softmax_scale, causal, max_seqlen_q, empty_lse, validate, strict, compute)
-    if cp_world != 1 or cp_rank or cp_interleave != 1:
-        options = (*options, cp_world, cp_rank, cp_interleave)
+    if layout is not None or cp_world != 1 or cp_rank or cp_interleave != 1:
+        options = (*options, layout, cp_world, cp_rank, cp_interleave)
     return run_decode(arrays, options, plan, stream)
 
 
@@ -158,6 +162,7 @@ def plan_decode(
     max_seqlen_q: int | None = None,
     kv_scale: Any = None,
     compute: str = "auto",
+    layout: str | None = None,
     max_seqlen_k: int | None = None,
     fixed_split_tokens: int | None = None,
     kernel: str = "auto",
@@ -173,8 +178,8 @@ def plan_decode(
 
     Parameters
     ----------
-    q, kv_cache, block_table, cache_seqlens, head_dim_v, causal, cu_seqlens_q, kv_scale, compute, stream, validate,
-    strict, cp_world, cp_rank, cp_interleave, total_seqlens
+    q, kv_cache, block_table, cache_seqlens, head_dim_v, causal, cu_seqlens_q, kv_scale, compute, layout, stream,
+    validate, strict, cp_world, cp_rank, cp_interleave, total_seqlens
         As in `mla_decode`. Of q, kv_cache and kv_scale only shapes, types and strides count.
     max_seqlen_q
         Largest number of query tokens of a request when ragged; None: total_q.
@@ -187,9 +192,9 @@ def plan_decode(
     kernel
         The decode kernel: "narrow16", "narrow32" or "wide64" (16, 32 or 64 query rows a CTA); for FP8 caches
         "fp8_split16", "fp8_split32", "fp8_split64", "fp8_exact16", "fp8_exact32", for ``compute="fp8"``
-        "fp8_query16", "fp8_query32" or "fp8_query64", for 656 bytes a token "row_pages16" or "row_pages32"; for pages
-        of one token also "token_pages16", "token_pages32" or "token_pages64"; or "auto", the one that should take the
-        least time. On the CPU, where there is but one, the name is checked and changes nothing.
+        "fp8_query16", "fp8_query32" or "fp8_query64", for tokens that hold their scales "row_pages16" or "row_pages32";
+        for pages of one token also "token_pages16", "token_pages32" or "token_pages64"; or "auto", the one that should
+        take the least time. On the CPU, where there is but one, the name is checked and changes nothing.
 
     Returns
     -------
@@ -214,6 +219,7 @@ def plan_decode(
         fixed_split_tokens=fixed_split_tokens,
         kernel=kernel,
         compute=compute,
+        layout=layout,
         cp_world=cp_world,
         cp_rank=cp_rank,
         cp_interleave=cp_interleave,

@@ -149,7 +149,8 @@ def _kernel(sizes: dict[str, int], dtype: str, layout: CacheLayout, causal: bool
     scale = 1.0 if layout.needs_scale else None
     table = _array(INDEX_DTYPE, batch, _max_pages(sizes, page_size))
     lengths = _array(INDEX_DTYPE, batch)
-    options = DecodeOptions(head_dim_v=latent, causal=causal)
+    named = None if layout in DENSE_LAYOUTS.values() else layout.name
+    options = DecodeOptions(head_dim_v=latent, causal=causal, layout=named)
     problem, _ = describe_decode(DecodeArrays(q, kv_cache, table, lengths, kv_scale=scale), options)
     config = choose_config(problem, hopper.COMMON_SMS)
     schedule_shape(problem, config, hopper.COMMON_SMS)

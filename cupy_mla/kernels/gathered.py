@@ -55,9 +55,9 @@ class GatheredConfig(KernelConfig):
     @property
     def suffix(self) -> str:
         """The end of the name: a layout that is not that of the type, and the schedule."""
-        if self.by_request:
-            return self.mask_suffix + self.partial_suffix + self.refined_suffix
         layout = f"_{self.layout.name}" if self.layout.codec is not None else ""
+        if self.by_request:
+            return layout + self.mask_suffix + self.partial_suffix + self.refined_suffix
         extra = ""
         if self.extra_layout is not None:
             other = f"_{self.extra_layout.name}" if self.extra_layout is not self.layout else ""

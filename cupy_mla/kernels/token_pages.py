@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ..layouts import DENSE_LAYOUTS, FP8_DS_MLA
+from ..layouts import DENSE_LAYOUTS, FP8_DS_MLA, LAYOUTS
+from ..layouts.block_scaled import BlockScaled
 from .family import STANDARD_DIMS, DecodeFamily, KernelConfig
 from .gathered import GATHERED_WIDE64, GatheredConfig, GatheredWideFamily
 from .gathered_fp8 import GATHERED_FP8_NARROW16, GATHERED_FP8_NARROW32, GatheredFp8NarrowFamily, why_no_codec
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
 _PAGE_SIZE = 1
 _ROW_PAGE_SIZES = (1, 64)  # the latter's block table has pages, not tokens
 _ROW_DTYPE = "bfloat16"
+_ROW_LAYOUTS = tuple(layout for layout in LAYOUTS.values() if isinstance(layout, BlockScaled))
 
 
 class _OfTokenPages(DecodeFamily):
@@ -90,28 +92,30 @@ class RowPagesFamily(_OfTokenPages, GatheredFp8NarrowFamily):
 
     def why_unsupported(self, problem: DecodeProblem | SparseProblem) -> str | None:
         """Other layouts."""
-        return why_no_codec(problem, (FP8_DS_MLA,))
+        return why_no_codec(problem, _ROW_LAYOUTS)
 
     def configure(self, problem: DecodeProblem, rows: int) -> KernelConfig:
         """As for every kernel of dense decode."""
-        queries = problem.queries
+        queries, layout = problem.queries, problem.layout
+        assert isinstance(layout, BlockScaled)
         return self._row_config(
-            *(queries.dtype, problem.keys.page_size),
+            *(layout, queries.dtype, problem.keys.page_size),
             causal=queries.causal and queries.seqlen_q > 1,
             float_partials=self.has_float_partials(rows),
             sharded=problem.keys.shard is not None,
         )
 
     def standard_configs(self) -> list[KernelConfig]:
-        """What `cupy-mla compile` prepares ahead of time and the tests compile."""
+        """What `cupy-mla compile` prepares ahead of time and the tests compile; of 656 bytes all, else pages of 64."""
         partials = (False, True) if self.has_float_partials(1) else (False,)
         return [
-            self._row_config(_ROW_DTYPE, page_size, causal=causal, float_partials=float_partials)
+            self._row_config(layout, _ROW_DTYPE, page_size, causal=causal, float_partials=float_partials)
+            for layout in _ROW_LAYOUTS
             for float_partials, page_size, causal in itertools.product(partials, _ROW_PAGE_SIZES, (False, True))
+            if layout is FP8_DS_MLA or (page_size > 1 and not float_partials)
         ]
 
-    def _row_config(self, dtype: str, page_size: int, **options: Any) -> KernelConfig:
-        layout = FP8_DS_MLA
+    def _row_config(self, layout: BlockScaled, dtype: str, page_size: int, **options: Any) -> KernelConfig:
         widths = layout.latent_dim, layout.rope_dim
         return GatheredConfig(self, *widths, dtype, page_size, by_request=True, layout=layout, **options)
 

@@ -60,6 +60,7 @@ def dense_case(spec: CaseSpec, q: Any, cache: Any, table: Array, library: ArrayL
         causal=spec.causal,
         kv_scale=KV_SCALE if spec.cache_layout.needs_scale else None,
         compute=spec.compute,
+        layout=spec.layout,
         library=library,
     )
 

@@ -25,7 +25,7 @@ from ..call.options import (
     option_names,
     read_call,
 )
-from ..layouts import CacheLayout, infer_layout
+from ..layouts import CacheLayout, find_layout, infer_layout
 from ..schedule.pieces import ceil_div
 from .libraries import NUMPY, ArrayLibrary
 from .random_values import Array
@@ -45,7 +45,8 @@ class Case:
 
     Attributes
     ----------
-    q, kv_cache, block_table, cache_seqlens, cu_seqlens_q, head_dim_v, softmax_scale, causal, kv_scale, compute
+    q, kv_cache, block_table, cache_seqlens, cu_seqlens_q, head_dim_v, softmax_scale, causal, kv_scale, compute,
+    layout
         As in ``mla_decode``: q and kv_cache are arrays or pairs (latent, rope); all arrays are of one library.
     kv_lengths, q_lengths
         [batch] int64 on the host: cached tokens and query tokens of each request.
@@ -65,6 +66,7 @@ class Case:
     causal: bool = False
     kv_scale: float | tuple[float, float] | None = None
     compute: str = AUTO
+    layout: str | None = None
     library: ArrayLibrary = NUMPY
 
     @property
@@ -77,14 +79,16 @@ class Case:
         return dtype_of(self.q)
 
     @property
-    def layout(self) -> CacheLayout:
+    def cache_layout(self) -> CacheLayout:
         """That of the cache."""
+        if self.layout is not None:
+            return find_layout(self.layout)
         return infer_layout(dtype_of(self.kv_cache), sum(part.shape[-1] for part in parts_of(self.kv_cache)))
 
     @property
     def computes(self) -> str:
         """How exact results are: ``exact``, or ``split`` where that may be how they are computed."""
-        may_split = self.layout.needs_scale and self.compute != EXACT
+        may_split = self.cache_layout.needs_scale and self.compute != EXACT
         return SPLIT if may_split else EXACT
 
     @property
@@ -127,7 +131,7 @@ class Case:
             head_dim=sum(part.shape[-1] for part in parts),
             head_dim_v=self.head_dim_v,
             causal=self.causal,
-            layout=self.layout,
+            layout=self.cache_layout,
             item_size=ITEM_SIZES[self.dtype],
         )
 
@@ -192,13 +196,16 @@ class Case:
     def request(self, index: int) -> Case:
         """One request as a host case of batch 1, q [1, its query tokens, h_q, d_qk], with only its own pages."""
         kv_length = int(self.kv_lengths[index])
+        layout = self.cache_layout
         num_pages = ceil_div(kv_length, parts_of(self.kv_cache)[0].shape[1])
         pages = self.library.download(self.block_table[index])[:num_pages].astype(np.int64)
         # An empty request still needs a cache and a table that are well formed.
         pages = pages if num_pages else np.zeros(1, dtype=np.int64)
         return Case(
             q=each_part(lambda part: self.library.download(self._rows(part, index))[None], self.q),
-            kv_cache=each_part(lambda part: self.library.take_pages(part, pages), self.kv_cache),
+            kv_cache=each_part(
+                lambda part: layout.with_page_starts(self.library.take_pages(part, pages)), self.kv_cache
+            ),
             block_table=np.arange(len(pages), dtype=np.int32)[None],
             cache_seqlens=np.array([kv_length], dtype=np.int32),
             kv_lengths=self.kv_lengths[index : index + 1],
@@ -208,6 +215,7 @@ class Case:
             causal=self.causal,
             kv_scale=self.kv_scale,
             compute=self.compute,
+            layout=self.layout,
         )
 
     def request_result(self, index: int, out: Any, lse: Any) -> tuple[Array, Array]:

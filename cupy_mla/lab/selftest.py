@@ -118,6 +118,8 @@ CHECK_CASES: tuple[CheckCase, ...] = (
     # Tokens that hold their scales.
     *(CheckCase(_EDGES, heads, layout=FP8_DS_MLA.name) for heads in (3, 16, 32, 128)),
     CheckCase(_EDGES, 16, layout=FP8_DS_MLA.name, seqlens_q=_RAGGED, causal=True, page_size=16, storage=STRIDED),
+    *(CheckCase(_EDGES, heads, layout=FP8_MODEL1.name, rope_dim=0) for heads in (16, 64)),
+    CheckCase(_EDGES, 16, layout=FP8_DS_MLA_NO_ROPE.name, rope_dim=0),
     # Chosen tokens: decode with plans that cut and that do not, lengths, sinks, pages of any size.
     *(CheckCase(_EDGES, heads, topk=200) for heads in (1, 16, 32, 128)),
     *(CheckCase((5000, 17, 3000), heads, topk=2048, topk_length=True, attn_sink=True) for heads in (16, 64)),

@@ -3,7 +3,6 @@
 from .base import CacheLayout
 from .table import (
     BF16,
-    DECODED_LAYOUTS,
     DENSE_LAYOUTS,
     FP4_V41,
     FP8_DS_MLA,
@@ -16,13 +15,10 @@ from .table import (
     SPARSE_LAYOUTS,
     find_layout,
     infer_layout,
-    name_cache_type,
-    require_readable,
 )
 
 __all__ = [
     "BF16",
-    "DECODED_LAYOUTS",
     "DENSE_LAYOUTS",
     "FP4_V41",
     "FP8_DS_MLA",
@@ -36,6 +32,4 @@ __all__ = [
     "CacheLayout",
     "find_layout",
     "infer_layout",
-    "name_cache_type",
-    "require_readable",
 ]

@@ -82,8 +82,6 @@ DENSE_LAYOUTS: dict[str, CacheLayout] = {layout.dtype: layout for layout in (BF1
 SPARSE_LAYOUTS: tuple[CacheLayout, ...] = tuple(
     layout for layout in LAYOUTS.values() if layout in DENSE_LAYOUTS.values() or layout.codec is not None
 )
-# Those that dense decoding takes, which infers them: 528 bytes may be either of two.
-DECODED_LAYOUTS: tuple[CacheLayout, ...] = (BF16, FP16, FP8_E4M3, FP8_DS_MLA)
 
 
 def find_layout(layout: CacheLayout | str, name: str = "layout") -> CacheLayout:
@@ -118,28 +116,6 @@ def infer_layout(dtype: str, width: int, name: str = "kv_cache", layout: str = "
         expected = " or ".join(layout.name for layout in fitting)
         raise InvalidArgumentError(layout, expected, f"None, and {name} of {dtype} [..., {width}] may be either")
     return fitting[0]
-
-
-def name_cache_type(dtype: str, width: int) -> str:
-    """The element type of an array with this last dimension, for errors: with the layout that explains it, if no kernel
-    of dense decoding reads that."""
-    unread = " or ".join(layout.name for layout in _fitting(dtype, width) if layout not in DECODED_LAYOUTS)
-    return f"{dtype} (layout {unread}, which no kernel reads yet)" if unread else dtype
-
-
-def require_readable(layout: CacheLayout, name: str) -> CacheLayout:
-    """The layout itself, if there is a kernel of dense decoding that reads it.
-
-    Raises
-    ------
-    InvalidArgumentError
-        There is none (yet); the error calls the argument ``name``.
-    """
-    if layout not in DECODED_LAYOUTS:
-        readable = " or ".join(other.name for other in DECODED_LAYOUTS)
-        expected = f"a cache in the layout {readable}"
-        raise InvalidArgumentError(name, expected, f"{layout.name}, which no kernel reads yet")
-    return layout
 
 
 def _fitting(dtype: str, width: int) -> list[CacheLayout]:

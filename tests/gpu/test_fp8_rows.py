@@ -1,4 +1,4 @@
-"""Dense decoding over caches of 656 bytes a token on the GPU."""
+"""Dense decoding over caches whose tokens hold their scales on the GPU, most of it of 656 bytes."""
 
 from __future__ import annotations
 
@@ -12,6 +12,8 @@ from cupy_mla import mla_decode, plan_decode
 from cupy_mla.arrays.exchange import as_numpy
 from cupy_mla.kernels.choose import FAMILIES
 from cupy_mla.kernels.token_pages import RowPagesFamily
+from cupy_mla.lab.selftest import CheckCase, run_checks
+from cupy_mla.layouts import LAYOUTS
 
 from . import gpu_arrays as gpu
 
@@ -73,6 +75,20 @@ def test_head_counts(kernel: str, heads: int) -> None:
 )
 def test_shapes(kernel: str, case: Fp8Case) -> None:
     check(case, kernel)
+
+
+@pytest.mark.parametrize("layout", list(LAYOUTS)[4:])
+@pytest.mark.parametrize("heads", [3, 16, 32, 64])
+@pytest.mark.parametrize("page_size", [1, 16, 64])
+def test_other_layouts(layout: str, heads: int, page_size: int) -> None:
+    shape: dict[str, Any] = {"rope_dim": 0, "page_size": page_size, "layout": layout}
+    cases = [
+        CheckCase(LENGTHS, heads, **shape),
+        CheckCase(LENGTHS, heads, seqlens_q=2, causal=True, **shape),
+        CheckCase((5000, 17), heads, **shape),
+    ]
+    for result in run_checks(gpu.LIBRARY, cases):
+        assert result.passed, result
 
 
 def test_a_page_outside_the_cache_is_one_of_zeros() -> None:
