@@ -87,7 +87,7 @@ def _operator(
     return call
 
 
-_mla_decode = _operator("mla_decode", ("out", "lse"), ROPE_OF)
+_mla_decode = _operator("mla_decode", ("out", "lse"), ROPE_OF, OPERATOR_NAMES)
 _mla_sparse_decode = _operator("mla_sparse_decode", ("out", "lse"), names=OPERATOR_NAMES)
 _mla_sparse_prefill = _operator("mla_sparse_prefill", ("out", "max_logits", "lse"), names=OPERATOR_NAMES)
 _merge_states_once = _operator("merge_states")

@@ -184,10 +184,9 @@ def parts(arrays: Inputs) -> dict[str, Callable[[], object]]:
     made = plan_decode(**inputs)
     mla_decode(**inputs, plan=made, **outputs)
     given = tuple({**inputs, **outputs}.get(name) for name in ARRAYS)
-    # mla_decode hands on what says of a shard only where there is one.
-    options = tuple(
-        option.default for option in OPTIONS if DECODE in option.functions and not option.name.startswith("cp_")
-    )
+    # mla_decode hands on a layout, and what says of a shard, only where there is one.
+    rare = ("layout", "cp_world", "cp_rank", "cp_interleave")
+    options = tuple(option.default for option in OPTIONS if DECODE in option.functions and option.name not in rare)
 
     settings = get_settings()
 

@@ -101,6 +101,10 @@ IN_GRAPHS: list[tuple[str, Callable[[], Any]]] = [
     ("mla_sparse_prefill into outputs", chosen_into_outputs),
     ("of an FP8 cache", lambda: cupy_mla.mla_decode(DENSE[0], FP8_E4M3, *DENSE[2:], kv_scale=torch.tensor(0.1))),
     (
+        "of an FP8 cache, the layout named",
+        lambda: cupy_mla.mla_decode(DENSE[0], FP8_DS_MLA, *DENSE[2:], layout="fp8_ds_mla"),
+    ),
+    (
         "of an FP8 cache of two scales",
         lambda: cupy_mla.mla_decode(DENSE[0], pair(FP8_E4M3), *DENSE[2:], kv_scale=torch.tensor([0.1, 0.2])),
     ),

@@ -142,7 +142,7 @@ def test_a_plan_serves_a_pool_that_has_grown() -> None:
 
 
 def operator_name(option: Option) -> str:
-    return "decode_kernel" if option.name == "kernel" else option.name
+    return {"kernel": "decode_kernel", "layout": "cache_layout"}.get(option.name, option.name)
 
 
 def test_every_option_is_in_the_schemas() -> None:

@@ -14,7 +14,7 @@ from typing import Any
 from ..arrays.frameworks import CUDA
 from ..arrays.view import ArrayView, view
 from ..errors import InvalidArgumentError
-from ..layouts import DENSE_LAYOUTS, LAYOUTS, CacheLayout, find_layout, infer_layout
+from ..layouts import DENSE_LAYOUTS, CacheLayout
 from .arguments import (
     COPY_ALIGNMENT,
     KV_SCALE_DTYPE,
@@ -32,6 +32,7 @@ from .arguments import (
     settled_strides,
     sharded_places,
 )
+from .cache_layout import layout_of
 from .memo import shared_memo
 from .options import AUTO, EXACT, DecodeArrays, DecodeOptions
 from .problem import (
@@ -43,8 +44,6 @@ from .problem import (
     PagedKeys,
     Queries,
 )
-
-_BYTE_LAYOUTS = tuple(layout for layout in LAYOUTS.values() if layout not in DENSE_LAYOUTS.values())
 
 # What the CUDA kernels of dense decoding are written for.
 CUDA_PAGE_MULTIPLE = 16
@@ -308,7 +307,7 @@ def _check_types(call: _Call) -> CacheLayout:
     dtype, stored = call.q[0].dtype, call.kv[0].dtype
     if dtype not in DENSE_LAYOUTS:
         raise InvalidArgumentError(first_q, " or ".join(DENSE_LAYOUTS), dtype)
-    layout = _find_layout(call)
+    layout = layout_of(call.kv, dtype, call.options.layout)
     if dtype not in layout.query_dtypes:
         raise InvalidArgumentError(first_q, f"{' or '.join(layout.query_dtypes)} for a cache of {stored}", dtype)
     for name, array in _named("q", call.q):
@@ -326,26 +325,6 @@ def _check_types(call: _Call) -> CacheLayout:
         if not name.startswith(("q", "kv_cache", "kv_scale")) and array.dtype != INDEX_DTYPE:
             raise InvalidArgumentError(name, INDEX_DTYPE, array.dtype)
     return layout
-
-
-def _find_layout(call: _Call) -> CacheLayout:
-    """The layout that is named, or the one that the cache's type and width mean; that of q's type if they mean none."""
-    if call.options.layout is not None:
-        named = find_layout(call.options.layout)
-        if not named.has_columns and len(call.kv) == 2:
-            raise InvalidArgumentError("kv_cache", f"one array for the layout {named.name}", "a pair")
-        if named not in DENSE_LAYOUTS.values() and call.kv[0].dtype not in named.dtypes:
-            expected = f"{' or '.join(named.dtypes)} for the layout {named.name}"
-            raise InvalidArgumentError("kv_cache", expected, call.kv[0].dtype)
-        return named
-    fitting = [layout for layout in _BYTE_LAYOUTS if _fits(call.kv, layout)]
-    if len(fitting) > 1:
-        return infer_layout(call.kv[0].dtype, call.kv[0].shape[-1])  # says that it must be named
-    return fitting[0] if fitting else DENSE_LAYOUTS[call.q[0].dtype]
-
-
-def _fits(kv: Sequence[ArrayView], layout: CacheLayout) -> bool:
-    return layout.fits(kv[0].dtype, kv[0].shape[-1]) and (layout.has_columns or len(kv) == 1)
 
 
 def _check_devices(call: _Call) -> None:
