@@ -156,15 +156,16 @@ def _family(rows: int, compute: str, cost: CostModel) -> Fp8Family:
     )
 
 
-# Tiles: 128 x 8192 tokens on an H200, 148, 157, 173 and 189 us with burst clocks, 128 tiles a CTA; at 64 rows 260 us,
-# at 128 heads 486. The rest is that of the narrow and of the wide kernel.
+# Of split and exact kernels with 16 and 32 rows: fitted to 1, 8 and 64 requests of 64 to 65,536 tokens with 8 to 128 heads
+# on an H200 (kernels_cu/TRIED.md, "Choosing the kernel of an e4m3 cache"). At 64 rows tiles are those of 128 x 8192 tokens,
+# 260 us with burst clocks, at 128 heads 486, and the rest is that of the wide kernel; with rounded queries likewise.
 _PIECES16 = PieceCosts(piece_overhead=3 * TILE_COST // 2, split_overhead=3 * TILE_COST // 2)
 _PIECES32 = PieceCosts(piece_overhead=2 * TILE_COST, split_overhead=3 * TILE_COST)
 _PIECES64 = PieceCosts(piece_overhead=4 * TILE_COST, split_overhead=5 * TILE_COST, packs=True)
-FP8_SPLIT16 = _family(16, SPLIT, CostModel(start=5.5, tile=1.14, item=3.4, merge=0.9, pieces=_PIECES16))
-FP8_EXACT16 = _family(16, EXACT, CostModel(start=5.5, tile=1.21, item=3.4, merge=0.9, pieces=_PIECES16))
-FP8_SPLIT32 = _family(32, SPLIT, CostModel(start=7.0, tile=1.33, item=5.6, merge=2.1, pieces=_PIECES32))
-FP8_EXACT32 = _family(32, EXACT, CostModel(start=7.0, tile=1.46, item=5.6, merge=2.1, pieces=_PIECES32))
+FP8_SPLIT16 = _family(16, SPLIT, CostModel(start=4.7, tile=1.12, item=3.7, merge=2.6, pieces=_PIECES16))
+FP8_EXACT16 = _family(16, EXACT, CostModel(start=4.1, tile=1.16, item=3.7, merge=2.6, pieces=_PIECES16))
+FP8_SPLIT32 = _family(32, SPLIT, CostModel(start=8.7, tile=1.45, item=7.2, merge=4.2, pieces=_PIECES32))
+FP8_EXACT32 = _family(32, EXACT, CostModel(start=7.2, tile=1.42, item=5.6, merge=3.4, pieces=_PIECES32))
 FP8_SPLIT64 = _family(64, SPLIT, CostModel(start=8.5, tile=1.9, item=8.3, merge=5.5, pieces=_PIECES64))
 FP8_QUERY16 = _family(16, FP8, CostModel(start=5.5, tile=1.14, item=3.4, merge=0.9, pieces=_PIECES16))
 FP8_QUERY32 = _family(32, FP8, CostModel(start=7.0, tile=1.18, item=5.6, merge=2.1, pieces=_PIECES32))
