@@ -4,7 +4,6 @@
 
 namespace mla {
 
-constexpr i64 kChunkBytes = 16;
 // Chunks a lane has in flight: 4 x 32 lanes = 2 KB, so that a 1152-byte token is one round of loads and one of stores.
 constexpr i32 kChunksInFlight = 4;
 
