@@ -104,7 +104,7 @@ def test_outputs_are_made(gpu: FakeGpu) -> None:
 
 @pytest.mark.parametrize(
     ("tokens", "heads", "grid"),
-    [(300, 128, (2, NUM_SMS // 2, 1)), (300, 64, (1, NUM_SMS, 1)), (5, 128, (2, 5, 1)), (300, 16, (1, NUM_SMS, 1))],
+    [(300, 128, (2, NUM_SMS // 2, 1)), (300, 64, (1, NUM_SMS, 1)), (5, 128, (4, 5, 1)), (300, 16, (1, NUM_SMS, 1))],
 )
 def test_query_tokens_are_dealt_out_to_all_sms(gpu: FakeGpu, tokens: int, heads: int, grid: Any) -> None:
     mla_sparse_prefill(**plain(gpu, tokens, heads))
