@@ -51,7 +51,7 @@ _LOADED_LATER = {
     "slots_of": "cache.slots",
 }
 
-_MODULES = ("bench", "errors", "flash_mla", "jax_ops", "layouts", "torch_ops")
+_MODULES = ("bench", "engines", "errors", "flash_mla", "jax_ops", "layouts", "torch_ops")
 
 __all__ = [
     "CacheStep",

@@ -44,7 +44,7 @@ DEFAULT_PEERS = "flash_mla,flashinfer,fa3"
 @click.option("--ceilings", is_flag=True, help="Measure this GPU's ceilings, once.")
 @click.option("--limit", type=float, default=DEFAULT_LIMIT_SECONDS, show_default=True, help="Seconds for a case.")
 @click.option("--backend", default="auto", hidden=True)
-@click.option("--save", type=click.Path(path_type=Path, file_okay=False), help="Folder for tune_SUITE.json.")
+@click.option("--save", type=click.Path(path_type=Path, file_okay=False), help="Folder for tune_SUITE.json and .csv.")
 @click.option("--load", type=click.Path(path_type=Path, file_okay=False), help="Print saved results; measure nothing.")
 @click.option(
     "--plot",
@@ -94,6 +94,7 @@ def run_suites(
             ceilings = results.ceilings = ceilings or results.ceilings
             if file is not None:
                 writing.attempt(name, partial(results.write_json, file))
+                writing.attempt(name, partial(results.write_csv, file.with_suffix(".csv")))
         all_results[name] = results
         print_results(results, SUITES[name].columns(results), SUITES[name].title)
         if plot is not None:

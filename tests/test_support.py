@@ -68,7 +68,7 @@ def test_what_is_no_question(argument: str, value: Any) -> None:
 
 
 def test_public_names_are_reachable() -> None:
-    assert {"bench", "flash_mla", "layouts", "is_supported", "mla_decode"} <= set(dir(cupy_mla))
+    assert {"bench", "engines", "flash_mla", "layouts", "is_supported", "mla_decode"} <= set(dir(cupy_mla))
     assert "importlib" not in dir(cupy_mla)
     assert cupy_mla.flash_mla.flash_mla_with_kvcache
     assert cupy_mla.bench.run_bench

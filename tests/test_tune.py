@@ -97,9 +97,9 @@ def test_tune_measures_saves_and_prints_again(tmp_path: Path) -> None:
     output = tune(*selection, "--backend", "numpy", "--peer", "", "--save", folder)
     assert "scaling 1/1 b1_k128_h16_q1" in output
     assert "scaling: 1 cases, 0 failed" in output
-    assert (
-        load_results(tmp_path / "new" / "folder" / "tune_scaling.json").metadata["command"] == "scripts/tune.py scaling"
-    )
+    saved = Path(folder, "tune_scaling.json")
+    assert load_results(saved).metadata["command"] == "scripts/tune.py scaling"
+    assert "\nb1_k128_h16_q1,cupy-mla," in saved.with_suffix(".csv").read_text(encoding="utf-8")
     assert "b1_k128_h16_q1" in tune("scaling", "--load", folder)
 
 
