@@ -151,6 +151,8 @@ def _call_operator(
     others = [name for name in form.positional if name not in inputs]
     positional = [by_name.pop(name) for name in (*inputs, *outputs, *others, "plan") if name in by_name]
     call = f"run(({', '.join(arrays)}), ({', '.join(options)}))"
+    if outputs:
+        call += " and None"  # an operator does not return what it writes to; a tuple of results is true
     return _Operator(positional, list(by_name.values()), call, results, run, fake)
 
 
@@ -196,7 +198,7 @@ _OPERATORS = {
         DECODE_FORM,
         _ALL_DECODE,
         "()",
-        calls.without_results(run_decode),
+        run_decode,
         calls.fake_nothing,
         outputs=DECODE_FORM.outputs,
     ),
@@ -210,7 +212,7 @@ _OPERATORS = {
         SPARSE_DECODE_FORM,
         _ALL_SPARSE,
         "()",
-        calls.without_results(run_sparse_decode),
+        run_sparse_decode,
         calls.fake_nothing,
         outputs=SPARSE_DECODE_FORM.outputs,
     ),
@@ -221,7 +223,7 @@ _OPERATORS = {
         SPARSE_PREFILL_FORM,
         [SPARSE_PREFILL],
         "()",
-        calls.without_results(run_prefill),
+        run_prefill,
         calls.fake_nothing,
         outputs=SPARSE_PREFILL_FORM.outputs,
     ),

@@ -43,7 +43,7 @@ _lock = threading.Lock()
 
 def is_captured(stream: int) -> bool:
     """Whether what is queued on a stream goes into a CUDA graph."""
-    runtime = cupy_module().cuda.runtime
+    runtime = _runtime()
     try:
         return bool(runtime.streamIsCapturing(stream))
     except (RuntimeError, runtime.CUDARuntimeError):  # a capture that has failed, or the legacy stream during another's
@@ -140,6 +140,11 @@ def _driver() -> Any:
     except ImportError as error:
         raise MissingDependencyError("cuda-bindings", "cuda12", "capturing a CUDA graph") from error
     return driver
+
+
+@functools.cache  # an import statement takes a third of a microsecond even of what is imported
+def _runtime() -> Any:
+    return cupy_module().cuda.runtime
 
 
 @functools.cache

@@ -190,7 +190,7 @@ class CallMemory(PlanMemory):
     ) -> None:
         size = kind.partial_bytes if plan else kind.workspace_bytes
         self._scratch = scratch_like(q, size, kind.location[1], stream)
-        super().__init__(kind, self._scratch.pointer, plan)
+        PlanMemory.__init__(self, kind, self._scratch.pointer, plan)  # super() takes longer
         if not plan:
             kind.launch_planner(cache_seqlens, cu_seqlens_q, self.pointer, stream, extra_lengths)
 

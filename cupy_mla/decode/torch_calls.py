@@ -29,15 +29,6 @@ from .sparse_plan import sparse_plan_kind
 Values = tuple[Any, ...]
 
 
-def without_results(run: Callable[[Values, Values], Any]) -> Callable[[Values, Values], None]:
-    """The same function for given outputs: operators do not return what they write to."""
-
-    def run_alone(arrays: Values, options: Values) -> None:
-        run(arrays, options)
-
-    return run_alone
-
-
 # Plans ---------------------------------------------------------------------------------------------------------------
 
 
