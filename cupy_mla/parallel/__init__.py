@@ -4,4 +4,7 @@ Token t of a request lies on rank ``t // interleave % world``. Each rank attends
 results are merged by their lse.
 """
 
+from .decode import ContextParallelPlan as ContextParallelPlan
+from .decode import cp_decode as cp_decode
+from .decode import plan_cp_decode as plan_cp_decode
 from .lengths import local_lengths as local_lengths
