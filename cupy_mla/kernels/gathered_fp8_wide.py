@@ -33,8 +33,8 @@ if TYPE_CHECKING:
 
 _ROLES = (
     Role("scores", hopper.WARPGROUP_THREADS, 96),
-    Role("values", VALUES_WARPGROUPS * hopper.WARPGROUP_THREADS, 152),
-    Role("converters", hopper.WARPGROUP_THREADS, 112),
+    Role("values", VALUES_WARPGROUPS * hopper.WARPGROUP_THREADS, 160),
+    Role("converters", hopper.WARPGROUP_THREADS, 96),
 )
 # A load of a warp is of one token; a stage has one rope box, which P replaces.
 _LATENT_DIM = 512
