@@ -20,7 +20,7 @@ from cupy_mla.arrays import frameworks, scratch
 from cupy_mla.arrays import sketch as sketches
 from cupy_mla.arrays import view as arrays
 from cupy_mla.arrays.view import ArrayView, contiguous_strides
-from cupy_mla.cache import append, append_call, convert, copy_pages
+from cupy_mla.cache import append, append_call, segments
 from cupy_mla.call.memo import forget
 from cupy_mla.decode import blueprint, gathered, gathered_decode, plan, prefill, sparse, sparse_plan
 from cupy_mla.decode import dense as decode
@@ -198,7 +198,7 @@ def fake_gpu(patch: pytest.MonkeyPatch) -> FakeGpu:
         patch.setattr(module, "second_half", lambda device_id: HALF)
     for module in (blueprint, decode, prefill, scratch, sparse):
         patch.setattr(module, "empty_like", gpu.empty_like)
-    for module in (append, convert, copy_pages, plan, sparse_plan, decode, prefill, sparse):
+    for module in (append, segments, plan, sparse_plan, decode, prefill, sparse):
         patch.setattr(module, "current_stream", lambda array, device_id: 77)
     forget()
     return gpu

@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
-from ..arrays import view as arrays
 from ..arrays.exchange import as_numpy, keep_imported
 from ..arrays.frameworks import CUDA, check_stream, current_stream
 from ..call.known import KnownCalls
@@ -19,6 +18,7 @@ from ..layouts import CacheLayout
 from ..settings import get_settings
 from .new_tokens import APPEND_PARTS, Append, AppendArrays, Places, describe_append
 from .quantise import put_numpy
+from .segments import first_part, stream_of
 
 if TYPE_CHECKING:
     from .append_call import AppendCall
@@ -89,10 +89,10 @@ def append_tokens(
     if found is not None:
         key, addresses, call = found
         if call is not None:  # recognised, which only arrays of torch and CuPy are
-            call(addresses, current_stream(_first(kv_new), call.device_id) if stream is None else stream)
+            call(addresses, current_stream(first_part(kv_new), call.device_id) if stream is None else stream)
             return
     if stream is None:
-        stream = _framework_stream(kv_new)
+        stream = stream_of(first_part(kv_new), "kv_new")
     append = describe_append(AppendArrays(*given), stream, layout)
     made = run_append(append, stream)
     if made is not None:
@@ -114,17 +114,6 @@ def run_append(append: Append, stream: int | None) -> AppendCall | None:
     call = AppendCall(append)
     call(tuple(0 if part is None else part.pointer for part in append.parts()), 0 if stream is None else stream)
     return call
-
-
-def _first(kv_new: Any) -> Any:
-    return kv_new[0] if isinstance(kv_new, (tuple, list)) and kv_new else kv_new
-
-
-def _framework_stream(kv_new: Any) -> int | None:
-    """Current stream of the framework that made the rows; None on the CPU."""
-    first = _first(kv_new)
-    probe = arrays.view(first, "kv_new")
-    return current_stream(first, probe.device_id) if probe.device == CUDA else None
 
 
 def _append_numpy(append: Append) -> None:

@@ -12,10 +12,9 @@ from typing import Any
 
 import numpy as np
 
-from ..arrays import view as arrays
 from ..arrays.dtypes import numpy_dtype
 from ..arrays.exchange import as_numpy, keep_imported
-from ..arrays.frameworks import CUDA, check_stream, current_stream
+from ..arrays.frameworks import CUDA, check_stream
 from ..arrays.view import ArrayView
 from ..call.arguments import as_boolean, settled_strides
 from ..errors import InvalidArgumentError
@@ -25,7 +24,7 @@ from ..layouts.block_scaled import BlockScaled
 from .new_tokens import Append, Places
 from .page_numbers import Numbers, check_numbers, read_numbers, view_numbers
 from .quantise import put_numpy, quantised_segments, settle_quantiser
-from .segments import Segment, check_chunks, parts_of, view_pages
+from .segments import Segment, check_chunks, parts_of, stream_of, view_pages
 
 _VALUES = "values"
 _MAX_TOKENS = 2**31 - 1
@@ -148,10 +147,8 @@ def _convert(
     check_stream(stream)
     if validate is not None:
         validate = as_boolean(validate, "validate")
-    first, name = parts_of(given.values, _VALUES)[0]
-    seen = arrays.view(first, name)
-    if stream is None and seen.device == CUDA:
-        stream = current_stream(first, seen.device_id)
+    if stream is None:
+        stream = stream_of(*parts_of(given.values, _VALUES)[0])
     conversion = describe_conversion(given, layout, stream, reads=reads)
     run_conversion(conversion, validate, stream)
     if stream is not None:

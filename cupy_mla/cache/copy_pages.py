@@ -12,9 +12,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from ..arrays import view as arrays
 from ..arrays.exchange import as_numpy, keep_imported
-from ..arrays.frameworks import CUDA, check_stream, current_stream
+from ..arrays.frameworks import CUDA, check_stream
 from ..arrays.view import ArrayView
 from ..call.arguments import as_boolean, settled_strides
 from ..errors import InvalidArgumentError
@@ -23,7 +22,7 @@ from ..kernels.copy_pages import UNIT_TYPES, copy_pages_blocks, copy_pages_geome
 from ..kernels.structs import COPY_PAGES_PARAMS
 from ..settings import wants_validation
 from .page_numbers import Numbers, check_numbers, read_numbers, view_numbers
-from .segments import check_same_place, parts_of, view_pages
+from .segments import check_same_place, parts_of, stream_of, view_pages
 
 _INT32_MAX = 2**31 - 1
 
@@ -70,10 +69,8 @@ def copy_pages(
     check_stream(stream)
     if validate is not None:
         validate = as_boolean(validate, "validate")
-    first, name = parts_of(kv_cache, "kv_cache")[0]
-    seen = arrays.view(first, name)
-    if stream is None and seen.device == CUDA:
-        stream = current_stream(first, seen.device_id)
+    if stream is None:
+        stream = stream_of(*parts_of(kv_cache, "kv_cache")[0])
     copies = describe_copies(CopyArrays(kv_cache, source_pages, target_pages, source), stream)
     run_copies(copies, validate, stream)
     if stream is not None:

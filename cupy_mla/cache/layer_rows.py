@@ -6,6 +6,7 @@ from typing import Any
 
 from ..arrays import view as arrays
 from ..errors import InvalidArgumentError
+from .segments import first_part
 
 
 def rows_of_layers(kv_new: Any, num_layers: int) -> list[Any]:
@@ -40,8 +41,3 @@ def view_first(kv_new: Any, latent_dim: int, stream: int | None) -> arrays.Array
     if first is not kv_new and view.shape[-1] != latent_dim:
         raise InvalidArgumentError("kv_new[0]", f"{latent_dim} latent columns", str(view.shape[-1]))
     return view
-
-
-def first_part(kv_new: Any) -> Any:
-    """An array, or the first of a pair."""
-    return kv_new[0] if isinstance(kv_new, (tuple, list)) and kv_new else kv_new

@@ -15,8 +15,9 @@ from ..errors import InvalidArgumentError
 from ..layouts import CacheLayout
 from .allocator import AppendPlan, as_counts, as_list
 from .append import append_tokens
-from .layer_rows import first_part, rows_of_layers, view_first
+from .layer_rows import rows_of_layers, view_first
 from .requests import Requests
+from .segments import first_part
 from .storage import JAX, Storage, settle_device, settle_framework, settle_layout, size, spread
 
 if TYPE_CHECKING:

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from ..arrays import view as arrays
-from ..arrays.frameworks import framework_of
+from ..arrays.frameworks import CUDA, current_stream, framework_of
 from ..arrays.view import ArrayView
 from ..call.arguments import check_no_overlap
 from ..errors import InvalidArgumentError
@@ -66,6 +66,23 @@ def parts_of(value: Any, name: str) -> list[tuple[Any, str]]:
     if len(value) != 2:
         raise InvalidArgumentError(name, "an array or a pair (latent, rope)", f"{len(value)} items")
     return [(part, f"{name}[{index}]") for index, part in enumerate(value)]
+
+
+def first_part(value: Any) -> Any:
+    """An array, or the first of a pair; what is neither as it is."""
+    return value[0] if isinstance(value, (tuple, list)) and value else value
+
+
+def stream_of(array: Any, name: str) -> int | None:
+    """The current stream of an array's framework; None on the CPU.
+
+    Raises
+    ------
+    InvalidArgumentError
+        It is no array; the error calls it ``name``.
+    """
+    seen = arrays.view(array, name)
+    return current_stream(array, seen.device_id) if seen.device == CUDA else None
 
 
 def view_pages(pages: Any, stream: int | None, name: str = "kv_cache", *, written: bool) -> list[ArrayView]:
@@ -175,9 +192,7 @@ def check_same_place(view: ArrayView, name: str, reference: ArrayView) -> None:
         )
 
 
-def _check_together(
-    cache_views: list[ArrayView], rows_views: list[ArrayView], rows_dtype: str, rows_name: str
-) -> None:
+def _check_together(cache_views: list[ArrayView], rows_views: list[ArrayView], rows_dtype: str, rows_name: str) -> None:
     """One device, one number of heads and one width on both sides, and the types that belong together."""
     reference = cache_views[0]
     sides = ("kv_cache", cache_views, reference.dtype), (rows_name, rows_views, rows_dtype)
