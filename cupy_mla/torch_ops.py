@@ -20,6 +20,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from .arrays.frameworks import torch_module
 from .cache.append import append_tokens
 from .cache.convert import dequantise_cache, quantise_cache
 from .cache.copy_pages import copy_pages
@@ -48,7 +49,6 @@ from .decode.dense import run_decode
 from .decode.merge import merge_states
 from .decode.prefill import run_prefill
 from .decode.sparse import run_sparse_decode
-from .errors import MissingDependencyError
 
 NAMESPACE = "cupy_mla"
 
@@ -255,7 +255,7 @@ def register() -> None:
     global _library
     if _library is not None:
         return
-    torch = _torch()
+    torch = torch_module("torch.ops.cupy_mla")
     library = torch.library.Library(NAMESPACE, "DEF")
     # Strides are part of a call: a compiler must hand tensors over as the program made them.
     strides = getattr(torch.Tag, "needs_exact_strides", torch.Tag.needs_fixed_stride_order)
@@ -266,14 +266,6 @@ def register() -> None:
             library.impl(name, function, key)
         torch.library.register_fake(f"{NAMESPACE}::{name}", operator.function(operator.fake), lib=library)
     _library = library  # torch forgets operators whose library is gone
-
-
-def _torch() -> Any:
-    try:
-        import torch
-    except ImportError as error:
-        raise MissingDependencyError("torch", "torch", "torch.ops.cupy_mla") from error
-    return torch
 
 
 _library: Any = None

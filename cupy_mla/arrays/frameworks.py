@@ -170,6 +170,21 @@ def on_stream(device_id: int, stream: int | None) -> Iterator[None]:
         yield
 
 
+def torch_module(feature: str) -> Any:
+    """torch, imported now, for what needs it.
+
+    Raises
+    ------
+    MissingDependencyError
+        It is not installed.
+    """
+    try:
+        import torch
+    except ImportError as error:
+        raise MissingDependencyError("torch", "torch", feature) from error
+    return torch
+
+
 def cupy_module() -> Any:
     """CuPy, imported now.
 

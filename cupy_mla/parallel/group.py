@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
-from ..errors import InvalidArgumentError, MissingDependencyError
+from ..arrays import frameworks
+from ..errors import InvalidArgumentError
 
 # What torch called them before 2.13.
 _FORMER_NAMES = {"all_gather_single": "all_gather_into_tensor", "reduce_scatter_single": "reduce_scatter_tensor"}
+
+torch_module = functools.partial(frameworks.torch_module, "cupy_mla.parallel.cp_decode")
 
 
 def ranks_of(group: Any) -> tuple[int, int]:
@@ -53,21 +57,6 @@ def _collective(name: str) -> Any:
     """One from a single tensor to a single tensor."""
     distributed = _distributed()
     return getattr(distributed, name, None) or getattr(distributed, _FORMER_NAMES[name])
-
-
-def torch_module() -> Any:
-    """torch, imported now.
-
-    Raises
-    ------
-    MissingDependencyError
-        It is not installed.
-    """
-    try:
-        import torch
-    except ImportError as error:
-        raise MissingDependencyError("torch", "torch", "cupy_mla.parallel.cp_decode") from error
-    return torch
 
 
 def _distributed() -> Any:
