@@ -145,7 +145,7 @@ def mla_decode(
     """
     arrays = (q, kv_cache, block_table, cache_seqlens, cu_seqlens_q, total_seqlens, kv_scale, None, out, lse)
     options: tuple[Any, ...] = (head_dim_v, softmax_scale, causal, max_seqlen_q, empty_lse, validate, strict, compute)
-    if layout is not None or cp_world != 1 or cp_rank or cp_interleave != 1:
+    if layout is not None or cp_world != 1 or cp_rank or cp_interleave != 1:  # few calls pay for what few have
         options = (*options, layout, cp_world, cp_rank, cp_interleave)
     return run_decode(arrays, options, plan, stream)
 
