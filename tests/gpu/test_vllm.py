@@ -11,6 +11,7 @@ import vllm_stand_in
 torch = pytest.importorskip("torch")
 
 LATENT, ROPE, BLOCK, SCALE = 512, 64, 64, 0.07
+SPREAD = SCALE * (LATENT + ROPE) ** 0.5  # standard deviation of the scores of normal queries and keys
 BATCH, PAGES = 6, 40  # requests, the last two of which fill the graph up; pages of each
 MAX_ERROR = 4e-3  # of one row of heads that may see a few keys only
 LENGTHS = [[2500, 64, 1, 777, 0, 0], [5, 2560, 640, 63, 0, 0], [1999, 1, 65, 0, 0, 0]]
@@ -29,8 +30,10 @@ def test_replays_after_planning(cache_dtype: str, new: int, heads: int, monkeypa
     if cache_dtype == "fp8":
         cache = (cache.float() / scale).to(torch.float8_e4m3fn)
         exact = cache.double() * 0.02
-    latent = torch.randn(heads, BATCH * new, LATENT, device="cuda").bfloat16().transpose(0, 1)
-    rope = torch.randn(BATCH * new, heads, ROPE, device="cuda").bfloat16()
+    # What "split" leaves out of lse grows with the scores: 1e-3 is its bound where their standard deviation is one.
+    size = 1 / SPREAD if cache_dtype == "fp8" else 1.0
+    latent = (size * torch.randn(heads, BATCH * new, LATENT, device="cuda")).bfloat16().transpose(0, 1)
+    rope = (size * torch.randn(BATCH * new, heads, ROPE, device="cuda")).bfloat16()
     seq_lens = torch.tensor(LENGTHS[0], device="cuda", dtype=torch.int32)
 
     def run(metadata: Any) -> Any:
