@@ -2,7 +2,8 @@
 
 targets: the cases of dense_targets.csv, with the ratio to the fastest peer that each is to reach. sustained: back to
 back under the power limit. traces: 128 real requests, beside equal lengths of the same mean. parity: types, masks,
-storages, page sizes and head counts beside the plain case of the same work. scaling: 64 to 1,048,576 tokens.
+storages, page sizes and head counts beside the plain case of the same work. fp8_parity: an e4m3 cache beside a bf16
+one, over 1, 8 and 64 requests of 64 to 1,048,576 tokens. scaling: 64 to 1,048,576 tokens.
 
 All suites unless some are named. Exits with 1 if one of our own cases failed or was wrong; a target that is missed is
 said in the table and in the last lines.

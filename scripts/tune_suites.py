@@ -28,6 +28,11 @@ HEADS_LIMIT = 1.01  # "no slower": repeated runs of one case differ by 1%
 PADDED_HEADS = {8: 16, 12: 16, 96: 128}  # slower than the next full count they must not be
 PARITY_HEADS_BASES = ((128, 8192), (16, 4096))
 
+# An e4m3 cache: faster than a bf16 one from so many tokens an SM on, with so many heads at most.
+FP8_LAYOUT = "fp8_e4m3"
+FP8_HEADS = (8, 16, 32, 64, 128)
+FASTER_TOKENS, H200_SMS, FASTER_HEADS, FASTER_LIMIT = 64, 132, 64, 1.0
+
 SCALING_BATCHES, SCALING_HEADS = (1, 8, 64), (16, 128)
 SCALING_LENGTHS = (*(64 << step for step in range(11)), 1 << 18, 1 << 20)
 SCALING_CACHE_BYTES = 60_000_000_000  # larger caches do not fit beside a peer's copies
@@ -210,16 +215,29 @@ def parity_variants() -> list[list[Variant]]:
     return groups
 
 
-def parity_groups() -> Groups:
-    """Each group's plain cases first; a case that several groups need is timed in each of them."""
+def fp8_parity_variants() -> list[list[Variant]]:
+    """An e4m3 cache beside the 16-bit one of the same tokens: never slower, and faster where its bytes should tell."""
+
+    def limit(case: BenchCase) -> float:
+        tokens = int(case.kv_lengths.sum())
+        is_faster = case.num_heads_q <= FASTER_HEADS and tokens > FASTER_TOKENS * H200_SMS
+        return FASTER_LIMIT if is_faster else VARIANT_LIMIT
+
     return [
-        list(dict.fromkeys([*(variant.plain for variant in variants), *(variant.case for variant in variants)]))
-        for variants in parity_variants()
+        [Variant(replace(plain, layout=FP8_LAYOUT, name=""), plain, limit(plain))] for plain in scaling_cases(FP8_HEADS)
     ]
 
 
-def parity_columns(results: Results) -> list[Column]:
-    variants = {variant.case: variant for group in parity_variants() for variant in group}
+def variant_groups(variants: list[list[Variant]]) -> Groups:
+    """Each group's plain cases first; a case that several groups need is timed in each of them."""
+    return [
+        list(dict.fromkeys([*(variant.plain for variant in group), *(variant.case for variant in group)]))
+        for group in variants
+    ]
+
+
+def variant_columns(groups: list[list[Variant]], results: Results) -> list[Column]:
+    variants = {variant.case: variant for group in groups for variant in group}
     partners: dict[int, tuple[Row, float]] = {}
     latest: dict[BenchCase, Row] = {}  # a plain case may be in several groups, in each ahead of its variants
     for row in results.rows:
@@ -245,13 +263,17 @@ def parity_columns(results: Results) -> list[Column]:
     ]
 
 
+def variant_suite(title: str, variants: Callable[[], list[list[Variant]]]) -> Suite:
+    return Suite(title, lambda: variant_groups(variants()), lambda results: variant_columns(variants(), results), ())
+
+
 # Time against length --------------------------------------------------------------------------------------------------
 
 
-def scaling_groups() -> Groups:
+def scaling_cases(heads_counts: tuple[int, ...]) -> list[BenchCase]:
     return [
         BenchCase(batch, length, heads)
-        for heads in SCALING_HEADS
+        for heads in heads_counts
         for batch in SCALING_BATCHES
         for length in SCALING_LENGTHS
         if BenchCase(batch, length, heads).cache_bytes <= SCALING_CACHE_BYTES
@@ -264,8 +286,9 @@ SUITES = {
         "Back to back under the power limit", sustained_groups, sustained_columns, (MAIN_PEER,), sustained=True
     ),
     "traces": Suite("Real lengths beside equal ones", trace_groups, trace_columns, (MAIN_PEER,)),
-    "parity": Suite("Variants beside the plain case of the same work", parity_groups, parity_columns, ()),
-    "scaling": Suite("Time against length", scaling_groups, lambda results: []),
+    "parity": variant_suite("Variants beside the plain case of the same work", parity_variants),
+    "fp8_parity": variant_suite("An e4m3 cache beside a bf16 one", fp8_parity_variants),
+    "scaling": Suite("Time against length", lambda: list(scaling_cases(SCALING_HEADS)), lambda results: []),
     "fp8": time_suite("fp8", "Dense decode over an e4m3 cache", ("flash_mla", "flashinfer")),
     "sparse": time_suite("sparse", "Sparse decode", ("flash_mla", "fa3")),
     "prefill": time_suite("prefill", "Sparse prefill", ("flash_mla",)),

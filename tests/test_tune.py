@@ -79,6 +79,27 @@ def test_variants_are_judged_by_the_plain_case_of_their_group(suites: Any) -> No
     assert columns_of(suites, "parity", Results({}, None, rows))["met"].count("NO") == 1
 
 
+def test_an_e4m3_cache_is_to_be_faster_where_memory_decides(suites: Any) -> None:
+    variants = [variant for group in suites.fp8_parity_variants() for variant in group]
+    assert {variant.case.layout for variant in variants} == {"fp8_e4m3"}
+    assert {variant.plain.layout for variant in variants} == {None}
+    shape = {
+        (variant.plain.batch, int(variant.plain.kv_lengths[0]), variant.plain.num_heads_q): variant.limit
+        for variant in variants
+    }
+    assert shape[1, 64, 16] == shape[64, 128, 16] == shape[64, 4096, 128] == suites.VARIANT_LIMIT
+    assert shape[64, 256, 8] == shape[64, 4096, 64] == suites.FASTER_LIMIT == 1.0
+    rows = [
+        Row(case, ours=Measurement(us=us))
+        for variant in variants[:2]
+        for case, us in ((variant.plain, 100.0), (variant.case, 106.0))
+    ]
+    rows[-1].ours.us = 104.0
+    columns = columns_of(suites, "fp8_parity", Results({}, None, rows))
+    assert columns["times plain"] == ["-", "1.060", "-", "1.040"]
+    assert columns["met"] == ["-", "NO", "-", "yes"]
+
+
 def test_the_scaling_curve_leaves_out_what_does_not_fit(suites: Any) -> None:
     cases = cases_of(suites, "scaling")
     longest = {batch: max(int(case.kv_lengths[0]) for case in cases if case.batch == batch) for batch in (1, 8, 64)}
