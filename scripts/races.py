@@ -1,8 +1,9 @@
 #!/usr/bin/env python3
 """Run every kernel family under compute-sanitizer, or look for races and leaks without it; needs a Hopper GPU.
 
-FAMILIES are beginnings of names: of kernel families, "around" (merges, appends, slots), "hazards" (lengths, pages and
-indices that nobody checked). All unless some are given. Exits with 1 if anything is found.
+FAMILIES are beginnings of names: of kernel families, "around" (merges, slots), "cache" (appends, copies, conversions),
+"shards" (dense families on a shard of a cache), "hazards" (lengths, pages and indices that nobody checked). All unless
+some are given. Exits with 1 if anything is found.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import nullcontext
 from dataclasses import replace
 from typing import Any
@@ -26,12 +27,15 @@ import numpy as np
 
 from cupy_mla import (
     append_tokens,
+    copy_pages,
+    dequantise_cache,
     merge_states,
     mla_decode,
     mla_sparse_decode,
     mla_sparse_prefill,
     plan_decode,
     plan_sparse_decode,
+    quantise_cache,
     slots_of,
 )
 from cupy_mla.call.options import FP8
@@ -44,12 +48,15 @@ from cupy_mla.kernels.token_pages import RowPagesFamily
 from cupy_mla.lab.compile_job import compile_all
 from cupy_mla.lab.libraries import CUPY
 from cupy_mla.lab.trial import Settings, Trial
-from cupy_mla.layouts import FP8_DS_MLA, CacheLayout
+from cupy_mla.layouts import DENSE_LAYOUTS, LAYOUTS, CacheLayout
+from cupy_mla.parallel import local_lengths
 
 TOOLS = ("memcheck", "racecheck", "synccheck", "initcheck")
-AROUND = "around"  # merging, appending, slots
+AROUND = "around"  # merges, slots
+CACHE = "cache"  # appends, copies, conversions
+SHARDS = "shards"  # dense families on a shard of a cache, a process each
 HAZARDS = "hazards"  # lengths, pages and indices that nobody checked
-UNITS = (*(family.name for family in (*FAMILIES, *GATHERED_FAMILIES)), AROUND, HAZARDS)
+UNITS = (*(family.name for family in (*FAMILIES, *GATHERED_FAMILIES)), AROUND, CACHE, SHARDS, HAZARDS)
 SUMMARY = re.compile(
     r"(?:ERROR SUMMARY: (\d+) error|RACECHECK SUMMARY: .*\((\d+) errors?, (\d+) warning)"
 )
@@ -57,6 +64,7 @@ SANITIZER_SECONDS = 300
 SHARE_CONFIGS = 16  # that a process runs one after the other
 RACECHECK_BYTES = 50 << 30  # of the host, at most, for one unit; without them Linux kills it
 LENGTHS = (0, 5, 64, 130, 700)
+SHARDING = {"cp_world": 3, "cp_rank": 1, "cp_interleave": 5}
 THREADS, BYSTANDER, SWITCH_SECONDS = 4, 8192, 1e-5
 WORD_BYTES, BLOCKS, BLOCK_THREADS = 4, 64, 256
 COUNT_DIFFERENT = r"""
@@ -130,11 +138,15 @@ def run_tools(tools: tuple[str, ...], units: list[str], every: bool, jobs: int) 
         errors, raced, warned = summary[-1]
         return int(errors or raced), f"{warned} warnings" if int(errors or raced) == 0 else done.stdout
 
-    work = [(tool, unit, share) for tool in tools for unit in units for share in shares_of(unit, every)]
     with ThreadPoolExecutor(jobs) as pool:
-        for (tool, unit, (index, of)), (count, text) in zip(
-            work, pool.map(lambda which: run(*which), work), strict=True
-        ):
+        work = {
+            pool.submit(run, tool, unit, share): (tool, unit, share)
+            for tool in tools
+            for unit in units
+            for share in shares_of(unit, every)
+        }
+        for future in as_completed(work):
+            (tool, unit, (index, of)), (count, text) = work[future], future.result()
             name = unit if of == 1 else f"{unit} {index + 1}/{of}"
             verdict = {-1: "did not run", 0: "clean"}.get(count, f"{count} errors")
             warned = count == 0 and text not in (" warnings", "0 warnings")
@@ -147,8 +159,9 @@ def run_tools(tools: tuple[str, ...], units: list[str], every: bool, jobs: int) 
 
 def shares_of(unit: str, every: bool) -> list[tuple[int, int]]:
     """Which share of how many each process runs of a unit."""
-    configs = sum(1 for _ in distinct_configs(family_of(unit))) if every and unit not in (AROUND, HAZARDS) else 1
-    count = -(-configs // SHARE_CONFIGS)
+    count = len(FAMILIES) if unit == SHARDS else 1
+    if every and unit not in (AROUND, CACHE, SHARDS, HAZARDS):
+        count = -(-sum(1 for _ in distinct_configs(family_of(unit))) // SHARE_CONFIGS)
     return [(index, count) for index in range(count)]
 
 
@@ -159,13 +172,16 @@ def family_of(unit: str) -> DecodeFamily:
 def compile_for(units: list[str], every: bool) -> None:
     """What the units run, in all processes that there is room for: under a tool it would be one after the other."""
     families = [family for family in (*FAMILIES, *GATHERED_FAMILIES) if family.name in units or HAZARDS in units]
+    sharded = itertools.chain.from_iterable(map(sharded_configs, FAMILIES if SHARDS in units else ()))
     decode = {config.name: config for config in standard_configs()}
     wanted = {
         name for name, config in decode.items() if config.family in families and (every or is_typical(config))
     }
     kernels = [kernel for kernel in all_kernels() if kernel.name in wanted or kernel.name not in decode]
     typical = itertools.chain.from_iterable(map(typical_configs, families))
-    kernels += [NamedKernel(config.name, config.source()) for config in typical if config.name not in decode]
+    kernels += [
+        NamedKernel(config.name, config.source()) for config in (*typical, *sharded) if config.name not in decode
+    ]
     for _ in compile_all(kernels, os.cpu_count() or 1):
         pass  # a kernel that does not compile fails where it is used
 
@@ -174,6 +190,12 @@ def run_unit(unit: str, every: bool, share: tuple[int, int]) -> None:
     """What the tool watches."""
     if unit == AROUND:
         run_around()
+    elif unit == CACHE:
+        run_cache()
+    elif unit == SHARDS:
+        for family in itertools.islice(FAMILIES, share[0], None, share[1]):
+            for config in sharded_configs(family):
+                run_shard(config)
     elif unit == HAZARDS:
         run_hazards()
     else:
@@ -186,6 +208,11 @@ def run_unit(unit: str, every: bool, share: tuple[int, int]) -> None:
 def typical_configs(family: DecodeFamily) -> Iterator[KernelConfig]:
     """The model dimensions in bfloat16; with a mask, for few rows, with a second cache where the family has such."""
     return filter(is_typical, distinct_configs(family))
+
+
+def sharded_configs(family: DecodeFamily) -> Iterator[KernelConfig]:
+    """Only a mask knows of shards."""
+    return (replace(config, sharded=True) for config in typical_configs(family) if config.causal)
 
 
 def is_typical(config: KernelConfig) -> bool:
@@ -231,14 +258,16 @@ def dense_arrays(config: KernelConfig, lengths: tuple[int, ...] = LENGTHS) -> tu
     tokens = 2 if config.causal else 1
     heads = heads_of(config, tokens)
     cache = trial.values((sum(counts) + 1, config.page_size, 1, width), stored)
+    options: dict[str, Any] = {"head_dim_v": config.latent_dim, "causal": config.causal}
     if isinstance(config.family, RowPagesFamily):
-        cache = FP8_DS_MLA.quantise(np.asarray(cache, np.float32))
+        assert isinstance(config, GatheredConfig)
+        cache = config.layout.with_page_starts(config.layout.quantise(np.asarray(cache, np.float32)))
+        options["layout"] = config.layout.name
     table = np.zeros((len(lengths), max(counts)), np.int32)
     for row, count in enumerate(counts):
         table[row, :count] = sum(counts[:row]) + np.arange(count)
     q = trial.values((len(lengths), tokens, heads, width), config.dtype)
     arrays = [trial.upload(array) for array in (q, cache, table, np.array(lengths, np.int32))]
-    options: dict[str, Any] = {"head_dim_v": config.latent_dim, "causal": config.causal}
     if isinstance(config.family, Fp8Family):
         options |= {"kv_scale": 0.5} | ({"compute": FP8} if config.family.compute == FP8 else {})
     return arrays, options
@@ -248,25 +277,45 @@ def run_dense(config: KernelConfig) -> None:
     arrays, options = dense_arrays(config)
     for split in (None, 64):
         plan = plan_decode(*arrays, **options, kernel=config.family.name, fixed_split_tokens=split)
+        check_config(plan, config)
+        for _ in range(2):
+            mla_decode(*arrays, **options, plan=plan)
+
+
+def check_config(plan: Any, config: KernelConfig) -> None:
+    """The configuration that is looked at is the one that runs."""
+    if plan.blueprint.config.source() != config.source():
+        raise RuntimeError(f"{config.name} was wanted, {plan.blueprint.config.name} runs")
+
+
+def run_shard(config: KernelConfig) -> None:
+    lengths = np.array(LENGTHS, np.int32)
+    shares = local_lengths(lengths, *SHARDING.values())
+    arrays, options = dense_arrays(config, tuple(map(int, shares)))
+    options |= {"total_seqlens": CUPY.upload(lengths), **SHARDING}
+    for split in (None, 64):
+        plan = plan_decode(*arrays, **options, kernel=config.family.name, fixed_split_tokens=split)
+        check_config(plan, config)
         for _ in range(2):
             mla_decode(*arrays, **options, plan=plan)
 
 
 def gathered_arrays(config: KernelConfig) -> tuple[list[Any], dict[str, Any]]:
     trial = trial_of(config)
-    width, topk, batch, pages = config.latent_dim + config.rope_dim, 200, 3, 6
+    width, topk, batch, tokens = config.latent_dim + config.rope_dim, 200, 3, 384
     heads = heads_of(config, 1)
     assert isinstance(config, GatheredConfig)
 
     def cache_of(layout: CacheLayout) -> Any:
         step = 2 if config.page_size > 1 else 1  # with gaps between pages, or without
-        values: Any = trial.values((pages * step, 64, 1, width), config.dtype)
+        pages = tokens // config.page_size * step
+        values: Any = trial.values((pages, config.page_size, 1, width), config.dtype)
         if layout.codec is not None:
             values = layout.quantise(np.asarray(values, np.float32), 0.5 if layout.needs_scale else None)
         return trial.upload(layout.with_page_starts(values)[::step])
 
     def indices() -> Any:
-        return trial.upload(trial.rng.integers(-3, pages * 64 + 3, (batch, 2, topk), dtype=np.int32))
+        return trial.upload(trial.rng.integers(-3, tokens + 3, (batch, 2, topk), dtype=np.int32))
 
     lengths, sinks = np.array([0, 70, topk], np.int32), trial.rng.standard_normal(heads).astype(np.float32)
     options = {"topk_length": trial.upload(lengths), "attn_sink": trial.upload(sinks), "head_dim_v": config.latent_dim}
@@ -289,6 +338,7 @@ def run_gathered(config: KernelConfig) -> None:
         plan = plan_sparse_decode(
             *arrays, **without(options, "attn_sink"), kernel=config.family.name, fixed_split_tokens=split
         )
+        check_config(plan, config)
         for _ in range(2):
             mla_sparse_decode(*arrays, **options, plan=plan)
     q, cache, indices = arrays
@@ -300,10 +350,37 @@ def run_around() -> None:
     for dtype in ("bfloat16", "float16", "float32"):
         outs = trial.upload(trial.values((3, 2, 2, 24, 512), dtype))
         merge_states(outs, trial.upload(trial.values((3, 2, 24, 2), "float32")))
-    cache, rows = (trial.upload(trial.values(shape, "bfloat16")) for shape in ((4, 64, 1, 576), (40, 1, 576)))
-    append_tokens(cache, rows, trial.upload(np.arange(-4, 36, dtype=np.int64) * 8))
     table, tokens = np.arange(8, dtype=np.int32).reshape(2, 4), np.arange(-5, 595, dtype=np.int32).reshape(2, 300)
     slots_of(trial.upload(tokens), trial.upload(table), 64)
+    local_lengths(trial.upload(np.arange(1000, dtype=np.int32)), *SHARDING.values())
+
+
+def run_cache() -> None:
+    """Into and out of every layout, with slots and pages outside of the cache among those given."""
+    trial = Trial(0, CUPY)
+    slots = trial.upload(np.arange(-4, 36, dtype=np.int64) * 8)
+    pages = trial.upload(np.array([3, -1, 0, 4, INT32.max, 1, INT32.min], np.int32))
+    for dtype, layout in itertools.product(DENSE_LAYOUTS, LAYOUTS.values()):
+        width = 576 if layout.supports(512, 64) else 512
+        values = trial.values((4, 64, 1, width), dtype)
+        rows = trial.upload(trial.values((40, 1, width), dtype))
+        if layout in DENSE_LAYOUTS.values():
+            append_tokens(trial.upload(values), rows, slots)
+            continue
+        scale = 0.5 if layout.needs_scale else None
+        cache = trial.upload(layout.with_page_starts(layout.quantise(np.asarray(values, np.float32), scale)))
+        options = {"kv_scale": scale, "layout": layout}
+        append_tokens(cache, rows, slots, **options)
+        for chosen, count in ((None, 4), (pages, 7)):
+            wanted = trial.upload(trial.values((count, 64, 1, width), dtype))
+            quantise_cache(cache, wanted, pages=chosen, validate=False, **options)
+            dequantise_cache(cache, wanted, pages=chosen, validate=False, **options)
+    # Of 16 bytes and of 1; whole, from page to page, and every other page.
+    for shape in ((8, 64, 1, 1152), (8, 5, 3, 7)):
+        cache, other = (trial.upload(trial.rng.integers(0, 256, shape, np.uint8)) for _ in range(2))
+        copy_pages(cache, source=other)
+        copy_pages(cache, pages, trial.upload(np.array([7, 6, 5, 2, 2, -1, 2], np.int32)), validate=False)
+        copy_pages(cache[::2], pages, pages, source=other[1::2], validate=False)
 
 
 def run_hazards() -> None:
