@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -186,6 +187,50 @@ def test_a_driver_failure_is_ours(cupy: FakeCupy) -> None:
     with pytest.raises(DriverError, match="CUDA_ERROR_NO_BINARY_FOR_GPU") as caught:
         module.load(SOURCE, 0)
     assert caught.value.code == FakeDriverError.status
+
+
+@needs_nvrtc
+@pytest.mark.usefixtures("get_cubin")
+def test_another_driver_gets_the_same_cubin(cupy: FakeCupy, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing of the driver is in a cubin: after an update, or in a home that machines share, none is compiled anew."""
+    monkeypatch.setattr(device, "driver_cuda_version", lambda: "12.9")
+    module.load(SOURCE, 0)
+    monkeypatch.setattr(module, "_loaded", {})
+    monkeypatch.setattr(device, "driver_cuda_version", lambda: "13.1")
+    monkeypatch.setattr(compiler, "compile_source", lambda *_: pytest.fail("compiled anew"))
+    module.load(SOURCE, 0)
+    assert cupy.cubins[0] == cupy.cubins[1]
+
+
+@needs_nvrtc
+@pytest.mark.usefixtures("get_cubin")
+def test_a_driver_that_is_too_old_is_named_and_a_newer_one_gets_what_was_kept(
+    cupy: FakeCupy, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(device, "driver_cuda_version", lambda: "12.2")
+    cupy.error = FakeDriverError("CUDA_ERROR_NO_BINARY_FOR_GPU: no kernel image")
+    versions = f"compiled by {compiler.compiler_version()}, the driver supports CUDA 12.2"
+    for _ in range(2):
+        with pytest.raises(DriverError, match=re.escape(versions)):
+            module.load(SOURCE, 0)
+    assert [entry.is_good for entry in cache.list_entries(tmp_path / "cache")] == [True]
+    cupy.error = None
+    monkeypatch.setattr(compiler, "compile_source", lambda *_: pytest.fail("compiled anew"))
+    assert module.load(SOURCE, 0).handle == HANDLE
+
+
+@needs_nvrtc
+def test_what_another_compiler_made_is_left_to_it(root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def get() -> CompiledKernel:
+        return module.get_cubin(SOURCE, cache_dir=tmp_path / "cache", root=root)
+
+    get()
+    with monkeypatch.context() as patch:
+        patch.setattr(compiler, "compiler_version", lambda: "NVRTC 99.0")
+        assert not get().from_cache
+        assert get().from_cache
+    assert get().from_cache
+    assert len(cache.list_entries(tmp_path / "cache")) == 2
 
 
 def test_a_loaded_kernel_is_not_looked_up_again(cupy: FakeCupy, monkeypatch: pytest.MonkeyPatch) -> None:

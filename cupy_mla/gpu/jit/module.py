@@ -108,7 +108,7 @@ def load(source: KernelSource, device_id: int) -> LoadedKernel:
     CompilationError
         The compiler refused; the exception carries its log.
     DriverError
-        The driver did not load the cubin.
+        The driver did not load the cubin, e.g. as it is of an earlier CUDA than the compiler.
     MissingDependencyError
         CuPy, cuda-bindings or the NVRTC library is not installed.
     """
@@ -135,8 +135,15 @@ def _load(source: KernelSource, device_id: int) -> LoadedKernel:
             handle = function.kernel.ptr  # loads the module
             function.max_dynamic_shared_size_bytes = max_dynamic_smem
         except cupy.cuda.driver.CUDADriverError as error:
-            raise DriverError(f"loading {source}", error.status, str(error)) from error
+            raise DriverError(f"loading {source}", error.status, f"{error} ({_versions()})") from error
     return LoadedKernel(handle, source, kernel.usage, device_id, max_dynamic_smem, function)
+
+
+def _versions() -> str:
+    """What decides whether a driver takes a cubin: it may be older than the compiler, of an earlier CUDA it may not."""
+    from . import compiler
+
+    return f"compiled by {compiler.compiler_version()}, the driver supports CUDA {device.driver_cuda_version()}"
 
 
 @contextlib.contextmanager
