@@ -16,6 +16,7 @@ import cupy_mla
 from cupy_mla import flash_mla
 from cupy_mla.cli import main
 from cupy_mla.errors import InvalidArgumentError
+from cupy_mla.parallel import local_lengths
 
 HEADS, PAGE_SIZE, PAGES, COLUMNS, TOPK = 16, 64, 3, 2, 8
 Make = Callable[..., Any]
@@ -137,6 +138,30 @@ def test_appends(make: Make) -> None:
     assert paged.cache_seqlens([]).shape == (0,)
 
 
+@pytest.mark.parametrize("make", [numpy_array, torch_array])
+@pytest.mark.parametrize("pages", [0, PAGES])
+def test_copies_and_conversions(make: Make, pages: int) -> None:
+    """No page is named, or the cache has none."""
+    none, values = make((0,), "int32"), make((0, PAGE_SIZE, 1, 576))
+    cache, stored = make((pages, PAGE_SIZE, 1, 576)), make((pages, PAGE_SIZE, 1, 656), "uint8")
+    cupy_mla.copy_pages(cache, none, none)
+    cupy_mla.copy_pages(values, none, source=cache)
+    for convert in (cupy_mla.quantise_cache, cupy_mla.dequantise_cache):
+        convert(stored, values, pages=none, layout="fp8_ds_mla")
+    cupy_mla.quantise_cache(stored[:0], values, layout="fp8_ds_mla")
+
+
+@MAKERS
+@SHAPES
+def test_shards(make: Make, batch: int, seqlen_q: int) -> None:
+    arrays = dense(make, batch, seqlen_q)
+    assert local_lengths(arrays[3], 2, 0).shape == (batch,)
+    of_rank = {"causal": True, "cp_world": 2, "cp_rank": 1, "total_seqlens": make((batch,), "int32")}
+    shapes = (batch, seqlen_q, HEADS, 512), (batch, HEADS, seqlen_q)
+    assert_results(cupy_mla.mla_decode(*arrays, **of_rank), *shapes)
+    assert_results(cupy_mla.mla_decode(*arrays, **of_rank, plan=cupy_mla.plan_decode(*arrays, **of_rank)), *shapes)
+
+
 @SHAPES
 def test_torch_operators(batch: int, seqlen_q: int) -> None:
     torch = pytest.importorskip("torch")
@@ -184,6 +209,9 @@ def test_nothing_is_launched_on_a_gpu(monkeypatch: pytest.MonkeyPatch, batch: in
     chosen = sparse(lambda shape, dtype="bfloat16": gpu.array(shape, dtype), batch, seqlen_q)
     out, lse = cupy_mla.mla_sparse_decode(*chosen, plan=cupy_mla.plan_sparse_decode(*chosen))
     assert (out.shape, lse.shape) == ((batch, seqlen_q, HEADS, 512), (batch, HEADS, seqlen_q))
+    none, values = gpu.array((0,), "int32"), gpu.array((0, PAGE_SIZE, 1, 576))
+    cupy_mla.copy_pages(arrays[1], none, none)
+    cupy_mla.quantise_cache(gpu.array((PAGES, PAGE_SIZE, 1, 656), "uint8"), values, pages=none)
     assert gpu.take() == []
 
 

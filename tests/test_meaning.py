@@ -6,6 +6,7 @@ import io
 import re
 import struct
 import zipfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -51,6 +52,22 @@ def test_parts_of_conjugated_tensors_are_named() -> None:
     outs = torch.zeros(2, 2, 1, HEADS, 512, dtype=torch.float16)
     with pytest.raises(InvalidArgumentError, match=r"^lses: .*resolve_neg"):
         cupy_mla.merge_states(outs, torch.zeros(2, 2, HEADS, 1, dtype=torch.complex64).conj().imag)
+
+
+@pytest.mark.parametrize(
+    ("name", "move"),
+    [
+        ("kv_cache", lambda negated, pages, stored: cupy_mla.copy_pages(negated, source=pages)),
+        ("source", lambda negated, pages, stored: cupy_mla.copy_pages(pages, source=negated)),
+        ("values", lambda negated, pages, stored: cupy_mla.quantise_cache(stored, negated)),
+        ("values", lambda negated, pages, stored: cupy_mla.dequantise_cache(stored, negated)),
+    ],
+)
+def test_a_lazy_sign_is_named_where_pages_are_moved(name: str, move: Callable[..., None]) -> None:
+    torch = pytest.importorskip("torch")
+    pages, stored = torch.zeros(3, 64, 1, 576, dtype=torch.float16), torch.zeros(3, 64, 1, 656, dtype=torch.uint8)
+    with pytest.raises(InvalidArgumentError, match=rf"^{name}: .*resolve_neg"):
+        move(torch._neg_view(pages), pages.clone(), stored)
 
 
 def test_a_lazy_sign_tells_calls_apart() -> None:
