@@ -363,7 +363,7 @@ class FlashInferStandIn:
             assert reserved.dtype == given.dtype
             assert reserved.data_ptr() != given.data_ptr() or not given.numel()
             reserved.copy_(given)
-        assert q_data_type == kv_data_type
+        self.kv_data_type = kv_data_type
         self.shapes = (num_heads, head_dim_ckv, head_dim_kpe, page_size)
         self.scale, self.causal = sm_scale, causal
 
@@ -377,10 +377,16 @@ class FlashInferStandIn:
         lse: Any,
         return_lse: bool,
         return_lse_base_on_e: bool,
+        ckv_scale: float | None = None,
+        kpe_scale: float | None = None,
     ) -> None:
         assert return_lse
         assert return_lse_base_on_e
         assert self.shapes == (q_nope.shape[1], q_nope.shape[2], q_pe.shape[2], ckv_cache.shape[1])
+        assert self.kv_data_type == ckv_cache.dtype == kpe_cache.dtype
+        assert (ckv_cache.itemsize == 1) == (ckv_scale is not None) == (kpe_scale is not None)
+        if ckv_scale is not None:
+            ckv_cache, kpe_cache = ckv_cache.float() * ckv_scale, kpe_cache.float() * kpe_scale
         starts, page_starts, pages, lengths = self.buffers
         found = attention_over_pages(
             (q_nope, q_pe),
@@ -400,6 +406,20 @@ class FlashInferStandIn:
 def test_flashinfer_peer(name: str, storage: str) -> None:
     pytest.importorskip("torch")
     check(FlashInferPeer(FlashInferStandIn, "any"), build(CASES[name], storage=storage))
+
+
+class OldFlashInfer(FlashInferStandIn):
+    """One that takes no scales of a cache."""
+
+    def run(self, q_nope: Any, ckv_cache: Any) -> None:
+        raise AssertionError
+
+
+def test_flashinfer_peer_over_an_e4m3_cache() -> None:
+    values = {"batch": 3, "lengths": (70, 130, 1), "seqlen_q": 2, "causal": True, "layout": "fp8_e4m3"}
+    check_by_inputs(FlashInferPeer(FlashInferStandIn, "any"), MAX_ERROR, MAX_LSE_ERROR, **values)
+    reason = FlashInferPeer(OldFlashInfer, "old").unsupported(bench_case(**values))
+    assert reason == "layout fp8_e4m3: only bf16 and fp16"
 
 
 class Fa3StandIn:
@@ -516,7 +536,7 @@ def bench_case(**values: Any) -> BenchCase:
 
 PEERS: dict[str, Peer] = {
     "flash_mla": FlashMlaPeer(None, "any"),
-    "flashinfer": FlashInferPeer(None, "any"),
+    "flashinfer": FlashInferPeer(FlashInferStandIn, "any"),
     "fa3": VllmPeer(None),
     "torch": TorchPeer("any"),
 }
@@ -533,6 +553,7 @@ PEERS: dict[str, Peer] = {
         ("fa3", {"latent_dim": 320}, "320 + 64"),
         ("flashinfer", {"latent_dim": 320}, "320 + 64"),
         ("flashinfer", {"rope_dim": 32}, "512 + 32"),
+        ("flashinfer", {"latent_dim": 256, "layout": "fp8_e4m3"}, "256 + 64: only 512"),
         ("torch", {"lengths": 0}, "no cached token"),
         ("flash_mla", {"topk": 64}, "sparse decode over bf16: only fp8_ds_mla"),
         ("flash_mla", {"topk": 64, "layout": "fp8_ds_mla"}, "16 heads: only 64 or 128"),
@@ -546,7 +567,7 @@ PEERS: dict[str, Peer] = {
         ("fa3", {"topk": 64, "layout": "fp8_ds_mla"}, "layout fp8_ds_mla"),
         ("fa3", {"layout": "fp8_e4m3"}, "layout fp8_e4m3: only bf16 and fp16"),
         ("flashinfer", {"topk": 64}, "sparse decode"),
-        ("flashinfer", {"layout": "fp8_e4m3"}, "layout fp8_e4m3"),
+        ("flashinfer", {"layout": "fp8_ds_mla"}, "layout fp8_ds_mla: only bf16 and fp16 and fp8_e4m3"),
         ("torch", {"topk": 64}, "sparse decode"),
     ],
 )

@@ -5,10 +5,11 @@ from __future__ import annotations
 import importlib
 import importlib.metadata
 from abc import ABC, abstractmethod
+from collections.abc import Collection
 from types import ModuleType
 from typing import Any
 
-from ...layouts import DENSE_LAYOUTS
+from ...layouts import DENSE_LAYOUTS, CacheLayout
 from ..grid import BenchCase
 from ..inputs import Call, Inputs
 
@@ -60,14 +61,18 @@ class Peer(ABC):
         """
 
 
-def beyond(case: BenchCase, function: str) -> str | None:
-    """Why a peer cannot run a case that offers one function only, over caches of q's type; None when it is of these."""
+def beyond(
+    case: BenchCase, function: str, layouts: Collection[CacheLayout] = tuple(DENSE_LAYOUTS.values())
+) -> str | None:
+    """Why a peer cannot run a case that offers one function only, over caches of these layouts; None when it is of
+    these.
+    """
     if case.function != function:
         return f"{case.function}: only {function}"
     if case.extra_topk is not None or case.attn_sink:
         return "a second cache or attention sinks"
-    if case.spec.cache_layout not in DENSE_LAYOUTS.values():
-        return f"layout {case.layout}: only {' and '.join(layout.name for layout in DENSE_LAYOUTS.values())}"
+    if case.spec.cache_layout not in layouts:
+        return f"layout {case.layout}: only {' and '.join(layout.name for layout in layouts)}"
     return None
 
 

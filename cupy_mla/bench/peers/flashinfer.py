@@ -1,11 +1,15 @@
-"""FlashInfer's paged MLA wrapper with its Hopper kernel."""
+"""FlashInfer's paged MLA wrapper with its Hopper kernel, over caches of q's type, and over e4m3 ones where its version
+has that.
+"""
 
 from __future__ import annotations
 
 import importlib
+import inspect
 from typing import Any
 
-from ...lab.spec import starts_of
+from ...lab.spec import KV_SCALE, starts_of
+from ...layouts import BF16, FP8_E4M3, FP16
 from ..grid import DECODE, BenchCase
 from ..inputs import Call, Inputs
 from .base import Peer, as_promised, beyond, cache_parts, query_parts, query_starts
@@ -14,8 +18,9 @@ _MODULE = "flashinfer"
 _BACKEND = "fa3"  # its name for the Hopper kernel
 _WORKSPACE_BYTES = 128 << 20  # its documentation's advice
 # Its Hopper kernel is written for latent parts of these widths and rope parts of a multiple.
-_LATENT_DIMS = (128, 256, 512)
+_LATENT_DIMS, _FP8_LATENT_DIMS = (128, 256, 512), (512,)
 _ROPE_MULTIPLE = 64
+_SCALES = ("ckv_scale", "kpe_scale")  # of an e4m3 cache's parts, arguments of run
 
 
 class FlashInferPeer(Peer):
@@ -28,10 +33,12 @@ class FlashInferPeer(Peer):
         self._wrapper_class = wrapper_class
 
     def unsupported(self, case: BenchCase) -> str | None:
-        if case.latent_dim not in _LATENT_DIMS or case.rope_dim % _ROPE_MULTIPLE != 0:
-            latent_dims = ", ".join(map(str, _LATENT_DIMS))
+        known = _FP8_LATENT_DIMS if case.spec.cache_layout == FP8_E4M3 else _LATENT_DIMS
+        if case.latent_dim not in known or case.rope_dim % _ROPE_MULTIPLE != 0:
+            latent_dims = ", ".join(map(str, known))
             return f"widths {case.latent_dim} + {case.rope_dim}: only {latent_dims} + a multiple of {_ROPE_MULTIPLE}"
-        return beyond(case, DECODE)
+        takes_fp8 = set(_SCALES) <= inspect.signature(self._wrapper_class.run).parameters.keys()
+        return beyond(case, DECODE, (BF16, FP16, FP8_E4M3) if takes_fp8 else (BF16, FP16))
 
     def prepare(self, inputs: Inputs) -> Call:
         import torch
@@ -44,6 +51,8 @@ class FlashInferPeer(Peer):
             "kv_indices": _pages(inputs),
             "kv_len_arr": inputs.cache_seqlens,
         }
+        is_fp8 = case.spec.cache_layout == FP8_E4M3
+        scales = dict.fromkeys(_SCALES, KV_SCALE) if is_fp8 else {}
         wrapper = self._wrapper_class(
             torch.empty(_WORKSPACE_BYTES, dtype=torch.uint8, device=inputs.q.device),
             use_cuda_graph=True,
@@ -60,7 +69,7 @@ class FlashInferPeer(Peer):
             causal=case.causal,
             sm_scale=inputs.spec.scale,
             q_data_type=inputs.q.dtype,
-            kv_data_type=inputs.q.dtype,
+            kv_data_type=torch.float8_e4m3fn if is_fp8 else inputs.q.dtype,
         )
         out = torch.empty_like(q_latent)
         lse = torch.empty(q_latent.shape[:2], dtype=torch.float32, device=inputs.q.device)
@@ -76,6 +85,7 @@ class FlashInferPeer(Peer):
                 lse=lse,
                 return_lse=True,
                 return_lse_base_on_e=True,
+                **scales,
             )
             return as_promised(case, out, lse.transpose(0, 1))
 
