@@ -17,8 +17,9 @@ _NOT_IN_JAX = ("stream", "out", "lse", "max_logits")  # programs have no streams
 _Function = TypeVar("_Function", bound=Callable[..., Any])
 
 
-def like(*functions: Callable[..., Any]) -> Callable[[_Function], _Function]:
-    """Have a function for JAX take what these functions take, but streams and outputs; ``help()`` shows it so.
+def like(*functions: Callable[..., Any], without: Sequence[str] = ()) -> Callable[[_Function], _Function]:
+    """Have a function for JAX take what these functions take, but streams, outputs and what it is to be ``without``;
+    ``help()`` shows it so.
 
     What the function does not name itself comes to it by name, in its ``**named``. Other names are a TypeError, as
     Python has it.
@@ -29,7 +30,7 @@ def like(*functions: Callable[..., Any]) -> Callable[[_Function], _Function]:
         shown = {name: p for name, p in signature.parameters.items() if p.kind is not p.VAR_KEYWORD}
         for other in functions:
             for name, parameter in inspect.signature(other).parameters.items():
-                if name not in _NOT_IN_JAX:
+                if name not in (*_NOT_IN_JAX, *without):
                     shown.setdefault(name, parameter.replace(kind=parameter.KEYWORD_ONLY))
 
         @functools.wraps(function)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 from typing import Any
 
@@ -10,6 +11,7 @@ import pytest
 from cases_dense import DenseCase
 
 from cupy_mla import InvalidArgumentError, PlanMismatchError, append_tokens, merge_states, mla_decode, plan_decode
+from cupy_mla.parallel import jax_ops as cp_jax_ops
 
 from .gpu_arrays import attention, keys_of
 from .test_decode import check_request
@@ -202,3 +204,27 @@ def test_empty_lse(empty_lse: float) -> None:
     _, lse = jax.jit(lambda arrays: jax_ops.mla_decode(**arrays, **on_jax.options, empty_lse=empty_lse))(on_jax.inputs)
     assert (np.asarray(lse)[0] == empty_lse).all()
     assert np.isfinite(np.asarray(lse)[2:]).all()
+
+
+@needs_bridge
+@pytest.mark.parametrize("exchange", ["a2a", "ag_rs"])
+@pytest.mark.parametrize("changes", [{}, {"seqlens_q": 1}, {"seqlens_q": (1, 4, 0, 3)}], ids=str)
+def test_context_parallel_decode_on_one_device(changes: dict[str, Any], exchange: str) -> None:
+    """XLA's collectives around the kernels, in a program of two layers that share a plan."""
+    on_jax = OnJax(**changes)
+    named = {**on_jax.plan_options, "axis_name": "ranks", "cp_interleave": 16}
+    scale = on_jax.options["softmax_scale"]
+
+    def program(inputs: dict[str, Any]) -> Any:
+        given = {**inputs, **named}
+        given["total_seqlens"] = given.pop("cache_seqlens")
+        plan = cp_jax_ops.plan_cp_decode(**given)
+        call = functools.partial(cp_jax_ops.cp_decode, exchange=exchange, plan=plan, softmax_scale=scale)
+        return call(**given), call(**{**given, "q": -given["q"]})
+
+    mesh, whole = jax.sharding.Mesh(np.array(jax.devices()[:1]), ("ranks",)), jax.sharding.PartitionSpec()
+    sharded = jax.jit(jax.shard_map(program, mesh=mesh, in_specs=whole, out_specs=whole, check_vma=False))
+    for _ in range(3):
+        first, second = sharded(on_jax.inputs)
+        on_jax.check(*first)
+        on_jax.check(*second, sign=-1)
