@@ -17,7 +17,8 @@ from ..lab.spec import DEFAULT_DTYPE, DEFAULT_PAGE_SIZE, DTYPES, PACKED, STORAGE
 from ..lab.timing import DEFAULT_LIMIT_SECONDS
 from ..layouts import LAYOUTS
 from .command import Command
-from .common import COUNT, Function, backend_option, choose_backend, note, raise_failures
+from .common import COUNT, Backend, Function, backend_option, choose_backend, note, raise_failures
+from .context_parallel import DEFAULT_WORLDS, OPTION, context_parallel_option, require_world
 
 
 def list_option(
@@ -34,6 +35,8 @@ def list_option(
     shown = f"{metavar or choices}[,...]"
     return click.option(name, multiple=True, callback=read, metavar=shown, help=help_text)
 
+
+_NOT_SHARDED = ("json_path", "csv_path", "old", "plot", "peer", "peers_path", "sustained", "ceilings", "split")
 
 # Refused before the run, not after it.
 _FILE = click.Path(path_type=Path, dir_okay=False, writable=True)
@@ -90,6 +93,7 @@ _FOLDER = click.Path(path_type=Path, file_okay=False, writable=True)
     show_default=True,
     help="Seconds for a case.",
 )
+@context_parallel_option("Caches that are sharded over so many ranks.")
 @backend_option
 @click.pass_context
 def bench(
@@ -101,6 +105,7 @@ def bench(
     plot: Path | None,
     peers_path: Path | None,
     backend: str,
+    context_parallel: tuple[int, ...] | None,
     **options: Any,
 ) -> None:
     """Time decodes, or sparse attention, over every combination of the values given, beside other implementations.
@@ -108,7 +113,14 @@ def bench(
     Lists may be written with commas or by repeating the option. Without any: a small grid in DeepSeek-V3's widths.
     On the GPU: all kernels of a call with a cold L2, by CUDA graphs; on the CPU: wall time. Exits with 1 if one of our
     own cases failed or was wrong.
+
+    With --context-parallel, dense decodes whose caches are sharded along the sequence. Started by torchrun, as they
+    are, one rank in each process; by one process the parts that one GPU can show, and a model of the collectives;
+    without a GPU the model alone.
     """
+    if context_parallel is not None:
+        _time_shards(ctx, context_parallel, choose_backend(backend), options)
+        return
     from ..bench.report import print_changes, print_results, progress_bar
     from ..bench.results import Results, load_results
     from ..bench.rows import Row
@@ -165,6 +177,32 @@ def bench(
         writing.attempt("plot", draw)
     raise_failures(writing)
     ctx.exit(1 if results.failed else 0)
+
+
+def _time_shards(ctx: click.Context, worlds: tuple[int, ...], chosen: Backend, options: dict[str, Any]) -> None:
+    """Time or model sharded caches, and print the table; of several processes one does."""
+    from ..bench.context_parallel import group_row, model_rows, print_rows, shard_rows
+    from ..bench.inputs import choose_library
+    from ..lab.launched import launched_group
+
+    for name in _NOT_SHARDED:
+        if ctx.get_parameter_source(name) is ParameterSource.COMMANDLINE:
+            (spelt,) = (parameter.opts[0] for parameter in ctx.command.params if parameter.name == name)
+            raise InvalidArgumentError(spelt, f"nothing beside {OPTION}", "both")
+    with launched_group(chosen.name) as group:
+        cases = _cases(chosen.name if group is not None else "cuda", options)
+        if group is not None:
+            require_world(worlds, group.size())
+            rows = [group_row(case, group, chosen.name) for case in cases]
+            if group.rank() == 0:
+                print_rows(rows)
+            return
+    if chosen.name == "numpy":
+        note("No GPU: all times are by the model.")
+        print_rows([row for case in cases for row in model_rows(case, worlds or DEFAULT_WORLDS)])
+        return
+    library = choose_library(chosen.name)
+    print_rows([row for case in cases for row in shard_rows(case, worlds or DEFAULT_WORLDS, library)])
 
 
 def _make_folder(plot: Path) -> None:

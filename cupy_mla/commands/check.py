@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import Counter
+from collections.abc import Iterable
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
@@ -16,6 +17,7 @@ from ..lab.processes import usual_jobs
 from ..schedule.text import counted
 from .command import Command
 from .common import COUNT, Backend, backend_option, choose_backend, json_option, note
+from .context_parallel import DEFAULT_WORLDS, context_parallel_option, require_world
 
 if TYPE_CHECKING:
     from ..lab.selftest import CheckResult
@@ -27,9 +29,17 @@ if TYPE_CHECKING:
 @click.option(
     "--seed", type=click.IntRange(0, 2**62), default=0, show_default=True, help="Of the first random problem."
 )
+@context_parallel_option("Check caches that are sharded over so many ranks instead.")
 @json_option
 @click.pass_context
-def check(ctx: click.Context, backend: str, random_problems: int | None, seed: int, as_json: bool) -> None:
+def check(
+    ctx: click.Context,
+    backend: str,
+    random_problems: int | None,
+    seed: int,
+    context_parallel: tuple[int, ...] | None,
+    as_json: bool,
+) -> None:
     """Run small cases on poisoned caches and compare them with float64: dense decoding, also over e4m3 caches, sparse
     decoding and sparse prefill.
 
@@ -40,7 +50,15 @@ def check(ctx: click.Context, backend: str, random_problems: int | None, seed: i
     With --random, problems of every operation (dense and sparse decode, sparse prefill, merges, appends, slots) are
     drawn, one for each number from --seed on, and run in several processes. A problem that fails is shown with the
     command that runs it alone.
+
+    With --context-parallel, caches are sharded along the sequence: the shards of all ranks one after the other and
+    merged; or, started by torchrun, one in each process and exchanged, by NCCL on GPUs and by gloo without.
     """
+    if context_parallel is not None:
+        for option, given in (("--random", random_problems), ("--seed", seed)):
+            if given:
+                raise InvalidArgumentError(option, "nothing beside --context-parallel", "both")
+        ctx.exit(0 if _check_shards(context_parallel, choose_backend(backend), as_json) else 1)
     if random_problems is not None:
         if as_json:
             raise InvalidArgumentError("--json", "nothing beside --random", "both")
@@ -52,12 +70,43 @@ def check(ctx: click.Context, backend: str, random_problems: int | None, seed: i
     chosen = choose_backend(backend)
     if chosen.note:
         note(chosen.note)
+    said = f"{len(CHECK_CASES)} cases on {chosen.device}"
+    ctx.exit(0 if _report(said, run_checks(chosen.name, jobs=usual_jobs()), chosen, as_json) else 1)
+
+
+def _check_shards(worlds: tuple[int, ...], chosen: Backend, as_json: bool) -> bool:
+    """Run the self-test of sharded caches; True if all passed. One process of several prints."""
+    from ..lab.launched import launched_group
+    from ..lab.sharded_check import check_ranks, check_shards, sharded_cases
+
+    with launched_group(chosen.name) as group:
+        if group is None:
+            if as_json and len(worlds) != 1:
+                raise InvalidArgumentError("--json", "one number of ranks", ",".join(map(str, worlds)) or "none")
+            if chosen.note:
+                note(chosen.note)
+            passed = True
+            for world in worlds or DEFAULT_WORLDS:
+                cases = sharded_cases(world)
+                said = f"{len(cases)} cases on {world} shards, one after the other, on {chosen.device}"
+                results = check_shards(world, chosen.name, cases, jobs=usual_jobs())
+                passed &= _report(said, results, chosen, as_json)
+            return passed
+        world = require_world(worlds, group.size())
+        cases = sharded_cases(world)
+        results = check_ranks(group, chosen.name, cases)
+        if group.rank():
+            return all(result.passed for result in results)
+        return _report(f"{len(cases)} cases on {world} processes, on {chosen.device}", results, chosen, as_json)
+
+
+def _report(said: str, results: Iterable[CheckResult], chosen: Backend, as_json: bool) -> bool:
+    """Print results as they come; True if all passed."""
     # With --json these lines are no result: they show that it goes on.
-    click.echo(f"{len(CHECK_CASES)} cases on {chosen.device}; errors as shares of their bounds", err=as_json)
-    results = []
-    start = time.perf_counter()
-    for result in run_checks(chosen.name, jobs=usual_jobs()):
-        results.append(result)
+    click.echo(f"{said}; errors as shares of their bounds", err=as_json)
+    start, kept = time.perf_counter(), []
+    for result in results:
+        kept.append(result)
         verdict = "ok    " if result.passed else "FAILED"
         line = f"{verdict}  {result.case.name}"
         if result.accuracy is not None:
@@ -66,13 +115,13 @@ def check(ctx: click.Context, backend: str, random_problems: int | None, seed: i
             line = f"{verdict}  out {out:4.0%}  lse {lse:4.0%}  {result.case.name}"
         click.echo(line + (f": {result.problem}" if result.problem else ""), err=as_json)
     seconds = time.perf_counter() - start
-    passed = sum(result.passed for result in results)
+    passed = sum(result.passed for result in kept)
     if as_json:
         facts = {"backend": chosen.name, "device": chosen.device, "seconds": seconds, "passed": passed}
-        click.echo(to_json({**facts, "cases": list(map(_facts, results))}, indent=1))
+        click.echo(to_json({**facts, "cases": list(map(_facts, kept))}, indent=1))
     else:
-        click.echo(f"{passed} of {len(results)} cases passed in {seconds:.1f} s")
-    ctx.exit(0 if passed == len(results) else 1)
+        click.echo(f"{passed} of {len(kept)} cases passed in {seconds:.1f} s")
+    return passed == len(kept)
 
 
 def _facts(result: CheckResult) -> dict[str, Any]:

@@ -10,7 +10,7 @@ from ..arrays.view import ArrayView, contiguous_strides
 from ..call.arguments import as_boolean, as_integer
 from ..call.describe import describe_decode
 from ..call.options import DecodeArrays, DecodeOptions
-from ..call.problem import INDEX_DTYPE, PLAN_ALIGNMENT
+from ..call.problem import INDEX_DTYPE, PLAN_ALIGNMENT, DecodeProblem
 from ..call.sparse import describe_sparse_decode
 from ..call.sparse_options import SparseDecodeArrays, SparseOptions
 from ..errors import InvalidArgumentError
@@ -144,6 +144,29 @@ def _size(value: Any, name: str) -> int:
 
 def _kernel(sizes: dict[str, int], dtype: str, layout: CacheLayout, causal: bool) -> str:
     """Name of the kernel that serves the call; raises as the call itself would on a GPU."""
+    problem = problem_of(sizes, dtype, layout, causal)
+    config = choose_config(problem, hopper.COMMON_SMS)
+    schedule_shape(problem, config, hopper.COMMON_SMS)
+    return config.name
+
+
+def problem_of(sizes: dict[str, int], dtype: str, layout: CacheLayout, causal: bool) -> DecodeProblem:
+    """The problem of a dense call on a GPU, of which only sizes are known.
+
+    Parameters
+    ----------
+    sizes
+        Those arguments of `is_supported` that are sizes of dense calls, all of them.
+    dtype, causal
+        As in `is_supported`.
+    layout
+        Of the cache.
+
+    Raises
+    ------
+    InvalidArgumentError
+        There is no such call.
+    """
     latent, batch, page_size = sizes["latent_dim"], sizes["batch"], sizes["page_size"]
     q, kv_cache = _q(sizes, dtype), _cache(sizes, layout, page_size)
     scale = 1.0 if layout.needs_scale else None
@@ -152,9 +175,7 @@ def _kernel(sizes: dict[str, int], dtype: str, layout: CacheLayout, causal: bool
     named = None if layout in DENSE_LAYOUTS.values() else layout.name
     options = DecodeOptions(head_dim_v=latent, causal=causal, layout=named)
     problem, _ = describe_decode(DecodeArrays(q, kv_cache, table, lengths, kv_scale=scale), options)
-    config = choose_config(problem, hopper.COMMON_SMS)
-    schedule_shape(problem, config, hopper.COMMON_SMS)
-    return config.name
+    return problem
 
 
 def _sparse_kernel(

@@ -119,7 +119,7 @@ def choose_config(
         )
         family = min((family for family in families if family.rows == block_rows), key=lambda family: family.cost.tile)
         return family.configure(problem, rows)
-    load = _load(problem, max_seqlen_k)
+    load = load_of(problem, max_seqlen_k)
     family = min(families, key=lambda family: family.cost.call_time(load, family.rows, num_sms))
     return family.configure(problem, load.rows)
 
@@ -182,7 +182,8 @@ def serving(
     raise InvalidArgumentError("kernel", expected, why)
 
 
-def _load(problem: DecodeProblem, max_seqlen_k: int | None) -> Load:
+def load_of(problem: DecodeProblem, max_seqlen_k: int | None) -> Load:
+    """What `CostModel.call_time` takes for a problem; ``max_seqlen_k`` as in `choose_config`."""
     queries = problem.queries
     tokens = ceil_div(queries.total_q, max(queries.batch, 1))  # of a request, on average when ragged
     if queries.seqlen_q <= 2 * tokens:  # else the longest request is an exception, or its length is not known

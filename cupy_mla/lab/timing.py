@@ -166,9 +166,17 @@ class WallClock:
         return (time.perf_counter() - start) / replays
 
 
-def time_decode(case: Case | SparseCase) -> Timing:
-    """Time a case; see the module's text for what is counted."""
-    return _time_on_cpu(case) if case.library is NUMPY else _time_on_gpu(case)
+def time_decode(case: Case | SparseCase, call: Call | None = None) -> Timing:
+    """Time a case; see the module's text for what is counted.
+
+    Parameters
+    ----------
+    case
+        What is decoded, or for another ``call`` whose cache that reads.
+    call
+        As `prepare_call` makes it; None: that.
+    """
+    return _time_on_cpu(case, call) if case.library is NUMPY else _time_on_gpu(case, call)
 
 
 def prepare_call(case: Case | SparseCase, **options: Any) -> Callable[[Any], tuple[Any, ...]]:
@@ -193,7 +201,7 @@ def prepare_call(case: Case | SparseCase, **options: Any) -> Callable[[Any], tup
     return call
 
 
-def _time_on_gpu(case: Case | SparseCase) -> Timing:
+def _time_on_gpu(case: Case | SparseCase, call: Call | None) -> Timing:
     calls, copies = graph_shape(case.read_bytes)
 
     def copy(part: Any) -> Any:
@@ -202,11 +210,11 @@ def _time_on_gpu(case: Case | SparseCase) -> Timing:
         return result
 
     caches = [case.cold, *(each_part(copy, case.cold) for _ in range(copies - 1))]
-    return time_replays(make_timer(case.library, prepare_call(case), caches, calls), calls, copies)
+    return time_replays(make_timer(case.library, call or prepare_call(case), caches, calls), calls, copies)
 
 
-def _time_on_cpu(case: Case | SparseCase) -> Timing:
-    return time_replays(make_timer(case.library, lambda _: case.run(), [case.cold], 1), 1, 1)
+def _time_on_cpu(case: Case | SparseCase, call: Call | None) -> Timing:
+    return time_replays(make_timer(case.library, call or (lambda _: case.run()), [case.cold], 1), 1, 1)
 
 
 def time_replays(timer: Timer, calls: int, copies: int) -> Timing:
