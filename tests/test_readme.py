@@ -54,7 +54,7 @@ CASE_FILE, EARLIER_RUN = "case.npz", "before.json"  # what the commands find in 
 
 # What makes a command small: values in place of those given, and more arguments.
 SMALL_VALUES = {
-    "check": {"--random": "40"},
+    "check": {"--random": "40", "--context-parallel": "2"},
     "bench": {"--batch": "1,2", "--length": "64", "--heads": "1,2", "--tp": "32,64", "--trace": "1"},
 }
 SMALL_ARGUMENTS = {"decode": ["--batch", "2", "--tp", "128"], "compile": ["append"]}

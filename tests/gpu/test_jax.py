@@ -213,13 +213,12 @@ def test_context_parallel_decode_on_one_device(changes: dict[str, Any], exchange
     """XLA's collectives around the kernels, in a program of two layers that share a plan."""
     on_jax = OnJax(**changes)
     named = {**on_jax.plan_options, "axis_name": "ranks", "cp_interleave": 16}
-    scale = on_jax.options["softmax_scale"]
 
     def program(inputs: dict[str, Any]) -> Any:
         given = {**inputs, **named}
         given["total_seqlens"] = given.pop("cache_seqlens")
         plan = cp_jax_ops.plan_cp_decode(**given)
-        call = functools.partial(cp_jax_ops.cp_decode, exchange=exchange, plan=plan, softmax_scale=scale)
+        call = functools.partial(cp_jax_ops.cp_decode, exchange=exchange, plan=plan)
         return call(**given), call(**{**given, "q": -given["q"]})
 
     mesh, whole = jax.sharding.Mesh(np.array(jax.devices()[:1]), ("ranks",)), jax.sharding.PartitionSpec()
