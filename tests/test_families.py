@@ -17,7 +17,7 @@ from cupy_mla.errors import InvalidArgumentError
 from cupy_mla.gpu import hopper
 from cupy_mla.gpu.jit.source import kernels_root
 from cupy_mla.kernels.catalogue import standard_configs
-from cupy_mla.kernels.choose import FAMILIES, GATHERED_FAMILIES, choose_config
+from cupy_mla.kernels.choose import FAMILIES, FP8_FAMILIES, GATHERED_FAMILIES, choose_config
 from cupy_mla.kernels.family import DecodeFamily, KernelConfig
 from cupy_mla.kernels.fp8 import FP8_SPLIT16, Fp8Family
 from cupy_mla.kernels.gathered_narrow import GATHERED_NARROW16, GATHERED_NARROW32
@@ -48,6 +48,17 @@ def problem(batch: int, tokens_k: int, heads: int, **changes: Any) -> DecodeProb
 
 def fp8(call: DecodeProblem, compute: str = "auto") -> DecodeProblem:
     return replace(call, layout=FP8_E4M3, compute=compute)
+
+
+@pytest.mark.parametrize("rows", [16, 32])
+def test_two_scales_have_kernels_of_their_own_where_all_is_exact(rows: int) -> None:
+    for compute, rope_dim, expected in (("exact", 64, True), ("exact", 0, False), ("split", 64, False)):
+        family = next(f for f in FP8_FAMILIES if (f.rows, getattr(f, "compute", "")) == (rows, compute))
+        call = replace(fp8(problem(1, 1024, rows, rope_dim=rope_dim), compute), two_scales=True)
+        config = family.configure(call, rows)
+        assert (config.two_scales, config.name.endswith("_two_scales")) == (expected, expected)
+        assert (("MLA_TWO_SCALES", "1") in config.source().defines) == expected
+        assert not family.configure(replace(call, two_scales=False), rows).two_scales
 
 
 def name(config: KernelConfig) -> str:

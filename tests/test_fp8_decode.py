@@ -63,6 +63,27 @@ def test_a_plan_is_for_one_way_to_compute() -> None:
         mla_decode(**arrays, causal=True, kv_scale=1.0, compute="split", plan=plan)
 
 
+@pytest.mark.parametrize(
+    ("kv_scale", "expected"),
+    [
+        (0.3, False),
+        ((0.3, 0.3), False),
+        ((0.3, 0.15), False),
+        ((0.3, 0.2), True),
+        (np.ones(1, np.float32), False),
+        (np.ones(2, np.float32), True),  # not read, so nothing is known of it
+    ],
+    ids=str,
+)
+def test_two_scales_are_part_of_what_a_plan_is_for(kv_scale: Any, expected: bool) -> None:
+    arrays = CASE.build()
+    plan = plan_decode(**arrays, causal=True, kv_scale=kv_scale)
+    assert plan.problem.two_scales == expected
+    mla_decode(**arrays, causal=True, kv_scale=1.0 if not expected else (1.0, 3.0), plan=plan)
+    with pytest.raises(PlanMismatchError, match="two_scales"):
+        mla_decode(**arrays, causal=True, kv_scale=1.0 if expected else (1.0, 3.0), plan=plan)
+
+
 REFUSED: dict[str, tuple[str, dict[str, Any]]] = {
     "no scale": ("kv_scale", {"kv_scale": None}),
     "a scale of zero": ("kv_scale", {"kv_scale": 0.0}),

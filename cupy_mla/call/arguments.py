@@ -41,6 +41,19 @@ def is_pair_of_numbers(value: Any) -> bool:
     return isinstance(value, (tuple, list)) and len(value) == PARTS_OF_A_TOKEN and all(map(is_number, value))
 
 
+def has_scale_of_each_part(kv_scale: Any) -> bool:
+    """Whether a scale, a number, an array or a view of one, is two: of the latent and of the rope part."""
+    return is_pair_of_numbers(kv_scale) or tuple(getattr(kv_scale, "shape", ())) == (PARTS_OF_A_TOKEN,)
+
+
+def has_rounding_ratio(kv_scale: Any) -> bool:
+    """Whether a scale is two, of latent and rope part, of which the ratio may be no power of two."""
+    if not is_pair_of_numbers(kv_scale):
+        return has_scale_of_each_part(kv_scale)
+    latent, rope = (math.frexp(scale)[0] for scale in kv_scale)
+    return latent != rope
+
+
 def check_softmax_scale(softmax_scale: float) -> None:
     """Refuse a scale that is not above 0 (the kernels take row maxima before they scale) and well within float32.
 

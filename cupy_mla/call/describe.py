@@ -24,6 +24,7 @@ from .arguments import (
     check_output,
     check_plan_view,
     check_rows,
+    has_rounding_ratio,
     is_number,
     is_pair_of_numbers,
     misaligned,
@@ -123,14 +124,14 @@ def describe_decode(
         _view_of(arrays, "cu_seqlens_q", stream),
         _view_of(arrays, "total_seqlens", stream),
         None if is_number(scale) or is_pair_of_numbers(scale) else _view_of(arrays, "kv_scale", stream),
+        has_rounding_ratio(scale),
         options,
     )
     q, kv = call.q, call.kv
     key = (
         *map(_layout_key, (*q, *kv, call.table, call.lengths)),
-        None if call.starts is None else _layout_key(call.starts),
-        None if call.totals is None else _layout_key(call.totals),
-        None if call.kv_scale is None else _layout_key(call.kv_scale),
+        *(None if array is None else _layout_key(array) for array in (call.starts, call.totals, call.kv_scale)),
+        call.two_scales,
         (len(q), len(kv), options.head_dim_v, options.causal, options.max_seqlen_q, options.compute, options.layout),
         (options.strict, options.cp_world, options.cp_rank, options.cp_interleave),
     )
@@ -177,6 +178,7 @@ class _Call:
     starts: ArrayView | None
     totals: ArrayView | None
     kv_scale: ArrayView | None
+    two_scales: bool
     options: DecodeOptions
 
     def arrays(self) -> list[tuple[str, ArrayView]]:
@@ -287,7 +289,7 @@ def _check(call: _Call) -> _Checked:
     if first_q.device == CUDA or call.options.strict:
         check_cuda_widths(queries)
         _check_page_size(page_size)
-    problem = DecodeProblem(queries, keys, layout, call.options.compute)
+    problem = DecodeProblem(queries, keys, layout, call.options.compute, call.two_scales)
     return _Checked(problem, q_latent, q_rope, kv_latent, kv_rope)
 
 

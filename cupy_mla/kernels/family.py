@@ -209,6 +209,8 @@ class KernelConfig:
         Whether probabilities keep what bf16 leaves out of them.
     sharded : bool
         Whether the mask goes by places in requests of which the cache has a shard.
+    two_scales : bool
+        Whether the sums of rope columns are multiplied by the ratio of two scales, not q.
     """
 
     family: DecodeFamily
@@ -221,6 +223,7 @@ class KernelConfig:
     scale_parts: ColumnParts | None = None
     refined: bool = False
     sharded: bool = False
+    two_scales: bool = False
 
     @property
     def name(self) -> str:
@@ -230,7 +233,7 @@ class KernelConfig:
     @property
     def suffix(self) -> str:
         """The end of the name: what besides type, widths and page size it is compiled for."""
-        return self.mask_suffix + self.partial_suffix + self.refined_suffix
+        return self.mask_suffix + self.partial_suffix + self.refined_suffix + ("_two_scales" if self.two_scales else "")
 
     @property
     def mask_suffix(self) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -103,12 +103,18 @@ class Fp8Family(DecodeFamily):
         """Never: probabilities are fp16."""
         return False
 
+    def configure(self, problem: DecodeProblem, rows: int) -> KernelConfig:
+        """As of every family; where all is exact, two scales have kernels of their own."""
+        two_scales = self.compute == EXACT and problem.two_scales and problem.queries.rope_dim > 0
+        return replace(DecodeFamily.configure(self, problem, rows), two_scales=two_scales)
+
     def defines(self, config: KernelConfig) -> tuple[tuple[str, str], ...]:
         """The macros of decode/config.h and decode/fp8/schedule.h."""
         own = (
             *FP8_E4M3.defines,
             ("MLA_SPLIT_QUERY", str(int(self.compute != EXACT))),
             ("MLA_QUERY_PARTS", str(self._query_parts)),
+            *((("MLA_TWO_SCALES", "1"),) if config.two_scales else ()),
         )
         return (*DecodeFamily.defines(self, config), *own)
 
@@ -136,10 +142,11 @@ class Fp8Family(DecodeFamily):
         """All pages and widths for the split kernel, which is chosen unasked; DeepSeek's width in pages of 64 else."""
         dims, page_sizes = (STANDARD_DIMS, STANDARD_PAGE_SIZES) if self.compute == SPLIT else (STANDARD_DIMS[:1], (64,))
         partials = (False, True) if self.has_float_partials(1) else (False,)
+        scales = (False, True) if self.compute == EXACT else (False,)
         return [
-            KernelConfig(self, latent, rope, dtype, page_size, causal, float_partials)
-            for float_partials, (latent, rope), dtype, page_size, causal in itertools.product(
-                partials, dims, FP8_E4M3.query_dtypes, page_sizes, (False, True)
+            KernelConfig(self, latent, rope, dtype, page_size, causal, float_partials, two_scales=two_scales)
+            for two_scales, float_partials, (latent, rope), dtype, page_size, causal in itertools.product(
+                scales, partials, dims, FP8_E4M3.query_dtypes, page_sizes, (False, True)
             )
         ]
 

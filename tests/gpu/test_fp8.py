@@ -105,7 +105,7 @@ def test_shapes(kernel: str, case: Fp8Case) -> None:
 
 
 @pytest.mark.parametrize("kernel", KERNELS)
-@pytest.mark.parametrize("scales", [(0.5, 0.037), (0.02, 0.5)], ids=str)
+@pytest.mark.parametrize("scales", [(0.5, 0.037), (0.037, 0.5), (0.02, 0.5)], ids=str)
 def test_each_part_has_a_scale(kernel: str, scales: tuple[float, float]) -> None:
     """Given as numbers, and as an array that the kernel reads; of a packed cache, and of a pair."""
     case = Fp8Case(LENGTHS, 20, kv_scale=scales)
@@ -124,9 +124,10 @@ def test_each_part_has_a_scale(kernel: str, scales: tuple[float, float]) -> None
 
 @pytest.mark.parametrize("kernel", KERNELS)
 @pytest.mark.parametrize("kind", KINDS)
-def test_hard_data(kernel: str, kind: str) -> None:
+@pytest.mark.parametrize("scales", [0.5, (0.5, 0.037)], ids=str)
+def test_hard_data(kernel: str, kind: str, scales: float | tuple[float, float]) -> None:
     heads = int(kernel[-2:]) if kernel[-2:] in ("32", "64") else 16
-    error, lse_error, _ = run(Fp8Case((8192, 8192), heads, kind=kind), kernel)
+    error, lse_error, _ = run(Fp8Case((8192, 8192), heads, kind=kind, kv_scale=scales), kernel)
     assert error < MAX_ERROR[way_of(kernel)]
     assert lse_error < LSE_ERROR[way_of(kernel)]
 

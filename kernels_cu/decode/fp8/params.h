@@ -14,6 +14,7 @@ struct Fp8Params : DecodeParams {
 
     MLA_DEVICE f32 latent_scale() const { return latent_scale_at ? *latent_scale_at : latent_scale_value; }
     MLA_DEVICE f32 rope_scale() const { return rope_scale_at ? *rope_scale_at : rope_scale_value; }
+    MLA_DEVICE f32 rope_ratio() const { return rope_scale() / latent_scale(); }
 };
 
 }  // namespace mla

@@ -69,7 +69,7 @@ private:
           smem_(smem),
           row_(thread / kChunksPerBoxRow),
           chunk_(thread % kChunksPerBoxRow),
-          rope_ratio_(kRope == 0 ? 1.0f : params.rope_scale() / params.latent_scale()) {}
+          rope_ratio_(kRope == 0 || kRopeApart ? 1.0f : params.rope_ratio()) {}
 
     struct Magnitude {
         f32 largest, squares;  // of a row

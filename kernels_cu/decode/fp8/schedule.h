@@ -13,6 +13,16 @@ constexpr bool kWide = kRows == 64;
 constexpr bool kSplitQuery = MLA_SPLIT_QUERY;
 constexpr u32 kQueryParts = MLA_QUERY_PARTS;
 
+// Latent and rope part of the cache may have a scale each. Q's rope columns are multiplied by the ratio of the two, which fp16
+// rounds unless it is a power of two. A kernel of its own multiplies the rope columns' sums instead: its other order of
+// instructions costs 2 to 4%.
+#ifdef MLA_TWO_SCALES
+constexpr bool kRopeApart = true;
+static_assert(!kSplitQuery && kRope > 0, "only where all is exact");
+#else
+constexpr bool kRopeApart = false;
+#endif
+
 // Warpgroup 0: scores. 1 and 2: values, half of the latent columns each. 3: its first warp loads tiles; of the wide kernel,
 // which has no registers for it, a values warp does.
 constexpr u32 kScoresWarps = kWarpgroupWarps;

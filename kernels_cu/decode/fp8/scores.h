@@ -59,13 +59,14 @@ private:
 
     template <bool Split>
     MLA_DEVICE void run_tiles(i32 item, Tiles tiles, const float (&scale)[kThreadRows], RowStatistics& rows) {
+        const float rope_ratio = kRopeApart ? params_.rope_ratio() : 1.0f;
         for (bool is_first = true; tiles.left > 0; tiles.next(), is_first = false) {
             mbarrier_wait(barrier_of(smem_, Fp8Smem::tile_full, stage_.index()), stage_.parity());
             float scores[kFragment];
             if constexpr (Split)
                 multiply_split(scores);
             else
-                multiply_exact(scores);
+                multiply_exact(rope_ratio, scores);
 #pragma unroll
             for (u32 i = 0; i < kThreadRows; ++i) {
                 scores[row_element(i)] *= scale[i];
@@ -124,19 +125,21 @@ private:
             scores[i] += kQueryParts == 1 ? part[i] : fmaf(part[kPartFragment - kFragment + i], 1.0f / kLowPart, part[i]);
     }
 
-    // On fp16 tensor cores, K made in registers. Four k16 steps at a time: 16 bytes of two tokens a thread.
-    MLA_DEVICE void multiply_exact(float (&scores)[kFragment]) const {
+    // On fp16 tensor cores, K made in registers. Four k16 steps at a time: 16 bytes of two tokens a thread. Apart, the rope
+    // columns come first: their sums are done, and multiplied, when the next step's K is made.
+    MLA_DEVICE void multiply_exact(float rope_ratio, float (&scores)[kFragment]) const {
         const u64 q = descriptor_at(kBoxKMajor, smem_ + Fp8Smem::query);
         u32 raw[2][2][4];
         u32 a[2][kBoxSteps][4];
         wgmma_pin(scores);
-        load_keys(0, raw[0]);
+        load_keys(box_in_turn(0), raw[0]);
 #pragma unroll
-        for (u32 box = 0; box < kTileBoxes; ++box) {
-            if (box + 1 < kTileBoxes) load_keys(box + 1, raw[(box + 1) % 2]);
-            if (box >= 2) wgmma_wait<1>();
-            const u32(&words)[2][4] = raw[box % 2];
-            u32(&fragment)[kBoxSteps][4] = a[box % 2];
+        for (u32 turn = 0; turn < kTileBoxes; ++turn) {
+            const u32 box = box_in_turn(turn);
+            if (turn + 1 < kTileBoxes) load_keys(box_in_turn(turn + 1), raw[(turn + 1) % 2]);
+            if (turn >= 2) wgmma_wait<1>();
+            const u32(&words)[2][4] = raw[turn % 2];
+            u32(&fragment)[kBoxSteps][4] = a[turn % 2];
 #pragma unroll
             for (u32 step = 0; step < kBoxSteps; ++step) {
                 fragment[step][0] = e4m3_pair_low(words[0][step]);
@@ -144,16 +147,24 @@ private:
                 fragment[step][2] = e4m3_pair_high(words[0][step]);
                 fragment[step][3] = e4m3_pair_high(words[1][step]);
             }
+            if (kRopeApart && turn == kRopeBoxes) {
+                wgmma_wait<0>();
+                wgmma_pin(scores);
+#pragma unroll
+                for (u32 i = 0; i < kFragment; ++i) scores[i] *= rope_ratio;
+                wgmma_pin(scores);
+            }
             wgmma_fence();
 #pragma unroll
             for (u32 step = 0; step < kBoxSteps; ++step)
                 wgmma_rs<Operand, 0>(scores, fragment[step][0], fragment[step][1], fragment[step][2], fragment[step][3],
-                                     q + descriptor_offset(box * kRowBoxBytes + step * kStepBytes), box + step > 0);
+                                     q + descriptor_offset(box * kRowBoxBytes + step * kStepBytes), turn + step > 0);
             wgmma_commit();
         }
         wgmma_wait<0>();
         wgmma_pin(scores);
     }
+    static MLA_DEVICE constexpr u32 box_in_turn(u32 turn) { return kRopeApart ? (turn + kLatentBoxes) % kTileBoxes : turn; }
 
     // The tokens of a tile that this thread has scores of, and where its 16 bytes of their 64 columns of a latent box lie in a
     // stage; query.h says which columns they are.
