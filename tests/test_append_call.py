@@ -63,11 +63,20 @@ def e4m3_by_number(gpu: FakeGpu) -> dict[str, Any]:
     return e4m3(gpu) | {"kv_scale": 0.5}
 
 
+def e4m3_parts(gpu: FakeGpu) -> dict[str, Any]:
+    rows = rows_of(gpu, LATENT), rows_of(gpu, ROPE)
+    return e4m3(gpu) | {"kv_new": rows, "kv_scale": gpu.array((2,), "float32")}
+
+
+def e4m3_parts_by_numbers(gpu: FakeGpu) -> dict[str, Any]:
+    return e4m3_parts(gpu) | {"kv_scale": (0.5, 0.25)}
+
+
 def ds_mla(gpu: FakeGpu) -> dict[str, Any]:
     return rows_in_a_pair(gpu) | {"kv_cache": cache_of(gpu, 656, "uint8"), "layout": "fp8_ds_mla"}
 
 
-KINDS = [packed, rows_in_a_pair, pairs, by_table, e4m3, e4m3_by_number, ds_mla]
+KINDS = [packed, rows_in_a_pair, pairs, by_table, e4m3, e4m3_by_number, e4m3_parts, e4m3_parts_by_numbers, ds_mla]
 kinds = pytest.mark.parametrize("make", KINDS, ids=[make.__name__ for make in KINDS])
 
 
@@ -111,6 +120,19 @@ def test_addresses_stand_where_the_kernel_reads_them(gpu: FakeGpu) -> None:
     assert params["places"]["slot_mapping"] == arrays["slot_mapping"].pointer
     assert params["places"]["block_table"] == params["places"]["positions"] == params["places"]["requests"] == 0
     assert params["places"]["num_tokens"] == TOKENS
+
+
+def test_scales_of_the_parts_stand_one_behind_the_other(gpu: FakeGpu) -> None:
+    for make, step in ((e4m3, 0), (e4m3_parts, np.dtype(np.float32).itemsize)):
+        append_tokens(**make(gpu))
+        gpu.take()
+        arrays = make(gpu)
+        append_tokens(**arrays)
+        first = arrays["kv_scale"].pointer
+        assert launched(gpu)["kv_scales"].tolist() == [first, first + step]
+    append_tokens(**e4m3_parts_by_numbers(gpu))
+    params = launched(gpu)
+    assert (params["kv_scales"].tolist(), params["kv_scale_values"].tolist()) == ([0, 0], [0.5, 0.25])
 
 
 def test_scales_follow_the_cache(gpu: FakeGpu) -> None:

@@ -78,6 +78,23 @@ def test_pairs_heads_and_strides(cache_pair: bool, values_pair: bool) -> None:
     np.testing.assert_array_equal(wide[1::2], untouched)
 
 
+@pytest.mark.parametrize("in_array", [False, True])
+def test_a_scale_for_each_part(in_array: bool) -> None:
+    scales = SCALE, 3 * SCALE
+    kv_scale = np.array(scales, np.float32) if in_array else scales
+    values, stored = make_values(FP8_E4M3, np.float16), empty_cache(FP8_E4M3)
+    parts = values[..., :512], values[..., 512:]
+    quantise_cache(stored, parts, kv_scale=kv_scale)
+    back = np.zeros_like(values)
+    dequantise_cache((stored[..., :512], stored[..., 512:]), back, kv_scale=kv_scale)
+    for columns, scale in zip((slice(0, 512), slice(512, None)), map(np.float32, scales), strict=True):
+        codes = FP8_E4M3.quantise(values[..., columns], scale)
+        np.testing.assert_array_equal(stored[..., columns].view(np.uint8), codes.view(np.uint8))
+        expected = FP8_E4M3.dequantise(codes, scale)
+        with np.errstate(over="ignore"):
+            np.testing.assert_array_equal(back[..., columns], expected.astype(np.float16))
+
+
 def test_values_may_be_a_pair_beside_blocks() -> None:
     values, cache = make_values(FP8_DS_MLA, ml_dtypes.bfloat16), empty_cache(FP8_DS_MLA)
     quantise_cache(cache, (values[..., :512], values[..., 512:]))  # 656 bytes leave no doubt

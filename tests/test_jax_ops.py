@@ -407,6 +407,12 @@ def test_append_to_fewer_bits(layout: CacheLayout) -> None:
 
     for new in (jax.jit(append)(cache, rows, scale), append(cache, rows, scale)):
         assert np.asarray(new).tobytes() == expected.tobytes()
+    if layout.needs_scale:
+        scales, parts = np.array([scale, 0.03], np.float32), (rows[:, :448], rows[:, 448:])
+        append_tokens(expected, parts, slots, kv_scale=(scale, 0.03))
+        assert np.asarray(new).tobytes() != expected.tobytes()
+        for new in (jax.jit(append)(cache, parts, scales), append(cache, parts, (scale, 0.03))):
+            assert np.asarray(new).tobytes() == expected.tobytes()
 
 
 @pytest.mark.parametrize(

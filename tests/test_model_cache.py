@@ -14,7 +14,7 @@ from cupy_mla.errors import InvalidArgumentError
 from cupy_mla.layouts import FP8_DS_MLA, FP8_E4M3, FP8_MODEL1, LAYOUTS, CacheLayout
 
 LAYERS, PAGES, PAGE_SIZE = 3, 12, 16
-SCALES = [0.01, 0.02, 0.03]
+SCALES = [0.01, (0.02, 0.05), 0.03]
 FRAMEWORKS = ["numpy", "torch", "jax"]
 WRITTEN = list(LAYOUTS.values())
 layouts = pytest.mark.parametrize("layout", WRITTEN, ids=[layout.name for layout in WRITTEN])
@@ -57,11 +57,19 @@ def random_rows(layout: CacheLayout, num_tokens: int, seed: int) -> Any:
     return random.standard_normal((LAYERS, num_tokens, 512 + rope_of(layout)), np.float32).astype(dtype)
 
 
+def by_parts(function: Any, values: Any, scale: Any) -> Any:
+    """A layout's function of values [..., d] and a scale; latent and rope part apart where each has a scale."""
+    if not isinstance(scale, tuple):
+        return function(values, scale)
+    return np.concatenate([function(values[..., :512], scale[0]), function(values[..., 512:], scale[1])], axis=-1)
+
+
 def rounded(layout: CacheLayout, rows: Any) -> Any:
     """What a cache of the layout makes of rows [layers, tokens, d]."""
     scales = SCALES if layout.needs_scale else [None] * LAYERS
-    stored = [layout.quantise(row[:, None, None], scale) for row, scale in zip(rows, scales, strict=True)]
-    return np.stack([layout.dequantise(page, scale)[:, 0, 0] for page, scale in zip(stored, scales, strict=True)])
+    stored = [by_parts(layout.quantise, row[:, None, None], scale) for row, scale in zip(rows, scales, strict=True)]
+    read = [by_parts(layout.dequantise, page, scale) for page, scale in zip(stored, scales, strict=True)]
+    return np.stack([page[:, 0, 0] for page in read])
 
 
 def stored_tokens(cache: PagedKVCache, request: int) -> Any:
@@ -71,7 +79,7 @@ def stored_tokens(cache: PagedKVCache, request: int) -> Any:
     tokens = []
     for layer, scale in enumerate(cache.kv_scales):
         own = pages[layer * cache.num_pages : (layer + 1) * cache.num_pages]
-        values = cache.layout.dequantise(own, scale)
+        values = by_parts(cache.layout.dequantise, own, scale)
         tokens.append(values[table, :, 0].reshape(-1, values.shape[-1])[:length])
     return np.stack(tokens)
 
@@ -130,7 +138,7 @@ def test_layers_decode_with_one_block_table(framework: str) -> None:
         own = np.zeros((2, 32, 1, 576), np.float32)
         for index, rows in enumerate(values):
             own[index, : len(rows), 0] = rows
-        kv_cache = FP8_E4M3.quantise(own, scale)
+        kv_cache = by_parts(FP8_E4M3.quantise, own, scale)
         table, lengths = np.array([[0], [1]], np.int32), np.array([27, 6], np.int32)
         expected, _ = mla_decode(q, kv_cache, table, lengths, kv_scale=scale)
         np.testing.assert_array_equal(as_numpy(out), expected)

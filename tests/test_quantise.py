@@ -62,6 +62,14 @@ def test_rows_are_stored_as_the_layout_says(layout: CacheLayout, dtype: Any) -> 
     np.testing.assert_array_equal(layout.dequantise(cache, scale_of(layout)), expected_values(layout, rows, slots))
 
 
+@pytest.mark.parametrize("layout", WRITTEN, ids=ids)
+def test_rows_that_go_nowhere_change_nothing(layout: CacheLayout) -> None:
+    cache, before = empty_cache(layout), empty_cache(layout)
+    rows, _ = make_rows(layout, ml_dtypes.bfloat16)
+    append_tokens(cache, rows[:2], np.array(OUTSIDE), kv_scale=scale_of(layout), layout=layout)
+    assert cache.tobytes() == before.tobytes()
+
+
 @pytest.mark.parametrize("cache_pair", [False, True])
 @pytest.mark.parametrize("rows_pair", [False, True])
 def test_pairs_with_one_scale(cache_pair: bool, rows_pair: bool) -> None:
@@ -71,6 +79,37 @@ def test_pairs_with_one_scale(cache_pair: bool, rows_pair: bool) -> None:
     append_tokens(target, (rows[:, :512], rows[:, 512:]) if rows_pair else rows, slots, kv_scale=np.float32(SCALE))
     got = np.concatenate(target, axis=-1) if cache_pair else target
     np.testing.assert_array_equal(FP8_E4M3.dequantise(got, SCALE), expected_values(FP8_E4M3, rows, slots))
+
+
+@pytest.mark.parametrize("in_array", [False, True])
+@pytest.mark.parametrize("cache_pair", [False, True])
+@pytest.mark.parametrize("rows_pair", [False, True])
+def test_a_scale_for_each_part(cache_pair: bool, rows_pair: bool, in_array: bool) -> None:
+    scales = SCALE, 4 * SCALE
+    rows, slots = make_rows(FP8_E4M3, ml_dtypes.bfloat16, 6)
+    cache = empty_cache(FP8_E4M3)
+    expected = expected_parts(rows, slots, scales)
+    target = (cache[..., :512].copy(), cache[..., 512:].copy()) if cache_pair else cache
+    given = (rows[:, :512], rows[:, 512:]) if rows_pair else rows
+    kv_scale = np.array(scales, np.float32) if in_array else scales
+    if not cache_pair and not rows_pair:
+        with pytest.raises(InvalidArgumentError, match=r"^kv_scale: expected a number, .* unless .* a pair"):
+            append_tokens(target, given, slots, kv_scale=kv_scale)
+        np.testing.assert_array_equal(target.view(np.uint8), empty_cache(FP8_E4M3).view(np.uint8))
+        return
+    append_tokens(target, given, slots, kv_scale=kv_scale)
+    got = np.concatenate(target, axis=-1) if cache_pair else target
+    np.testing.assert_array_equal(got.view(np.uint8), expected.view(np.uint8))
+
+
+def expected_parts(rows: Any, slots: Any, scales: tuple[float, float]) -> Any:
+    """`empty_cache` of e4m3 with rows whose latent and rope part have a scale each."""
+    cache = empty_cache(FP8_E4M3)
+    kept = (slots >= 0) & (slots < PAGES * PAGE_SIZE)
+    for columns, scale in zip((slice(0, 512), slice(512, None)), scales, strict=True):
+        codes = FP8_E4M3.quantise(rows[kept][:, None, None, columns].astype(np.float32), np.float32(scale))
+        cache.reshape(PAGES * PAGE_SIZE, -1)[slots[kept], columns] = codes[:, 0, 0]
+    return cache
 
 
 def test_rows_may_be_a_pair_and_scales_an_array() -> None:

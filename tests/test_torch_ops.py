@@ -185,6 +185,10 @@ def test_append_to_fewer_bits() -> None:
     append_tokens(expected, rows, slots, kv_scale=0.02)
     OPS.append_tokens(cache, rows, slots, kv_scale=torch.tensor(0.02))
     assert torch.equal(cache.view(torch.uint8), expected.view(torch.uint8))
+    append_tokens(expected, (rows[:, :448], rows[:, 448:]), slots, kv_scale=(0.02, 0.03))
+    assert not torch.equal(cache.view(torch.uint8), expected.view(torch.uint8))
+    OPS.append_tokens(cache, rows[:, :448], slots, kv_new_rope=rows[:, 448:], kv_scale=torch.tensor([0.02, 0.03]))
+    assert torch.equal(cache.view(torch.uint8), expected.view(torch.uint8))
     assert cache.view(torch.uint8).any()
 
 
@@ -254,6 +258,11 @@ def test_calls_on_pages() -> None:
                        kv_scale=scale)  # fmt: skip
     stored = torch.cat((latent.view(torch.uint8), rope.view(torch.uint8)), -1)
     assert torch.equal(stored, expected.view(torch.uint8))
+    OPS.quantise_cache(latent, values[:2, ..., :512], kv_rope=rope, values_rope=values[:2, ..., 512:], pages=pages,
+                       kv_scale=torch.tensor([0.02, 0.04]))  # fmt: skip
+    quantise_cache(rope, values[:2, ..., 512:], pages=pages, kv_scale=0.04)
+    assert torch.equal(latent.view(torch.uint8), expected[..., :512].view(torch.uint8))
+    assert not torch.equal(rope.view(torch.uint8), expected[..., 512:].view(torch.uint8))
 
     back, expected_back = torch.zeros_like(values[:2]), torch.zeros_like(values[:2])
     dequantise_cache(expected, expected_back, pages=pages, kv_scale=0.02)

@@ -66,7 +66,9 @@ def append_tokens(
         tokens, ``num_tokens / batch``, in the order of the rows.
     kv_scale
         What the stored values of ``fp8_e4m3`` are to be multiplied by: a number, or one float32 in an array [] or [1]
-        on the cache's device, which is read when the kernel runs. Only for rows that are rounded to that layout.
+        on the cache's device, which is read when the kernel runs; or, where the cache or the rows are a pair, one for
+        latent and rope part each: a pair of numbers, or two float32 in an array [2]. Only for rows that are rounded to
+        that layout.
     layout
         The cache's layout, by name or as an object of `cupy_mla.layouts`, where its type and width leave a doubt
         (528 bytes are ``fp8_ds_mla_no_rope`` or ``fp8_v41``).

@@ -11,7 +11,14 @@ import numpy.typing as npt
 from ..arrays.view import ArrayView
 from ..gpu.jit.module import load
 from ..gpu.launch import Launch
-from ..kernels.append import APPEND_SOURCE, CHUNK_BYTES, append_geometry, dequantise_source, quantise_source
+from ..kernels.append import (
+    APPEND_SOURCE,
+    CHUNK_BYTES,
+    append_geometry,
+    dequantise_source,
+    quantise_source,
+    tokens_per_warp,
+)
 from ..kernels.structs import APPEND_PARAMS, BLOCKS_PARAMS
 from .new_tokens import Append, Places
 from .quantise import pack_quantiser
@@ -36,10 +43,11 @@ class AppendCall:
 
     def __init__(self, append: Append) -> None:
         self.device_id = append.location[1]
-        geometry = append_geometry(append.num_tokens)
+        geometry = append_geometry(append.num_tokens, _tokens_per_warp(append))
         source = APPEND_SOURCE
         if append.quantiser is not None:
-            source = (dequantise_source if append.reads else quantise_source)(append.rows[0].dtype)
+            make_source = dequantise_source if append.reads else quantise_source
+            source = make_source(append.rows[0].dtype, append.quantiser.layout)
         params, self._addresses = pack_append(append)
         self._words = params.view(_POINTER).data
         self._lock = threading.Lock()  # the packed arguments are shared by all threads
@@ -62,6 +70,10 @@ class AppendCall:
             self._launch(stream)
 
 
+def _tokens_per_warp(append: Append) -> int:
+    return tokens_per_warp(append.num_tokens, rounds=append.quantiser is not None)
+
+
 def pack_append(append: Append) -> tuple[npt.NDArray[np.void], list[tuple[int, int, int]]]:
     """The kernel's by-value parameter, and where addresses stand in it.
 
@@ -77,6 +89,7 @@ def pack_append(append: Append) -> tuple[npt.NDArray[np.void], list[tuple[int, i
     for packed, segment in zip(fields["segments"], append.segments, strict=False):
         _pack_segment(packed, segment)
     _pack_places(fields["places"], append.places, append.caches[0], append.num_tokens)
+    fields["places"]["tokens_per_warp"] = _tokens_per_warp(append)
     if append.quantiser is not None:
         pack_quantiser(fields, append.quantiser, append.segments)
     in_parts: dict[str, ArrayView | None] = {}
@@ -85,7 +98,7 @@ def pack_append(append: Append) -> tuple[npt.NDArray[np.void], list[tuple[int, i
     for name in ("slot_mapping", "block_table", "positions", "requests"):
         in_parts[f"places/{name}"] = getattr(append.places, name)
     if append.quantiser is not None:
-        in_parts["kv_scale"] = append.quantiser.scale
+        in_parts["kv_scales/0"] = in_parts["kv_scales/1"] = append.quantiser.scale
         in_parts["scales"] = append.caches[0] if fields["scales"] else None
     addresses = []
     for path, view in in_parts.items():

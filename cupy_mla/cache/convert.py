@@ -55,7 +55,7 @@ def quantise_cache(
         of the cache (-1 says so on purpose) is not written; of two that go to one page either may stay.
     kv_scale
         For ``fp8_e4m3`` what stored values are to be multiplied by: a number, or one float32 in an array [] or [1] on
-        the cache's device, which is read when the kernel runs.
+        the cache's device, which is read when the kernel runs; or two of either, as in `cupy_mla.append_tokens`.
     layout
         As in `cupy_mla.append_tokens`.
     validate
@@ -114,7 +114,7 @@ def dequantise_cache(
 
 @dataclass(frozen=True, slots=True, eq=False)
 class ConvertArrays:
-    """The arrays of a conversion as given: of any framework, or views; ``kv_scale`` may be a number."""
+    """The arrays of a conversion as given: of any framework, or views; ``kv_scale`` may be a number, or two."""
 
     kv_cache: Any
     values: Any
@@ -258,11 +258,11 @@ def _write_numpy(conversion: Conversion, kept: Numbers, pages: Numbers) -> None:
 def _read_numpy(conversion: Conversion, kept: Numbers, pages: Numbers) -> None:
     tokens = conversion.tokens
     assert tokens.quantiser is not None
-    layout, scale = tokens.quantiser.layout, tokens.quantiser.factor()
+    layout = tokens.quantiser.layout
     page_size, heads = tokens.caches[0].shape[1:3]
     slots = (pages[:, None] * page_size + np.arange(page_size)).reshape(-1)
     column = 0
-    for segment in tokens.segments:
+    for segment, scale in zip(tokens.segments, tokens.quantiser.factors(), strict=False):  # there may be no rope part
         target = as_numpy(conversion.values[_index_of(segment, tokens.rows)])
         stored = as_numpy(segment.cache)
         if isinstance(layout, BlockScaled):

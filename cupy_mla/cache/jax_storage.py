@@ -12,10 +12,12 @@ import numpy.typing as npt
 
 from ..arrays.dtypes import numpy_dtype
 from ..arrays.frameworks import CPU
+from ..call.arguments import has_scale_of_each_part
+from ..call.traced import scale_as_array
 from ..errors import InvalidArgumentError
 from ..layouts import CacheLayout
 from .jax_append import append_tokens
-from .storage import NUM_HEADS_KV
+from .storage import NUM_HEADS_KV, split_columns
 
 
 class JaxStorage:
@@ -73,10 +75,11 @@ class JaxStorage:
         for pair in zip(old, new, strict=True):
             self.pages = _copying()(self.pages, *pair, self._num_pages)
 
-    def append(self, layer: int, kv_new: Any, slots: Any, kv_scale: Any, layout: CacheLayout) -> None:
+    def append(self, layer: int, kv_new: Any, slots: Any, kv_scale: Any, layout: CacheLayout, latent_dim: int) -> None:
         """Write new tokens to a layer."""
         first = layer * self._num_pages * self._page_size
-        self.pages = _appending(layout.name, self.location[0])(self.pages, kv_new, slots, first, kv_scale)
+        appending = _appending(layout.name, latent_dim, self.location[0])
+        self.pages = appending(self.pages, kv_new, slots, first, scale_as_array(kv_scale))
 
     def upload(self, host: npt.NDArray[Any], stream: int | None) -> Any:
         """A NumPy array as one of JAX; int64 as int32, which JAX has always."""
@@ -103,13 +106,15 @@ def _copying() -> Any:
 
 
 @functools.cache
-def _appending(layout: str, device: str) -> Any:
+def _appending(layout: str, latent_dim: int, device: str) -> Any:
     jax = sys.modules["jax"]
 
     def append(pages: Any, kv_new: Any, slots: Any, first: Any, kv_scale: Any) -> Any:
         # Slots before the first page stand for tokens that are not stored: they stay before it.
         moved = jax.numpy.where(slots < 0, slots, slots + first)
         platform = CPU if device == CPU else device
+        if has_scale_of_each_part(kv_scale) and not isinstance(kv_new, tuple):
+            kv_new = split_columns(kv_new, latent_dim)
         return append_tokens(pages, kv_new, moved, kv_scale=kv_scale, layout=layout, platform=platform)
 
     return jax.jit(append, donate_argnums=0)

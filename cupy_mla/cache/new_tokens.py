@@ -36,7 +36,7 @@ APPEND_PARTS = (
 class AppendArrays:
     """The arrays of an append as given: of any framework, or views; as in `cupy_mla.append_tokens`.
 
-    ``kv_scale`` may be a number.
+    ``kv_scale`` may be a number, or two.
     """
 
     kv_cache: Any

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from ..arrays.frameworks import CPU, CUDA, check_stream, current_stream
-from ..call.arguments import shard_of
+from ..call.arguments import has_scale_of_each_part, shard_of
 from ..errors import InvalidArgumentError
 from ..layouts import CacheLayout
 from .allocator import AppendPlan, as_counts, as_list
@@ -18,7 +18,7 @@ from .append import append_tokens
 from .layer_rows import rows_of_layers, view_first
 from .requests import Requests
 from .segments import first_part
-from .storage import JAX, Storage, settle_device, settle_framework, settle_layout, size, spread
+from .storage import JAX, Storage, settle_device, settle_framework, settle_layout, size, split_columns, spread
 
 if TYPE_CHECKING:
     from .jax_storage import JaxStorage
@@ -63,8 +63,8 @@ class PagedKVCache(Requests):
         Whose arrays the cache is made of: ``"torch"``, ``"jax"``, ``"cupy"`` or ``"numpy"``. If not given, torch where
         ``dtype`` or ``device`` is torch's, else NumPy on the CPU and CuPy on a GPU.
     kv_scale
-        For ``fp8_e4m3``: what stored values are multiplied by, a number or one float32 on the cache's device; or a list
-        of one for each layer.
+        For ``fp8_e4m3``: what stored values are multiplied by, a number or one float32 on the cache's device; or two,
+        of latent and rope part, in an array; or a list of one for each layer, where two may be a pair of numbers.
     cp_world, cp_rank, cp_interleave
         Of a cache that is sharded along the sequence: ranks, which of them this one is, and tokens in a row that lie on
         the same rank. Each rank is given all new tokens and stores its own; lengths to append, fork and truncate are
@@ -314,9 +314,11 @@ class PagedKVCache(Requests):
         if isinstance(self.storage, Storage):
             layout = self.layout
             pages = self.storage.layers[layer]
+            if has_scale_of_each_part(scale):
+                pages = split_columns(pages, self.latent_dim)
             append_tokens(pages, kv_new, slot_mapping, kv_scale=scale, layout=layout, stream=stream)
         else:
-            self.storage.append(layer, kv_new, slot_mapping, scale, self.layout)
+            self.storage.append(layer, kv_new, slot_mapping, scale, self.layout, self.latent_dim)
 
     @property
     def tables_changed(self) -> int:

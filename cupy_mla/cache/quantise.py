@@ -13,18 +13,22 @@ import numpy.typing as npt
 
 from ..arrays.exchange import as_numpy
 from ..arrays.view import ArrayView, view
-from ..call.arguments import KV_SCALE_DTYPE, check_kv_scale, check_kv_scale_array, is_number, misaligned
+from ..call.arguments import (
+    KV_SCALE_DTYPE,
+    PARTS_OF_A_TOKEN,
+    check_kv_scale_array,
+    has_scale_of_each_part,
+    is_number,
+    is_pair_of_numbers,
+    misaligned,
+    scale_values,
+)
 from ..errors import InvalidArgumentError
-from ..kernels.append import CHUNK_VALUES
 from ..layouts import DENSE_LAYOUTS, FP8_E4M3, CacheLayout, find_layout, infer_layout
 from ..layouts.block_scaled import BlockScaled
-from ..layouts.codes import E2M1, E4M3, E8M0, Codes
 from .segments import Segment, check_same_place, match_segments
 
 _BFLOAT16_BITS = 16
-# Of kernels_cu/cache/blocks.h; None: float32.
-_CODES = {E4M3: 0, E2M1: 1}
-_SCALE_FORMATS: dict[Codes | None, int] = {None: 0, E8M0: 1, E4M3: 2}
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -36,21 +40,24 @@ class Quantiser:
     layout
         That of the cache.
     scale
-        Of a layout with one scale for a whole cache, that scale as one float32 in an array, or None: then
-        ``scale_value`` counts.
-    scale_value
-        The same as a number.
+        Of a layout with one scale for a whole cache, or one for latent and rope part each, that scale as one float32
+        in an array, or two, or None: then ``scale_values`` count.
+    scale_values
+        The same as numbers, of latent and rope part.
     """
 
     layout: CacheLayout
     scale: ArrayView | None
-    scale_value: float
+    scale_values: tuple[float, float]
 
-    def factor(self) -> float | None:
-        """That scale, read now; None of a layout that has its scales in the cache."""
+    def factors(self) -> tuple[float, float] | tuple[None, None]:
+        """These scales, read now; None of a layout that has its scales in the cache."""
         if not self.layout.needs_scale:
-            return None
-        return self.scale_value if self.scale is None else float(as_numpy(self.scale).reshape(()))
+            return None, None
+        if self.scale is None:
+            return self.scale_values
+        latent, rope = np.broadcast_to(as_numpy(self.scale), PARTS_OF_A_TOKEN)
+        return float(latent), float(rope)
 
 
 def settle_quantiser(
@@ -84,18 +91,21 @@ def settle_quantiser(
         if kv_scale is not None:
             expected = f"None: the layout {found.name} has its scales in the cache"
             raise InvalidArgumentError("kv_scale", expected, type(kv_scale).__name__)
-        return Quantiser(found, None, 1.0)
+        return Quantiser(found, None, (1.0, 1.0))
     if kv_scale is None:
         expected = f"a number, or one {KV_SCALE_DTYPE} in an array, for the layout {found.name}"
         raise InvalidArgumentError("kv_scale", expected, "None")
-    if is_number(kv_scale):
-        return Quantiser(found, None, check_kv_scale(kv_scale))
-    scale = view(kv_scale, "kv_scale", stream)
-    check_kv_scale_array(scale)
-    check_same_place(scale, "kv_scale", caches[0])
-    if scale.pointer % scale.itemsize:
-        raise misaligned("kv_scale", scale.pointer, scale.itemsize)
-    return Quantiser(found, scale, 1.0)
+    is_array = not is_number(kv_scale) and not is_pair_of_numbers(kv_scale)
+    scale = view(kv_scale, "kv_scale", stream) if is_array else None
+    if scale is not None:
+        check_kv_scale_array(scale, of_parts=True)
+        check_same_place(scale, "kv_scale", caches[0])
+        if scale.pointer % scale.itemsize:
+            raise misaligned("kv_scale", scale.pointer, scale.itemsize)
+    if has_scale_of_each_part(kv_scale if scale is None else scale) and len(caches) == len(rows) == 1:
+        expected = f"a number, or one {KV_SCALE_DTYPE} in an array, unless cache or rows are a pair (latent, rope)"
+        raise InvalidArgumentError("kv_scale", expected, "two")
+    return Quantiser(found, scale, scale_values(kv_scale, found))
 
 
 def quantised_segments(
@@ -146,11 +156,11 @@ def put_numpy(
     values: list[npt.NDArray[np.float32]],
 ) -> None:
     """Store tokens at their places, on the CPU; ``values`` are [num_tokens, num_heads_kv, width] of each segment."""
-    layout, scale = quantiser.layout, quantiser.factor()
+    layout = quantiser.layout
     if isinstance(layout, BlockScaled):
         layout.put(as_numpy(segments[0].cache), pages, offsets, np.concatenate(values, axis=-1), None)
         return
-    for segment, part in zip(segments, values, strict=True):
+    for segment, part, scale in zip(segments, values, quantiser.factors(), strict=False):  # there may be no rope part
         columns = slice(segment.cache_column, segment.cache_column + segment.width)
         layout.put(as_numpy(segment.cache)[..., columns], pages, offsets, part, scale)
 
@@ -159,13 +169,12 @@ def pack_quantiser(fields: Any, quantiser: Quantiser, segments: list[Segment]) -
     """Fill in what a ``structs.BLOCKS_PARAMS`` has beside segments and places."""
     layout, cache = quantiser.layout, segments[0].cache
     fields["rows_page_steps"][: len(segments)] = [segment.rows_page_step for segment in segments]
-    fields["kv_scale"] = 0 if quantiser.scale is None else quantiser.scale.pointer
-    fields["kv_scale_value"] = quantiser.scale_value
+    scale = quantiser.scale
+    if scale is not None:
+        fields["kv_scales"] = scale.pointer, scale.pointer + (has_scale_of_each_part(scale) and scale.itemsize)
+    fields["kv_scale_values"] = quantiser.scale_values
     if not isinstance(layout, BlockScaled):
         return
     _, first_scales, scale_bytes = layout.steps(cache)
     fields["scales"] = cache.pointer + first_scales
     fields["scales_page_stride"], fields["scales_token_stride"] = cache.strides[0], scale_bytes
-    fields["block_shift"] = (layout.block // CHUNK_VALUES).bit_length() - 1
-    fields["codes"], fields["scale_format"] = _CODES[layout.codes], _SCALE_FORMATS[layout.scales]
-    fields["second_is_plain"] = len(segments) > 1

@@ -164,6 +164,11 @@ def typed(array: Any, dtype: str) -> Any:
     return array.view(numpy_dtype(dtype))
 
 
+def split_columns(array: Any, latent_dim: int) -> tuple[Any, Any]:
+    """Latent and rope part of packed tokens."""
+    return array[..., :latent_dim], array[..., latent_dim:]
+
+
 def _empty_bytes(framework: str, location: tuple[str, int], shape: tuple[int, int]) -> Any:
     device, device_id = location
     if framework == TORCH:

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from ..arrays.dtypes import KERNEL_TYPES
 from ..gpu.jit.source import KernelSource
-from ..layouts import DENSE_LAYOUTS
+from ..layouts import DENSE_LAYOUTS, LAYOUTS
 from .append import APPEND_SOURCE, dequantise_source, quantise_source
 from .choose import FAMILIES, GATHERED_FAMILIES
 from .combine import MERGE_STATES_THREADS, combine_source, gathered_combine_source, merge_states_source
@@ -56,8 +56,13 @@ def all_kernels() -> list[NamedKernel]:
     others = [
         NamedKernel("plan", PLAN_SOURCE, PLAN_THREADS),
         NamedKernel("append", APPEND_SOURCE),
-        *(NamedKernel(f"quantise_{dtype}", quantise_source(dtype)) for dtype in DENSE_LAYOUTS),
-        *(NamedKernel(f"dequantise_{dtype}", dequantise_source(dtype)) for dtype in DENSE_LAYOUTS),
+        *(
+            NamedKernel(f"{name}_{dtype}_{layout.name}", source(dtype, layout))
+            for name, source in (("quantise", quantise_source), ("dequantise", dequantise_source))
+            for layout in LAYOUTS.values()
+            for dtype in DENSE_LAYOUTS
+            if layout.dtype not in DENSE_LAYOUTS
+        ),
         *(NamedKernel(f"copy_pages_{unit_bytes}", copy_pages_source(unit_bytes)) for unit_bytes in UNIT_TYPES),
         NamedKernel("slots", SLOTS_SOURCE, SLOTS_THREADS),
         NamedKernel("probe_latency", PROBE_SOURCE),

@@ -236,7 +236,7 @@ APPEND_PLACES = np.dtype(
         ("num_requests", np.int32),
         ("max_pages_per_seq", np.int32),
         ("tokens_per_request", np.int32),
-        ("reserved", np.int32),
+        ("tokens_per_warp", np.int32),
     ]
 )
 APPEND_PARAMS = np.dtype([("segments", APPEND_SEGMENT, 2), ("places", APPEND_PLACES)])
@@ -248,13 +248,8 @@ BLOCKS_PARAMS = np.dtype(
         ("scales", _POINTER),
         ("scales_page_stride", np.int64),
         ("scales_token_stride", np.int64),
-        ("kv_scale", _POINTER),
-        ("kv_scale_value", np.float32),
-        ("block_shift", np.int32),
-        ("second_is_plain", np.int32),
-        ("codes", np.int32),
-        ("scale_format", np.int32),
-        ("reserved", np.int32),
+        ("kv_scales", _POINTER, 2),
+        ("kv_scale_values", np.float32, 2),
     ]
 )
 _PAGES_SIDE = np.dtype(

@@ -162,7 +162,7 @@ class BlockScaled(CacheLayout):
             expected = f"[num_pages, page_size, 1, {self.latent_dim + self.rope_dim}] for {self.name}"
             raise InvalidArgumentError("values", expected, str(list(values.shape)))
         exact = np.asarray(values[:, :, 0], np.float32)
-        blocks = exact[..., : self.coded].reshape(num_pages, page_size, -1, self.block)
+        blocks = exact[..., : self.coded].reshape(num_pages, page_size, self.coded // self.block, self.block)
         largest = largest_magnitudes(blocks)
         if self.codes is E2M1:
             scales = e4m3_scales(largest)

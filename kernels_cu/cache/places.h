@@ -33,7 +33,7 @@ struct AppendPlaces {
     i32 num_requests;
     i32 max_pages_per_seq;
     i32 tokens_per_request;
-    i32 reserved;
+    i32 tokens_per_warp;      // of kernels that have WarpTokens
 };
 
 // cupy_mla/kernels/structs.py mirrors them; a test compares the sizes.
@@ -69,6 +69,35 @@ MLA_DEVICE CachePlace find_place(const AppendPlaces& places, i32 token) {
     if (page < 0 || page >= places.num_pages) return kNowhere;
     return {page, position - page_index * places.page_size};
 }
+
+// The tokens of a warp, one behind the other, at most a lane for each. Each lane looks up where one of them goes, all at once.
+class WarpTokens {
+public:
+    MLA_DEVICE explicit WarpTokens(const AppendPlaces& places) {
+        const i64 warp = static_cast<i64>(blockIdx.x) * blockDim.y + threadIdx.y;
+        const i64 first = warp * places.tokens_per_warp;
+        first_ = static_cast<i32>(first);
+        count_ = static_cast<i32>(min(static_cast<i64>(places.tokens_per_warp), places.num_tokens - first));
+    }
+
+    // 0 or less: this warp has none.
+    MLA_DEVICE i32 count() const { return count_; }
+    MLA_DEVICE i32 token(i32 index) const { return first_ + index; }
+
+    MLA_DEVICE void find(const AppendPlaces& places) {
+        const i32 lane = static_cast<i32>(threadIdx.x);
+        own_ = find_place(places, first_ + min(lane, count_ - 1));
+    }
+    MLA_DEVICE CachePlace place(i32 index) const {
+        return {__shfl_sync(kAllLanes, own_.page, index), __shfl_sync(kAllLanes, own_.offset, index)};
+    }
+
+private:
+    static constexpr u32 kAllLanes = 0xFFFFFFFFu;
+
+    i32 first_, count_;
+    CachePlace own_;
+};
 
 // A head's row of a token, on both sides.
 MLA_DEVICE u8* cache_row(const AppendSegment& segment, CachePlace place, i32 head) {

@@ -1,6 +1,6 @@
-// Writes KV rows of 16-bit values to their places in a paged cache of e4m3 or e2m1 values, one warp per token.
-// A lane takes 8 values at a time. Scales are one for the whole cache, which is given, or one for each block of values,
-// which neighbouring lanes find together. cupy_mla.layouts has the same in NumPy.
+// Writes KV rows of 16-bit values to their places in a paged cache of e4m3 or e2m1 values.
+// A lane takes 8 values at a time. Scales are those of the whole cache's segments, which are given, or one for each block of
+// values, which neighbouring lanes find together. cupy_mla.layouts has the same in NumPy.
 #include "cache/blocks.h"
 #include "ptx/convert.h"
 #include "ptx/convert_fp4.h"
@@ -27,9 +27,13 @@ struct Divisor {
     explicit MLA_DEVICE Divisor(f32 value)
         : value(value), inverse(__frcp_rn(value)), divides(!(value >= kLeast && value <= kMost)) {}
 
-    MLA_DEVICE f32 quotient(f32 dividend) const {
-        if (divides) return dividend / value;
-        return corrected(dividend, value, inverse);
+    // By fields: a choice between addresses would take a stack.
+    static MLA_DEVICE Divisor one_of(bool second, const Divisor& a, const Divisor& b) {
+        Divisor chosen = a;
+        chosen.value = second ? b.value : a.value;
+        chosen.inverse = second ? b.inverse : a.inverse;
+        chosen.divides = second ? b.divides : a.divides;
+        return chosen;
     }
 
     // Infinities, and what is too large for the correction, stay as they are.
@@ -51,8 +55,14 @@ struct Chunk {
     }
 
     MLA_DEVICE void divide(const Divisor& divisor) {
+        if (!divisor.divides) return divide(divisor.value, divisor.inverse);
 #pragma unroll
-        for (i32 i = 0; i < kChunkValues; ++i) values[i] = divisor.quotient(values[i]);
+        for (i32 i = 0; i < kChunkValues; ++i) values[i] /= divisor.value;
+    }
+
+    MLA_DEVICE void divide(f32 divisor, f32 inverse) {
+#pragma unroll
+        for (i32 i = 0; i < kChunkValues; ++i) values[i] = Divisor::corrected(values[i], divisor, inverse);
     }
 
     MLA_DEVICE void multiply(f32 factor) {
@@ -94,11 +104,10 @@ MLA_DEVICE u32 without_infinite(u32 pair) {
 }
 
 // The largest of a number of each of the lanes that share a scale. All lanes of the warp are there.
-MLA_DEVICE u32 largest_of_block(u32 number, i32 block_lanes) {
+MLA_DEVICE u32 largest_of_block(u32 number) {
 #pragma unroll
-    for (i32 distance = 1; distance < kLanes; distance *= 2) {
-        if (distance < block_lanes) number = max(number, __shfl_xor_sync(kFullWarp, number, distance));
-    }
+    for (i32 distance = 1; distance < kBlockLanes; distance *= 2)
+        number = max(number, __shfl_xor_sync(kFullWarp, number, distance));
     return number;
 }
 
@@ -107,12 +116,12 @@ struct BlockRange {
     f32 largest;
     bool nan;
 
-    MLA_DEVICE BlockRange(uint4 words, i32 block_lanes) : nan(false) {
-        u32 bits = largest_of_block(largest_magnitude(words), block_lanes);
+    explicit MLA_DEVICE BlockRange(uint4 words) : nan(false) {
+        u32 bits = largest_of_block(largest_magnitude(words));
         if (__any_sync(kFullWarp, bits >= kInfinity)) {
             nan = bits > kInfinity;
             words = {without_infinite(words.x), without_infinite(words.y), without_infinite(words.z), without_infinite(words.w)};
-            bits = largest_of_block(largest_magnitude(words), block_lanes);
+            bits = largest_of_block(largest_magnitude(words));
         }
         f32 none;
         unpack2<Row>(bits, largest, none);
@@ -143,76 +152,91 @@ MLA_DEVICE u32 scale_code(const BlockRange& range) {
 }
 
 // A chunk divided by its block's scale, which the first lane of the block stores.
-MLA_DEVICE Chunk scaled(const BlocksParams& params, u8* scales, uint4 words, i32 place, bool there) {
-    const i32 block_lanes = 1 << params.block_shift;
-    const BlockRange range(words, block_lanes);
-    const i32 block = place >> params.block_shift;
-    const bool stores = there && (place & (block_lanes - 1)) == 0;
+MLA_DEVICE Chunk scaled(u8* scales, uint4 words, i32 place, bool there) {
+    const BlockRange range(words);
+    const i32 block = place / kBlockLanes;
+    const bool stores = there && place % kBlockLanes == 0;
     Chunk chunk(words);
-    if (params.scale_format == kScalesE4m3) {
+    if constexpr (kScales == kScalesE4m3) {
         const u32 code = scale_code(range);
-        chunk.divide(Divisor(value_of_e4m3(code)));
+        const f32 scale = value_of_e4m3(code);
+        chunk.divide(scale, __frcp_rn(scale));
         if (stores) scales[block] = static_cast<u8>(code);
-        return chunk;
+    } else {
+        const u32 exponent = scale_exponent(range.largest);
+        chunk.multiply(power_of_two(kTwiceBias - exponent));
+        if (stores && kScales == kScalesE8m0) scales[block] = static_cast<u8>(exponent);
+        if (stores && kScales == kScalesFloat32) reinterpret_cast<f32*>(scales)[block] = power_of_two(exponent);
     }
-    const u32 exponent = scale_exponent(range.largest);
-    chunk.multiply(power_of_two(kTwiceBias - exponent));
-    if (stores && params.scale_format == kScalesE8m0) scales[block] = static_cast<u8>(exponent);
-    if (stores && params.scale_format == kScalesFloat32) reinterpret_cast<f32*>(scales)[block] = power_of_two(exponent);
     return chunk;
+}
+
+MLA_DEVICE uint4 plain(uint4 words) {
+    if constexpr (kSameType<Row, Bf16>) return words;
+    return Chunk(words).as_bf16();
+}
+
+MLA_DEVICE void store(u8* target, i32 place, const Chunk& chunk) {
+    if constexpr (kCodes == kCodesE2m1)
+        reinterpret_cast<u32*>(target)[place] = chunk.as_e2m1();
+    else
+        reinterpret_cast<uint2*>(target)[place] = chunk.as_e4m3();
 }
 
 }  // namespace mla
 
-// Grid: ceil(num_tokens / blockDim.y) blocks of (32 lanes, blockDim.y warps).
+// Grid: a warp for every `tokens_per_warp` tokens; blocks of (32 lanes, blockDim.y warps).
 extern "C" __global__ void mla_quantise(const __grid_constant__ mla::BlocksParams params) {
     using namespace mla;
-    const i64 token_index = static_cast<i64>(blockIdx.x) * blockDim.y + threadIdx.y;
-    if (token_index >= params.places.num_tokens) return;
-    const i32 token = static_cast<i32>(token_index);
-    const i32 lane = static_cast<i32>(threadIdx.x);
+    WarpTokens tokens(params.places);
+    if (tokens.count() <= 0) return;
+    const i32 lane = static_cast<i32>(threadIdx.x), heads = params.places.num_heads_kv, chunks = chunks_of(params);
 
-    // The first rows do not wait for where the token goes.
-    uint4 words[kChunksInFlight];
-    const auto load = [&](i32 head, i32 first) {
-        const TokenChunks tokens(params, token, head);
+    // Rows are read a round ahead, the first ones while it is looked up where the tokens go.
+    uint4 words[kChunksInFlight], next_words[kChunksInFlight];
+    const auto load = [&](const Round& round, uint4 (&loaded)[kChunksInFlight]) {
+        const TokenRows rows(params, tokens.token(round.index), round.head);
 #pragma unroll
         for (i32 i = 0; i < kChunksInFlight; ++i) {
-            const i32 chunk = first + i * kLanes;
-            words[i] = chunk < tokens.chunks ? *tokens.row(chunk) : uint4{0, 0, 0, 0};
+            const i32 chunk = round.first + lane + i * kLanes;
+            loaded[i] = chunk < chunks ? *rows.chunk(ChunkPlace(params, chunk)) : uint4{0, 0, 0, 0};
         }
     };
-    load(0, lane);
-    const CachePlace place = find_place(params.places, token);
-    if (place.page == kNoPage) return;
-    const Divisor divisor(whole_scale(params));
-    u8* const scales = token_scales(params, place);
-    for (i32 head = 0; head < params.places.num_heads_kv; ++head) {
-        const TokenChunks tokens(params, token, head);
-        u8* const targets[2] = {cache_row(params.segments[0], place, head), cache_row(params.segments[1], place, head)};
-        for (i32 first = lane; first - lane < tokens.chunks; first += kChunksInFlight * kLanes) {
-            if (head > 0 || first > lane) load(head, first);
+    Round round;
+    load(round, words);
+    tokens.find(params.places);
+    const Divisor latent(given_scale(params, 0)), rope(given_scale(params, 1));
+    while (round.index < tokens.count()) {
+        Round next = round;
+        next.advance(chunks, heads);
+        if (next.index < tokens.count()) load(next, next_words);
+        const CachePlace place = tokens.place(round.index);
+        if (place.page != kNoPage) {
+            u8* const scales = token_scales(params, place);
+            u8* const targets[2] = {cache_row(params.segments[0], place, round.head),
+                                    cache_row(params.segments[1], place, round.head)};
 #pragma unroll
             for (i32 i = 0; i < kChunksInFlight; ++i) {
-                if (first - lane + i * kLanes >= tokens.chunks) break;  // all lanes stay together: they exchange values
-                const i32 chunk_index = first + i * kLanes;
-                const i32 in_segment = tokens.in_segment(chunk_index);
-                const bool second = tokens.in_second(chunk_index);
-                const bool there = chunk_index < tokens.chunks;
-                u8* const target = second ? targets[1] : targets[0];
-                const bool plain = second && params.second_is_plain != 0;
-                if (params.scales == nullptr) {
+                const i32 of_lane_0 = round.first + i * kLanes;
+                if (of_lane_0 >= chunks) break;  // all lanes stay together: they exchange values
+                const ChunkPlace at(params, of_lane_0 + lane);
+                const bool there = of_lane_0 + lane < chunks;
+                u8* const target = at.second ? targets[1] : targets[0];
+                if constexpr (kScales == kScalesGiven) {
                     Chunk chunk(words[i]);
-                    chunk.divide(divisor);
-                    if (there) reinterpret_cast<uint2*>(target)[in_segment] = chunk.as_e4m3();
-                    continue;
+                    chunk.divide(Divisor::one_of(at.second, latent, rope));
+                    if (there) store(target, at.in_segment, chunk);
+                } else {
+                    if (of_lane_0 < params.segments[0].chunks) {
+                        const Chunk chunk = scaled(scales, words[i], at.in_segment, there && !at.second);
+                        if (there && !at.second) store(target, at.in_segment, chunk);
+                    }
+                    if (there && at.second) reinterpret_cast<uint4*>(target)[at.in_segment] = plain(words[i]);
                 }
-                const Chunk chunk = scaled(params, scales, words[i], in_segment, there && !plain);
-                if (!there) continue;
-                if (plain) reinterpret_cast<uint4*>(target)[in_segment] = Chunk(words[i]).as_bf16();
-                else if (params.codes == kCodesE2m1) reinterpret_cast<u32*>(target)[in_segment] = chunk.as_e2m1();
-                else reinterpret_cast<uint2*>(target)[in_segment] = chunk.as_e4m3();
             }
         }
+#pragma unroll
+        for (i32 i = 0; i < kChunksInFlight; ++i) words[i] = next_words[i];
+        round = next;
     }
 }

@@ -15,7 +15,7 @@ from cupy_mla.arrays.exchange import as_numpy
 from . import gpu_arrays as gpu
 
 LAYERS, PAGES, HEADS = 4, 24, 16
-SCALES = [0.01, 0.02, 0.03, 0.04]
+SCALES = [0.01, (0.02, 0.05), 0.03, 0.04]
 LAYOUT_NAMES = ["bf16", "fp8_e4m3"]
 
 

@@ -14,6 +14,7 @@ from test_quantise import (
     SCALE,
     WRITTEN,
     empty_cache,
+    expected_parts,
     expected_values,
     ids,
     make_rows,
@@ -22,7 +23,7 @@ from test_quantise import (
     width_of,
 )
 
-from cupy_mla import append_tokens
+from cupy_mla import append_tokens, dequantise_cache, quantise_cache
 from cupy_mla.layouts import FP8_E4M3, CacheLayout
 
 FP8_E4M3_TYPE = np.dtype(ml_dtypes.float8_e4m3fn)
@@ -68,3 +69,32 @@ def test_gpu_scale_in_an_array_and_pairs() -> None:
     got = np.concatenate([to_host(part.view(np.uint8)) for part in target], axis=-1).view(FP8_E4M3_TYPE)
     expected = expected_values(FP8_E4M3, rows, slots)
     np.testing.assert_array_equal(FP8_E4M3.dequantise(got, np.float32(SCALE)), expected)
+
+
+@pytest.mark.parametrize("in_array", [False, True])
+def test_gpu_scales_of_latent_and_rope_part(in_array: bool) -> None:
+    scales = SCALE, 4 * SCALE
+    rows, slots = make_rows(FP8_E4M3, ml_dtypes.bfloat16, 7)
+    kv_scale = to_device(np.array(scales, np.float32)) if in_array else scales
+    cache = cache_on_device(FP8_E4M3)
+    parts = np.ascontiguousarray(rows[:, :512]), np.ascontiguousarray(rows[:, 512:])
+    append_tokens(cache, to_device(parts), to_device(slots), kv_scale=kv_scale)
+    expected = expected_parts(rows, slots, scales)
+    np.testing.assert_array_equal(values_of(cache, scales), values_of(expected, scales))
+
+    values = to_device(np.zeros(expected.shape, ml_dtypes.bfloat16))
+    split = cache[..., :512], cache[..., 512:]
+    dequantise_cache(split, values, kv_scale=kv_scale)
+    read = to_host(values)
+    exact = values_of(expected, scales)
+    np.testing.assert_array_equal(read.astype(np.float32), exact.astype(read.dtype).astype(np.float32))
+    cache.view(np.uint8)[...] = 0
+    quantise_cache(split, values, kv_scale=kv_scale)
+    np.testing.assert_array_equal(values_of(cache, scales), exact)  # bf16 has moved no value to another code
+
+
+def values_of(cache: Any, scales: tuple[float, float]) -> Any:
+    """What the codes of a cache mean, on the host."""
+    codes = np.ascontiguousarray(to_host(cache.view(np.uint8).copy())).view(FP8_E4M3_TYPE)
+    parts = zip((codes[..., :512], codes[..., 512:]), scales, strict=True)
+    return np.concatenate([FP8_E4M3.dequantise(part, np.float32(scale)) for part, scale in parts], axis=-1)
