@@ -12,10 +12,10 @@ import pytest
 from click.testing import CliRunner
 
 from cupy_mla.cli import main
-from cupy_mla.lab import campaign, trials
+from cupy_mla.lab import cache_trials, campaign, trials
 from cupy_mla.lab.trial import SEEDS_PER_SETTINGS, Settings, Trial
 
-SEEDS = range(70)
+SEEDS = range(110)
 
 
 def run(*arguments: str) -> Any:
@@ -103,18 +103,30 @@ def test_a_wrong_result_is_found(
     assert len(failed) > len(results) / 4  # not those without anything to spoil
 
 
-def test_a_byte_that_is_written_where_nobody_asked_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
-    append = trials.append_tokens
+@pytest.mark.parametrize(
+    ("operation", "name", "what"),
+    [
+        ("appends", "append_tokens", "cache"),
+        ("page_copies", "copy_pages", "cache"),
+        ("conversions", "quantise_cache", "cache"),
+        ("conversions", "dequantise_cache", "values"),
+    ],
+)
+def test_a_byte_that_is_written_where_nobody_asked_is_found(
+    operation: str, name: str, what: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    function = getattr(cache_trials, name)
 
-    def clumsy(kv_cache: Any, kv_new: Any, **places: Any) -> None:
-        append(kv_cache, kv_new, **places)
-        first = kv_cache[0] if isinstance(kv_cache, tuple) else kv_cache
-        first.view(f"u{first.itemsize}")[-1, -1, -1, -1] ^= 1
+    def clumsy(*arrays: Any, **options: Any) -> None:
+        function(*arrays, **options)
+        written = arrays[1 if what == "values" else 0]
+        first = written[0] if isinstance(written, tuple) else written
+        first.view(f"u{first.itemsize}")[-1:, -1, -1, -1] ^= 1
 
-    monkeypatch.setattr(trials, "append_tokens", clumsy)
-    results = [result for result in campaign.run_campaign(SEEDS, "numpy", jobs=1) if result.operation == "appends"]
-    assert results
-    assert all(result.failure.startswith("cache: 1 of ") for result in results)
+    monkeypatch.setattr(cache_trials, name, clumsy)
+    results = [result for result in campaign.run_campaign(SEEDS, "numpy", jobs=1) if result.operation == operation]
+    failed = [result for result in results if result.failure.startswith(f"{what}: 1 of ")]
+    assert len(failed) > len(results) * 3 / 4 > 3  # of no values none is wrong
 
 
 def test_an_exception_is_a_failure_of_its_problem(monkeypatch: pytest.MonkeyPatch) -> None:

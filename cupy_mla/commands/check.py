@@ -47,9 +47,9 @@ def check(
     bits. Several processes share the cases and, in a first run, the compilation of their kernels. Exits with 1 if a
     case fails.
 
-    With --random, problems of every operation (dense and sparse decode, sparse prefill, merges, appends, slots) are
-    drawn, one for each number from --seed on, and run in several processes. A problem that fails is shown with the
-    command that runs it alone.
+    With --random, problems of every operation (dense and sparse decode, sparse prefill, merges, what writes, copies and
+    converts caches, slots) are drawn, one for each number from --seed on, and run in several processes. A problem that
+    fails is shown with the command that runs it alone.
 
     With --context-parallel, caches are sharded along the sequence: the shards of all ranks one after the other and
     merged; or, started by torchrun, one in each process and exchanged, by NCCL on GPUs and by gloo without.

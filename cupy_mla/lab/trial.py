@@ -136,6 +136,13 @@ class Trial:
         array[...] = values
         return array
 
+    def maybe_pair(self, packed: Array) -> Any:
+        """The array, or its latent and rope columns apart."""
+        latent = self.settings.latent_dim
+        if self.settings.rope_dim == 0 or self.chance(0.7):
+            return packed
+        return self.stored(packed[..., :latent]), self.stored(packed[..., latent:])
+
     def upload(self, array: Any) -> Any:
         """On the library's device, with its strides; None stays None, a pair a pair."""
         if array is None or self.library is NUMPY:

@@ -8,7 +8,6 @@ from typing import Any
 
 import numpy as np
 
-from ..cache.append import append_tokens
 from ..cache.slots import slots_of
 from ..call.options import EXACT, FP8, SPLIT
 from ..decode.dense import mla_decode, plan_decode
@@ -18,21 +17,14 @@ from ..decode.sparse import mla_sparse_decode, plan_sparse_decode
 from ..kernels.choose import DENSE_FAMILIES, FP8_FAMILIES, GATHERED_DENSE_FAMILIES
 from ..kernels.family import DecodeFamily
 from ..kernels.fp8 import Fp8Family
-from ..layouts import FP4_V41, FP8_DS_MLA, FP8_DS_MLA_NO_ROPE, FP8_E4M3, FP8_MODEL1, FP8_V41, CacheLayout
+from ..layouts import CacheLayout
 from ..schedule.pieces import TILE_TOKENS, ceil_div
 from .accuracy import LSE_BOUNDS
+from .cache_trials import CODED_LAYOUTS, E4M3_FACTOR, E4M3_TYPE, appends, conversions, page_copies
 from .trial import Array, Trial, attention
 
 _INT32 = np.iinfo(np.int32)
-_FP8 = "float8_e4m3fn"
-_FP8_FACTOR = 8.0  # of stored values, which are then scaled by its inverse
 _SHOWS = 100.0  # in place of tokens that nobody may read
-# Of fewer than 16 bits, by latent and rope width: what kernels of sparse attention read.
-_CODED_LAYOUTS = {
-    (512, 64): (FP8_E4M3, FP8_DS_MLA),
-    (512, 0): (FP8_E4M3, FP8_DS_MLA_NO_ROPE, FP8_MODEL1, FP8_V41, FP4_V41),
-    (256, 64): (FP8_E4M3,),
-}
 _LONGEST, _LONG = 300, 4000
 _LONG_CHANCE = 0.03
 _MERGE_TYPES = ("bfloat16", "float16", "float32")
@@ -48,18 +40,19 @@ def dense(trial: Trial) -> None:
     most = _LONG if trial.chance(_LONG_CHANCE) else _LONGEST
     lengths = np.array([trial.length(most) for _ in range(batch)])
     trial.words |= {"heads": heads, "kv_heads": kv_heads, "lengths": lengths.tolist(), "tokens": counts.tolist()}
-    cache, table, exact_cache, scale = _paged_cache(trial, lengths, kv_heads, fp8)
+    cache, table, exact_cache, scales = _paged_cache(trial, lengths, kv_heads, fp8)
     q = trial.values((int(counts.sum()), heads, settings.width), settings.dtype)
     shaped = q if ragged else q.reshape(batch, int(counts[0]), heads, settings.width)
     starts = np.concatenate([[0], np.cumsum(counts)]).astype(np.int32)
-    arrays = [_maybe_pair(trial, trial.stored(shaped)), _maybe_pair(trial, cache), table, lengths.astype(np.int32)]
+    arrays = [trial.maybe_pair(trial.stored(shaped)), trial.maybe_pair(cache), table, lengths.astype(np.int32)]
     arrays = [trial.upload(array) for array in arrays]
     options: dict[str, Any] = {"head_dim_v": settings.latent_dim, "causal": settings.causal}
     if ragged:
         options |= {"cu_seqlens_q": trial.upload(starts), "max_seqlen_q": int(counts.max(initial=0)) or None}
     if fp8:
         number = trial.chance(0.5)
-        options["kv_scale"] = scale if number else trial.upload(np.array([scale], np.float32))
+        given = scales[0] if len(scales) == 1 else scales
+        options["kv_scale"] = given if number else trial.upload(np.array(scales, np.float32))
     plan = _dense_plan(trial, arrays, options, lengths)
     softmax_scale = trial.pick(None, settings.width**-0.5 * float(rng.uniform(0.5, 2)))
     empty_lse = trial.pick(-math.inf, math.inf)
@@ -132,34 +125,6 @@ def merges(trial: Trial) -> None:
     trial.compare_lse("lse", lse.swapaxes(-1, -2), exact_lse)
 
 
-def appends(trial: Trial) -> None:
-    """`append_tokens`: every bit of the cache, also those that nobody writes."""
-    rng, settings = trial.rng, trial.settings
-    num_pages, kv_heads, num_tokens = trial.up_to(8), trial.pick(1, 1, 2), trial.up_to(40) - 1
-    dtype = trial.pick(settings.dtype, _FP8)
-    shape = (num_pages, settings.page_size, kv_heads, settings.width)
-    cache, rows = trial.stored(trial.values(shape, dtype)), trial.values((num_tokens, *shape[2:]), dtype)
-    slots = rng.permutation(num_pages * settings.page_size)[:num_tokens].astype(np.int64)
-    rows, expected = rows[: slots.size], cache.copy()
-    stray = rng.random(slots.size) < 0.2
-    slots[stray] = rng.choice([-1, num_pages * settings.page_size, 2**40, -(2**40)], int(stray.sum()))
-    for row, slot in zip(rows, slots, strict=True):
-        if 0 <= slot < num_pages * settings.page_size:
-            expected[slot // settings.page_size, slot % settings.page_size] = row
-    trial.words |= {"shape": shape, "dtype": dtype, "tokens": int(slots.size), "stray": int(stray.sum())}
-    uploaded = trial.upload(_maybe_pair(trial, cache))
-    places: dict[str, Any] = {"slot_mapping": trial.upload(slots)}
-    if trial.chance(0.5):  # pages of one request, one behind the other; what is no token is past its row
-        places = {
-            "block_table": trial.upload(np.arange(num_pages, dtype=np.int32)[None]),
-            "positions": trial.upload(np.clip(slots, _INT32.min, _INT32.max).astype(np.int32)),
-            "requests": trial.upload(np.zeros(slots.size, np.int32)),
-        }
-    append_tokens(uploaded, trial.upload(_maybe_pair(trial, np.ascontiguousarray(rows))), **places)
-    parts = [trial.download(part) for part in (uploaded if isinstance(uploaded, tuple) else (uploaded,))]
-    trial.compare_equal("cache", np.concatenate(parts, axis=-1), expected)
-
-
 def slots(trial: Trial) -> None:
     """`slots_of`: token numbers of requests, some of which are none."""
     rng, page_size = trial.rng, trial.settings.page_size
@@ -182,7 +147,7 @@ def slots(trial: Trial) -> None:
 TRIALS: tuple[Callable[[Trial], None], ...] = (
     *(dense, dense, dense, dense),
     *(sparse_decode, sparse_decode, sparse_prefill),
-    *(merges, appends, slots),
+    *(merges, appends, page_copies, conversions, slots),
 )
 
 
@@ -191,13 +156,16 @@ TRIALS: tuple[Callable[[Trial], None], ...] = (
 
 def _paged_cache(
     trial: Trial, lengths: Array, kv_heads: int, fp8: bool
-) -> tuple[Array, Array, list[Array], float]:
-    """Pages in any order with poison between, the table, each request's keys [tokens, kv heads, width], the scale."""
+) -> tuple[Array, Array, list[Array], tuple[float, ...]]:
+    """Pages in any order with poison between, the table, each request's keys [tokens, kv heads, width], the scale
+    of e4m3, or those of latent and rope part."""
     rng, settings = trial.rng, trial.settings
     counts = ceil_div(lengths, settings.page_size)
     num_pages, columns = int(counts.sum()) + 3, int(counts.max()) + trial.pick(0, 1, 5) or 1
-    dtype = _FP8 if fp8 else settings.dtype
-    scale = 1 / _FP8_FACTOR if fp8 else 1.0
+    dtype = E4M3_TYPE if fp8 else settings.dtype
+    scale = 1 / E4M3_FACTOR if fp8 else 1.0
+    scales = trial.pick((scale,), (scale, 0.3 * scale)) if fp8 and settings.rope_dim else (scale,)
+    of_columns = np.repeat(np.broadcast_to(scales, 2), (settings.latent_dim, settings.rope_dim))
     cache = trial.store((num_pages, settings.page_size, kv_heads, settings.width), dtype)
     order = rng.permutation(num_pages)
     table = rng.choice(np.array([-1, num_pages, _INT32.max, _INT32.min, 0], np.int32), (len(lengths), columns))
@@ -208,17 +176,9 @@ def _paged_cache(
         tokens = np.arange(length)
         keys = trial.values((int(length), kv_heads, settings.width), dtype, 1 / scale)
         cache[table[request, tokens // settings.page_size], tokens % settings.page_size] = keys
-        exact.append(keys.astype(np.float64) * scale)
+        exact.append(keys.astype(np.float64) * of_columns)
     trial.words |= {"cache": dtype, "strides": cache.strides}
-    return cache, table, exact, scale
-
-
-def _maybe_pair(trial: Trial, packed: Array) -> Any:
-    """The array, or its latent and rope columns apart."""
-    latent = trial.settings.latent_dim
-    if trial.settings.rope_dim == 0 or trial.chance(0.7):
-        return packed
-    return trial.stored(packed[..., :latent]), trial.stored(packed[..., latent:])
+    return cache, table, exact, scales
 
 
 def _dense_plan(trial: Trial, arrays: list[Any], options: dict[str, Any], lengths: Array) -> Any:
@@ -296,7 +256,7 @@ class _Chosen:
                 chosen, values = chosen[fresh], values[fresh]
                 self.kv[chosen // page_size, chosen % page_size, head] = values
         if layout is not None:
-            scale = 1 / _FP8_FACTOR if layout.needs_scale else None
+            scale = 1 / E4M3_FACTOR if layout.needs_scale else None
             values = np.where(np.isnan(self.kv), _SHOWS, self.kv).astype(np.float32)
             self.kv = layout.with_page_starts(layout.quantise(values, scale))
             self.exact = layout.dequantise(self.kv, scale)
@@ -338,7 +298,7 @@ class _Sparse:
         heads, self.kv_heads = trial.heads()
         self.layout: CacheLayout | None = None
         if settings.dtype == "bfloat16" and trial.chance(0.4):
-            self.kv_heads, self.layout = 1, trial.pick(*_CODED_LAYOUTS[settings.latent_dim, settings.rope_dim])
+            self.kv_heads, self.layout = 1, trial.pick(*CODED_LAYOUTS[settings.latent_dim, settings.rope_dim])
         self.q = trial.values((*queries, heads, settings.width), settings.dtype)
         self.main = _Chosen(trial, queries, self.kv_heads, settings.page_size, self.layout)
         self.extra = None
@@ -368,7 +328,7 @@ class _Sparse:
             options["extra_kv_cache"], options["extra_indices"] = self.extra.uploaded(trial)
             options["extra_topk_length"] = trial.upload(self.extra.lengths)
         if self.layout is not None:
-            options |= {"layout": self.layout.name, "kv_scale": 1 / _FP8_FACTOR if self.layout.needs_scale else None}
+            options |= {"layout": self.layout.name, "kv_scale": 1 / E4M3_FACTOR if self.layout.needs_scale else None}
             options |= {"extra_layout": self.layout.name} if self.extra is not None else {}
         return options
 
