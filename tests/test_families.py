@@ -20,6 +20,7 @@ from cupy_mla.kernels.catalogue import standard_configs
 from cupy_mla.kernels.choose import FAMILIES, FP8_FAMILIES, GATHERED_FAMILIES, choose_config
 from cupy_mla.kernels.family import DecodeFamily, KernelConfig
 from cupy_mla.kernels.fp8 import FP8_SPLIT16, Fp8Family
+from cupy_mla.kernels.gathered import GATHERED_WIDE64
 from cupy_mla.kernels.gathered_narrow import GATHERED_NARROW16, GATHERED_NARROW32
 from cupy_mla.kernels.narrow import NARROW16, NARROW32
 from cupy_mla.kernels.token_pages import RowPagesFamily
@@ -325,6 +326,19 @@ def test_the_wide_kernel_s_roles_have_the_registers_that_the_kernel_gives_them()
     for role in WIDE64.roles(standard_configs()[-1]):
         [registers] = re.findall(rf"\bk{role.name.capitalize()}Registers = (\d+);", text)
         assert int(registers) == role.registers
+
+
+def test_the_roles_of_prefill_without_a_rope_part_have_the_registers_that_the_kernel_gives_them() -> None:
+    text = (kernels_root() / "decode/gathered/prefill_schedule.h").read_text()
+    configs = [c for c in GATHERED_WIDE64.standard_configs() if c.rope_dim == 0 and c.name.endswith("_static")]
+    assert configs
+    assert all(c.source().entry == "decode/gathered/prefill.cu" for c in configs)
+    wide, narrow = (GATHERED_WIDE64.roles(replace(configs[0], latent_dim=width)) for width in (512, 256))
+    for of_wide, of_narrow in zip(wide, narrow, strict=True):
+        name = rf"\bk{of_wide.name.capitalize()}Registers"
+        [registers] = re.findall(name + r" = (?:kLatent > 256 \? (\d+) : )?(\d+);", text)
+        assert of_narrow.registers == int(registers[1])
+        assert of_wide.registers == int(registers[0] or registers[1])
 
 
 def test_the_roles_of_gathered_rows_have_the_registers_that_the_kernel_gives_them() -> None:

@@ -68,6 +68,9 @@ OTHER_CONFIGS += [
     KernelConfig(WIDE64, 512, 64, "bfloat16", 64, True, scale_parts=ColumnParts(256, 2), refined=True),
     GatheredConfig(GATHERED_NARROW32, 512, 64, "bfloat16", 1, causal=False, planned=False, refined=True),
     GatheredConfig(GATHERED_WIDE64, 512, 64, "bfloat16", 1, causal=False, planned=False, refined=True),
+    GatheredConfig(GATHERED_WIDE64, 512, 0, "bfloat16", 64, causal=False, planned=False, refined=True),
+    GatheredConfig(GATHERED_WIDE64, 256, 0, "float16", 61, causal=False, planned=False),
+    GatheredConfig(GATHERED_WIDE64, 128, 0, "bfloat16", 1, causal=False, planned=False),
     GatheredConfig(
         GATHERED_WIDE64, 512, 64, "bfloat16", 1, causal=False, scale_parts=ColumnParts(256, 2), refined=True
     ),

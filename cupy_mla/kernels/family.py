@@ -95,6 +95,10 @@ class DecodeFamily(ABC):
     def shared_memory(self, config: KernelConfig) -> int:
         """Bytes of dynamic shared memory of a CTA."""
 
+    def source(self, config: KernelConfig) -> KernelSource:
+        """What the run-time compiler is given for a configuration."""
+        return KernelSource(self.entry, self.function, self.defines(config))
+
     @property
     def params(self) -> np.dtype[np.void]:
         """Its by-value parameters: a struct that begins with the fields of DecodeParams."""
@@ -301,7 +305,7 @@ class KernelConfig:
 
     def source(self) -> KernelSource:
         """What the run-time compiler is given."""
-        return KernelSource(self.family.entry, self.family.function, self.family.defines(self))
+        return self.family.source(self)
 
 
 def scale_defines(config: KernelConfig) -> tuple[tuple[str, str], ...]:

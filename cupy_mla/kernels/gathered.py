@@ -12,10 +12,24 @@ import itertools
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
+from ..gpu import hopper
+from ..gpu.jit.source import KernelSource
 from ..layouts import BF16, DENSE_LAYOUTS, CacheLayout
 from ..schedule.pieces import TILE_TOKENS
-from .family import ATOM_TOKENS, STANDARD_DIMS, DecodeFamily, KernelConfig
-from .wide import STAGES, WIDE64, WideFamily
+from .family import (
+    ATOM_TOKENS,
+    BARRIER_BYTES,
+    BOX_BYTES,
+    BOX_COLUMNS,
+    CLAIM_BYTES,
+    ELEMENT_BYTES,
+    FLOAT_BYTES,
+    STANDARD_DIMS,
+    DecodeFamily,
+    KernelConfig,
+    Role,
+)
+from .wide import STAGES, VALUES_WARPGROUPS, WIDE64, WideFamily
 
 if TYPE_CHECKING:
     from ..call.sparse_problem import SparseProblem
@@ -26,6 +40,18 @@ STANDARD_PAGES = ((1, True), (1, False), (64, True))  # page size, planned
 
 _VALUES_WARPS = TILE_TOKENS // ATOM_TOKENS  # each gathers an atom's rows of a tile
 _GATHER_STATE_BYTES = 16
+
+# Prefill of 64 rows whose columns are all latent has a kernel of its own, whose loaders are a warpgroup.
+_PREFILL_ENTRY, _PREFILL_FUNCTION = "decode/gathered/prefill.cu", "mla_gathered_prefill"
+# Registers of scores, values and loaders: whether the latent part is wider than so many columns.
+_WIDE_LATENT_DIM = 256
+_PREFILL_REGISTERS = {True: (168, 160, 24), False: (168, 128, 88)}
+_MAX_REGISTER_STEPS = 27  # of Q
+_STEP_COLUMNS = 16
+_FACTORS = 2  # sets of them
+_LOADER_WARPS = 4
+_LOADER_STATE_BYTES = 32
+_VALID_BYTES = TILE_TOKENS // 8  # a bit for each token
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,6 +139,39 @@ def dense_extra_configs(family: DecodeFamily) -> list[KernelConfig]:
 class GatheredWideFamily(WideFamily):
     """The family of the wide kernel of gathered tokens (kernels_cu/decode/gathered/wide.cu)."""
 
+    def roles(self, config: KernelConfig) -> tuple[Role, ...]:
+        """Those of the wide kernel; in its prefill without a rope part, a warpgroup that gathers besides."""
+        if not _is_latent_prefill(config):
+            return WideFamily.roles(self, config)
+        scores, values, loaders = _PREFILL_REGISTERS[config.latent_dim > _WIDE_LATENT_DIM]
+        return (
+            Role("scores", hopper.WARPGROUP_THREADS, scores),
+            Role("values", VALUES_WARPGROUPS * hopper.WARPGROUP_THREADS, values),
+            Role("loaders", hopper.WARPGROUP_THREADS, loaders),
+        )
+
+    def source(self, config: KernelConfig) -> KernelSource:
+        """One of two kernels."""
+        if not _is_latent_prefill(config):
+            return WideFamily.source(self, config)
+        return KernelSource(_PREFILL_ENTRY, _PREFILL_FUNCTION, self.defines(config))
+
+    def shared_memory(self, config: KernelConfig) -> int:
+        """The total of decode/wide/smem.h, or of decode/gathered/prefill_smem.h."""
+        if not _is_latent_prefill(config):
+            return WideFamily.shared_memory(self, config)
+        boxes = STAGES * config.latent_dim // BOX_COLUMNS + 1  # tiles, P
+        shared_steps = max(config.latent_dim // _STEP_COLUMNS - _MAX_REGISTER_STEPS, 0)
+        return (
+            boxes * BOX_BYTES
+            + shared_steps * self.rows * _STEP_COLUMNS * ELEMENT_BYTES
+            + _FACTORS * self.rows * FLOAT_BYTES
+            + _LOADER_WARPS * _LOADER_STATE_BYTES
+            + STAGES * _VALID_BYTES
+            + (2 * STAGES + 2) * BARRIER_BYTES
+            + CLAIM_BYTES
+        )
+
     def loader_bytes(self, config: KernelConfig) -> int:
         """A state of each values warp, and its byte of valid bits for each stage."""
         return _VALUES_WARPS * (_GATHER_STATE_BYTES + STAGES)
@@ -129,6 +188,11 @@ class GatheredWideFamily(WideFamily):
                 STANDARD_DIMS, DENSE_LAYOUTS, STANDARD_PAGES
             )
         ] + dense_extra_configs(self)
+
+
+def _is_latent_prefill(config: KernelConfig) -> bool:
+    assert isinstance(config, GatheredConfig)
+    return not config.planned and config.rope_dim == 0
 
 
 # The tile from 128 requests of 2048 tokens with 64 heads; the rest as for the wide kernel, whose tiles TMA brings.

@@ -73,6 +73,10 @@ MLA_DEVICE void store_shared_u8(u32 address, u32 value) {
     asm volatile("st.shared.u8 [%0], %1;" ::"r"(address), "r"(value) : "memory");
 }
 
+MLA_DEVICE void store_shared_u16(u32 address, u32 value) {
+    asm volatile("st.shared.u16 [%0], %1;" ::"r"(address), "h"(static_cast<u16>(value)) : "memory");
+}
+
 MLA_DEVICE uint2 load_shared_8b(u32 address) {
     uint2 value;
     asm volatile("ld.shared.v2.b32 {%0, %1}, [%2];" : "=r"(value.x), "=r"(value.y) : "r"(address) : "memory");

@@ -202,6 +202,14 @@ def test_prefill_tokens(tokens: int, heads: int) -> None:
     run_prefill(replace(PREFILL, batch=tokens, num_heads_q=heads, lengths="token", topk=100))
 
 
+@pytest.mark.parametrize("tokens", [1, 131, 300])
+@pytest.mark.parametrize(("heads", "kv_heads"), [(40, 1), (64, 1), (128, 1), (128, 2)])
+@pytest.mark.parametrize("latent_dim", [128, 256, 512])
+def test_prefill_without_a_rope_part(tokens: int, heads: int, kv_heads: int, latent_dim: int) -> None:
+    case = replace(PREFILL, batch=tokens, num_heads_q=heads, num_heads_kv=kv_heads, latent_dim=latent_dim, rope_dim=0)
+    run_prefill(replace(case, lengths="token", sinks=True, invalid=0.1, topk=200))
+
+
 def test_no_query_tokens() -> None:
     on_gpu = OnGpu(replace(PREFILL, batch=1))
     given = {**on_gpu.of_prefill, "q": on_gpu.q[:0, 0], "indices": on_gpu.indices[:0, 0]}

@@ -15,6 +15,13 @@ public:
         if (!kIsPlanned) largest_[half] = fmaxf(largest_[half], tile_maximum);
     }
 
+    // All lanes, where what was seen was a thread's own: the largest of a row is then known in all of its quad.
+    MLA_DEVICE void finish() {
+        if (kIsPlanned) return;
+        largest_[0] = quad_max(largest_[0]);
+        largest_[1] = quad_max(largest_[1]);
+    }
+
     // Of this thread's two rows. A sink counts like one more score, of a key without value.
     struct Sinks {
         float of[2];

@@ -14,7 +14,7 @@ namespace mla {
 #if MLA_BY_REQUEST
 using TokenMask = RequestMask;
 #else
-using TokenMask = ValidMask;
+using TokenMask = ValidMask<WideSmem>;
 #endif
 
 // What the roles are part of: decode/wide/scores.h.
