@@ -10,9 +10,11 @@ from concurrent.futures import as_completed
 from dataclasses import dataclass, replace
 
 from ..gpu.jit.source import KernelSource
+from ..kernels.append import dequantise_source, quantise_source
 from ..kernels.catalogue import NamedKernel, standard_configs
 from ..kernels.choose import FAMILIES
 from ..kernels.combine import combine_source, gathered_combine_source
+from .cache_trials import CODED_LAYOUTS
 from .compile_job import compile_all
 from .libraries import LIBRARY_OF_BACKEND
 from .processes import new_processes
@@ -98,6 +100,8 @@ def _sources(settings: Settings) -> Iterator[KernelSource]:
             yield from (config.source(), strided.source(), gathered_combine_source(config))
         elif config.page_size == _ANY_PAGE_SIZE:
             yield from (replace(config, page_size=settings.page_size).source(), combine_source(config))
+    for layout in CODED_LAYOUTS[settings.latent_dim, settings.rope_dim]:
+        yield from (quantise_source(settings.dtype, layout), dequantise_source(settings.dtype, layout))
 
 
 def _run_task(seeds: Sequence[int], backend: str) -> list[TrialResult]:
