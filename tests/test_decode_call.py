@@ -356,7 +356,7 @@ def test_pages_of_one_token_are_named_by_their_addresses(gpu: FakeGpu, kernel: s
 
 
 @pytest.mark.parametrize("page_size", [1, 16, 64])
-@pytest.mark.parametrize("kernel", ["row_pages16", "row_pages32"])
+@pytest.mark.parametrize("kernel", ["row_pages16", "row_pages32", "row_pages64"])
 def test_pages_of_rows_are_named_by_their_addresses(gpu: FakeGpu, kernel: str, page_size: int) -> None:
     arrays = packed(gpu, heads=128)
     pitch = page_size * 656 + 48

@@ -56,7 +56,7 @@ REFUSED: dict[str, tuple[str, dict[str, Any], str]] = {
     "queries rounded to e4m3": ("compute", {"compute": "fp8"}, "auto or exact"),
     "another latent width": ("head_dim_v", {"head_dim_v": 600}, "1 to 576"),
     "widths that rows do not have": ("kv_cache", {"head_dim_v": 256}, "fp8_ds_mla"),
-    "an unknown kernel": ("kernel", {"kernel": "row_pages64"}, "row_pages32"),
+    "an unknown kernel": ("kernel", {"kernel": "row_pages128"}, "row_pages32"),
 }
 
 

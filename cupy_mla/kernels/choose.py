@@ -24,7 +24,14 @@ from .gathered_fp8 import GATHERED_FP8_NARROW16, GATHERED_FP8_NARROW32
 from .gathered_fp8_wide import GATHERED_FP8_WIDE64
 from .gathered_narrow import GATHERED_NARROW16, GATHERED_NARROW32
 from .narrow import NARROW16, NARROW32
-from .token_pages import ROW_PAGES16, ROW_PAGES32, TOKEN_PAGES_NARROW16, TOKEN_PAGES_NARROW32, TOKEN_PAGES_WIDE64
+from .token_pages import (
+    ROW_PAGES16,
+    ROW_PAGES32,
+    ROW_PAGES64,
+    TOKEN_PAGES_NARROW16,
+    TOKEN_PAGES_NARROW32,
+    TOKEN_PAGES_WIDE64,
+)
 from .wide import WIDE64
 
 if TYPE_CHECKING:
@@ -39,7 +46,7 @@ DENSE_FAMILIES: tuple[DecodeFamily, ...] = (
 FP8_FAMILIES: tuple[DecodeFamily, ...] = (
     *(FP8_SPLIT16, FP8_SPLIT32, FP8_SPLIT64, FP8_EXACT16, FP8_EXACT32),
     *(FP8_QUERY16, FP8_QUERY32, FP8_QUERY64),
-    *(ROW_PAGES16, ROW_PAGES32),
+    *(ROW_PAGES16, ROW_PAGES32, ROW_PAGES64),
 )
 FAMILIES = (*DENSE_FAMILIES, *FP8_FAMILIES)
 # Of gathered tokens, by rows.

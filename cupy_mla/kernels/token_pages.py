@@ -8,7 +8,7 @@ and are else those of sparse decode: their jobs are the requests of a dense plan
 from __future__ import annotations
 
 import itertools
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -17,7 +17,14 @@ from ..layouts import DENSE_LAYOUTS, FP8_DS_MLA, LAYOUTS
 from ..layouts.block_scaled import BlockScaled
 from .family import STANDARD_DIMS, DecodeFamily, KernelConfig
 from .gathered import GATHERED_WIDE64, GatheredConfig, GatheredWideFamily
-from .gathered_fp8 import GATHERED_FP8_NARROW16, GATHERED_FP8_NARROW32, GatheredFp8NarrowFamily, why_no_codec
+from .gathered_fp8 import (
+    GATHERED_FP8_NARROW16,
+    GATHERED_FP8_NARROW32,
+    ROW_LAYOUTS,
+    GatheredFp8NarrowFamily,
+    why_no_codec,
+)
+from .gathered_fp8_wide import GATHERED_FP8_WIDE64, GatheredFp8WideFamily
 from .gathered_narrow import GATHERED_NARROW16, GATHERED_NARROW32, GatheredNarrowFamily
 from .structs import GATHER_PARAMS
 
@@ -86,13 +93,17 @@ class TokenPagesNarrowFamily(_OfTokenPages, GatheredNarrowFamily):
         return _why_not_token_pages(problem) or GatheredNarrowFamily.why_unsupported(self, problem)
 
 
-@dataclass(frozen=True, slots=True)
-class RowPagesFamily(_OfTokenPages, GatheredFp8NarrowFamily):
-    """One for pages of rows that hold their scales."""
+class RowPagesFamily(_OfTokenPages):
+    """What the families for pages of rows that hold their scales have in common."""
+
+    @property
+    def layouts(self) -> tuple[BlockScaled, ...]:
+        """Of the rows."""
+        return _ROW_LAYOUTS
 
     def why_unsupported(self, problem: DecodeProblem | SparseProblem) -> str | None:
         """Other layouts."""
-        return why_no_codec(problem, _ROW_LAYOUTS)
+        return why_no_codec(problem, self.layouts)
 
     def configure(self, problem: DecodeProblem, rows: int) -> KernelConfig:
         """As for every kernel of dense decode."""
@@ -102,6 +113,7 @@ class RowPagesFamily(_OfTokenPages, GatheredFp8NarrowFamily):
             *(layout, queries.dtype, problem.keys.page_size),
             causal=queries.causal and queries.seqlen_q > 1,
             float_partials=self.has_float_partials(rows),
+            scale_parts=self.scale_parts(queries.latent_dim, queries.dtype, rows),
             sharded=problem.keys.shard is not None,
         )
 
@@ -110,7 +122,7 @@ class RowPagesFamily(_OfTokenPages, GatheredFp8NarrowFamily):
         partials = (False, True) if self.has_float_partials(1) else (False,)
         return [
             self._row_config(layout, _ROW_DTYPE, page_size, causal=causal, float_partials=float_partials)
-            for layout in _ROW_LAYOUTS
+            for layout in self.layouts
             for float_partials, page_size, causal in itertools.product(partials, _ROW_PAGE_SIZES, (False, True))
             if layout is FP8_DS_MLA or (page_size > 1 and not float_partials)
         ]
@@ -118,6 +130,21 @@ class RowPagesFamily(_OfTokenPages, GatheredFp8NarrowFamily):
     def _row_config(self, layout: BlockScaled, dtype: str, page_size: int, **options: Any) -> KernelConfig:
         widths = layout.latent_dim, layout.rope_dim
         return GatheredConfig(self, *widths, dtype, page_size, by_request=True, layout=layout, **options)
+
+
+@dataclass(frozen=True, slots=True)
+class RowPagesWideFamily(RowPagesFamily, GatheredFp8WideFamily):
+    """The wide one."""
+
+    @property
+    def layouts(self) -> tuple[BlockScaled, ...]:
+        """Whose scales its converters find."""
+        return tuple(layout for layout in _ROW_LAYOUTS if layout in ROW_LAYOUTS)
+
+
+@dataclass(frozen=True, slots=True)
+class RowPagesNarrowFamily(RowPagesFamily, GatheredFp8NarrowFamily):
+    """A narrow one."""
 
 
 def _why_not_token_pages(problem: DecodeProblem | SparseProblem) -> str | None:
@@ -132,5 +159,9 @@ def _values(family: DecodeFamily, name: str) -> dict[str, Any]:
 TOKEN_PAGES_NARROW16 = TokenPagesNarrowFamily(**_values(GATHERED_NARROW16, "token_pages16"))
 TOKEN_PAGES_NARROW32 = TokenPagesNarrowFamily(**_values(GATHERED_NARROW32, "token_pages32"))
 TOKEN_PAGES_WIDE64 = TokenPagesWideFamily(**_values(GATHERED_WIDE64, "token_pages64"))
-ROW_PAGES16 = RowPagesFamily(**_values(GATHERED_FP8_NARROW16, "row_pages16"))
-ROW_PAGES32 = RowPagesFamily(**_values(GATHERED_FP8_NARROW32, "row_pages32"))
+ROW_PAGES16 = RowPagesNarrowFamily(**_values(GATHERED_FP8_NARROW16, "row_pages16"))
+ROW_PAGES32 = RowPagesNarrowFamily(**_values(GATHERED_FP8_NARROW32, "row_pages32"))
+# From 128 x 8192, 16 x 4096, 64 x 256 and 1 x 4096 tokens with 64 and 128 heads.
+ROW_PAGES64 = RowPagesWideFamily(
+    **_values(GATHERED_FP8_WIDE64, "row_pages64") | {"cost": replace(GATHERED_FP8_WIDE64.cost, start=11.0, tile=2.45)}
+)

@@ -3,6 +3,7 @@
 #pragma once
 #include "decode/gathered/narrow_work.h"
 #include "decode/gathered_fp8/token_unit.h"
+#include "decode/gathered_fp8/wide_query.h"
 #include "decode/gathered_fp8/wide_smem.h"
 #include "ptx/convert.h"
 #include "ptx/convert_fp8.h"
@@ -87,7 +88,7 @@ private:
 #pragma unroll 1
         for (u32 line = warp_ * kWarpThreads + this_lane(); line < kRows * kTileBoxes; line += kConverterWarps * kWarpThreads) {
             const QueryRow row = query_row(params_, work, line / kTileBoxes, 0);
-            if (row.exists) prefetch_to_l2(row.latent + line % kTileBoxes * kBoxColumns);
+            if (row.exists) prefetch_to_l2(box_of(row, line % kTileBoxes));
         }
         return tokens_from(params_, work, work.tile_begin);
     }
@@ -98,7 +99,9 @@ private:
     // The slot of this warp's token `lane`. Indices past the last that counts are not read.
     MLA_DEVICE i32 read(const TokenRun& tokens) const {
         const i32 place = token_of(this_lane());
-        return this_lane() < kWarpTokens && place < tokens.left ? __ldg(tokens.indices + place) : -1;
+        if (this_lane() >= kWarpTokens || place >= tokens.left) return kNoSlot;
+        if constexpr (kHasBlockTable) return tokens.slot(params_, place);
+        return __ldg(tokens.indices + place);
     }
 
     // The tile whose rows are asked for from here on.

@@ -8,6 +8,16 @@
 
 namespace mla {
 
+// Boxes of a row of Q lie one behind the other; by request the rope columns may be an array of their own.
+MLA_DEVICE const u16* box_of(const QueryRow& row, u32 box) {
+    if (kByRequest && box >= kLatentBoxes) return row.rope + (box - kLatentBoxes) * kBoxColumns;
+    return row.latent + box * kBoxColumns;
+}
+MLA_DEVICE uint4 load_box(const QueryRow& row, u32 box) {
+    if (kByRequest && box >= kLatentBoxes) return row.load_rope((box - kLatentBoxes) * kBoxColumns);
+    return row.load_latent(box * kBoxColumns);
+}
+
 // By the scores warpgroup, 16 rows at a time: eight threads share a row, each has 16 bytes of every box.
 class QueryLoad {
 public:
@@ -15,7 +25,7 @@ public:
         const QueryRow row = query_row(params, work, row_of(pass), chunk() * kChunkColumns);
 #pragma unroll
         for (u32 box = 0; box < kTileBoxes; ++box) {
-            const uint4 loaded = row.load_latent(box * kBoxColumns);  // rope columns follow
+            const uint4 loaded = load_box(row, box);
             words_[box][0] = loaded.x;
             words_[box][1] = loaded.y;
             words_[box][2] = loaded.z;

@@ -1,5 +1,6 @@
 // The scores warpgroup of the kernel for 64 rows of gathered FP8 tokens: S = Q K^T, online softmax, P.
 #pragma once
+#include "decode/gathered/request_mask.h"
 #include "decode/gathered/results.h"
 #include "decode/gathered_fp8/token_unit.h"
 #include "decode/gathered_fp8/wide_query.h"
@@ -28,7 +29,10 @@ public:
             multiply(scores, !is_first);
             barrier();  // all warps are done with this stage's rope box, and with Q if it is the last
             const Marks marks = load_marks();
-            if (!__all_sync(kFullWarp, marks.even == kAllValid && marks.odd == kAllValid)) hide(marks, scores);
+            if constexpr (kByRequest)
+                RequestMask().apply(params_, item, tiles, 0, 0, scores);
+            else if (!__all_sync(kFullWarp, marks.even == kAllValid && marks.odd == kAllValid))
+                hide(marks, scores);
             const bool weighs = Codec::kHasScales && __any_sync(kFullWarp, rows.have_units || ((marks.even | marks.odd) & kHasUnits));
             const bool is_last = tiles == 1;
             const SinkAndLargest::Sinks sinks = SinkAndLargest::load_sinks(params_, is_last, item, first_row());
