@@ -58,4 +58,14 @@ MLA_DEVICE u32 pack_e4m3(f32 first, f32 second, f32 third, f32 fourth) {
     return word;
 }
 
+// The same of four fp16 values.
+MLA_DEVICE u32 pack_e4m3(u32 first_pair, u32 second_pair) {
+    u32 word;
+    asm("{\n.reg .b16 low, high;\ncvt.rn.satfinite.e4m3x2.f16x2 low, %1;\ncvt.rn.satfinite.e4m3x2.f16x2 high, %2;\n"
+        "mov.b32 %0, {low, high};\n}\n"
+        : "=r"(word)
+        : "r"(first_pair), "r"(second_pair));
+    return word;
+}
+
 }  // namespace mla

@@ -15,6 +15,10 @@ constexpr f32 kLowPart = 16.0f;       // x = high + low / 16
 // were off by 0.1. Blocks with such a row are computed exactly. Of 576 normal values the largest is 3 to 5 times that.
 constexpr f32 kOutlier = 8.0f;
 
+// Wide: of the first item's passes, those of the scores warpgroup and of each values warpgroup.
+constexpr u32 kScoresPasses = kRowPasses / 2, kHelperPasses = (kRowPasses - kScoresPasses) / kValueWarpgroups;
+static_assert(!kWide || kScoresPasses + kValueWarpgroups * kHelperPasses == kRowPasses, "each row is loaded once");
+
 class Fp8Query {
 public:
     // Writes the block's rows as operand B, and to `row_scales` what turns a row's scores to log2 units; rows that do not
@@ -42,25 +46,20 @@ public:
         return split;
     }
 
-    // The same, but always split, which both products of the wide kernel read. Returns whether no row has an outlier.
-    static MLA_DEVICE bool load_split(const Fp8Params& params, const BlockWork& work, u32 smem, u32 thread) {
-        constexpr u32 kPassesAtOnce = 1;  // what registers hold
+    // Of the wide kernel, whose queries are always split, as both of its products read them: writes the rows of some passes.
+    // Returns whether one of this thread's rows has an outlier. fence_async_proxy() and a barrier must follow.
+    static MLA_DEVICE bool load_split(const Fp8Params& params, const BlockWork& work, u32 smem, u32 thread, u32 pass, u32 pass_end) {
         const Fp8Query query(params, smem, thread);
         bool outlier = false;
-        named_barrier_sync(kScoresBarrier, kWarpgroupThreads);  // the queries before are read
 #pragma unroll 1
-        for (u32 pass = 0; pass < kRowPasses; pass += kPassesAtOnce) {
-            uint4 chunks[kPassesAtOnce][kTileBoxes];
-#pragma unroll
-            for (u32 i = 0; i < kPassesAtOnce; ++i) query.read(work, pass + i, chunks[i]);
-#pragma unroll
-            for (u32 i = 0; i < kPassesAtOnce; ++i) {
-                const Magnitude magnitude = query.measure(chunks[i]);
-                outlier |= magnitude.has_outlier();
-                query.write(pass + i, true, magnitude.largest, chunks[i]);
-            }
+        for (; pass < pass_end; ++pass) {
+            uint4 chunks[kTileBoxes];
+            query.read(work, pass, chunks);
+            const Magnitude magnitude = query.measure(chunks);
+            outlier |= magnitude.has_outlier();
+            query.write(pass, true, magnitude.largest, chunks);
         }
-        return !named_barrier_or(kScoresBarrier, kWarpgroupThreads, outlier);
+        return outlier;
     }
 
 private:
@@ -143,19 +142,20 @@ private:
         return word;
     }
 
-    // Eight columns of a row, in each of its parts.
+    // Eight columns of a row, in each of its parts. fp16 has all bits of a bf16 value and of what e4m3 leaves out of it.
     static MLA_DEVICE void write_split(u32 query, u32 row, u32 box, u32 chunk, const f32 (&values)[kChunkColumns]) {
+        constexpr u32 kMinusOne = 0xBC00BC00, kInverseLow = 0x4C004C00;  // twice each
+        static_assert(kLowPart == 16.0f, "kInverseLow is fp16's");
         u32 words[2][2];  // part, four values
 #pragma unroll
         for (u32 i = 0; i < 2; ++i) {
             const f32* const x = values + i * 4;
-            f32 rounded[4];
-            words[0][i] = round_e4m3(x, rounded);
+            const u32 first = pack2<Fp16>(x[0], x[1]), second = pack2<Fp16>(x[2], x[3]);
+            words[0][i] = pack_e4m3(first, second);
             if constexpr (kQueryParts == 2) {
-                f32 rest[4];
-#pragma unroll
-                for (u32 j = 0; j < 4; ++j) rest[j] = (x[j] - rounded[j]) * kLowPart;
-                words[1][i] = pack_e4m3(rest[0], rest[1], rest[2], rest[3]);
+                const u32 first_rest = fma_fp16_pairs(e4m3_pair_low(words[0][i]), kMinusOne, first);
+                const u32 second_rest = fma_fp16_pairs(e4m3_pair_high(words[0][i]), kMinusOne, second);
+                words[1][i] = pack_e4m3(multiply_fp16_pairs(first_rest, kInverseLow), multiply_fp16_pairs(second_rest, kInverseLow));
             }
         }
         const u32 in_chunk = chunk % 2 * kChunkColumns;

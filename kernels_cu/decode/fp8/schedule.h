@@ -47,5 +47,6 @@ constexpr u32 kPromotionSteps = kWide ? 6 : 3;
 constexpr bool kHoldsProbabilities = kQueryParts == 2;
 
 constexpr u32 kScoresBarrier = 1;  // named barrier of the scores warpgroup
+constexpr u32 kQueryBarrier = 2;   // wide: of all that load the first item's queries
 
 }  // namespace mla

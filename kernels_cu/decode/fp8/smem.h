@@ -112,6 +112,7 @@ class RingPosition<Count, true> {
 public:
     MLA_DEVICE u32 index() const { return places_ % Count; }
     MLA_DEVICE u32 parity() const { return places_ / Count % 2; }
+    MLA_DEVICE bool is_at_start() const { return places_ == 0; }
     MLA_DEVICE void advance() { ++places_; }
 
 private:

@@ -154,6 +154,7 @@ private:
     MLA_DEVICE void store(i32 item, const float (&output)[kMBlocks][kFragment]) {
         mbarrier_wait(smem_ + Fp8Smem::sums_full, sums_parity_);
         sums_parity_ ^= 1;
+        if (kWide) pin_register(item);  // no register is left to keep what comes of it in
         const BlockWork work = load_block_work(params_, item);
 #pragma unroll
         for (u32 i = 0; i < kThreadRows; ++i) {

@@ -11,6 +11,19 @@ namespace mla {
 // The first of the first values warpgroup. From the special register each time: no register is left to keep it in.
 MLA_DEVICE bool is_loader_warp() { return threadIdx.x / kWarpThreads == kWarpgroupWarps; }
 
+// The values warpgroups, which have nothing to do yet, load half of the queries of the first item with tiles.
+MLA_DEVICE void help_with_query(const Fp8Params& params, u32 smem, i32 item, i32 item_end) {
+    BlockWork work{};
+    for (; item < item_end && !work.has_tiles(); ++item) work = load_block_work(params, item);
+    if (!work.has_tiles()) return;
+    u32 thread = threadIdx.x;
+    pin_register(thread);  // else the scores warps keep, all along, what both make of it
+    const u32 pass = kScoresPasses + (thread / kWarpgroupThreads - 1) * kHelperPasses;
+    const bool outlier = Fp8Query::load_split(params, work, smem, thread % kWarpgroupThreads, pass, pass + kHelperPasses);
+    fence_async_proxy();
+    named_barrier_or(kQueryBarrier, kThreads, outlier);
+}
+
 }  // namespace mla
 
 extern "C" __global__ void __launch_bounds__(mla::kThreads, 1)
@@ -43,6 +56,7 @@ mla_decode_fp8_wide(const __grid_constant__ mla::TensorMap kv_latent, const __gr
             loader.start(items_begin(0), items_begin(1));
             for (u32 stage = 0; stage < kStages; ++stage) loader.load_next(stage);
         }
+        help_with_query(params, smem, items_begin(0), items_begin(1));
         for (i32 item = items_begin(0); item < items_begin(1); ++item) {
             values.run_item(item, [&](const RingPosition<kStages>& done) {
                 if (!is_loader_warp()) return;

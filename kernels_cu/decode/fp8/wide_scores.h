@@ -13,7 +13,8 @@ class WideScoresRole {
 public:
     MLA_DEVICE WideScoresRole(const Fp8Params& params, u32 smem) : params_(params), smem_(smem) {}
 
-    // The item is read again where a mask or its end needs it: over its tiles it would cost registers.
+    // The item is read again where a mask or its end needs it: over its tiles it would cost registers. Half of the first one's
+    // queries are the values warps' to load.
     MLA_DEVICE void run_item(i32 item) {
         Tiles tiles;
         bool split;
@@ -25,10 +26,13 @@ public:
                 return;
             }
             tiles = {work.tile_end - work.tile_begin, block_visible_end(params_, work) - work.tile_begin * kTileTokens};
-            split = Fp8Query::load_split(params_, work, smem_, threadIdx.x);
+            barrier();  // the queries before are read
+            const bool is_shared = buffer_.is_at_start();
+            const u32 pass_end = is_shared ? kScoresPasses : kRowPasses;
+            const bool outlier = Fp8Query::load_split(params_, work, smem_, thread(), 0, pass_end);
+            fence_async_proxy();  // Q and its factors are complete before any warp reads them
+            split = !named_barrier_or(is_shared ? kQueryBarrier : kScoresBarrier, is_shared ? kThreads : kWarpgroupThreads, outlier);
         }
-        fence_async_proxy();
-        barrier();  // Q and its factors are complete before any warp reads them
         Rows rows;
 #pragma unroll
         for (u32 half = 0; half < 2; ++half)
