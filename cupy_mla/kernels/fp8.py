@@ -164,7 +164,7 @@ def _family(rows: int, compute: str, cost: CostModel) -> Fp8Family:
 
 
 # Of split and exact kernels with 16 and 32 rows: fitted to 1, 8 and 64 requests of 64 to 65,536 tokens with 8 to 128
-# heads on an H200 (kernels_cu/TRIED.md, "Choosing the kernel of an e4m3 cache"). At 64 rows tiles are those of
+# heads on an H200 (kernels_cu/TRIED_FP8.md, "Choosing the kernel of an e4m3 cache"). At 64 rows tiles are those of
 # 128 x 8192 tokens, 260 us with burst clocks, at 128 heads 486, and the rest is that of the wide kernel; with rounded
 # queries likewise.
 _PIECES16 = PieceCosts(piece_overhead=3 * TILE_COST // 2, split_overhead=3 * TILE_COST // 2)
