@@ -38,7 +38,6 @@ from cupy_mla import (
     quantise_cache,
     slots_of,
 )
-from cupy_mla.call.options import FP8
 from cupy_mla.kernels.catalogue import NamedKernel, all_kernels, standard_configs
 from cupy_mla.kernels.choose import FAMILIES, GATHERED_FAMILIES
 from cupy_mla.kernels.family import DecodeFamily, KernelConfig
@@ -211,8 +210,14 @@ def typical_configs(family: DecodeFamily) -> Iterator[KernelConfig]:
 
 
 def sharded_configs(family: DecodeFamily) -> Iterator[KernelConfig]:
-    """Only a mask knows of shards."""
-    return (replace(config, sharded=True) for config in typical_configs(family) if config.causal)
+    """What differs of a shard: its mask, and partial results."""
+    for config in typical_configs(family):
+        tokens = tokens_of(config)
+        rows = heads_of(config, tokens) * tokens
+        parts = family.scale_parts(config.latent_dim, config.dtype, rows, of_share=True)
+        of_shard = replace(config, sharded=config.causal, scale_parts=parts)
+        if of_shard != config:
+            yield of_shard
 
 
 def is_typical(config: KernelConfig) -> bool:
@@ -242,6 +247,10 @@ def trial_of(config: KernelConfig) -> Trial:
     return trial
 
 
+def tokens_of(config: KernelConfig) -> int:
+    return 2 if config.causal else 1
+
+
 def heads_of(config: KernelConfig, tokens: int) -> int:
     """So that a query token, or so many of them, have as many rows as the configuration is for."""
     if config.float_partials:
@@ -255,7 +264,7 @@ def dense_arrays(config: KernelConfig, lengths: tuple[int, ...] = LENGTHS) -> tu
     stored = "float8_e4m3fn" if isinstance(config.family, Fp8Family) else config.dtype
     width = config.latent_dim + config.rope_dim
     counts = [-(-length // config.page_size) for length in lengths]
-    tokens = 2 if config.causal else 1
+    tokens = tokens_of(config)
     heads = heads_of(config, tokens)
     cache = trial.values((sum(counts) + 1, config.page_size, 1, width), stored)
     options: dict[str, Any] = {"head_dim_v": config.latent_dim, "causal": config.causal}
@@ -269,7 +278,8 @@ def dense_arrays(config: KernelConfig, lengths: tuple[int, ...] = LENGTHS) -> tu
     q = trial.values((len(lengths), tokens, heads, width), config.dtype)
     arrays = [trial.upload(array) for array in (q, cache, table, np.array(lengths, np.int32))]
     if isinstance(config.family, Fp8Family):
-        options |= {"kv_scale": 0.5} | ({"compute": FP8} if config.family.compute == FP8 else {})
+        options["kv_scale"] = (0.5, 0.3) if config.two_scales else 0.5
+        options["compute"] = config.family.compute
     return arrays, options
 
 

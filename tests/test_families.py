@@ -18,7 +18,7 @@ from cupy_mla.gpu import hopper
 from cupy_mla.gpu.jit.source import kernels_root
 from cupy_mla.kernels.catalogue import standard_configs
 from cupy_mla.kernels.choose import FAMILIES, FP8_FAMILIES, GATHERED_FAMILIES, choose_config
-from cupy_mla.kernels.family import DecodeFamily, KernelConfig
+from cupy_mla.kernels.family import ColumnParts, DecodeFamily, KernelConfig
 from cupy_mla.kernels.fp8 import FP8_SPLIT16, Fp8Family
 from cupy_mla.kernels.gathered import GATHERED_WIDE64
 from cupy_mla.kernels.gathered_narrow import GATHERED_NARROW16, GATHERED_NARROW32
@@ -153,6 +153,23 @@ def test_partial_results_of_few_rows_of_the_wide_kernel_are_scaled(heads: int, d
     assert (config.scale_parts is not None) == (expected and dtype == "bfloat16")
     assert config.partial_dtype == ("float16" if config.scale_parts else dtype)
     assert config.partial_lse_bytes == (8 if config.scale_parts else 4)
+
+
+@pytest.mark.parametrize("kernel", ["narrow16", "narrow32"])
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+@pytest.mark.parametrize("heads", [1, 4, 5, 16, 128])
+@pytest.mark.parametrize("of_share", [False, True])
+def test_partial_results_of_a_share_are_not_bf16_in_the_narrow_kernels(
+    kernel: str, dtype: str, heads: int, of_share: bool
+) -> None:
+    call = problem(8, 1024, heads, dtype=dtype)
+    call = replace(call, keys=replace(call.keys, cp_share=of_share))
+    config = choose_config(call, NUM_SMS, None, None, kernel)
+    is_float = heads <= 4 and kernel == "narrow16"
+    assert config.partial_dtype == ("float32" if is_float else "float16" if of_share else dtype)
+    is_scaled = of_share and dtype == "bfloat16" and not is_float
+    assert config.scale_parts == (ColumnParts(16, 4) if is_scaled else None)
+    assert config.partial_lse_bytes == (8 if is_scaled else 4)
 
 
 def test_the_length_that_is_promised_counts() -> None:

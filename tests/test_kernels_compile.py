@@ -117,9 +117,22 @@ OTHER_CONFIGS += SCALED_CONFIGS
 OTHER_CONFIGS += [
     replace(next(config for config in family.standard_configs() if config.causal), sharded=True) for family in FAMILIES
 ]
+# What the narrow kernels have of a shard: partial results with powers of two.
+SHARE_CONFIGS = [
+    KernelConfig(
+        *(family, latent, rope, "bfloat16", page_size, causal),
+        scale_parts=family.scale_parts(latent, "bfloat16", 16, of_share=True),
+        refined=refined,
+        sharded=causal,
+    )
+    for family in (NARROW16, NARROW32)
+    for latent, rope, page_size in ((512, 64, 64), (512, 0, 16), (256, 64, 128), (64, 0, 64), (512, 512, 64))
+    for causal, refined in ((False, False), (True, False), (False, True), (True, True))
+]
+OTHER_CONFIGS += SHARE_CONFIGS
 STANDARD = {config.name: config for config in standard_configs()}
 SOURCES = {kernel.name: kernel.source for kernel in all_kernels()} | {c.name: c.source() for c in OTHER_CONFIGS}
-SOURCES |= {f"combine of {c.name}": combine_source(c) for c in SCALED_CONFIGS[1:3]}
+SOURCES |= {f"combine of {c.name}": combine_source(c) for c in (*SCALED_CONFIGS[1:3], *SHARE_CONFIGS[:1])}
 SOURCES |= {f"combine of {c.name}": gathered_combine_source(c) for c in SCALED_CONFIGS[-1:]}
 
 

@@ -72,12 +72,16 @@ def random_partials(
         return *states, *states
     outs, lses = random_states(rng, np.dtype(np.float16), *shape)
     exponents = rng.integers(60, 190, (*shape[:2], SCALE_PARTS), dtype=np.uint8)
-    exponents[0] = 127
-    records = np.zeros((*shape[:2], 2), np.float32)
-    records[..., 0] = lses
-    records[..., 1:].view(np.uint8)[..., :SCALE_PARTS] = exponents
+    is_scaled = (rng.random(shape[:2]) < 0.5) & np.isfinite(lses)
+    bits = lses.view(np.uint32) & np.where(np.isfinite(lses), ~np.uint32(1), ~np.uint32(0)) | is_scaled
+    words = np.full((shape[0], 2, shape[1]), np.nan, np.float32)  # of rows that are not scaled nobody asks
+    words[:, 0] = bits.view(np.float32)
+    of_rows = np.zeros((*shape[:2], 4), np.uint8)
+    of_rows[..., :SCALE_PARTS] = exponents
+    words[:, 1][is_scaled] = of_rows.view(np.float32)[..., 0][is_scaled]
     parts = np.arange(shape[-1]) // SCALE_COLUMNS % SCALE_PARTS
-    return outs, records, np.ldexp(outs.astype(np.float64), exponents[..., parts].astype(int) - 127), lses
+    powers = np.where(is_scaled[..., None], exponents[..., parts].astype(int) - 127, 0)
+    return outs, words, np.ldexp(outs.astype(np.float64), powers), lses
 
 
 def element_strides(array: np.ndarray) -> tuple[int, ...]:

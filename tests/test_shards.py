@@ -270,6 +270,23 @@ def test_other_faces(face: str) -> None:
         np.testing.assert_allclose(np.asarray(found_values, np.float32), other.astype(np.float32), rtol=1e-6)
 
 
+@pytest.mark.parametrize("seqlens_q", [1, 2])
+@pytest.mark.parametrize("causal", [False, True])
+def test_a_share_is_a_problem_of_its_own(seqlens_q: int, causal: bool) -> None:
+    """Its results are merged once more, whether or not a mask goes by its places."""
+    case = DenseCase(lengths=(200, 70), num_heads_q=8, seqlens_q=seqlens_q, causal=causal).build()
+    tensors = *case.tensors[:3], local_lengths(case.cache_seqlens, 2, 0)
+    sharding = {"cp_world": 2, "total_seqlens": case.cache_seqlens}
+    of_share = plan_decode(*tensors, **case.plan_options, **sharding)
+    assert of_share.problem.keys.cp_share
+    assert (of_share.problem.keys.shard is not None) == (causal and seqlens_q > 1)
+    mla_decode(*tensors, **case.options, **sharding, plan=of_share)
+    whole = plan_decode(*tensors, **case.plan_options)
+    assert not whole.problem.keys.cp_share
+    with pytest.raises(PlanMismatchError, match="cp_"):
+        mla_decode(*tensors, **case.options, **sharding, plan=whole)
+
+
 def test_kernels_with_places_are_other_kernels() -> None:
     """What is compiled for whole caches does not change."""
     for family in FAMILIES:

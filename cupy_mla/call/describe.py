@@ -280,7 +280,7 @@ def _check(call: _Call) -> _Checked:
         causal=call.options.causal,
         ragged=ragged,
     )
-    keys = PagedKeys(page_size, call.table.shape[1], *shard)
+    keys = PagedKeys(page_size, call.table.shape[1], *shard, cp_share=call.options.cp_world > 1)
     if keys.max_seqlen_k > MAX_TOKENS:
         raise InvalidArgumentError(
             "block_table", f"at most {MAX_TOKENS // page_size} pages per sequence", str(keys.max_pages_per_seq)

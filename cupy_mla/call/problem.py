@@ -108,6 +108,9 @@ class PagedKeys:
     cp_world, cp_rank, cp_interleave
         Which tokens of whole requests these are (`cupy_mla.call.shard`), where a mask goes by places in these; else
         1, 0, 1.
+    cp_share
+        Whether they are a rank's share of requests (``cp_world`` of the call is above 1): then results are merged with
+        those of other ranks.
     """
 
     page_size: int
@@ -115,6 +118,7 @@ class PagedKeys:
     cp_world: int = 1
     cp_rank: int = 0
     cp_interleave: int = 1
+    cp_share: bool = False
 
     @property
     def shard(self) -> Shard | None:

@@ -128,9 +128,9 @@ class DecodeFamily(ABC):
         """
         return dtype == "bfloat16" and rows <= self.refined_rows
 
-    def scale_parts(self, latent_dim: int, dtype: str, rows: int) -> ColumnParts | None:
+    def scale_parts(self, latent_dim: int, dtype: str, rows: int, *, of_share: bool = False) -> ColumnParts | None:
         """Parts of a row of partial results that are fp16 with a power of two each, when so many query rows share a kv
-        head (core/partial_format.h); None: they are not.
+        head (core/partial_format.h); None: they are not. ``of_share``: results are merged with those of other ranks.
         """
         return None
 
@@ -148,7 +148,9 @@ class DecodeFamily(ABC):
             page_size=problem.keys.page_size,
             causal=queries.causal and queries.seqlen_q > 1,
             float_partials=self.has_float_partials(rows),
-            scale_parts=self.scale_parts(queries.latent_dim, queries.dtype, rows),
+            scale_parts=self.scale_parts(
+                queries.latent_dim, queries.dtype, rows, of_share=problem.keys.cp_share
+            ),
             refined=self.refines(queries.dtype, rows),
             sharded=problem.keys.shard is not None,
         )
@@ -285,7 +287,7 @@ class KernelConfig:
 
     @property
     def partial_lse_bytes(self) -> int:
-        """Of a row of partial results: its lse, and behind it the exponents of its parts."""
+        """Of a row of partial results: its lse, and the exponents of its parts."""
         return FLOAT_BYTES if self.scale_parts is None else FLOAT_BYTES + _EXPONENTS_BYTES
 
     @property

@@ -65,7 +65,7 @@ class GatheredFp8WideFamily(DecodeFamily):
         """One warpgroup for the scores, two for the values, one that converts tokens."""
         return _ROLES
 
-    def scale_parts(self, latent_dim: int, dtype: str, rows: int) -> ColumnParts | None:
+    def scale_parts(self, latent_dim: int, dtype: str, rows: int, *, of_share: bool = False) -> ColumnParts | None:
         """As in the wide kernel."""
         return wide_scale_parts(latent_dim, dtype, rows)
 

@@ -15,6 +15,7 @@ from .family import (
     CLAIM_BYTES,
     ELEMENT_BYTES,
     FLOAT_BYTES,
+    ColumnParts,
     DecodeFamily,
     KernelConfig,
     Role,
@@ -80,6 +81,14 @@ class NarrowFamily(DecodeFamily):
     def has_float_partials(self, rows: int) -> bool:
         """For few rows, where the kernel has registers for it."""
         return self.float_registers is not None and rows <= _FLOAT_PARTIAL_ROWS
+
+    def scale_parts(self, latent_dim: int, dtype: str, rows: int, *, of_share: bool = False) -> ColumnParts | None:
+        """Of bf16 that is not float32, for shares: with the merge of the ranks, partial results of bf16 would be one
+        rounding too many for the promised error. A warp has as many columns of each box as tokens.
+        """
+        if not of_share or dtype != "bfloat16" or self.has_float_partials(rows):
+            return None
+        return ColumnParts(BOX_COLUMNS // _CONSUMER_WARPS, _CONSUMER_WARPS)
 
     def shared_memory(self, config: KernelConfig) -> int:
         """The total of decode/narrow/smem.h: as many KV boxes as fit beside a CTA of the merge."""

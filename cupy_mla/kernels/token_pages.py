@@ -58,7 +58,9 @@ class _OfTokenPages(DecodeFamily):
             *(queries.latent_dim, queries.rope_dim, queries.dtype),
             causal=queries.causal and queries.seqlen_q > 1,
             float_partials=self.has_float_partials(rows),
-            scale_parts=self.scale_parts(queries.latent_dim, queries.dtype, rows),
+            scale_parts=self.scale_parts(
+                queries.latent_dim, queries.dtype, rows, of_share=problem.keys.cp_share
+            ),
             refined=self.refines(queries.dtype, rows),
             sharded=problem.keys.shard is not None,
         )

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
 VALUES_WARPGROUPS = 2
 # Few rows have up to 3.1e-3 of error where P and partial results are bf16; over many the mean counts. For all rows fp16
-# partial results would cost 0.2 to 1 us (kernels_cu/TRIED.md).
+# partial results would cost 0.2 to 1 us (kernels_cu/TRIED_ROUNDINGS.md).
 _FEW_ROWS = 16
 _ROLES = (Role("scores", WARPGROUP_THREADS, 184), Role("values", VALUES_WARPGROUPS * WARPGROUP_THREADS, 160))
 # Two warpgroups share the values' columns, in a width that wgmma has; a stage has one rope box, which P replaces.
@@ -75,7 +75,7 @@ class WideFamily(DecodeFamily):
         """More than in the others: of 64 rows, there are enough that do not exist."""
         return _FEW_ROWS
 
-    def scale_parts(self, latent_dim: int, dtype: str, rows: int) -> ColumnParts | None:
+    def scale_parts(self, latent_dim: int, dtype: str, rows: int, *, of_share: bool = False) -> ColumnParts | None:
         """For few rows of bf16: two warpgroups share the columns."""
         return wide_scale_parts(latent_dim, dtype, rows)
 

@@ -165,6 +165,9 @@ class ContextParallelPlan:
             "compute": options.compute,
             "layout": options.layout,
             "kv_scale": kv_scale,
+            "cp_world": shard.world,
+            "cp_rank": shard.rank,
+            "cp_interleave": shard.interleave,
         }
         if self._exchange.as_tokens:
             return named
@@ -173,9 +176,6 @@ class ContextParallelPlan:
             "causal": options.causal,
             "cu_seqlens_q": cu_seqlens_q,
             "max_seqlen_q": options.max_seqlen_q,
-            "cp_world": shard.world,
-            "cp_rank": shard.rank,
-            "cp_interleave": shard.interleave,
             "total_seqlens": total_seqlens,
         }
 

@@ -35,20 +35,20 @@ MLA_DEVICE SinkStates add_sink(const GatherCombineParams& params, const RowState
     return {states, params.attn_sink == nullptr ? minus_infinity() : params.attn_sink[head]};
 }
 
-// States whose values have the powers of two of core/partial_format.h.
+// States whose values may have the powers of two of core/partial_format.h.
 template <class States>
 struct ScaledStates : States {
-    u32 shifts[2];  // of the exponents of the caller's octets
-
-    MLA_DEVICE f32 lse_of(i32 state, u32& exponents) const {
-        const uint2 record = *reinterpret_cast<const uint2*>(States::lses + state * States::lse_stride);
-        exponents = record.y;
-        return __uint_as_float(record.x);
-    }
+    i32 slot_rows;
+    u32 shifts[2] = {};  // of the exponents of the caller's octets
 
     MLA_DEVICE void select(i32 first, i32 second) {
         shifts[0] = shift_of(first);
         shifts[1] = shift_of(second);
+    }
+
+    MLA_DEVICE u32 scales_of(i32 state, f32 lse) const {
+        if ((__float_as_uint(lse) & kScaledBit) == 0) return kExponentsOfOne;
+        return __float_as_uint(States::lses[state * States::lse_stride + slot_rows]);
     }
 
     MLA_DEVICE f32 scale_of(u32 exponents, i32 octet) const {
@@ -63,9 +63,9 @@ private:
 };
 
 template <class States>
-MLA_DEVICE auto add_scales(const States& states) {
+MLA_DEVICE auto add_scales(const States& states, i32 slot_rows) {
     if constexpr (kPartialIsScaled)
-        return ScaledStates<States>{states, {}};
+        return ScaledStates<States>{states, slot_rows};
     else
         return states;
 }
@@ -84,9 +84,9 @@ struct Task {
         item = merges[index];
         row_in_slot = (task - index * tasks_of_item) / chunks.chunks_of_row;
         chunk = task - index * tasks_of_item - row_in_slot * chunks.chunks_of_row;
-        const i64 first = static_cast<i64>(item.slot_begin) * params.slot_rows + row_in_slot;
-        outs = static_cast<const u8*>(params.partial_out) + first * params.d_v * Partial::kBytes;
-        lses = params.partial_lse + first * kLseWords;
+        const i64 first = static_cast<i64>(item.slot_begin) * params.slot_rows;
+        outs = static_cast<const u8*>(params.partial_out) + (first + row_in_slot) * params.d_v * Partial::kBytes;
+        lses = params.partial_lse + first * kRowWords + row_in_slot;
     }
 
     // Rows past the request's end do not exist: the decode kernel never wrote their partials.
@@ -94,9 +94,9 @@ struct Task {
         const i32 row = first_row_block_of(item.head_block) * params.rows + row_in_slot;
         if (row >= item.seqlen_q * params.group_heads) return;
         const i64 slot_bytes = static_cast<i64>(params.slot_rows) * params.d_v * Partial::kBytes;
-        const i64 slot_lses = static_cast<i64>(params.slot_rows) * kLseWords;
-        const auto states = add_scales(
-            add_sink(params, RowStates{outs, slot_bytes, lses, slot_lses, item.slot_count, true}, item, row));
+        const i64 slot_words = static_cast<i64>(params.slot_rows) * kRowWords;
+        const RowStates of_row{outs, slot_bytes, lses, slot_words, item.slot_count, true};
+        const auto states = add_scales(add_sink(params, of_row, item, row), params.slot_rows);
         merge_chunk<Partial, Output>(states, chunks, chunk, params.d_v, lane, [&] {
             const i32 token = row / params.group_heads;
             const i32 head = kv_head_of(item.head_block) * params.group_heads + row - token * params.group_heads;

@@ -134,13 +134,11 @@ struct RowStates {
     bool aligned;
     i32 second = 0;
     static constexpr bool kHasSink = false;
-    // A state's lse, and beside it what says what its values are to be multiplied by: here nothing.
-    MLA_DEVICE f32 lse_of(i32 state, u32& scales) const {
-        scales = 0;
-        return lses[state * lse_stride];
-    }
+    MLA_DEVICE f32 lse_of(i32 state) const { return lses[state * lse_stride]; }
     // Which octets of the row the caller's first and second are.
     MLA_DEVICE void select(i32, i32) {}
+    // What says what the values of a state of that lse are to be multiplied by, here by nothing; and that factor of an octet.
+    MLA_DEVICE u32 scales_of(i32, f32) const { return 0; }
     MLA_DEVICE f32 scale_of(u32, i32) const { return 1.0f; }
 };
 
@@ -176,12 +174,11 @@ struct PartialMerge {
     template <typename T, i32 kBatch, typename States>
     MLA_DEVICE void take(const States& states, i32 first, i32 step) {
         f32 lses[kBatch];
-        u32 scales[kBatch];
         Octet<T> octets[kBatch][kOctets];
 #pragma unroll
         for (i32 i = 0; i < kBatch; ++i) {
             const i32 state = min_i32(first + i * step, states.count - 1);
-            lses[i] = states.lse_of(state, scales[i]);
+            lses[i] = states.lse_of(state);
 #pragma unroll
             for (i32 j = 0; j < kOctets; ++j)
                 octets[i][j].load(states.outs + state * states.out_stride + j * states.second, states.aligned);
@@ -206,10 +203,11 @@ struct PartialMerge {
                 const bool seen = lses[i] != minus_infinity();
                 const f32 weight = fast_exp2((lses[i] - reference) * kLog2e);
                 weights += weight;
+                const u32 scales = states.scales_of(first + i * step, lses[i]);
 #pragma unroll
                 for (i32 j = 0; j < kOctets; ++j) {
                     octets[i][j].keep_if(seen);
-                    octets[i][j].add_to(sums[j], weight * states.scale_of(scales[i], j));
+                    octets[i][j].add_to(sums[j], weight * states.scale_of(scales, j));
                 }
             }
         }

@@ -10,8 +10,8 @@ constexpr i32 kMergeStatesThreads = 256;
 
 // +inf is FlashMLA's lse of a row that has seen nothing; no row that has seen something can have it.
 struct ShardStates : RowStates {
-    MLA_DEVICE f32 lse_of(i32 state, u32& scales) const {
-        const f32 lse = RowStates::lse_of(state, scales);
+    MLA_DEVICE f32 lse_of(i32 state) const {
+        const f32 lse = RowStates::lse_of(state);
         return lse == -minus_infinity() ? minus_infinity() : lse;
     }
 };

@@ -7,7 +7,7 @@ namespace mla {
 // Strides in elements. T is the 16-bit type the kernel is compiled for.
 struct CombineParams {
     const void* partial_out;  // MLA_PARTIAL [slots, slot_rows, d_v], normalised
-    const f32* partial_lse;  // [slots, slot_rows], natural logarithm; -inf: nothing seen
+    const f32* partial_lse;  // [slots, kRowWords, slot_rows], natural logarithms, -inf: nothing seen; core/partial_format.h
     const i32* plan;         // core/plan_format.h
     u16* out;                // T [batch, seqlen_q, heads, d_v] or ragged [total_q, heads, d_v] (batch stride 0)
     i64 out_stride_batch, out_stride_seq, out_stride_head;

@@ -22,7 +22,7 @@ struct DecodeParams {
     f32* lse;  // [batch, heads, seqlen_q] or ragged [heads, total_q], natural logarithm
     i64 lse_stride_batch, lse_stride_seq, lse_stride_head;
     void* partial_out;  // Partial [slots, blocks_per_job * rows, D_v], normalised; decode/config.h has the type
-    f32* partial_lse;  // [slots, blocks_per_job * rows], natural logarithm
+    f32* partial_lse;  // [slots, kRowWords, blocks_per_job * rows], natural logarithms: core/partial_format.h
     i32* plan;         // core/plan_format.h; only its `claims` is written, and is 0 again at the end
     i32 num_parts;
     i32 blocks_per_job;

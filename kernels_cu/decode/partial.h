@@ -6,19 +6,9 @@
 
 namespace mla {
 
-// A bound on the magnitude of values: the largest of a few sums of magnitudes, which take half the time of a maximum.
-struct MagnitudeBound {
-    static constexpr u32 kSums = 2;  // independent of each other
-    f32 sums[kSums] = {};
-
-    MLA_DEVICE void add(u32 index, f32 value) { sums[index % kSums] += fabsf(value); }
-
-    // Of this thread. What is not a number counts as nothing: it is stored as it is.
-    MLA_DEVICE f32 get() const {
-        const f32 bound = fmaxf(sums[0], sums[1]);
-        return bound == bound ? bound : 0.0f;
-    }
-};
+// A bound on the magnitude of values by the sum of their magnitudes, which takes half the time of a maximum. What is not a
+// number asks for nothing: it is stored as it is.
+MLA_DEVICE f32 bound_of(f32 sum) { return sum == sum ? sum : 1.0f; }
 
 // The exponent of what the values of a warp, below these bounds, are divided by to be stored as fp16.
 MLA_DEVICE u32 choose_exponent(f32 bound) {
@@ -35,7 +25,7 @@ MLA_DEVICE f32 inverse_power(u32 exponent) { return power_of_exponent(2 * kExpon
 
 template <class Params>
 MLA_DEVICE u8* partial_exponents(const Params& params, const BlockWork& work, i32 row_in_block) {
-    return reinterpret_cast<u8*>(lse_row(params, work, row_in_block) + 1);
+    return reinterpret_cast<u8*>(lse_row(params, work, row_in_block) + slot_rows(params));
 }
 
 }  // namespace mla

@@ -53,11 +53,15 @@ MLA_DEVICE QueryRow query_row(const Params& params, const BlockWork& work, i32 r
     return row;
 }
 
+template <class Params>
+MLA_DEVICE i64 slot_rows(const Params& params) {
+    return static_cast<i64>(params.blocks_per_job) * kRows;
+}
+
 // A row of D_v elements in a partial slot, which holds values of type T.
 template <class T, class Params>
 MLA_DEVICE T* partial_row(const Params& params, const BlockWork& work, i32 row_in_block) {
-    const i64 slot_rows = static_cast<i64>(params.blocks_per_job) * kRows;
-    const i64 row = work.slot * slot_rows + block_in_job() * static_cast<i32>(kRows) + row_in_block;
+    const i64 row = work.slot * slot_rows(params) + block_in_job() * static_cast<i32>(kRows) + row_in_block;
     return static_cast<T*>(params.partial_out) + row * kLatent;
 }
 
@@ -73,9 +77,9 @@ MLA_DEVICE u16* output_row(const Params& params, const BlockWork& work, i32 row_
 template <class Params>
 MLA_DEVICE f32* lse_row(const Params& params, const BlockWork& work, i32 row_in_block) {
     if (work.is_partial()) {
-        const i64 slot_rows = static_cast<i64>(params.blocks_per_job) * kRows;
-        const i64 row = work.slot * slot_rows + block_in_job() * static_cast<i32>(kRows) + row_in_block;
-        return params.partial_lse + row * kLseWords;
+        const i64 first = work.slot * slot_rows(params) * kRowWords;
+        const i64 row = first + block_in_job() * static_cast<i32>(kRows) + row_in_block;
+        return params.partial_lse + row;
     }
     const RowPlace place = locate_row(params, work, row_in_block);
     return params.lse + work.request * params.lse_stride_batch + (work.q_begin + place.token) * params.lse_stride_seq +
@@ -86,6 +90,14 @@ MLA_DEVICE f32* lse_row(const Params& params, const BlockWork& work, i32 row_in_
 template <class Params>
 MLA_DEVICE f32 empty_lse(const Params& params, const BlockWork& work) {
     return work.is_partial() ? minus_infinity() : params.empty_lse;
+}
+
+// An lse as it is stored: of a partial result, it says whether the values are scaled (core/partial_format.h). -inf is left as
+// it is: its values count for nothing.
+MLA_DEVICE f32 mark_scaled(const BlockWork& work, f32 lse, bool is_scaled) {
+    if (!kPartialIsScaled || !work.is_partial() || lse == minus_infinity()) return lse;
+    const u32 bits = __float_as_uint(lse);
+    return __uint_as_float(is_scaled ? bits | kScaledBit : bits & ~kScaledBit);
 }
 
 // From a row's running maximum, in log2 units, and its sum of 2^(score - maximum).

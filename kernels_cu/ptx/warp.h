@@ -31,6 +31,8 @@ MLA_DEVICE void fence_async_proxy() { asm volatile("fence.proxy.async.shared::ct
 // Fixes a value's place in program order: it is computed before, and used only after, this point.
 template <class Word>
 MLA_DEVICE void pin_register(Word& value) { asm volatile("" : "+r"(value)::"memory"); }
+template <>
+MLA_DEVICE void pin_register(f32& value) { asm volatile("" : "+f"(value)::"memory"); }
 
 template <int Registers>
 MLA_DEVICE void registers_increase() {

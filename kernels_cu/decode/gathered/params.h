@@ -34,7 +34,7 @@ struct GatherParams {
     i64 max_logits_stride_token, max_logits_stride_head;
     const f32* attn_sink;  // [heads], natural logarithm; null: none. Partial results are left alone: the merge applies it
     void* partial_out;     // Partial [slots, blocks_per_job * rows, D_v], normalised
-    f32* partial_lse;      // [slots, blocks_per_job * rows], natural logarithm
+    f32* partial_lse;      // [slots, kRowWords, blocks_per_job * rows], natural logarithms: core/partial_format.h
     i32* plan;             // core/plan_format.h; only its `claims` is written, and is 0 again at the end
     u32 kv_stride_page, kv_stride_token;  // in 16 bytes
     u32 num_slots;       // num_pages * page_size

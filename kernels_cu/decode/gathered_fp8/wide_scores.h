@@ -266,7 +266,8 @@ private:
         for (int half = 0; half < 2; ++half) {
             const i32 row = first_row() + half * 8;
             if (!row_exists(work, row)) continue;
-            *lse_row(params_, work, row) = lse_of(params_, work, rows.maximum[half], rows.sum[half]);
+            const f32 lse = lse_of(params_, work, rows.maximum[half], rows.sum[half]);
+            *lse_row(params_, work, row) = mark_scaled(work, lse, true);  // as the wide kernel's scores warps do
             results.store(params_, work, row, half);
         }
     }

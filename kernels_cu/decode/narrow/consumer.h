@@ -2,6 +2,7 @@
 // swapped.h has the arithmetic.
 #pragma once
 #include "decode/masks.h"
+#include "decode/narrow/scaled_partial.h"
 #include "decode/narrow/smem.h"
 #include "decode/narrow/store.h"
 #include "decode/narrow/swapped.h"
@@ -190,22 +191,31 @@ private:
 #pragma unroll
         for (u32 i = 0; i < kThreadRows; ++i) inverse[i] = sum[i] == 0.0f ? 0.0f : 1.0f / sum[i];
         if (work.is_refined()) add_refinement(output);
-        rescale(inverse, output);
+        if (!kPartialIsScaled) rescale(inverse, output);
+        bool is_scaled = false;
         if (kPartialIsFloat && work.is_partial()) {
             store_float_partial(params_, work, warp_, lane_, output);
             barrier();  // all have read the sums of across_warps
         } else {
+            // At the barrier all of the output is staged; and all have read the sums of across_warps.
             const u32 staged = smem_ + NarrowSmem::query;
+            if constexpr (kPartialIsScaled) {
+                const u32 exponent = stage_normalised(work, staged, warp_, lane_, inverse, output);
+                is_scaled = named_barrier_or(kConsumerBarrier, kConsumerThreads, exponent != kExponentOfOne);
+                if (is_scaled && lane_ < kRows && row_exists(work, lane_))
+                    partial_exponents(params_, work, lane_)[warp_] = exponent;
+            } else {
 #pragma unroll
-            for (u32 box = 0; box < kLatentBoxes; ++box)
-                store_fragment_transposed<Output>(staged + box * kRowBoxBytes, warp_, lane_, output[box]);
-            barrier();  // all of the output is staged; and all have read the sums of across_warps
+                for (u32 box = 0; box < kLatentBoxes; ++box)
+                    store_fragment_transposed<Output>(staged + box * kRowBoxBytes, warp_, lane_, output[box]);
+                barrier();
+            }
             store_staged_output(params_, work, staged, thread_);
         }
 #pragma unroll
         for (u32 i = 0; i < kThreadRows; ++i) {
             if (i % kConsumerWarps != warp_ || lane_ >= 4) continue;  // all warps know all rows: each writes some
-            store_lse(params_, work, row_of_lane(lane_, i), lse_of(params_, work, rows.maximum[i], sum[i]));
+            store_lse(params_, work, row_of_lane(lane_, i), lse_of(params_, work, rows.maximum[i], sum[i]), is_scaled);
         }
     }
 

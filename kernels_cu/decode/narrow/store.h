@@ -97,8 +97,8 @@ MLA_DEVICE void store_staged_output(const Params& params, const BlockWork& work,
 }
 
 template <class Params>
-MLA_DEVICE void store_lse(const Params& params, const BlockWork& work, i32 row, float lse) {
-    if (row_exists(work, row)) *lse_row(params, work, row) = lse;
+MLA_DEVICE void store_lse(const Params& params, const BlockWork& work, i32 row, float lse, bool is_scaled = false) {
+    if (row_exists(work, row)) *lse_row(params, work, row) = mark_scaled(work, lse, is_scaled);
 }
 
 // Straight from the fragments into a float32 partial result: eight lanes write 32 bytes of a row.

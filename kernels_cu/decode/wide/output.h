@@ -86,10 +86,10 @@ public:
 private:
     // Divides by a power of two, if need be, so that fp16 holds the values; its exponent.
     static MLA_DEVICE u32 fit_half(float (&output)[kAccumulators]) {
-        MagnitudeBound bound;
+        f32 sums[2] = {};  // of this thread's rows
 #pragma unroll
-        for (u32 i = 0; i < kAccumulators; ++i) bound.add(i, output[i]);
-        const u32 exponent = choose_exponent(bound.get());
+        for (u32 i = 0; i < kAccumulators; ++i) sums[i / 2 % 2] += fabsf(output[i]);
+        const u32 exponent = choose_exponent(fmaxf(bound_of(sums[0]), bound_of(sums[1])));
         if (exponent != kExponentOfOne) {
 #pragma unroll
             for (u32 i = 0; i < kAccumulators; ++i) output[i] *= inverse_power(exponent);

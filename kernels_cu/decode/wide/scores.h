@@ -193,7 +193,8 @@ private:
         for (int half = 0; half < 2; ++half) {
             const i32 in_block = row_at(work, row + half * 8);
             if (!row_exists(work, in_block)) continue;
-            *lse_row(params_, work, in_block) = lse_of(params_, work, maximum[half], sum[half]);
+            // Only the values warps know whether: so there are always exponents, nearly always of 1.
+            *lse_row(params_, work, in_block) = mark_scaled(work, lse_of(params_, work, maximum[half], sum[half]), true);
             results.store(params_, work, in_block, half);
         }
     }
