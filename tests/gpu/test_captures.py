@@ -256,6 +256,8 @@ def test_what_cannot_be_captured_is_refused() -> None:
     paged = cupy_mla.PagedKVCache(num_pages=4, device="cuda")
     request = paged.allocate()
     rows = cupy.zeros((3, 576), np.uint16).view(DTYPES["bfloat16"])
+    stored, values = cupy.zeros((2, 64, 1, 656), np.uint8), cupy.zeros((2, 64, 1, 576), np.float16)
+    pages = cupy.arange(2, dtype=np.int32)
     refusals = []
 
     def work() -> None:
@@ -263,11 +265,13 @@ def test_what_cannot_be_captured_is_refused() -> None:
             lambda: paged.append([request], rows),
             lambda: paged.block_table([request]),
             lambda: cupy_mla.mla_decode(*arrays, validate=True),
+            lambda: cupy_mla.copy_pages(values, pages, pages, validate=True),
+            lambda: cupy_mla.quantise_cache(stored, values, pages=pages, validate=True),
         ):
             with pytest.raises(InvalidArgumentError) as caught:
                 attempt()
             refusals.append(caught.value)
 
     Graph(work, warm=False).replay()
-    assert [refusal.argument for refusal in refusals] == ["stream", "stream", "validate"]
+    assert [refusal.argument for refusal in refusals] == ["stream", "stream", *["validate"] * 3]
     assert paged.length(request) == 0
