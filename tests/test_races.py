@@ -1,0 +1,107 @@
+"""scripts/races.py without a GPU: what it would put under compute-sanitizer is what it says."""
+
+from __future__ import annotations
+
+import importlib.util
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+import pytest
+from fake_gpu import FakeArray, FakeGpu, fake_gpu
+
+from cupy_mla.kernels.choose import FAMILIES, GATHERED_FAMILIES
+from cupy_mla.kernels.family import DecodeFamily
+from cupy_mla.lab import trial
+from cupy_mla.lab.libraries import CupyLibrary
+
+SCRIPT = Path(__file__).resolve().parent.parent / "scripts" / "races.py"
+# Stands in for compute-sanitizer: what it prints and exits with goes by the unit that is named behind --work.
+SANITIZER = """#!/bin/sh
+case "$*" in
+*"--work narrow16 "*) sleep 1; echo "========= ERROR SUMMARY: 0 errors" ;;
+*"--work narrow32 "*) echo "========= Invalid read"; echo "========= ERROR SUMMARY: 3 errors" ;;
+*"--tool racecheck "*) echo "========= RACECHECK SUMMARY: 1 hazard displayed (0 errors, 1 warnings)" ;;
+*) echo "killed" >&2; exit 7 ;;
+esac
+"""
+
+
+@pytest.fixture(scope="module")
+def races() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("races", SCRIPT)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture
+def gpu(monkeypatch: pytest.MonkeyPatch) -> FakeGpu:
+    gpu = fake_gpu(monkeypatch)
+
+    def upload(array: np.ndarray) -> FakeArray:
+        return gpu.array(array.shape, str(array.dtype), tuple(step // array.itemsize for step in array.strides))
+
+    def first_tokens(array: FakeArray, place: Any) -> FakeArray:
+        assert place == (slice(None), 0)
+        shape, strides = array.shape, array.strides
+        return gpu.array((shape[0], *shape[2:]), array.dtype, (strides[0], *strides[2:]))
+
+    monkeypatch.setattr(trial, "_upload", upload)
+    monkeypatch.setattr(CupyLibrary, "upload", lambda library, array: upload(array))
+    monkeypatch.setattr(FakeArray, "__getitem__", first_tokens, raising=False)
+    return gpu
+
+
+@pytest.mark.parametrize("family", [*FAMILIES, *GATHERED_FAMILIES], ids=lambda family: family.name)
+def test_each_configuration_is_the_one_that_runs(races: ModuleType, gpu: FakeGpu, family: DecodeFamily) -> None:
+    """The script itself refuses another one."""
+    run = races.run_gathered if family in GATHERED_FAMILIES else races.run_dense
+    for config in races.distinct_configs(family):
+        run(config)
+        assert gpu.take()
+
+
+@pytest.mark.parametrize("family", FAMILIES, ids=lambda family: family.name)
+def test_so_it_is_for_shards(races: ModuleType, gpu: FakeGpu, family: DecodeFamily) -> None:
+    configs = list(races.sharded_configs(family))
+    assert any(config.sharded for config in configs)
+    for config in configs:
+        races.run_shard(config)
+        assert gpu.take()
+
+
+def test_another_configuration_is_refused(races: ModuleType, gpu: FakeGpu, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = next(races.typical_configs(FAMILIES[0]))
+    monkeypatch.setattr(races, "heads_of", lambda config, tokens: 1)  # which has float32 partial results
+    with pytest.raises(RuntimeError, match=r"was wanted, .*_float.* runs"):
+        races.run_dense(config)
+
+
+def test_pages_and_slots_of_every_layout_are_taken(races: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On the CPU, the same calls."""
+    monkeypatch.setattr(trial, "_upload", lambda array: array)
+    races.run_cache()
+    races.run_around()
+
+
+def test_each_result_is_printed_when_it_is_known_and_failures_are_counted(
+    races: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    sanitizer = tmp_path / "compute-sanitizer"
+    sanitizer.write_text(SANITIZER)
+    sanitizer.chmod(0o755)
+    monkeypatch.setattr(races.shutil, "which", lambda name: str(sanitizer))
+    monkeypatch.setattr(races, "compile_for", lambda units, every: None)
+    assert races.run_tools(("memcheck",), ["narrow16", "narrow32", "wide64"], False, 3) == 2
+    lines = capsys.readouterr().out.splitlines()
+    verdicts = [line.split(maxsplit=2)[1:] for line in lines if line.startswith("memcheck")]
+    assert verdicts[-1] == ["narrow16", "clean"]  # it takes longest, and was asked for first
+    assert sorted(verdicts[:-1]) == [["narrow32", "3 errors"], ["wide64", "did not run"]]
+    assert any("Invalid read" in line for line in lines)
+    assert any("killed" in line for line in lines)
+    assert races.run_tools(("racecheck",), ["wide64"], False, 1) == 0
+    assert capsys.readouterr().out.split() == ["racecheck", "wide64", "clean,", "1", "warnings"]
