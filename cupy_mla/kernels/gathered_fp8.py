@@ -27,15 +27,16 @@ if TYPE_CHECKING:
     from ..call.problem import DecodeProblem
     from ..call.sparse_problem import SparseProblem
 
-# Layouts that these kernels are compiled for, with their widths: whose tokens are rows, with their scales in them.
+# Layouts that these kernels are compiled for, with their widths.
 STANDARD_LAYOUTS: tuple[tuple[CacheLayout, int, int], ...] = (
     (FP8_DS_MLA, 512, 64),
     (FP8_DS_MLA_NO_ROPE, 512, 0),
     (FP8_E4M3, 512, 64),
+    (FP8_MODEL1, 512, 0),
+    (FP8_V41, 512, 0),
+    (FP4_V41, 512, 0),
 )
-ROW_LAYOUTS = tuple(layout for layout, _, _ in STANDARD_LAYOUTS)
-# The narrow one also where scales are elsewhere, or of fewer values than a thread has of them.
-_NARROW_LAYOUTS = (*STANDARD_LAYOUTS, (FP8_MODEL1, 512, 0), (FP8_V41, 512, 0), (FP4_V41, 512, 0))
+_LAYOUTS = tuple(layout for layout, _, _ in STANDARD_LAYOUTS)
 
 _ROLES = ("scores", "values", "loaders")  # a warpgroup each
 _MAX_ROPE_DIM = 128
@@ -64,12 +65,10 @@ def fp8_defines(family: DecodeFamily, config: KernelConfig) -> tuple[tuple[str, 
     return (*defines, ("MLA_EXTRA_CODEC", config.extra_layout.codec))
 
 
-def fp8_extra_configs(
-    family: DecodeFamily, layouts: tuple[tuple[CacheLayout, int, int], ...] = STANDARD_LAYOUTS
-) -> list[KernelConfig]:
+def fp8_extra_configs(family: DecodeFamily) -> list[KernelConfig]:
     """Standard configurations with a second cache: of the same layout, and of DeepSeek V4.1."""
-    pairs = [(layout, layout, latent, rope) for layout, latent, rope in layouts]
-    pairs += [(FP8_V41, FP4_V41, latent, rope) for layout, latent, rope in layouts if layout is FP8_V41]
+    pairs = [(layout, layout, latent, rope) for layout, latent, rope in STANDARD_LAYOUTS]
+    pairs += [(FP8_V41, FP4_V41, latent, rope) for layout, latent, rope in STANDARD_LAYOUTS if layout is FP8_V41]
     return [
         GatheredConfig(
             family, latent, rope, dtype, 1, causal=False, layout=layout, extra_page_size=1, extra_layout=extra_layout
@@ -80,7 +79,7 @@ def fp8_extra_configs(
 
 
 def why_no_codec(
-    problem: DecodeProblem | SparseProblem, layouts: tuple[CacheLayout, ...] = ROW_LAYOUTS
+    problem: DecodeProblem | SparseProblem, layouts: tuple[CacheLayout, ...] = _LAYOUTS
 ) -> str | None:
     """Why a kernel that reads rows through a codec cannot serve a problem; None when it can.
 
@@ -117,7 +116,7 @@ class GatheredFp8NarrowFamily(DecodeFamily):
         """Other layouts than those that have a codec; wider rope parts than registers hold Q of while it is loaded."""
         if problem.queries.rope_dim > _MAX_ROPE_DIM:
             return f"takes rope widths up to {_MAX_ROPE_DIM}, not {problem.queries.rope_dim}"
-        return why_no_codec(problem, tuple(layout for layout, _, _ in _NARROW_LAYOUTS))
+        return why_no_codec(problem)
 
     def roles(self, config: KernelConfig) -> tuple[Role, ...]:
         """Three warpgroups."""
@@ -171,11 +170,11 @@ class GatheredFp8NarrowFamily(DecodeFamily):
                 layout=layout,
             )
             for (planned, float_partials, page_size), (layout, latent, rope) in itertools.product(
-                _STANDARD_FORMS, _NARROW_LAYOUTS
+                _STANDARD_FORMS, STANDARD_LAYOUTS
             )
             for dtype in FP8_E4M3.query_dtypes
             if self.float_partials or not float_partials
-        ] + fp8_extra_configs(self, _NARROW_LAYOUTS)  # fmt: skip
+        ] + fp8_extra_configs(self)  # fmt: skip
 
 
 def _narrow(

@@ -16,7 +16,6 @@ from .family import (
     BOX_BYTES,
     BOX_COLUMNS,
     CLAIM_BYTES,
-    ELEMENT_BYTES,
     FLOAT_BYTES,
     ColumnParts,
     DecodeFamily,
@@ -31,17 +30,18 @@ if TYPE_CHECKING:
     from ..call.problem import DecodeProblem
     from ..call.sparse_problem import SparseProblem
 
-_ROLES = (
-    Role("scores", hopper.WARPGROUP_THREADS, 96),
-    Role("values", VALUES_WARPGROUPS * hopper.WARPGROUP_THREADS, 160),
-    Role("converters", hopper.WARPGROUP_THREADS, 96),
-)
+# Registers of a thread. All four warpgroups share what they have at entry, 128 each.
+_ENTRY_REGISTERS = 4 * 128
+_VALUES_REGISTERS = 160
+# Of the converters: of codes alone, and where they have more to do.
+_CONVERTERS_REGISTERS = {False: 96, True: 112}
 # A load of a warp is of one token; a stage has one rope box, which P replaces.
 _LATENT_DIM = 512
 _ROPE_DIMS = (0, BOX_COLUMNS)
 _STAGES = 2
 _SLABS = 4  # of a tile, which PV frees one by one
 _WARPS = 4  # of the converters
+_PIECE_STEP = 256  # columns between the two pieces that a lane has of a token
 _WORD_BYTES = 4
 
 
@@ -56,14 +56,19 @@ class GatheredFp8WideFamily(DecodeFamily):
             return f"takes a latent width of {_LATENT_DIM}, not {queries.latent_dim}"
         if queries.rope_dim not in _ROPE_DIMS:
             return f"takes rope widths of {_ROPE_DIMS}, not {queries.rope_dim}"
-        extra_layout = getattr(problem, "extra_layout", None)
-        if extra_layout not in (None, problem.layout):
-            return f"takes two caches of one layout, not {problem.layout.name} and {extra_layout.name}"
         return why_no_codec(problem)
 
     def roles(self, config: KernelConfig) -> tuple[Role, ...]:
         """One warpgroup for the scores, two for the values, one that converts tokens."""
-        return _ROLES
+        assert isinstance(config, GatheredConfig)
+        mixes = config.extra_layout not in (None, config.layout)
+        converters = _CONVERTERS_REGISTERS[mixes or _has_uncoded_values(config)]
+        scores = _ENTRY_REGISTERS - VALUES_WARPGROUPS * _VALUES_REGISTERS - converters
+        return (
+            Role("scores", hopper.WARPGROUP_THREADS, scores),
+            Role("values", VALUES_WARPGROUPS * hopper.WARPGROUP_THREADS, _VALUES_REGISTERS),
+            Role("converters", hopper.WARPGROUP_THREADS, converters),
+        )
 
     def scale_parts(self, latent_dim: int, dtype: str, rows: int, *, of_share: bool = False) -> ColumnParts | None:
         """As in the wide kernel."""
@@ -77,11 +82,13 @@ class GatheredFp8WideFamily(DecodeFamily):
         """The total of decode/gathered_fp8/wide_smem.h."""
         assert isinstance(config, GatheredConfig)
         latent_boxes, rope_boxes = config.latent_dim // BOX_COLUMNS, config.rope_dim // BOX_COLUMNS
-        layout = config.layout
-        scales = layout.coded // layout.block if isinstance(layout, BlockScaled) else 1  # of a token
-        boxes = _STAGES * (latent_boxes + 1) + latent_boxes + 2 * rope_boxes  # stages, Q, the rope part on its way
+        layouts = [layout for layout in (config.layout, config.extra_layout) if isinstance(layout, BlockScaled)]
+        scale_pairs = max((_PIECE_STEP // layout.block for layout in layouts), default=0)  # of a token
+        # What is not a code of the latent part goes through shared memory.
+        staged_boxes = rope_boxes + _has_uncoded_values(config)
+        boxes = _STAGES * (latent_boxes + 1) + latent_boxes + rope_boxes + staged_boxes  # stages, Q, what is on its way
         row_floats = 2 * _STAGES + 1  # factors and inverse sums, the scale of Q
-        token_bytes = _STAGES * FLOAT_BYTES + scales * ELEMENT_BYTES  # units, scales
+        token_bytes = _STAGES * FLOAT_BYTES + scale_pairs * _WORD_BYTES  # units, scales
         barriers = _STAGES * (2 + _SLABS)
         return (
             boxes * BOX_BYTES
@@ -103,6 +110,11 @@ class GatheredFp8WideFamily(DecodeFamily):
             for (page_size, planned), (layout, latent, rope) in itertools.product(STANDARD_PAGES, STANDARD_LAYOUTS)
             for dtype in FP8_E4M3.query_dtypes
         ] + fp8_extra_configs(self)
+
+
+def _has_uncoded_values(config: GatheredConfig) -> bool:
+    """Whether the last values of the latent part have no codes; of two caches that is the same."""
+    return isinstance(config.layout, BlockScaled) and config.layout.coded < config.latent_dim
 
 
 # From 1, 16 and 128 requests of 2048 tokens and 64 of 32768, with 64 and 128 heads; pieces as for the wide kernel.

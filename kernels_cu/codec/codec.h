@@ -3,7 +3,14 @@
 //   kHasScales        whether tokens have scales; else there is one of the whole cache, a parameter, and theirs are 1
 //   kScales           a token's scales, each of kCoded / kScales neighbouring coded values
 //   kRowBytes         bytes of a token that lie together, a multiple of 16: what one bulk copy brings
-//   kPageEndBytes     what more of it lies at the end of its page, behind the rows of all tokens: 0, or 8 with scales in e8m0
+//   kScalesOffset     where in a token's row its scales begin, kScaleBytes of them
+//   kPageEndBytes     what more of it lies at the end of its page, behind the rows of all tokens: 0, or 8 with scales in e8m0,
+//                     which are then there
+//   kNoScales         a word that stands for each of the stored scales of a token that there is not, and needs no care
+//   kNeedsUnits       whether fp16 does not hold what some scales make of codes
+//   scale             one of a token's scales as a number, where it needs units
+//   fp16_scales       scales i and i + n of a token in a pair of fp16, for i below n; whether fp16 operands hold what they make
+//                     of codes. A second scale that there is not is anything
 //   load_scales       those of its scales that a lane of four needs, given where in shared memory the row lies, or what is of the
 //                     page's end if anything is. A lane has 16 neighbouring columns of each box, which share a scale
 //   kLaneWords        words that these columns' codes take
@@ -12,6 +19,7 @@
 #include "codec/ds_mla.h"
 #include "codec/e4m3.h"
 #include "codec/e8m0.h"
+#include "codec/fp16_range.h"
 #include "codec/model1.h"
 #include "codec/v41.h"
 #include "decode/config.h"
@@ -41,14 +49,4 @@ constexpr u32 kLaneScales = C::kScales < kCodedBoxes ? C::kScales : kCodedBoxes;
 template <class C>
 constexpr u32 kScaleBoxes = kCodedBoxes / kLaneScales<C>;
 constexpr bool kUncodedIsValue = kCodedBoxes < kLatentBoxes;  // whether the uncoded values are of V, too
-constexpr f32 kLargestCode = 448.0f;
-
-// What fp16 operands hold of a block with such a scale: no value is too large, and none so small that bits are lost which
-// bf16 would keep of the block's largest. Not NaN.
-constexpr f32 kSmallestFp16Scale = 1.0f / 16384, kLargestFp16Scale = 146.0f;
-MLA_DEVICE bool fits_fp16(f32 scale) {
-    const f32 magnitude = fabsf(scale);
-    return (magnitude >= kSmallestFp16Scale && magnitude <= kLargestFp16Scale) || magnitude == 0.0f;
-}
-
 }  // namespace mla

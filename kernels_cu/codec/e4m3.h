@@ -6,6 +6,7 @@ namespace mla {
 
 // Of codecs of e4m3 values.
 struct E4m3Codes {
+    static constexpr bool kNeedsUnits = true;
     static constexpr u32 kLaneWords = 4;
 
     static MLA_DEVICE void pairs(const u32 (&words)[kLaneWords], u32 step, u32 (&pairs)[2]) {
@@ -21,6 +22,7 @@ struct E4m3Rows : E4m3Codes {
     static constexpr bool kHasScales = false;
     static constexpr u32 kScales = 1;
     static constexpr u32 kScalesOffset = 0;  // there are none
+    static constexpr u32 kScaleBytes = 0;
     static constexpr u32 kUncodedOffset = kCoded;
     static constexpr u32 kRowBytes = kCoded;
     static constexpr u32 kPageEndBytes = 0;

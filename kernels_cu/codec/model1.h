@@ -15,13 +15,23 @@ struct Model1 : E4m3Codes {
     static constexpr u32 kUncodedOffset = kCoded;
     static constexpr u32 kRowBytes = kUncodedOffset + kUncoded * 2;
     static constexpr u32 kPageEndBytes = 8;
+    static constexpr u32 kScalesOffset = kRowBytes;  // of no row: they are at the page's end
+    static constexpr u32 kScaleBytes = kPageEndBytes;
+    static constexpr u32 kNoScales = kE8m0Ones;
 
     // From a token's bytes of the page's end in shared memory.
     static MLA_DEVICE void load_scales(u32 page_end, u32, f32 (&scales)[kScales]) {
         u32 words[2];
         load_shared_words(page_end, words);
 #pragma unroll
-        for (u32 i = 0; i < kScales; ++i) scales[i] = e8m0_to_float(words[i / 4] >> i % 4 * 8 & 0xFF);
+        for (u32 i = 0; i < kScales; ++i) scales[i] = scale(words, i);
+    }
+
+    static MLA_DEVICE f32 scale(const u32 (&stored)[2], u32 i) { return e8m0_to_float(stored[i / 4] >> i % 4 * 8 & 0xFF); }
+
+    static MLA_DEVICE bool fp16_scales(const u32 (&stored)[2], u32 (&pairs)[4]) {
+        const u32 words[2] = {stored[0], __byte_perm(stored[1], kE8m0Ones, 0x4210)};  // the eighth byte has no meaning
+        return e8m0_fp16_scales(words, pairs);
     }
 };
 

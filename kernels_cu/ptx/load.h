@@ -5,17 +5,31 @@
 
 namespace mla {
 
-// 16 bytes; zeros, and no access, where `exists` is 0.
-MLA_DEVICE void load_global_16b(const void* source, u32 exists, u32 (&words)[4]) {
+// 8 bytes; where `exists` is 0 no access, and each word is `otherwise`.
+MLA_DEVICE void load_global_8b(const void* source, u32 exists, u32 (&words)[2], u32 otherwise) {
+    asm volatile(
+        "{\n"
+        ".reg .pred p;\n"
+        "setp.ne.u32 p, %3, 0;\n"
+        "mov.u32 %0, %4;\nmov.u32 %1, %4;\n"
+        "@p ld.global.v2.u32 {%0, %1}, [%2];\n"
+        "}\n"
+        : "=&r"(words[0]), "=&r"(words[1])
+        : "l"(source), "r"(exists), "r"(otherwise)
+        : "memory");
+}
+
+// The same of 16 bytes.
+MLA_DEVICE void load_global_16b(const void* source, u32 exists, u32 (&words)[4], u32 otherwise = 0) {
     asm volatile(
         "{\n"
         ".reg .pred p;\n"
         "setp.ne.u32 p, %5, 0;\n"
-        "mov.u32 %0, 0;\nmov.u32 %1, 0;\nmov.u32 %2, 0;\nmov.u32 %3, 0;\n"
+        "mov.u32 %0, %6;\nmov.u32 %1, %6;\nmov.u32 %2, %6;\nmov.u32 %3, %6;\n"
         "@p ld.global.v4.u32 {%0, %1, %2, %3}, [%4];\n"
         "}\n"
         : "=&r"(words[0]), "=&r"(words[1]), "=&r"(words[2]), "=&r"(words[3])
-        : "l"(source), "r"(exists)
+        : "l"(source), "r"(exists), "r"(otherwise)
         : "memory");
 }
 

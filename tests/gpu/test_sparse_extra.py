@@ -26,6 +26,8 @@ RUNS = 5
 KERNELS = tuple(family.name for family in GATHERED_FAMILIES)
 DENSE = SparseCase(batch=5, seqlen_q=2, rope_dim=0, num_pages=40, page_size=64, topk=300)
 FP8 = Fp8SparseCase(batch=5, seqlen_q=2, num_pages=40, page_size=64, topk=300)
+MODEL1 = replace(FP8, layout="fp8_model1", rope_dim=0)
+PAGE_SIZES = [(64, 64), (256, 2), (1, 61), (69, 1), (576, 64)]
 CODED = {layout.name: layout for layout in SPARSE_LAYOUTS if layout.codec}
 PAIRS = [
     (name, other)
@@ -44,7 +46,7 @@ def kernel(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> I
     yield from gpu.on_gathered_kernel(request.param, monkeypatch)
 
 
-@pytest.fixture(params=[DENSE, FP8], ids=["16 bits", "fp8"])
+@pytest.fixture(params=[DENSE, FP8, MODEL1], ids=["16 bits", "fp8", "fp8, scales at the page's end"])
 def main(request: pytest.FixtureRequest) -> SparseCase:
     return request.param
 
@@ -104,7 +106,8 @@ def test_lengths(main: SparseCase, heads: int, lengths: tuple[str | None, str | 
     run(ExtraCase.of(case, topk=500, lengths=lengths[1]))
 
 
-@pytest.mark.parametrize("page_sizes", [(64, 64), (256, 2), (1, 61), (69, 1), (576, 64)])
+@pytest.mark.parametrize("page_sizes", PAGE_SIZES)
+@pytest.mark.parametrize("main", [DENSE, FP8], ids=["16 bits", "fp8"])
 @pytest.mark.parametrize("gap", [0, 1], ids=["contiguous", "gaps between pages"])
 def test_page_sizes(main: SparseCase, page_sizes: tuple[int, int], gap: int) -> None:
     first, second = ({"page_size": size, "num_pages": max(1200 // size, 1)} for size in page_sizes)
@@ -117,6 +120,13 @@ def test_page_sizes(main: SparseCase, page_sizes: tuple[int, int], gap: int) -> 
         gpu.assign(larger[:, gap:], cache)
         given[name] = larger[:, gap:]
     check(case, build(case)[1], *mla_sparse_decode(**given))
+
+
+@pytest.mark.parametrize("page_sizes", PAGE_SIZES)
+@pytest.mark.parametrize("heads", [16, 64])
+def test_pages_that_end_with_scales(heads: int, page_sizes: tuple[int, int]) -> None:
+    first, second = ({"page_size": size, "num_pages": max(1200 // size, 1)} for size in page_sizes)
+    run(ExtraCase.of(replace(MODEL1, num_heads_q=heads, **first), **second))
 
 
 @pytest.mark.parametrize("invalid", [(0.0, 0.0), (1.0, 0.3), (0.3, 1.0), (1.0, 1.0)])
@@ -231,7 +241,7 @@ def test_flash_mla(main: SparseCase) -> None:
     width = case.main.latent_dim + case.main.rope_dim
     for _ in range(2):
         out, lse = flash_mla.flash_mla_with_kvcache(
-            given["q"], given["kv_cache"], None, None, 512, meta, None, width**-0.5, False, main is FP8,
+            given["q"], given["kv_cache"], None, None, 512, meta, None, width**-0.5, False, main is not DENSE,
             given["indices"], given["attn_sink"], given["extra_kv_cache"], given["extra_indices"],
             given["topk_length"], given["extra_topk_length"],
         )  # fmt: skip

@@ -91,7 +91,7 @@ private:
 #pragma unroll
         for (u32 half = 0; half < 2; ++half) {
             ranges[half] = range_of(scales[half]);
-            if constexpr (kUncodedIsValue) widen_by_uncoded(tokens, half, ranges[half]);
+            if constexpr (kUncodedIsValue) widen_by_share(tokens, half, ranges[half]);
         }
         if constexpr (kUncodedIsValue || C::kScales > kLaneScales<C>) agree(ranges);
 #pragma unroll
@@ -105,9 +105,9 @@ private:
         return tokens;
     }
 
-    // By a token's uncoded values that this lane has, where V has them, too: as if they were the largest code, times a scale.
+    // By a token's uncoded values that this lane has.
     template <class C>
-    MLA_DEVICE void widen_by_uncoded(const Tokens<C>& tokens, u32 half, ScaleRange& range) const {
+    MLA_DEVICE void widen_by_share(const Tokens<C>& tokens, u32 half, ScaleRange& range) const {
         u32 words[2][4];
         load_uncoded(tokens, half, words);
         u32 largest = 0;  // magnitudes as numbers of 16 bits, in which order a bf16 has them, too
@@ -115,9 +115,7 @@ private:
         for (u32 i = 0; i < 8; ++i) largest = max_u16_pairs(largest, words[i / 4][i % 4] & 0x7FFF7FFFu);
         f32 first, second;
         unpack2<Bf16>(largest, first, second);
-        const f32 scale = fmaxf(first, second) / kLargestCode;
-        range.fits &= scale <= kLargestFp16Scale;
-        range.largest = fmaxf(range.largest, scale);
+        widen_by_uncoded(range, fmaxf(first, second));
     }
 
     template <class C>

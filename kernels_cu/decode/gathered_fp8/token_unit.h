@@ -18,14 +18,23 @@ struct ScaleRange {
     f32 largest;
 };
 
+MLA_DEVICE void widen(ScaleRange& range, f32 scale) {
+    range.fits &= fits_fp16(scale);
+    range.largest = fmaxf(range.largest, fabsf(scale));
+}
+
+// By the largest of a token's uncoded values, where V has them, too: as if it were the largest code, times a scale.
+MLA_DEVICE void widen_by_uncoded(ScaleRange& range, f32 largest) {
+    const f32 scale = largest / kLargestCode;
+    range.fits &= scale <= kLargestFp16Scale;
+    range.largest = fmaxf(range.largest, scale);
+}
+
 template <u32 kCount>
 MLA_DEVICE ScaleRange range_of(const f32 (&scales)[kCount]) {
     ScaleRange range{true, 0.0f};
 #pragma unroll
-    for (u32 i = 0; i < kCount; ++i) {
-        range.fits &= fits_fp16(scales[i]);
-        range.largest = fmaxf(range.largest, fabsf(scales[i]));
-    }
+    for (u32 i = 0; i < kCount; ++i) widen(range, scales[i]);
     return range;
 }
 
@@ -44,22 +53,21 @@ MLA_DEVICE void agree(ScaleRange (&ranges)[2]) {
     }
 }
 
+constexpr i32 kFloatBias = 127, kFloatMantissaBits = 23;
+
+// Of a power of two as take_unit takes them.
+MLA_DEVICE f32 inverse_of_unit(f32 unit) { return __int_as_float((2 * kFloatBias << kFloatMantissaBits) - __float_as_int(unit)); }
+
 // The unit of a token: 1 where fp16 holds what its scales make of e4m3 values, else a power of two with which it does.
 // Returns its inverse. A scale that is NaN stays.
 MLA_DEVICE f32 take_unit(const ScaleRange& range, f32& unit) {
-    constexpr i32 kBias = 127, kMantissaBits = 23;
     constexpr i32 kRoom = 6;  // bits of the largest scale over the unit: 448 * 2^7 is an fp16
     constexpr i32 kLeast = -100, kMost = 113;  // exponents of units: P times them and their ratios are float32
     unit = 1.0f;
     if (range.fits || range.largest == 0.0f) return 1.0f;
-    const i32 exponent = clamp_i32((__float_as_int(range.largest) >> kMantissaBits) - kBias - kRoom, kLeast, kMost);
-    unit = __int_as_float((kBias + exponent) << kMantissaBits);
-    return __int_as_float((kBias - exponent) << kMantissaBits);
-}
-
-template <u32 kCount>
-MLA_DEVICE f32 take_unit(const f32 (&scales)[kCount], f32& unit) {
-    return take_unit(range_of(scales), unit);
+    const i32 exponent = clamp_i32((__float_as_int(range.largest) >> kFloatMantissaBits) - kFloatBias - kRoom, kLeast, kMost);
+    unit = __int_as_float((kFloatBias + exponent) << kFloatMantissaBits);
+    return inverse_of_unit(unit);
 }
 
 }  // namespace mla

@@ -1,5 +1,5 @@
 // Q of 64 rows for gathered FP8 tokens, in shared memory: a power of two is taken out of each row, so that fp16 holds it; boxes
-// that meet coded values are fp16, the others bf16.
+// that meet fp16 values are fp16, the others bf16.
 #pragma once
 #include "core/row_power.h"
 #include "decode/gathered/work.h"
@@ -47,7 +47,7 @@ public:
                 pin_register(words_[box][i]);  // or all of a row's values are kept from the search for the largest
                 f32 first, second;
                 unpack2<Bf16>(words_[box][i], first, second);
-                words[i] = box < kCodedBoxes ? pack2<Fp16>(first * inverse, second * inverse)
+                words[i] = box < kFp16Boxes ? pack2<Fp16>(first * inverse, second * inverse)
                                              : pack2<Bf16>(first * inverse, second * inverse);
             }
             store_shared_16b(smem + Smem::query + box * kBoxBytes + box_chunk_offset(row, chunk()),

@@ -85,7 +85,7 @@ private:
             const u64 q = query + descriptor_offset(box * kBoxBytes + in_box);
             const u64 k = box < kLatentBoxes ? latent + descriptor_offset(box * kSwizzleAtomBytes + in_box)
                                              : rope + descriptor_offset(in_box);
-            if (box < kCodedBoxes)
+            if (box < kFp16Boxes)
                 wgmma_ss<Operand, 0, 0>(scores, q, k, step > 0);
             else
                 wgmma_ss<Bf16, 0, 0>(scores, q, k, step > 0);
@@ -136,7 +136,8 @@ private:
 
     // Hides what is no token. Its values are zeros already.
     static MLA_DEVICE void hide(const Marks& marks, float (&scores)[kThreadScores]) {
-        const u32 shift = lane() % 2 * 2;
+        u32 shift = lane() % 2 * 2;
+        pin_register(shift);
 #pragma unroll
         for (int i = 0; i < 16; ++i) {
             const u32 block = i / 2;
@@ -262,9 +263,11 @@ private:
 
     MLA_DEVICE void store_results(const BlockWork& work, const Rows& rows, const SinkAndLargest& results) const {
         if (lane() % 4 != 0) return;
+        u32 first = first_row();
+        pin_register(first);  // or what comes of it is kept from the start, for which no registers are left
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
-            const i32 row = first_row() + half * 8;
+            const i32 row = first + half * 8;
             if (!row_exists(work, row)) continue;
             const f32 lse = lse_of(params_, work, rows.maximum[half], rows.sum[half]);
             *lse_row(params_, work, row) = mark_scaled(work, lse, true);  // as the wide kernel's scores warps do

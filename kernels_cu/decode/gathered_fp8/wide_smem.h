@@ -8,13 +8,13 @@ namespace mla {
 
 struct GatheredFp8WideSmem {
     static constexpr u32 row_bytes = kRows * sizeof(f32);  // a value of each row
-    static constexpr u32 scale_bytes = Codec::kScales * sizeof(u16);  // a token's, in fp16
+    static constexpr u32 scale_bytes = kMostScalePairs * sizeof(u32);  // a token's, in fp16
 
     static constexpr u32 stages = 0;
     static constexpr u32 query = stages + kStages * kStageBytes;      // [64 rows][64] boxes
-    static constexpr u32 rope = query + kTileBoxes * kBoxBytes;  // of tokens on their way
-    static constexpr u32 rope_bytes = kRopeBoxes * kTileTokens * kBoxRowBytes;
-    static constexpr u32 factors = rope + rope_bytes;    // by which O is rescaled before a stage's PV
+    static constexpr u32 staged = query + kTileBoxes * kBoxBytes;  // of tokens on their way
+    static constexpr u32 staged_bytes = kStagedBoxes * kTileTokens * kBoxRowBytes;
+    static constexpr u32 factors = staged + staged_bytes;  // by which O is rescaled before a stage's PV
     static constexpr u32 inverse_sums = factors + kStages * row_bytes;  // after an item's last tile, for its stage
     static constexpr u32 row_scales = inverse_sums + kStages * row_bytes;  // what turns a row's scores to log2 units
     static constexpr u32 units = row_scales + row_bytes;                   // of each stage's tokens
