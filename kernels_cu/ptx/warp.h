@@ -71,6 +71,17 @@ MLA_DEVICE void store_shared_16b(u32 address, uint4 value) {
                  : "memory");
 }
 
+MLA_DEVICE void store_shared_16b_if(bool condition, u32 address, uint4 value) {
+    asm volatile(
+        "{\n"
+        ".reg .pred p;\n"
+        "setp.ne.u32 p, %5, 0;\n"
+        "@p st.shared.v4.b32 [%0], {%1, %2, %3, %4};\n"
+        "}\n" ::"r"(address),
+        "r"(value.x), "r"(value.y), "r"(value.z), "r"(value.w), "r"(static_cast<u32>(condition))
+        : "memory");
+}
+
 MLA_DEVICE void store_shared_u8(u32 address, u32 value) {
     asm volatile("st.shared.u8 [%0], %1;" ::"r"(address), "r"(value) : "memory");
 }

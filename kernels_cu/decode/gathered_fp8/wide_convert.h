@@ -182,6 +182,8 @@ private:
             i32 slots[kSlabPairs];
 #pragma unroll
             for (u32 pair = 0; pair < kSlabPairs; ++pair) slots[pair] = slot_of(lane, slab * kSlabPairs + pair);
+            Staged staged;
+            if constexpr (kUncodedIsValue) staged = read_staged(slab, lane);
             mbarrier_wait(slab_empty(smem_, ring_.stage, slab), ring_.parity ^ 1);  // passes at once in the first lap
             if (slab == 0) announce(marks, unit);
 #pragma unroll
@@ -191,14 +193,14 @@ private:
                 __syncwarp();
                 load_pair(lane, pair, slots[in_slab]);
             }
-            if constexpr (kUncodedIsValue) convert_staged<C>(slab, lane, has_units, stage);
+            if constexpr (kUncodedIsValue) convert_staged<C>(staged, slab, lane, has_units, stage);
         }
         // With the last slab everything else of the stage is free, too.
         if constexpr (kStagedBoxes > 0 && !kUncodedIsValue) {
             copy_async_wait();
 #pragma unroll
             for (i32 pass = 0; pass < kStagedPasses; ++pass)
-                convert_staged<C>(pass, lane, has_units, stage);
+                convert_staged<C>(read_staged(pass, lane), pass, lane, has_units, stage);
         }
         mbarrier_arrive(tile_full(smem_, ring_.stage));
         ring_.advance();
@@ -223,7 +225,7 @@ private:
 
     // 16 coded values as fp16 to a chunk and its neighbour.
     template <class C>
-    static MLA_DEVICE void store_piece(u32 place, const u32 (&codes)[C::kLaneWords], u32 scale) {
+    static MLA_DEVICE void store_piece(bool exists, u32 place, const u32 (&codes)[C::kLaneWords], u32 scale) {
 #pragma unroll
         for (u32 half = 0; half < 2; ++half) {
             u32 words[2][2];
@@ -235,7 +237,7 @@ private:
                     words[i][1] = multiply_fp16_pairs(words[i][1], scale);
                 }
             }
-            store_shared_16b(place ^ half << 4, uint4{words[0][0], words[0][1], words[1][0], words[1][1]});
+            store_shared_16b_if(exists, place ^ half << 4, uint4{words[0][0], words[0][1], words[1][0], words[1][1]});
         }
     }
 
@@ -244,26 +246,36 @@ private:
     MLA_DEVICE void convert_pair(u32 lane, u32 pair, u32 scales, u32 place, u32 in_slab) {
         const u32 row = in_slab * kPairTokens;
 #pragma unroll
-        for (u32 j = 0; j < kLanePieces; ++j) {
-            if (has_piece(lane, j))
-                store_piece<C>((place ^ row << 4) + row * kBoxRowBytes + j * (kPieceStep / kBoxColumns) * kSwizzleAtomBytes,
-                               codes<C>(pair, j), pair_of_half(scales, j));
-        }
+        for (u32 j = 0; j < kLanePieces; ++j)
+            store_piece<C>(has_piece(lane, j),
+                           (place ^ row << 4) + row * kBoxRowBytes + j * (kPieceStep / kBoxColumns) * kSwizzleAtomBytes,
+                           codes<C>(pair, j), pair_of_half(scales, j));
+    }
+
+    // A lane's chunk of a pass, and the slot of what takes its place.
+    struct Staged {
+        u32 words[4];
+        i32 next_slot;
+    };
+
+    MLA_DEVICE Staged read_staged(i32 pass, u32 lane) const {
+        Staged staged;
+        load_shared_words(staged_chunk(smem_, warp_, lane, pass), staged.words);
+        staged.next_slot = staged_slot(lane, pass);
+        return staged;
     }
 
     // What went through shared memory, as V or behind it; and asks for the next tile's in its place.
     template <class C>
-    MLA_DEVICE void convert_staged(i32 pass, u32 lane, bool has_units, u32 stage_place) {
-        const i32 next = staged_slot(lane, pass);
+    MLA_DEVICE void convert_staged(Staged staged, i32 pass, u32 lane, bool has_units, u32 stage_place) {
+        u32(&words)[4] = staged.words;
         const u32 token = token_of(warp_, lane / kStagedLanes);
         const u32 row = kUncodedIsValue ? latent_row(token, kPieceBoxes) : kStageRope + token * kBoxRowBytes;
         const u32 slab = pass * kStagedTokens / kShareTokens * (kUncodedIsValue ? kSlabBytes : kSlabTokens * kBoxRowBytes);
         const u32 chunk = lane % kStagedLanes * (8 / kStagedLanes) ^ token % kAtomRows;
         const u32 place = stage_place + row + slab + (chunk << 4);
-        u32 words[4];
-        load_shared_words(staged_chunk(smem_, warp_, lane, pass), words);
         if constexpr (kStagesCodes) {
-            store_piece<C>(place, words, 0);
+            store_piece<C>(true, place, words, 0);
         } else {
             if (kUncodedIsValue || has_units) {
                 f32 inverse = 1.0f;
@@ -278,7 +290,7 @@ private:
             }
             store_shared_16b(place, uint4{words[0], words[1], words[2], words[3]});
         }
-        stage(lane, pass, next);
+        stage(lane, pass, staged.next_slot);
     }
 
     const GatherParams& params_;
