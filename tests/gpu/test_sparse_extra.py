@@ -150,6 +150,18 @@ def test_layouts(heads: int, layout: str, other: str) -> None:
     run(ExtraCase.of(case, layout=other, page_size=16, topk=200))
 
 
+def test_warps_that_are_in_tiles_of_two_layouts() -> None:
+    """A tile of each cache in turn, many times: some warp of a CTA is a tile ahead of another at times."""
+    main = replace(FP8, layout="fp8_v41", rope_dim=0, num_heads_q=64, batch=300, topk=64, num_pages=300)
+    case = ExtraCase.of(main, layout="fp4_v41", topk=64)
+    given = on_gpu(case)
+    first = [gpu.bits_of(result) for result in mla_sparse_decode(**given)]
+    check(case, build(case)[1], given["out"], given["lse"])
+    for _ in range(4 * RUNS):
+        for result, bits in zip(mla_sparse_decode(**given), first, strict=True):
+            np.testing.assert_array_equal(gpu.bits_of(result), bits)
+
+
 @pytest.mark.parametrize(("latent_dim", "rope_dim"), [(512, 64), (256, 64), (320, 128)])
 def test_widths(latent_dim: int, rope_dim: int) -> None:
     run(ExtraCase.of(replace(DENSE, latent_dim=latent_dim, rope_dim=rope_dim, dtype="float16", lengths="request")))

@@ -68,10 +68,12 @@ private:
         return reinterpret_cast<u32(&)[kStoredWords<C>]>(stored_);
     }
 
-    // Of the first or second token of each pair, the words of the scales `word` and `word` + kScalePairs.
+    // Of the first or second token of each pair, the words of the scales `word` and `word` + kScalePairs. A warp's share is where
+    // it is whatever the codec: another warp may still be in the tile before, of the other codec.
     template <class C>
     MLA_DEVICE u32 words_of_pairs(u32 half, u32 word) const {
-        return smem_ + Smem::scales + ((warp_ * kPairTokens + half) * kScalePairs<C> + word) * kPairs * sizeof(u32);
+        const u32 share = smem_ + Smem::scales + warp_ * kWarpTokens * Smem::scale_bytes;
+        return share + (half * kScalePairs<C> + word) * kPairs * sizeof(u32);
     }
 
     template <class C>
