@@ -192,15 +192,16 @@ def _narrow(
     )
 
 
-# Start and tile from 1, 16 and 128 requests of 2048 tokens; the rest as for 16-bit caches.
+# Times from 1 to 512 query tokens with 512 to 2048 tokens each, of V3.2's, V4's and V4.1's layouts; pieces as for 16-bit
+# caches.
 GATHERED_FP8_NARROW16 = _narrow(
     16,
     (144, 152, 40),
     CostModel(
-        start=6.5,
-        tile=1.7,
-        item=3.4,
-        merge=2.2,
+        start=6.0,
+        tile=1.9,
+        item=4.6,
+        merge=1.8,
         pieces=PieceCosts(piece_overhead=3 * TILE_COST // 2, split_overhead=3 * TILE_COST // 2),
     ),
     float_partials=True,
@@ -209,10 +210,10 @@ GATHERED_FP8_NARROW32 = _narrow(
     32,
     (208, 240, 56),
     CostModel(
-        start=8.5,
-        tile=1.9,
+        start=8.6,
+        tile=2.2,
         item=5.6,
-        merge=2.2,
+        merge=1.8,
         pieces=PieceCosts(piece_overhead=2 * TILE_COST, split_overhead=3 * TILE_COST),
     ),
     float_partials=False,

@@ -117,17 +117,17 @@ def _has_uncoded_values(config: GatheredConfig) -> bool:
     return isinstance(config.layout, BlockScaled) and config.layout.coded < config.latent_dim
 
 
-# From 1, 16 and 128 requests of 2048 tokens and 64 of 32768, with 64 and 128 heads; pieces as for the wide kernel.
+# From the same calls as the costs of the narrow kernels, with 64 and 128 heads; pieces as for the wide kernel.
 GATHERED_FP8_WIDE64 = GatheredFp8WideFamily(
     name="gathered_fp8_wide64",
     entry="decode/gathered_fp8/wide.cu",
     function="mla_gathered_fp8_wide",
     rows=64,
     cost=CostModel(
-        start=8.5,
-        tile=2.3,
-        item=5.0,
-        merge=5.5,
+        start=9.0,
+        tile=2.6,
+        item=8.4,
+        merge=3.1,
         pieces=PieceCosts(piece_overhead=4 * TILE_COST, split_overhead=5 * TILE_COST, packs=True),
     ),
     combine_threads=640,  # none fits beside it, as with the wide kernel
