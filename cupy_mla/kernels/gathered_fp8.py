@@ -192,8 +192,8 @@ def _narrow(
     )
 
 
-# Times from 1 to 512 query tokens with 512 to 2048 tokens each, of V3.2's, V4's and V4.1's layouts; pieces as for 16-bit
-# caches.
+# Times from 1 to 512 query tokens with 640 to 2048 tokens each, in the layouts of DeepSeek V3.2, V4 and V4.1; pieces as
+# for 16-bit caches.
 GATHERED_FP8_NARROW16 = _narrow(
     16,
     (144, 152, 40),
