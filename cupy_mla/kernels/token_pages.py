@@ -13,17 +13,11 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ..layouts import DENSE_LAYOUTS, FP8_DS_MLA, LAYOUTS
+from ..layouts import DENSE_LAYOUTS, FP8_DS_MLA, FP8_DS_MLA_NO_ROPE, LAYOUTS
 from ..layouts.block_scaled import BlockScaled
 from .family import STANDARD_DIMS, DecodeFamily, KernelConfig
 from .gathered import GATHERED_WIDE64, GatheredConfig, GatheredWideFamily
-from .gathered_fp8 import (
-    GATHERED_FP8_NARROW16,
-    GATHERED_FP8_NARROW32,
-    ROW_LAYOUTS,
-    GatheredFp8NarrowFamily,
-    why_no_codec,
-)
+from .gathered_fp8 import GATHERED_FP8_NARROW16, GATHERED_FP8_NARROW32, GatheredFp8NarrowFamily, why_no_codec
 from .gathered_fp8_wide import GATHERED_FP8_WIDE64, GatheredFp8WideFamily
 from .gathered_narrow import GATHERED_NARROW16, GATHERED_NARROW32, GatheredNarrowFamily
 from .structs import GATHER_PARAMS
@@ -36,6 +30,7 @@ _PAGE_SIZE = 1
 _ROW_PAGE_SIZES = (1, 64)  # the latter's block table has pages, not tokens
 _ROW_DTYPE = "bfloat16"
 _ROW_LAYOUTS = tuple(layout for layout in LAYOUTS.values() if isinstance(layout, BlockScaled))
+_WIDE_ROW_LAYOUTS: tuple[BlockScaled, ...] = (FP8_DS_MLA, FP8_DS_MLA_NO_ROPE)  # that were timed with 64 rows
 
 
 class _OfTokenPages(DecodeFamily):
@@ -140,8 +135,8 @@ class RowPagesWideFamily(RowPagesFamily, GatheredFp8WideFamily):
 
     @property
     def layouts(self) -> tuple[BlockScaled, ...]:
-        """Whose scales its converters find."""
-        return tuple(layout for layout in _ROW_LAYOUTS if layout in ROW_LAYOUTS)
+        """Fewer: those that were timed."""
+        return _WIDE_ROW_LAYOUTS
 
 
 @dataclass(frozen=True, slots=True)
@@ -154,16 +149,23 @@ def _why_not_token_pages(problem: DecodeProblem | SparseProblem) -> str | None:
     return None if page_size == _PAGE_SIZE else f"takes pages of {_PAGE_SIZE} token, not of {page_size}"
 
 
-def _values(family: DecodeFamily, name: str) -> dict[str, Any]:
-    return {field.name: getattr(family, field.name) for field in fields(family)} | {"name": name}
+def _values(family: DecodeFamily, name: str, **times: Any) -> dict[str, Any]:
+    """Of the family of gathered tokens, but for its name, and for times of its cost model."""
+    values = {field.name: getattr(family, field.name) for field in fields(family)}
+    return values | {"name": name, "cost": replace(family.cost, **times)}
 
 
 TOKEN_PAGES_NARROW16 = TokenPagesNarrowFamily(**_values(GATHERED_NARROW16, "token_pages16"))
 TOKEN_PAGES_NARROW32 = TokenPagesNarrowFamily(**_values(GATHERED_NARROW32, "token_pages32"))
 TOKEN_PAGES_WIDE64 = TokenPagesWideFamily(**_values(GATHERED_WIDE64, "token_pages64"))
-ROW_PAGES16 = RowPagesNarrowFamily(**_values(GATHERED_FP8_NARROW16, "row_pages16"))
-ROW_PAGES32 = RowPagesNarrowFamily(**_values(GATHERED_FP8_NARROW32, "row_pages32"))
-# From 128 x 8192, 16 x 4096, 64 x 256 and 1 x 4096 tokens with 64 and 128 heads.
+# Of narrow ones, from sparse calls of 1, 16 and 128 requests and 2048 tokens; of the wide one, from 128 x 8192, 16 x
+# 4096, 64 x 256 and 1 x 4096 tokens with 64 and 128 heads.
+ROW_PAGES16 = RowPagesNarrowFamily(
+    **_values(GATHERED_FP8_NARROW16, "row_pages16", start=6.5, tile=1.7, item=3.4, merge=2.2)
+)
+ROW_PAGES32 = RowPagesNarrowFamily(
+    **_values(GATHERED_FP8_NARROW32, "row_pages32", start=8.5, tile=1.9, item=5.6, merge=2.2)
+)
 ROW_PAGES64 = RowPagesWideFamily(
-    **_values(GATHERED_FP8_WIDE64, "row_pages64") | {"cost": replace(GATHERED_FP8_WIDE64.cost, start=11.0, tile=2.45)}
+    **_values(GATHERED_FP8_WIDE64, "row_pages64", start=11.0, tile=2.45, item=5.0, merge=5.5)
 )
