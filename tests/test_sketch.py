@@ -159,6 +159,17 @@ def test_pairs_have_two_addresses_each() -> None:
     assert sketch_pairs((third, (first, second))) is None
 
 
+def test_arrays_after_pairs_are_sketched() -> None:
+    """Also such as have no two parts."""
+    sketched = Sketches(pairs=1).sketch
+    whole, half = torch.zeros(1, 8), torch.zeros(1, 4)
+    for first, addresses in (((half, half), [half.data_ptr()] * 2), (whole, [whole.data_ptr(), 0])):
+        for _ in range(REPEATS):
+            found = sketched((first, half))
+            assert found is not None
+            assert found[0] == (*addresses, half.data_ptr())
+
+
 def test_types_of_other_values_count() -> None:
     tensor = torch.zeros(3)
     values = (1, 1.0, True, None, "1")
