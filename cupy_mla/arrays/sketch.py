@@ -159,7 +159,7 @@ class Sketcher:
         again = ""
         if guarded and tensors:
             values = f"({''.join(f'{name}, ' for name in numbers)})"
-            same = [check for name, check in checks.items() if name not in tensors]  # first, what a pair is: it is indexed
+            same = [check for name, check in checks.items() if name not in tensors]  # first: pairs are indexed
             same += [f"(same := repeated.same)[0]({', '.join(tensors)})"]  # of the same types, too
             same += [f"same[2] == {values}"] if numbers else []
             again = f"({addresses}, same[1]) if {' and '.join(same)} else "
