@@ -294,8 +294,11 @@ def run_dense(config: KernelConfig) -> None:
 
 def check_config(plan: Any, config: KernelConfig) -> None:
     """The configuration that is looked at is the one that runs."""
-    if plan.blueprint.config.source() != config.source():
-        raise RuntimeError(f"{config.name} was wanted, {plan.blueprint.config.name} runs")
+    runs = plan.blueprint.config
+    if config.two_scales:
+        runs = config.family.for_two_scales(runs)
+    if runs.source() != config.source():
+        raise RuntimeError(f"{config.name} was wanted, {runs.name} runs")
 
 
 def run_shard(config: KernelConfig) -> None:

@@ -35,7 +35,7 @@ from cupy_mla.arrays.view import ArrayView, Shared
 from cupy_mla.call.memo import forget
 from cupy_mla.call.options import AUTO, OPTIONS, PARTS, DecodeOptions
 from cupy_mla.call.problem import DecodeProblem
-from cupy_mla.decode import dense, jax_calls
+from cupy_mla.decode import blueprint, dense, jax_calls
 from cupy_mla.decode import prepared as decode_call
 from cupy_mla.decode.dense import run_decode
 from cupy_mla.decode.plan import plan_kind
@@ -546,6 +546,31 @@ def test_custom_call_of_a_compiled_program(gpu: FakeGpu, monkeypatch: pytest.Mon
     assert workspace.pointer <= params["partial_out"] < params["partial_lse"] < workspace.pointer + size
     with pytest.raises(InvalidArgumentError, match="platform"):
         jax_calls._run_decode(*attributes, *inputs, out, lse, Buffer((8,), "uint8"))
+
+
+@pytest.mark.parametrize(
+    ("kv_scale", "expected"),
+    [(0.3, None), ((0.3, 0.15), None), ((0.3, 0.2), "1"), ("one in an array", None), ("two in an array", "1")],
+    ids=str,
+)
+def test_layers_that_share_a_plan_may_have_one_scale_or_two(
+    gpu: FakeGpu, kv_scale: Any, expected: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if isinstance(kv_scale, str):
+        kv_scale = gpu.array((2,) if kv_scale.startswith("two") else (1,), "float32")
+    arrays = packed(gpu)
+    arrays["kv_cache"] = gpu.array((64, 64, 1, LATENT + ROPE), "float8_e4m3fn")
+    plan = plan_decode(**arrays, compute="exact", kv_scale=0.7)
+    sources = []
+
+    def load(source: Any, device_id: int) -> Any:
+        sources.append(source)
+        return gpu.load(source, device_id)
+
+    monkeypatch.setattr(blueprint, "load", load)
+    mla_decode(**arrays, compute="exact", kv_scale=kv_scale, plan=plan)
+    [decode] = [dict(source.defines) for source in sources if source.entry.startswith("decode/")]
+    assert decode.get("MLA_TWO_SCALES") == expected
 
 
 def test_a_plan_in_an_array_of_its_own(gpu: FakeGpu) -> None:

@@ -55,11 +55,12 @@ def fp8(call: DecodeProblem, compute: str = "auto") -> DecodeProblem:
 def test_two_scales_have_kernels_of_their_own_where_all_is_exact(rows: int) -> None:
     for compute, rope_dim, expected in (("exact", 64, True), ("exact", 0, False), ("split", 64, False)):
         family = next(f for f in FP8_FAMILIES if (f.rows, getattr(f, "compute", "")) == (rows, compute))
-        call = replace(fp8(problem(1, 1024, rows, rope_dim=rope_dim), compute), two_scales=True)
-        config = family.configure(call, rows)
+        plain = family.configure(fp8(problem(1, 1024, rows, rope_dim=rope_dim), compute), rows)
+        config = family.for_two_scales(plain)
+        assert not plain.two_scales
         assert (config.two_scales, config.name.endswith("_two_scales")) == (expected, expected)
         assert (("MLA_TWO_SCALES", "1") in config.source().defines) == expected
-        assert not family.configure(replace(call, two_scales=False), rows).two_scales
+        assert (config == plain) == (not expected)
 
 
 def name(config: KernelConfig) -> str:

@@ -24,7 +24,6 @@ from .arguments import (
     check_output,
     check_plan_view,
     check_rows,
-    has_rounding_ratio,
     is_number,
     is_pair_of_numbers,
     misaligned,
@@ -124,14 +123,12 @@ def describe_decode(
         _view_of(arrays, "cu_seqlens_q", stream),
         _view_of(arrays, "total_seqlens", stream),
         None if is_number(scale) or is_pair_of_numbers(scale) else _view_of(arrays, "kv_scale", stream),
-        has_rounding_ratio(scale),
         options,
     )
     q, kv = call.q, call.kv
     key = (
         *map(_layout_key, (*q, *kv, call.table, call.lengths)),
         *(None if array is None else _layout_key(array) for array in (call.starts, call.totals, call.kv_scale)),
-        call.two_scales,
         (len(q), len(kv), options.head_dim_v, options.causal, options.max_seqlen_q, options.compute, options.layout),
         (options.strict, options.cp_world, options.cp_rank, options.cp_interleave),
     )
@@ -178,7 +175,6 @@ class _Call:
     starts: ArrayView | None
     totals: ArrayView | None
     kv_scale: ArrayView | None
-    two_scales: bool
     options: DecodeOptions
 
     def arrays(self) -> list[tuple[str, ArrayView]]:
@@ -289,7 +285,7 @@ def _check(call: _Call) -> _Checked:
     if first_q.device == CUDA or call.options.strict:
         check_cuda_widths(queries)
         _check_page_size(page_size)
-    problem = DecodeProblem(queries, keys, layout, call.options.compute, call.two_scales)
+    problem = DecodeProblem(queries, keys, layout, call.options.compute)
     return _Checked(problem, q_latent, q_rope, kv_latent, kv_rope)
 
 

@@ -149,20 +149,17 @@ class DecodeProblem:
         How the cache stores a token.
     compute
         How products with an FP8 cache are computed, as in `cupy_mla.mla_decode`.
-    two_scales
-        Whether latent and rope part of the cache have a scale each, and the ratio of the two may be no power of two.
     """
 
     queries: Queries
     keys: PagedKeys
     layout: CacheLayout
     compute: str = "auto"
-    two_scales: bool = False
 
     def facts(self) -> dict[str, Any]:
         """Every field of the parts by its name, and the layout by its own."""
         parts = {**dataclasses.asdict(self.queries), **dataclasses.asdict(self.keys)}
-        return {**parts, "layout": self.layout.name, "compute": self.compute, "two_scales": self.two_scales}
+        return {**parts, "layout": self.layout.name, "compute": self.compute}
 
     def _repr_html_(self) -> str:
         """A table for notebooks."""

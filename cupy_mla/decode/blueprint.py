@@ -92,6 +92,11 @@ class Blueprint(Generic[P]):
         return load(self.config.source(), self.location[1])
 
     @functools.cached_property
+    def two_scales_kernel(self) -> LoadedKernel:
+        """The same for a cache whose parts have a scale each: layers that share a plan may differ in that."""
+        return load(self.config.family.for_two_scales(self.config).source(), self.location[1])
+
+    @functools.cached_property
     def combine_kernel(self) -> LoadedKernel | None:
         """The kernel that merges partial results; None when no schedule of this shape has any."""
         return load(self._combine_source, self.location[1]) if self.shape.max_merges > 0 else None

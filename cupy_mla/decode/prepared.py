@@ -17,7 +17,7 @@ import numpy.typing as npt
 from ..arrays.dtypes import ITEM_SIZES
 from ..arrays.frameworks import CUDA
 from ..arrays.view import ArrayView, contiguous_strides
-from ..call.arguments import KV_SCALE_DTYPE, PARTS_OF_A_TOKEN
+from ..call.arguments import KV_SCALE_DTYPE, PARTS_OF_A_TOKEN, has_rounding_ratio
 from ..call.memo import Memo
 from ..call.problem import DecodeInputs, DecodeProblem
 from ..gpu.launch import Launch, is_capturing
@@ -148,8 +148,9 @@ class DecodeCall:
         self.params = params
         self._words = params.view(np.uint64).data
         self._flags = params.view(np.int32).data
+        has_two_scales = strides.rope_scale > 0 or has_rounding_ratio(kv_scales)
         self._decode = Launch(
-            kind.decode_kernel,
+            kind.two_scales_kernel if has_two_scales else kind.decode_kernel,
             (shape.blocks_per_job, shape.num_parts, 1),
             (config.threads, 1, 1),
             config.shared_memory,

@@ -95,6 +95,12 @@ class DecodeFamily(ABC):
     def shared_memory(self, config: KernelConfig) -> int:
         """Bytes of dynamic shared memory of a CTA."""
 
+    def for_two_scales(self, config: KernelConfig) -> KernelConfig:
+        """What serves calls of the same plan whose cache has a scale for each part, if their ratio may be no power of
+        two.
+        """
+        return config
+
     def source(self, config: KernelConfig) -> KernelSource:
         """What the run-time compiler is given for a configuration."""
         return KernelSource(self.entry, self.function, self.defines(config))

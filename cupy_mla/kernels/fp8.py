@@ -103,10 +103,9 @@ class Fp8Family(DecodeFamily):
         """Never: probabilities are fp16."""
         return False
 
-    def configure(self, problem: DecodeProblem, rows: int) -> KernelConfig:
-        """As of every family; where all is exact, two scales have kernels of their own."""
-        two_scales = self.compute == EXACT and problem.two_scales and problem.queries.rope_dim > 0
-        return replace(DecodeFamily.configure(self, problem, rows), two_scales=two_scales)
+    def for_two_scales(self, config: KernelConfig) -> KernelConfig:
+        """Where all is exact, two scales have kernels of their own."""
+        return replace(config, two_scales=self.compute == EXACT and config.rope_dim > 0)
 
     def defines(self, config: KernelConfig) -> tuple[tuple[str, str], ...]:
         """The macros of decode/config.h and decode/fp8/schedule.h."""
