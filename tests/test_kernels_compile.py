@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import re
 from collections.abc import Iterator, Mapping
 from concurrent.futures import Future, ProcessPoolExecutor
 from dataclasses import replace
@@ -163,3 +164,26 @@ def test_every_kernel_file_is_compiled() -> None:
     """A kernel file that nothing here names would be compiled by nobody before a user's GPU does."""
     files = {path.relative_to(kernels_root()).as_posix() for path in kernels_root().rglob("*.cu")}
     assert files == {source.entry for source in SOURCES.values()}
+
+
+@needs_nvrtc
+@pytest.mark.parametrize("name", [name for name, source in SOURCES.items() if source.entry.startswith("combine/")])
+def test_the_compiler_has_no_say_in_the_roundings_of_a_merge(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No product and sum become an fma by its choice, which was another for one octet a lane than for two, and how many
+    there are depends on the batch.
+    """
+    read, options = compiler._read, compiler.compile_options
+    monkeypatch.setattr(compiler, "_read", lambda *given: read(*given[:2], "PTX" if given[2] == "CUBIN" else given[2]))
+
+    def ptx(may_fuse: bool) -> str:
+        option = f"--fmad={str(may_fuse).lower()}"
+        monkeypatch.setattr(compiler, "compile_options", lambda source: (*options(source), option))
+        return compiler.compile_source(SOURCES[name]).cubin.decode()
+
+    fused = ptx(True)
+    assert "fma.rn.f32" in fused
+    assert fused.replace(".rn", "") == ptx(False).replace(".rn", "")
+    products = set(re.findall(r"mul\.f32\s+(%f\d+),", fused))  # what the assembler may still fuse
+    terms = set(re.findall(r"%f\d+", " ".join(re.findall(r"(?:add|sub)\.f32\s+%f\d+, ([^;]+);", fused))))
+    assert products
+    assert not products & terms

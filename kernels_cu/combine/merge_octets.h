@@ -2,7 +2,8 @@
 // One warp merges some columns of one row, without shared memory. Its lanes form groups, a power of two of them; group g
 // reads states g, g + groups, ... and each lane of a group eight columns (an octet), or twice eight where rows are many.
 // Groups meet in a butterfly at the end.
-// The order of every sum follows from the number of states alone: results depend neither on the grid nor on the batch.
+// The order of every sum follows from the number of states alone: results depend neither on the grid nor on the batch. What is
+// rounded by itself and what in an fma is said here, too: left to the compiler, it differed between one and two octets a lane.
 #pragma once
 #include "core/hopper.h"
 #include "core/quad.h"
@@ -99,8 +100,8 @@ struct Octet {
         for (i32 i = 0; i < kOctet; i += 2) {
             f32 first, second;
             get_pair(i, first, second);
-            sums[i] += weight * first;
-            sums[i + 1] += weight * second;
+            sums[i] = fmaf(weight, first, sums[i]);
+            sums[i + 1] = fmaf(weight, second, sums[i + 1]);
         }
     }
 
@@ -160,11 +161,11 @@ struct PartialMerge {
 
     MLA_DEVICE void rebase(f32 new_largest) {
         const f32 keep = fast_exp2((largest - reference_of(new_largest)) * kLog2e);
-        weights *= keep;
+        weights = __fmul_rn(weights, keep);
 #pragma unroll
         for (i32 j = 0; j < kOctets; ++j) {
 #pragma unroll
-            for (i32 i = 0; i < kOctet; ++i) sums[j][i] *= keep;
+            for (i32 i = 0; i < kOctet; ++i) sums[j][i] = __fmul_rn(sums[j][i], keep);
         }
         largest = new_largest;
     }
@@ -260,7 +261,7 @@ MLA_DEVICE f32 merge_octets(const States& states, i32 lane, LaneGroups groups, O
 #pragma unroll
         for (i32 i = 0; i < kOctet; i += 2) merged[j].set_pair(i, merge.sums[j][i] * scale, merge.sums[j][i + 1] * scale);
     }
-    return merge.weights == 0.0f ? minus_infinity() : merge.largest + fast_log2(merge.weights) * kLn2;
+    return merge.weights == 0.0f ? minus_infinity() : fmaf(fast_log2(merge.weights), kLn2, merge.largest);
 }
 
 // How rows are cut into chunks of columns, one warp each: as narrow as lets every warp do with one chunk.
