@@ -153,6 +153,7 @@ def test_bench_times_what_one_machine_shows() -> None:
         (["check", "--context-parallel", "two"], "'two' is not a valid integer"),
         (["bench", "--context-parallel", "2", "--peer", "torch"], "--peer: expected nothing beside --context-parallel"),
         (["bench", "--context-parallel", "2", "--json", "x.json"], "--json: expected nothing beside"),
+        (["bench", "--context-parallel", "3"], "share out 16 heads equally, got 3"),
         (["bench", "--context-parallel", "2", "--topk", "64"], "dense decoding of requests that are alike"),
         (["bench", "--context-parallel", "2", "--batch", "2", "--trace", "1"], "requests that are alike"),
     ],

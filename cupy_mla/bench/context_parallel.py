@@ -101,6 +101,7 @@ def size_of(case: BenchCase) -> CallSize:
 def model_rows(case: BenchCase, worlds: Sequence[int]) -> Iterator[ShardedRow]:
     """A case by the model alone, which needs no GPU."""
     size = size_of(case)
+    _require_heads(case, worlds)
     whole = model_times(size, 1).total
     for world in worlds:
         times = model_times(size, world, case.page_size)
