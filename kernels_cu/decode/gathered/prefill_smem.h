@@ -2,6 +2,7 @@
 #pragma once
 #include "decode/claim.h"
 #include "decode/gathered/prefill_schedule.h"
+#include "decode/ring.h"
 #include "ptx/mbarrier.h"
 
 namespace mla {
@@ -55,16 +56,6 @@ MLA_DEVICE void initialise_barriers(u32 smem) {
     mbarrier_init_fence();
 }
 
-// Position in the ring of stages; every role walks the same sequence of tiles.
-struct RingPosition {
-    u32 stage = 0;
-    u32 parity = 0;
-    MLA_DEVICE void advance() {
-        if (++stage == kStages) {
-            stage = 0;
-            parity ^= 1;
-        }
-    }
-};
+using RingPosition = RingOf<kStages>;
 
 }  // namespace mla

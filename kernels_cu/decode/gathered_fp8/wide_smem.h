@@ -2,6 +2,7 @@
 #pragma once
 #include "decode/claim.h"
 #include "decode/gathered_fp8/wide_schedule.h"
+#include "decode/ring.h"
 #include "ptx/mbarrier.h"
 
 namespace mla {
@@ -56,15 +57,6 @@ MLA_DEVICE void initialise_barriers(u32 smem) {
     mbarrier_init_fence();
 }
 
-// Position in the ring of stages; every role walks the same sequence of tiles.
-struct RingPosition {
-    u32 stage = 0;
-    u32 parity = 0;
-    MLA_DEVICE void advance() {
-        parity ^= stage;
-        stage ^= 1;
-    }
-};
-static_assert(kStages == 2, "RingPosition counts to two");
+using RingPosition = RingOf<kStages>;
 
 }  // namespace mla

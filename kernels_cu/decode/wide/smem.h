@@ -1,6 +1,7 @@
 // Shared memory of the wide kernel. cupy_mla/kernels adds up the same sizes and passes the total.
 #pragma once
 #include "decode/claim.h"
+#include "decode/ring.h"
 #include "decode/wide/query.h"
 #include "decode/wide/schedule.h"
 #include "decode/wide/tile.h"
@@ -53,16 +54,6 @@ MLA_DEVICE void initialise_barriers(u32 smem, u32 tile_arrivals) {
     mbarrier_init_fence();
 }
 
-// Position in the ring of stages; every role walks the same sequence of tiles.
-struct RingPosition {
-    u32 stage = 0;
-    u32 parity = 0;
-    MLA_DEVICE void advance() {
-        if (++stage == kStages) {
-            stage = 0;
-            parity ^= 1;
-        }
-    }
-};
+using RingPosition = RingOf<kStages>;
 
 }  // namespace mla
