@@ -1,8 +1,9 @@
-"""scripts/races.py without a GPU: what it would put under compute-sanitizer is what it says."""
+"""scripts/races.py and race_units.py without a GPU: what would be put under compute-sanitizer is what is said."""
 
 from __future__ import annotations
 
-import importlib.util
+import importlib
+from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -16,7 +17,7 @@ from cupy_mla.kernels.family import DecodeFamily
 from cupy_mla.lab import trial
 from cupy_mla.lab.libraries import CupyLibrary
 
-SCRIPT = Path(__file__).resolve().parent.parent / "scripts" / "races.py"
+SCRIPTS = Path(__file__).resolve().parent.parent / "scripts"
 # Stands in for compute-sanitizer: what it prints and exits with goes by the unit that is named behind --work.
 SANITIZER = """#!/bin/sh
 case "$*" in
@@ -28,14 +29,21 @@ esac
 """
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="module", autouse=True)
+def _scripts() -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(SCRIPTS)
+        yield
+
+
+@pytest.fixture
 def races() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("races", SCRIPT)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return importlib.import_module("races")
+
+
+@pytest.fixture
+def units() -> ModuleType:
+    return importlib.import_module("race_units")
 
 
 @pytest.fixture
@@ -57,35 +65,35 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> FakeGpu:
 
 
 @pytest.mark.parametrize("family", [*FAMILIES, *GATHERED_FAMILIES], ids=lambda family: family.name)
-def test_each_configuration_is_the_one_that_runs(races: ModuleType, gpu: FakeGpu, family: DecodeFamily) -> None:
+def test_each_configuration_is_the_one_that_runs(units: ModuleType, gpu: FakeGpu, family: DecodeFamily) -> None:
     """The script itself refuses another one."""
-    run = races.run_gathered if family in GATHERED_FAMILIES else races.run_dense
-    for config in races.distinct_configs(family):
+    run = units.run_gathered if family in GATHERED_FAMILIES else units.run_dense
+    for config in units.distinct_configs(family):
         run(config)
         assert gpu.take()
 
 
 @pytest.mark.parametrize("family", FAMILIES, ids=lambda family: family.name)
-def test_so_it_is_for_shards(races: ModuleType, gpu: FakeGpu, family: DecodeFamily) -> None:
-    configs = list(races.sharded_configs(family))
+def test_so_it_is_for_shards(units: ModuleType, gpu: FakeGpu, family: DecodeFamily) -> None:
+    configs = list(units.sharded_configs(family))
     assert any(config.sharded for config in configs)
     for config in configs:
-        races.run_shard(config)
+        units.run_shard(config)
         assert gpu.take()
 
 
-def test_another_configuration_is_refused(races: ModuleType, gpu: FakeGpu, monkeypatch: pytest.MonkeyPatch) -> None:
-    config = next(races.typical_configs(FAMILIES[0]))
-    monkeypatch.setattr(races, "heads_of", lambda config, tokens: 1)  # which has float32 partial results
+def test_another_configuration_is_refused(units: ModuleType, gpu: FakeGpu, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = next(units.typical_configs(FAMILIES[0]))
+    monkeypatch.setattr(units, "heads_of", lambda config, tokens: 1)  # which has float32 partial results
     with pytest.raises(RuntimeError, match=r"was wanted, .*_float.* runs"):
-        races.run_dense(config)
+        units.run_dense(config)
 
 
-def test_pages_and_slots_of_every_layout_are_taken(races: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_pages_and_slots_of_every_layout_are_taken(units: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
     """On the CPU, the same calls."""
     monkeypatch.setattr(trial, "_upload", lambda array: array)
-    races.run_cache()
-    races.run_around()
+    units.run_cache()
+    units.run_around()
 
 
 def test_each_result_is_printed_when_it_is_known_and_failures_are_counted(

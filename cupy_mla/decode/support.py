@@ -218,5 +218,5 @@ def _cache(sizes: dict[str, int], layout: CacheLayout, page_size: int) -> ArrayV
 def _array(dtype: str, *shape: int) -> ArrayView:
     """One that is nowhere: as aligned as any, and so are its rows."""
     alignment = PLAN_ALIGNMENT if len(shape) == CACHE_RANK else 1
-    rows = (*shape[:-1], -(-shape[-1] // alignment) * alignment)
+    rows = (*shape[:-1], ceil_div(shape[-1], alignment) * alignment)
     return ArrayView(PLAN_ALIGNMENT, shape, contiguous_strides(rows), dtype, CUDA, 0, None)
