@@ -48,7 +48,6 @@ _WIDE_LATENT_DIM = 256
 _PREFILL_REGISTERS = {True: (168, 160, 24), False: (168, 128, 88)}
 _MAX_REGISTER_STEPS = 27  # of Q
 _STEP_COLUMNS = 16
-_FACTORS = 2  # sets of them
 _LOADER_WARPS = 4
 _LOADER_STATE_BYTES = 32
 _VALID_BYTES = TILE_TOKENS // 8  # a bit for each token
@@ -160,15 +159,15 @@ class GatheredWideFamily(WideFamily):
         """The total of decode/wide/smem.h, or of decode/gathered/prefill_smem.h."""
         if not _is_latent_prefill(config):
             return WideFamily.shared_memory(self, config)
-        boxes = STAGES * config.latent_dim // BOX_COLUMNS + 1  # tiles, P
+        boxes = STAGES * (config.latent_dim // BOX_COLUMNS + 1)  # a tile, P
         shared_steps = max(config.latent_dim // _STEP_COLUMNS - _MAX_REGISTER_STEPS, 0)
         return (
             boxes * BOX_BYTES
             + shared_steps * self.rows * _STEP_COLUMNS * ELEMENT_BYTES
-            + _FACTORS * self.rows * FLOAT_BYTES
+            + STAGES * self.rows * FLOAT_BYTES
             + _LOADER_WARPS * _LOADER_STATE_BYTES
             + STAGES * _VALID_BYTES
-            + (2 * STAGES + 2) * BARRIER_BYTES
+            + 3 * STAGES * BARRIER_BYTES
             + CLAIM_BYTES
         )
 

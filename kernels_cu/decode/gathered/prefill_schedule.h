@@ -18,7 +18,6 @@ constexpr int kLoadersRegisters = kLatent > 256 ? 24 : 88;
 static_assert(kScoresRegisters + kValueWarpgroups * kValuesRegisters + kLoadersRegisters == 512, "no more than there are");
 
 constexpr u32 kStages = 3;  // of tiles in shared memory
-constexpr u32 kLatentStageBytes = kLatentBoxes * kBoxBytes;
 
 // K is walked in k16 steps. As many steps of Q as the registers hold stay there for the whole item; the rest lies in shared memory.
 constexpr u32 kBoxSteps = kBoxRowBytes / kStepBytes;

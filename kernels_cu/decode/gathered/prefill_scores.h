@@ -78,6 +78,7 @@ private:
                                 words[0], words[1], words[2], words[3]);
             }
         }
+        mbarrier_arrive(probabilities_full(smem_, ring_.stage));  // the stage's lap ends here
         __syncwarp();
         if (lane() < kTileReleases / kWarpgroupWarps) mbarrier_arrive(tile_empty(smem_, ring_.stage));
         ring_.advance();
@@ -174,7 +175,7 @@ private:
     }
 
     MLA_DEVICE u32 factor_address() const {
-        return smem_ + WideSmem::factors + (parity_ * kRows + first_row()) * sizeof(f32);
+        return smem_ + WideSmem::factors + (ring_.stage * kRows + first_row()) * sizeof(f32);
     }
 
     MLA_DEVICE void store_factors(const float (&factors)[2]) const {
@@ -204,29 +205,22 @@ private:
 
     // P of the tile at ring_.
     MLA_DEVICE void store_probabilities(bool is_refined, const float (&probabilities)[kThreadScores]) {
-        u32 packed[4][4];
+        const u32 box = stage_address(smem_, ring_.stage) + kProbabilities;
+        const u32 matrix_row = warp() * 16 + lane() % 16;
+        const u32 matrix_chunk = lane() / 16;
 #pragma unroll
         for (int pair = 0; pair < 4; ++pair) {  // 16 columns: chunks 2 * pair and 2 * pair + 1
-            u32(&words)[4] = packed[pair];
+            u32 words[4];
 #pragma unroll
             for (int j = 0; j < 2; ++j) {
                 const float* p = probabilities + (pair * 2 + j) * 4;
                 words[j * 2] = pack2<Operand>(p[0], p[1]);
                 words[j * 2 + 1] =
                     is_refined ? rest2<Operand>(words[j * 2], p[0], p[1]) : pack2<Operand>(p[2], p[3]);
-                pin_register(words[j * 2]);
-                pin_register(words[j * 2 + 1]);
             }
+            store_matrix_x4(box + box_chunk_offset(matrix_row, pair * 2 + matrix_chunk), words[0], words[1], words[2],
+                            words[3]);
         }
-        mbarrier_wait(smem_ + WideSmem::probabilities_empty, parity_ ^ 1);  // passes at once for the first tile
-        parity_ ^= 1;
-        const u32 box = smem_ + WideSmem::probabilities;
-        const u32 matrix_row = warp() * 16 + lane() % 16;
-        const u32 matrix_chunk = lane() / 16;
-#pragma unroll
-        for (int pair = 0; pair < 4; ++pair)
-            store_matrix_x4(box + box_chunk_offset(matrix_row, pair * 2 + matrix_chunk), packed[pair][0], packed[pair][1],
-                            packed[pair][2], packed[pair][3]);
     }
 
     // Lets wgmma see P. Gathered tiles too are written by threads, and wgmma sees them only past a proxy fence: if the next one has
@@ -237,8 +231,11 @@ private:
         __syncwarp();
     }
 
-    // A tile's P is released while the next tile is being multiplied. Every lane releases what it wrote itself.
-    MLA_DEVICE void release_probabilities() { mbarrier_arrive(smem_ + WideSmem::probabilities_full); }
+    // Of the tile before ring_'s: a tile's P is released while the next tile is being multiplied. Every lane releases what it wrote
+    // itself.
+    MLA_DEVICE void release_probabilities() {
+        mbarrier_arrive(probabilities_full(smem_, ring_.stage == 0 ? kStages - 1 : ring_.stage - 1));
+    }
 
     MLA_DEVICE void store_results(const BlockWork& work, u32 row, const float (&maximum)[2], const float (&sum)[2],
                                   Results& results) {
@@ -256,7 +253,6 @@ private:
     const GatherParams& params_;
     u32 smem_;
     RingPosition ring_;
-    u32 parity_ = 0;                // of P
     bool tile_is_visible_ = false;  // the one at ring_, to wgmma
 };
 

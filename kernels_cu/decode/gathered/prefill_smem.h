@@ -20,22 +20,21 @@ MLA_DEVICE u32 q_step_chunk_offset(u32 row, u32 chunk) {
 
 struct WideSmem {
     static constexpr u32 stages = 0;
-    static constexpr u32 probabilities = stages + kStages * kLatentStageBytes;
-    static constexpr u32 q_steps = probabilities + kBoxBytes;
-    static constexpr u32 factors = q_steps + kSharedSteps * kQStepBytes;  // rescale factor of each row, for every other P
-    static constexpr u32 loader = factors + 2 * kRows * sizeof(f32);
+    static constexpr u32 q_steps = stages + kStages * kStageBytes;
+    // Rescale factor of each row, written with P; one set a stage, so that a stage's release also releases it.
+    static constexpr u32 factors = q_steps + kSharedSteps * kQStepBytes;
+    static constexpr u32 loader = factors + kStages * kRows * sizeof(f32);
     static constexpr u32 valid = loader + kLoaderWarps * kLoaderStateBytes;
     static constexpr u32 tile_full = valid + kStages * kValidBytes;
     static constexpr u32 tile_empty = tile_full + kStages * sizeof(u64);
     static constexpr u32 probabilities_full = tile_empty + kStages * sizeof(u64);
-    static constexpr u32 probabilities_empty = probabilities_full + sizeof(u64);
-    static constexpr u32 claim = probabilities_empty + sizeof(u64);  // what Items keeps
+    static constexpr u32 claim = probabilities_full + kStages * sizeof(u64);  // what Items keeps
     static constexpr u32 total = claim + kClaimBytes;
 };
 static_assert(WideSmem::total <= kMaxSharedBytes, "this kernel's shared memory does not fit");
 static_assert(WideSmem::total == MLA_SHARED_BYTES, "cupy_mla/kernels adds up other sizes");
 
-MLA_DEVICE u32 stage_address(u32 smem, u32 stage) { return smem + WideSmem::stages + stage * kLatentStageBytes; }
+MLA_DEVICE u32 stage_address(u32 smem, u32 stage) { return smem + WideSmem::stages + stage * kStageBytes; }
 // Who arrives, who waits:
 // A tile, or an item's queries, and bits of its tokens: every loader thread's copies, and lane 0 of each loader warp; scores.
 MLA_DEVICE u32 tile_full(u32 smem, u32 stage) { return smem + WideSmem::tile_full + stage * sizeof(u64); }
@@ -43,16 +42,16 @@ constexpr u32 kTileArrivals = kLoaderWarps * (kWarpThreads + 1);
 // One lane of each values warp; from a stage with queries the scores warps, as often; loaders.
 MLA_DEVICE u32 tile_empty(u32 smem, u32 stage) { return smem + WideSmem::tile_empty + stage * sizeof(u64); }
 constexpr u32 kTileReleases = kValueWarpgroups * kWarpgroupWarps;
-// probabilities_full: every scores thread; values. probabilities_empty: one lane of each values warp; scores.
+// Every scores thread, once its share of P and of the factors is written; values.
+MLA_DEVICE u32 probabilities_full(u32 smem, u32 stage) { return smem + WideSmem::probabilities_full + stage * sizeof(u64); }
 
 // One thread.
 MLA_DEVICE void initialise_barriers(u32 smem) {
     for (u32 stage = 0; stage < kStages; ++stage) {
         mbarrier_init(tile_full(smem, stage), kTileArrivals);
         mbarrier_init(tile_empty(smem, stage), kTileReleases);
+        mbarrier_init(probabilities_full(smem, stage), kWarpgroupThreads);
     }
-    mbarrier_init(smem + WideSmem::probabilities_full, kWarpgroupThreads);
-    mbarrier_init(smem + WideSmem::probabilities_empty, kTileReleases);
     mbarrier_init_fence();
 }
 

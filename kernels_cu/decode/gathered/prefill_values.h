@@ -25,16 +25,12 @@ public:
 #pragma unroll
         for (u32 i = 0; i < kAccumulators; ++i) output[i] = 0.0f;
         for (; tiles > 0; --tiles) {
-            mbarrier_wait(smem_ + WideSmem::probabilities_full, parity_);
+            mbarrier_wait(probabilities_full(smem_, ring_.stage), ring_.parity);
             rescale(output);
             multiply(output);
             if (kRefines && tiles == 1 && is_refined()) Out::add_refinement(output);
             __syncwarp();
-            parity_ ^= 1;
-            if (Out::lane() == 0) {
-                mbarrier_arrive(smem_ + WideSmem::probabilities_empty);
-                mbarrier_arrive(tile_empty(smem_, ring_.stage));
-            }
+            if (Out::lane() == 0) mbarrier_arrive(tile_empty(smem_, ring_.stage));
             ring_.advance();
         }
         Out::store(params_, item, output);
@@ -43,7 +39,7 @@ public:
 private:
     // Of this thread's two rows. The sign of the second says whether the block is refined (decode/wide/softmax.h).
     MLA_DEVICE u32 factors() const {
-        return smem_ + WideSmem::factors + (parity_ * kRows + Out::warp() * 16 + Out::lane() / 4) * sizeof(f32);
+        return smem_ + WideSmem::factors + (ring_.stage * kRows + Out::warp() * 16 + Out::lane() / 4) * sizeof(f32);
     }
     MLA_DEVICE bool is_refined() const { return __float_as_int(load_shared_f32(factors() + 8 * sizeof(f32))) < 0; }
 
@@ -56,9 +52,9 @@ private:
     }
 
     MLA_DEVICE void multiply(float (&output)[kAccumulators]) {
-        const u64 p = descriptor_at(kBoxKMajor, smem_ + WideSmem::probabilities);
-        const u64 v = descriptor_at(kLatentNMajor,
-                                    stage_address(smem_, ring_.stage) + Out::first_column() / kBoxColumns * kSwizzleAtomBytes);
+        const u32 stage = stage_address(smem_, ring_.stage);
+        const u64 p = descriptor_at(kBoxKMajor, stage + kProbabilities);
+        const u64 v = descriptor_at(kLatentNMajor, stage + Out::first_column() / kBoxColumns * kSwizzleAtomBytes);
         constexpr u32 kStepTokens = 16;
         wgmma_pin(output);
         wgmma_fence();
@@ -81,7 +77,6 @@ private:
     const GatherParams& params_;
     u32 smem_;
     RingPosition ring_;
-    u32 parity_ = 0;  // of P
 };
 
 }  // namespace mla
