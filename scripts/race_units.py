@@ -6,6 +6,7 @@ import itertools
 from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
+from unittest import mock
 
 import numpy as np
 
@@ -22,10 +23,12 @@ from cupy_mla import (
     quantise_cache,
     slots_of,
 )
+from cupy_mla.call.memo import forget
+from cupy_mla.kernels import choose
 from cupy_mla.kernels.choose import FAMILIES, GATHERED_FAMILIES
 from cupy_mla.kernels.family import DecodeFamily, KernelConfig
 from cupy_mla.kernels.fp8 import Fp8Family
-from cupy_mla.kernels.gathered import GatheredConfig
+from cupy_mla.kernels.gathered import NO_EXTRA, GatheredConfig
 from cupy_mla.kernels.token_pages import RowPagesFamily
 from cupy_mla.lab.libraries import CUPY
 from cupy_mla.lab.trial import Settings, Trial
@@ -81,6 +84,13 @@ def sharded_configs(family: DecodeFamily) -> Iterator[KernelConfig]:
         of_shard = replace(config, sharded=config.causal, scale_parts=parts)
         if of_shard != config:
             yield of_shard
+
+
+def prefill_config(config: GatheredConfig) -> GatheredConfig:
+    """What the same family has for a prefill: without a plan, a second cache, partial results."""
+    return replace(
+        config, planned=False, float_partials=False, scale_parts=None, extra_page_size=NO_EXTRA, extra_layout=None
+    )
 
 
 def is_typical(config: KernelConfig) -> bool:
@@ -217,8 +227,15 @@ def run_gathered(config: KernelConfig) -> None:
         check_config(plan, config)
         for _ in range(2):
             mla_sparse_decode(*arrays, **options, plan=plan)
+    run_prefill(config.family, arrays, options)
+
+
+def run_prefill(family: DecodeFamily, arrays: list[Any], options: dict[str, Any], **others: Any) -> None:
+    """By this family, which so small a problem would not be given to, or was another's before."""
     q, cache, indices = arrays
-    mla_sparse_prefill(q[:, 0], cache, indices[:, 0], **without(options, "extra"))
+    forget()
+    with mock.patch.object(choose, "GATHERED_FAMILIES", (family,)):
+        mla_sparse_prefill(q[:, 0], cache, indices[:, 0], **without(options, "extra"), **others)
 
 
 def run_around() -> None:
@@ -280,4 +297,4 @@ def run_hazards() -> None:
             q, cache, indices, **without(options, "attn_sink"), kernel=family.name, validate=False
         )
         mla_sparse_decode(q, cache, CUPY.upload(bad), **options, plan=plan, validate=False)
-        mla_sparse_prefill(q[:, 0], cache, CUPY.upload(bad)[:, 0], **options, validate=False)
+        run_prefill(family, [q, cache, CUPY.upload(bad)], options, validate=False)

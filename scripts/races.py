@@ -33,7 +33,7 @@ from race_units import (
     distinct_configs,
     family_of,
     gathered_arrays,
-    is_typical,
+    prefill_config,
     run_unit,
     sharded_configs,
     typical_configs,
@@ -157,16 +157,12 @@ def shares_of(unit: str, every: bool) -> list[tuple[int, int]]:
 def compile_for(units: list[str], every: bool) -> None:
     """What the units run, in all processes that there is room for: under a tool it would be one after the other."""
     families = [family for family in (*FAMILIES, *GATHERED_FAMILIES) if family.name in units or HAZARDS in units]
-    sharded = itertools.chain.from_iterable(map(sharded_configs, FAMILIES if SHARDS in units else ()))
-    decode = {config.name: config for config in standard_configs()}
-    wanted = {
-        name for name, config in decode.items() if config.family in families and (every or is_typical(config))
-    }
-    kernels = [kernel for kernel in all_kernels() if kernel.name in wanted or kernel.name not in decode]
-    typical = itertools.chain.from_iterable(map(typical_configs, families))
-    kernels += [
-        NamedKernel(config.name, config.source()) for config in (*typical, *sharded) if config.name not in decode
-    ]
+    configs = list(itertools.chain.from_iterable(map(distinct_configs if every else typical_configs, families)))
+    configs += [prefill_config(config) for config in configs if config.family in GATHERED_FAMILIES]
+    configs += itertools.chain.from_iterable(map(sharded_configs, FAMILIES if SHARDS in units else ()))
+    decode = {config.name for config in standard_configs()}
+    kernels = [kernel for kernel in all_kernels() if kernel.name not in decode]
+    kernels += {config.name: NamedKernel(config.name, config.source()) for config in configs}.values()
     for _ in compile_all(kernels, os.cpu_count() or 1):
         pass  # a kernel that does not compile fails where it is used
 

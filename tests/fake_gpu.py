@@ -79,9 +79,10 @@ class FakeArray:
 
 @dataclass
 class Launched:
-    """One launch: the kernel's kind, its arguments as the driver sees them, geometry and stream."""
+    """One launch: the kernel's kind and source, its arguments as the driver sees them, geometry and stream."""
 
     kernel: str
+    source: KernelSource
     arguments: tuple[np.ndarray, ...]
     grid: tuple[int, int, int]
     stream: int
@@ -97,7 +98,7 @@ class FakeGpu:
     allocated: list[FakeArray] = field(default_factory=list)
     next_address: int = BASE
     maps_encoded: int = 0
-    kernels: dict[int, str] = field(default_factory=dict)
+    kernels: dict[int, tuple[str, KernelSource]] = field(default_factory=dict)
     capturing: bool = False
     pause: float | None = None  # seconds that the driver lets other threads run before it reads the arguments
 
@@ -113,13 +114,13 @@ class FakeGpu:
     def load(self, source: KernelSource, device_id: int) -> Any:
         kind = next(kind for kind in ARGUMENTS if kind in source.function)
         handle = len(self.kernels) + 1
-        self.kernels[handle] = kind
+        self.kernels[handle] = kind, source
         return SimpleNamespace(handle=handle, device_id=device_id, source=source)
 
     def launch(self, config: Any, function: int, pointers: int, extra: int) -> tuple[int]:
         if self.pause is not None:
             time.sleep(self.pause)
-        kind = self.kernels[function]
+        kind, source = self.kernels[function]
         addresses = np.frombuffer(ctypes.string_at(pointers, 8 * len(ARGUMENTS[kind])), np.uint64)
         arguments = tuple(
             np.frombuffer(ctypes.string_at(int(address), np.dtype(dtype).itemsize), dtype)
@@ -132,6 +133,7 @@ class FakeGpu:
         self.launches.append(
             Launched(
                 kind,
+                source,
                 arguments,
                 grid,
                 config.hStream,

@@ -13,6 +13,7 @@ from fake_gpu import FakeGpu, fake_device, fake_gpu
 from cupy_mla import DriverError
 from cupy_mla.call.memo import forget
 from cupy_mla.gpu import driver
+from cupy_mla.gpu.jit.source import KernelSource
 from cupy_mla.gpu.launch import Launch
 from cupy_mla.kernels.structs import DECODE_PARAMS
 from cupy_mla.kernels.tensor_maps import TENSOR_MAP
@@ -23,7 +24,7 @@ INVALID_VALUE, INVALID_CONTEXT = 1, 201
 @pytest.fixture
 def gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeGpu]:
     gpu = fake_gpu(monkeypatch)
-    gpu.kernels[1] = "decode"
+    gpu.kernels[1] = "decode", KernelSource("decode.cu", "mla_decode", ())
     yield gpu
     monkeypatch.undo()
     forget()

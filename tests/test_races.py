@@ -70,7 +70,9 @@ def test_each_configuration_is_the_one_that_runs(units: ModuleType, gpu: FakeGpu
     run = units.run_gathered if family in GATHERED_FAMILIES else units.run_dense
     for config in units.distinct_configs(family):
         run(config)
-        assert gpu.take()
+        *_, last = gpu.take()
+        if family in GATHERED_FAMILIES:
+            assert last.source == units.prefill_config(config).source()  # not that of another family
 
 
 @pytest.mark.parametrize("family", FAMILIES, ids=lambda family: family.name)
