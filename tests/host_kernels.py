@@ -114,6 +114,11 @@ def run_merge_states(tag: str, params: np.ndarray, grid: int, block: int = MERGE
     library(tag).host_merge_states(_address(params), grid, block)
 
 
+def run_local_slots(params: np.ndarray, grid: int, block: int, reverse: bool = False) -> None:
+    """mla_local_slots, its threads in either order."""
+    library().host_local_slots(_address(params), grid, block, ctypes.c_bool(reverse))
+
+
 def run_slots(params: np.ndarray, grid: int, block: int) -> None:
     """mla_slots."""
     library().host_slots(_address(params), grid, block)

@@ -130,6 +130,7 @@ def test_arrays_may_hold_anything(values: list[int], fixed: bool) -> None:
         "MERGE_ITEM",
         "PLAN_PARAMS",
         "SLOTS_PARAMS",
+        "LOCAL_SLOTS_PARAMS",
         "DECODE_PARAMS",
         "FP8_PARAMS",
         "GATHER_PARAMS",

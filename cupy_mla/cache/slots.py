@@ -17,7 +17,7 @@ from ..gpu.device import require_backend
 from ..kernels.slots import SLOTS_SOURCE, slots_blocks, slots_geometry
 from ..kernels.structs import SLOTS_PARAMS
 
-_NO_TOKEN = -1
+NO_TOKEN = -1
 _MAX_SLOT = 2**31 - 1
 _MAX_BLOCKS = 2**31 - 1
 
@@ -70,7 +70,7 @@ def slots_of(
     table = view(block_table, "block_table", stream)
     rows = None if requests is None else view(requests, "requests", stream)
     page_size = as_integer(page_size, "page_size")
-    _check(tokens, table, rows, page_size)
+    check_tokens(tokens, table, rows, page_size)
     given = None if out is None else view(out, "out", stream)
     if given is not None:
         check_output(given, "out", tokens.shape, INDEX_DTYPE, tokens.location)
@@ -80,7 +80,7 @@ def slots_of(
     if 0 in tokens.shape:
         return result if out is not None else finish(token_indices, result, stream)
     if not on_gpu:
-        as_numpy(result)[...] = _slots_numpy(tokens, table, rows, page_size)
+        as_numpy(result)[...] = slots_reference(as_numpy(tokens).astype(np.int64), table, rows, page_size)
     else:
         stream = current_stream(token_indices, tokens.device_id) if stream is None else stream
         _slots_cuda(tokens, table, rows, page_size, view(result, "out", stream), stream)
@@ -88,7 +88,14 @@ def slots_of(
     return result if out is not None else finish(token_indices, result, stream)
 
 
-def _check(tokens: ArrayView, table: ArrayView, rows: ArrayView | None, page_size: int) -> None:
+def check_tokens(tokens: ArrayView, table: ArrayView, rows: ArrayView | None, page_size: int) -> None:
+    """Refuse arguments of `slots_of` that do not fit each other.
+
+    Raises
+    ------
+    InvalidArgumentError
+        An array has a wrong rank, shape, type, device, stride or alignment, or the page size is below 1.
+    """
     if tokens.ndim == 0:
         raise InvalidArgumentError("token_indices", "1 dimension or more [n, ...]", "0")
     if table.ndim != 2 or (0 in table.shape and 0 not in tokens.shape):
@@ -124,16 +131,16 @@ def _check_contiguous(array: ArrayView, name: str) -> None:
         raise InvalidArgumentError(name, "a contiguous array", f"strides {array.strides}")
 
 
-def _slots_numpy(tokens: ArrayView, table: ArrayView, rows: ArrayView | None, page_size: int) -> np.ndarray:
-    """As the kernel does it."""
-    pages, numbers = as_numpy(table), as_numpy(tokens).astype(np.int64)
-    requests = np.arange(tokens.shape[0]) if rows is None else as_numpy(rows).astype(np.int64)
-    requests = np.broadcast_to(requests.reshape(-1, *[1] * (tokens.ndim - 1)), tokens.shape)
+def slots_reference(numbers: np.ndarray, table: ArrayView, rows: ArrayView | None, page_size: int) -> np.ndarray:
+    """As the kernel does it, of int64 token numbers."""
+    pages = as_numpy(table)
+    requests = np.arange(numbers.shape[0]) if rows is None else as_numpy(rows).astype(np.int64)
+    requests = np.broadcast_to(requests.reshape(-1, *[1] * (numbers.ndim - 1)), numbers.shape)
     page_index = numbers // page_size
     there = (numbers >= 0) & (page_index < pages.shape[1]) & (requests >= 0) & (requests < pages.shape[0])
     page = pages[np.where(there, requests, 0), np.where(there, page_index, 0)].astype(np.int64)
     slots = page * page_size + numbers % page_size
-    return np.where(there & (page >= 0) & (slots <= _MAX_SLOT), slots, _NO_TOKEN).astype(np.int32)
+    return np.where(there & (page >= 0) & (slots <= _MAX_SLOT), slots, NO_TOKEN).astype(np.int32)
 
 
 def _slots_cuda(

@@ -1,4 +1,4 @@
-"""The kernel that finds the slots of token numbers."""
+"""The kernels that find the slots of token numbers."""
 
 from __future__ import annotations
 
@@ -8,6 +8,9 @@ from ..schedule.pieces import ceil_div
 
 SLOTS_SOURCE = KernelSource(entry="cache/slots.cu", function="mla_slots")
 SLOTS_THREADS = 256
+LOCAL_SLOTS_SOURCE = KernelSource(entry="cache/local_slots.cu", function="mla_local_slots")
+LOCAL_SLOTS_THREADS = 256
+_INT_BYTES = 4
 
 
 def slots_blocks(row_tokens: int) -> int:
@@ -18,3 +21,8 @@ def slots_blocks(row_tokens: int) -> int:
 def slots_geometry(num_rows: int, row_tokens: int) -> Geometry:
     """How mla_slots is launched."""
     return Geometry((num_rows * slots_blocks(row_tokens), 1, 1), (SLOTS_THREADS, 1, 1))
+
+
+def local_slots_geometry(num_rows: int) -> Geometry:
+    """How mla_local_slots is launched."""
+    return Geometry((num_rows, 1, 1), (LOCAL_SLOTS_THREADS, 1, 1), 2 * LOCAL_SLOTS_THREADS * _INT_BYTES)

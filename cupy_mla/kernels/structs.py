@@ -3,8 +3,9 @@
 DecodeParams is in kernels_cu/decode/params.h, Fp8Params in decode/fp8/params.h, GatherParams in
 decode/gathered/params.h, PlanParams in plan/params.h, the parameters of merges in combine/params.h, the records of a
 plan in core/plan_format.h, AppendParams in cache/append.cu, its parts in cache/places.h, BlocksParams in
-cache/blocks.h, CopyPagesParams in cache/copy_pages.cu, SlotsParams in cache/slots.cu; tests compare the two sides.
-Strides are in elements unless said, those of segments, of scales and of copied pages in bytes.
+cache/blocks.h, CopyPagesParams in cache/copy_pages.cu, SlotsParams in cache/slots.h, LocalSlotsParams in
+cache/local_slots.cu; tests compare the two sides. Strides are in elements unless said, those of segments, of scales and
+of copied pages in bytes.
 """
 
 from __future__ import annotations
@@ -285,6 +286,16 @@ SLOTS_PARAMS = np.dtype(
         ("page_size", np.int32),
         ("num_requests", np.int32),
         ("max_pages_per_seq", np.int32),
+    ]
+)
+
+assert SLOTS_PARAMS.fields is not None
+LOCAL_SLOTS_PARAMS = np.dtype(
+    [
+        *((name, field[0]) for name, field in SLOTS_PARAMS.fields.items()),
+        ("counts", _POINTER),
+        ("rows_per_request", np.int32),
+        ("shard", np.uint32),
     ]
 )
 

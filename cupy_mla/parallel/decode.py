@@ -3,18 +3,17 @@ results to the ranks whose heads they are of."""
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
-from ..arrays.view import view
-from ..call.arguments import as_boolean, check_output, shard_of
+from ..call.arguments import shard_of
 from ..call.options import DecodeOptions
-from ..call.problem import LSE_DTYPE
 from ..decode.dense import mla_decode, plan_decode
-from ..errors import InvalidArgumentError, PlanMismatchError
-from .exchange import HeadExchange
+from ..decode.plan import DecodePlan
+from ..errors import InvalidArgumentError
 from .group import ranks_of, torch_module
 from .lengths import local_lengths
+from .plan import ExchangePlan, plan_given
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,7 +30,7 @@ class _Options:
     exchange: str
 
 
-class ContextParallelPlan:
+class ContextParallelPlan(ExchangePlan[DecodePlan]):
     """The buffers of one kind of context-parallel call, and the plan of its decode; made by `plan_cp_decode`.
 
     Calls that share a plan must follow one another on one stream, as they share its memory.
@@ -52,15 +51,8 @@ class ContextParallelPlan:
         DecodeOptions(head_dim_v=options.head_dim_v, causal=options.causal, max_seqlen_q=options.max_seqlen_q)
         world, rank = ranks_of(group)
         self.shard = shard_of(world, rank, options.cp_interleave)
-        self._options, self._group = options, group
-        self._exchange = HeadExchange(
-            q,
-            group,
-            gathered=as_boolean(options.gathered, "gathered"),
-            head_dim_v=options.head_dim_v,
-            exchange=options.exchange,
-            may_be_tokens=cu_seqlens_q is None and _num_kv_heads(kv_cache) == 1,
-        )
+        is_one_group = _num_kv_heads(kv_cache) == 1
+        super().__init__(q, group, options, may_be_tokens=cu_seqlens_q is None and is_one_group)
         self.cache_seqlens = self._shares(total_seqlens, getattr(block_table, "shape", ())[:1])
         self.decode_plan = plan_decode(
             self._exchange.queries,
@@ -90,29 +82,6 @@ class ContextParallelPlan:
         is_masked = self.decode_plan.problem.keys.shard is not None
         self.decode_plan.update(total_seqlens if is_masked else self.cache_seqlens, cu_seqlens_q)
 
-    def check(self, q: Any, group: Any, options: _Options) -> None:
-        """Refuse a call that this plan was not made for.
-
-        Raises
-        ------
-        PlanMismatchError
-            Queries, process group or options differ from the plan's.
-        """
-        if group is not self._group:
-            raise PlanMismatchError("group", "the process group that the plan was made for", "another")
-        if options != self._options:
-            made_for = asdict(self._options)
-            name, came = next((name, came) for name, came in asdict(options).items() if came != made_for[name])
-            raise PlanMismatchError("plan", f"a plan for {name} = {came}", f"one for {name} = {made_for[name]}")
-        self._exchange.check(q)
-
-    def run(self, arrays: tuple[Any, ...], softmax_scale: float | None, out: Any, lse: Any) -> tuple[Any, Any]:
-        """`cp_decode` of arrays that were checked."""
-        out, lse = self._results(out, lse)
-        self.decode(arrays, softmax_scale)
-        self._exchange.finish(out, lse)
-        return out, lse
-
     def decode(self, arrays: tuple[Any, ...], softmax_scale: float | None) -> None:
         """This rank's part of `cp_decode`: gathers queries, and attends with all heads to its own tokens."""
         q, kv_cache, block_table, total_seqlens, cu_seqlens_q, kv_scale = arrays
@@ -127,26 +96,6 @@ class ContextParallelPlan:
             out=self._exchange.out,
             lse=self._exchange.lse,
         )
-
-    def _results(self, out: Any, lse: Any) -> tuple[Any, Any]:
-        """What results are written to: what was given, or new tensors for None.
-
-        Raises
-        ------
-        InvalidArgumentError
-            Shape, type, device or strides of what was given are wrong.
-        """
-        (out_shape, lse_shape), queries = self._exchange.result_shapes, self._exchange.queries
-        dtype, location = self.decode_plan.problem.queries.dtype, self.decode_plan.location
-        if out is None:
-            out = queries.new_empty(out_shape)
-        else:
-            check_output(view(out, "out"), "out", out_shape, dtype, location, contiguous_rows=True)
-        if lse is None:
-            lse = queries.new_empty(lse_shape, dtype=torch_module().float32)
-        else:
-            check_output(view(lse, "lse"), "lse", lse_shape, LSE_DTYPE, location)
-        return out, lse
 
     def _shares(self, total_seqlens: Any, shape: Any) -> Any:
         """What this rank has of lengths that have to be of a shape; it is (), and anything goes, if none is known."""
@@ -311,12 +260,11 @@ def cp_decode(
     """
     options = _Options(head_dim_v, causal, max_seqlen_q, compute, layout, cp_interleave, gathered, exchange)
     arrays = (q, kv_cache, block_table, total_seqlens, cu_seqlens_q, kv_scale)
-    if plan is None:
-        plan = ContextParallelPlan(arrays, group, options)
-    elif not isinstance(plan, ContextParallelPlan):
-        raise InvalidArgumentError("plan", "a ContextParallelPlan of this function's, or None", type(plan).__name__)
+    plan = plan_given(plan, ContextParallelPlan) or ContextParallelPlan(arrays, group, options)
     plan.check(q, group, options)
-    return plan.run(arrays, softmax_scale, out, lse)
+    results = plan.results(out, lse)
+    plan.decode(arrays, softmax_scale)
+    return plan.finish(*results)
 
 
 def _num_kv_heads(kv_cache: Any) -> int:

@@ -8,6 +8,8 @@ namespace mla {
 struct Shard {
     i32 world, rank, interleave;
 
+    MLA_DEVICE bool has(i32 token) const { return token / interleave % world == rank; }
+
     // How many of a request's first tokens the rank has.
     MLA_DEVICE i32 count(i32 tokens) const {
         const i32 round = world * interleave;

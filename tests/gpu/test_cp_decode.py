@@ -10,8 +10,17 @@ import numpy as np
 import pytest
 from cases_dense import DenseCase, frobenius_error
 
+from cupy_mla import mla_sparse_decode, slots_of
 from cupy_mla.lab.shards import shards_of
-from cupy_mla.parallel import ContextParallelPlan, cp_decode, exchange, plan_cp_decode
+from cupy_mla.parallel import (
+    ContextParallelPlan,
+    cp_decode,
+    cp_sparse_decode,
+    exchange,
+    local_slots,
+    plan_cp_decode,
+    plan_cp_sparse_decode,
+)
 
 from . import gpu_arrays as gpu
 
@@ -117,3 +126,48 @@ def test_nccl_in_a_graph(seqlens_q: int, way: str) -> None:
         gpu.assign(inputs[-1], gpu.upload(np.array(lengths, np.int32)))
         replay()
         check(case, out, lse, lengths)
+
+
+@pytest.mark.parametrize("shape", [(1, 1, 1), (3, 2, 300), (64, 2048), (5, 1, 2500)])
+@pytest.mark.parametrize(("world", "interleave"), [(1, 1), (2, 1), (8, 64)])
+def test_local_slots(world: int, interleave: int, shape: tuple[int, ...]) -> None:
+    rng = np.random.default_rng(0)
+    tokens = rng.integers(-9, 9000, shape, dtype=np.int32)
+    table = rng.integers(-2, 500, (shape[0], 100), dtype=np.int32)
+    for rank in range(world):
+        sharding = {"cp_world": world, "cp_rank": rank, "cp_interleave": interleave}
+        expected = local_slots(tokens, table, 64, **sharding)
+        found = local_slots(gpu.upload(tokens), gpu.upload(table), 64, **sharding)
+        for one, other in zip(found, expected, strict=True):
+            np.testing.assert_array_equal(gpu.LIBRARY.download(one), other)
+
+
+@pytest.mark.usefixtures("nccl")
+@pytest.mark.parametrize("layout", [None, "fp8_ds_mla"])
+def test_sparse_in_a_graph(layout: str | None) -> None:
+    """Slots are found, queries gathered, results exchanged and merged in the graph; each replay has other tokens."""
+    arrays = DenseCase(lengths=(4096, 3000, 900), num_heads_q=16, seqlens_q=2, layout=layout).build()
+    local = arrays.on(gpu.LIBRARY)
+    rng = np.random.default_rng(0)
+    tokens = gpu.upload(np.zeros((3, 2, 512), np.int32))
+    given = (local.q, local.kv_cache)
+    named = {"layout": layout, "kv_scale": local.kv_scale}
+    indices, counts = local_slots(tokens, local.block_table, 64, cp_world=1, cp_rank=0)
+    plan = plan_cp_sparse_decode(*given, indices, topk_length=counts, **named)
+    out, lse = gpu.empty((3, 2, 16, 512), "bfloat16"), gpu.empty((3, 16, 2), "float32")
+
+    def work() -> None:
+        indices, counts = local_slots(tokens, local.block_table, 64, cp_world=1, cp_rank=0)
+        cp_sparse_decode(*given, indices, topk_length=counts, plan=plan, out=out, lse=lse, **named)
+
+    replay = gpu.capture(work)
+    for most in (512, 100, 1):
+        chosen = np.full((3, 2, 512), -1, np.int32)
+        for row in np.ndindex(3, 2):
+            chosen[row][:most] = rng.choice(900, most, replace=False)
+        gpu.assign(tokens, gpu.upload(chosen))
+        replay()
+        slots = slots_of(chosen, arrays.block_table, 64)
+        expected, expected_lse = mla_sparse_decode(arrays.q, arrays.kv_cache, slots, **named)
+        assert frobenius_error(gpu.download(out), expected.astype(np.float64)) < 2 * MAX_ERROR
+        np.testing.assert_allclose(gpu.download(lse), expected_lse, rtol=LSE_TOLERANCE, atol=LSE_TOLERANCE)

@@ -7,6 +7,7 @@
 #define MLA_SCALE_PARTS 0
 #define MLA_SCALE_COLUMNS 1
 #endif
+#include "cache/local_slots.cu"
 #include "cache/slots.cu"
 #include "combine/combine.cu"
 #include "combine/gathered.cu"
@@ -52,6 +53,10 @@ void host_slots(const mla::SlotsParams* params, unsigned grid, unsigned block) {
     host_cuda::launch(grid, block, false, [=] { mla_slots(*params); });
 }
 
+void host_local_slots(const mla::LocalSlotsParams* params, unsigned grid, unsigned block, bool reverse) {
+    host_cuda::launch(grid, block, reverse, [=] { mla_local_slots(*params); });
+}
+
 int host_claimed_part(bool second, int half_parts, int other_parts, int spare, int half_before, int other_before) {
     return mla::claimed_part(second, half_parts, other_parts, spare, half_before, other_before);
 }
@@ -78,6 +83,14 @@ int struct_layout(const char* name, int index) {
           offsetof(SlotsParams, requests), offsetof(SlotsParams, slots), offsetof(SlotsParams, block_table_stride),
           offsetof(SlotsParams, row_tokens), offsetof(SlotsParams, blocks_per_row), offsetof(SlotsParams, page_size),
           offsetof(SlotsParams, num_requests), offsetof(SlotsParams, max_pages_per_seq)}},
+        {"LOCAL_SLOTS_PARAMS",
+         {sizeof(LocalSlotsParams), offsetof(LocalSlotsParams, slots.tokens),
+          offsetof(LocalSlotsParams, slots.block_table), offsetof(LocalSlotsParams, slots.requests),
+          offsetof(LocalSlotsParams, slots.slots), offsetof(LocalSlotsParams, slots.block_table_stride),
+          offsetof(LocalSlotsParams, slots.row_tokens), offsetof(LocalSlotsParams, slots.blocks_per_row),
+          offsetof(LocalSlotsParams, slots.page_size), offsetof(LocalSlotsParams, slots.num_requests),
+          offsetof(LocalSlotsParams, slots.max_pages_per_seq), offsetof(LocalSlotsParams, counts),
+          offsetof(LocalSlotsParams, rows_per_request), offsetof(LocalSlotsParams, shard)}},
         {"PLAN_PARAMS",
          {sizeof(PlanParams), offsetof(PlanParams, batch), offsetof(PlanParams, num_parts),
           offsetof(PlanParams, blocks_per_job), offsetof(PlanParams, rows), offsetof(PlanParams, group_heads),
