@@ -9,7 +9,7 @@ from ..schedule.pieces import ceil_div
 SLOTS_SOURCE = KernelSource(entry="cache/slots.cu", function="mla_slots")
 SLOTS_THREADS = 256
 LOCAL_SLOTS_SOURCE = KernelSource(entry="cache/local_slots.cu", function="mla_local_slots")
-LOCAL_SLOTS_THREADS = 256
+LOCAL_SLOTS_THREADS = 1024  # so many that each looks at few tokens: one load waits for another
 _INT_BYTES = 4
 
 

@@ -6,13 +6,14 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+from ..arrays.exchange import empty_like
+from ..arrays.view import view
 from ..call.arguments import shard_of
 from ..call.options import DecodeOptions
+from ..call.problem import INDEX_DTYPE
 from ..decode.dense import mla_decode, plan_decode
 from ..decode.plan import DecodePlan
 from ..errors import InvalidArgumentError
-from .group import ranks_of, torch_module
-from .lengths import local_lengths
 from .plan import ExchangePlan, plan_given
 
 
@@ -49,11 +50,13 @@ class ContextParallelPlan(ExchangePlan[DecodePlan]):
         q, kv_cache, block_table, total_seqlens, cu_seqlens_q, kv_scale = arrays
         # Of one query token the mask hides nothing, and the decode is not given these.
         DecodeOptions(head_dim_v=options.head_dim_v, causal=options.causal, max_seqlen_q=options.max_seqlen_q)
-        world, rank = ranks_of(group)
-        self.shard = shard_of(world, rank, options.cp_interleave)
         is_one_group = _num_kv_heads(kv_cache) == 1
         super().__init__(q, group, options, may_be_tokens=cu_seqlens_q is None and is_one_group)
-        self.cache_seqlens = self._shares(total_seqlens, getattr(block_table, "shape", ())[:1])
+        ranks = self._exchange.ranks
+        self.shard = shard_of(ranks.world, ranks.rank, options.cp_interleave)
+        self._check_lengths(total_seqlens, getattr(block_table, "shape", ())[:1])
+        self.cache_seqlens = empty_like(total_seqlens, tuple(total_seqlens.shape), INDEX_DTYPE)
+        ranks.count(self.shard, total_seqlens, self.cache_seqlens)
         self.decode_plan = plan_decode(
             self._exchange.queries,
             kv_cache,
@@ -78,7 +81,8 @@ class ContextParallelPlan(ExchangePlan[DecodePlan]):
         InvalidArgumentError
             A wrong shape, type or device, or cu_seqlens_q given or missing against the plan.
         """
-        self.cache_seqlens.copy_(self._shares(total_seqlens, self.cache_seqlens.shape))
+        self._check_lengths(total_seqlens, self.cache_seqlens.shape)
+        self._exchange.ranks.count(self.shard, total_seqlens, self.cache_seqlens)
         is_masked = self.decode_plan.problem.keys.shard is not None
         self.decode_plan.update(total_seqlens if is_masked else self.cache_seqlens, cu_seqlens_q)
 
@@ -97,15 +101,13 @@ class ContextParallelPlan(ExchangePlan[DecodePlan]):
             lse=self._exchange.lse,
         )
 
-    def _shares(self, total_seqlens: Any, shape: Any) -> Any:
-        """What this rank has of lengths that have to be of a shape; it is (), and anything goes, if none is known."""
-        torch = torch_module()
-        if not isinstance(total_seqlens, torch.Tensor):
-            raise InvalidArgumentError("total_seqlens", "a tensor [batch]", type(total_seqlens).__name__)
-        if total_seqlens.dtype != torch.int32 or total_seqlens.shape != (shape or total_seqlens.shape):
-            got = f"{total_seqlens.dtype} {list(total_seqlens.shape)}"
+    def _check_lengths(self, total_seqlens: Any, shape: Any) -> None:
+        """Refuse lengths of another shape; it is (), and any shape goes, if none is known."""
+        self._exchange.ranks.refuse_others(total_seqlens, "total_seqlens", "[batch]")
+        dtype = view(total_seqlens, "total_seqlens").dtype
+        if dtype != INDEX_DTYPE or total_seqlens.shape != (shape or total_seqlens.shape):
+            got = f"{dtype} {list(total_seqlens.shape)}"
             raise InvalidArgumentError("total_seqlens", f"int32 {list(shape)}, one per request", got)
-        return local_lengths(total_seqlens, self.shard.world, self.shard.rank, self.shard.interleave)
 
     def _decode_options(self, total_seqlens: Any, cu_seqlens_q: Any, kv_scale: Any) -> dict[str, Any]:
         options, shard = self._options, self.shard

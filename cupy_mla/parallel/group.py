@@ -1,21 +1,134 @@
-"""Process groups of torch and their collectives, on tensors as they lie."""
+"""Ranks that share a cache, and their collectives: a process group of torch, or a communicator of cupyx.distributed.
+
+Collectives take whole arrays as they lie, and only bytes and float32 go over them: not every library of them knows our
+types.
+"""
 
 from __future__ import annotations
 
-import functools
+import sys
+from dataclasses import dataclass
 from typing import Any
 
-from ..arrays import frameworks
+from ..arrays.exchange import empty_like
+from ..arrays.frameworks import framework_of, torch_module
+from ..arrays.view import view
+from ..call.problem import INDEX_DTYPE
+from ..call.shard import Shard
 from ..errors import InvalidArgumentError
 
+_FEATURE = "cupy_mla.parallel.cp_decode"
 # What torch called them before 2.13.
 _FORMER_NAMES = {"all_gather_single": "all_gather_into_tensor", "reduce_scatter_single": "reduce_scatter_tensor"}
 
-torch_module = functools.partial(frameworks.torch_module, "cupy_mla.parallel.cp_decode")
+
+@dataclass(frozen=True)
+class TorchGroup:
+    """Ranks of a process group of torch; ``group`` None is that of all processes.
+
+    Attributes
+    ----------
+    world, rank
+        How many they are, and which of them this process is.
+    """
+
+    group: Any
+    world: int
+    rank: int
+
+    def refuse_others(self, array: Any, name: str, wanted: str) -> None:
+        """Refuse what is no array of this framework.
+
+        Raises
+        ------
+        InvalidArgumentError
+            It is something else.
+        """
+        if not isinstance(array, torch_module(_FEATURE).Tensor):
+            raise InvalidArgumentError(name, f"a tensor {wanted}", type(array).__name__)
+
+    def copy(self, target: Any, source: Any) -> None:
+        """``target[...] = source``."""
+        target.copy_(source)
+
+    def count(self, shard: Shard, tokens: Any, counted: Any) -> None:
+        """``counted[...] = shard.count(tokens)``; all int32."""
+        counted.copy_(shard.count(tokens))
+
+    def all_gather(self, gathered: Any, mine: Any) -> None:
+        """``gathered[rank] = mine`` on every rank; ``gathered`` is contiguous."""
+        self._collective("all_gather_single")(gathered.view(-1), mine.contiguous().view(-1), group=self.group)
+
+    def reduce_scatter(self, mine: Any, summands: Any) -> None:
+        """``mine`` = the sum over ranks of their ``summands[rank]``; both are contiguous."""
+        self._collective("reduce_scatter_single")(mine.view(-1), summands.view(-1), group=self.group)
+
+    def all_to_all(self, received: Any, sent: Any) -> None:
+        """``received[rank]`` = what that rank has in its ``sent`` for this one; both are contiguous."""
+        _distributed().all_to_all_single(received, sent, group=self.group)
+
+    def _collective(self, name: str) -> Any:
+        """One from a single tensor to a single tensor."""
+        distributed = _distributed()
+        return getattr(distributed, name, None) or getattr(distributed, _FORMER_NAMES[name])
 
 
-def ranks_of(group: Any) -> tuple[int, int]:
-    """World and rank of a process group.
+@dataclass(frozen=True)
+class CupyGroup:
+    """Ranks of a communicator of cupyx.distributed, which works on CuPy's current stream; as `TorchGroup`."""
+
+    group: Any
+    world: int
+    rank: int
+
+    def refuse_others(self, array: Any, name: str, wanted: str) -> None:
+        """As `TorchGroup.refuse_others`. Arrays of NumPy pass, for communicators of one's own between CPUs.
+
+        Raises
+        ------
+        InvalidArgumentError
+            It is something else.
+        """
+        if framework_of(array, name) not in ("cupy", "numpy"):
+            raise InvalidArgumentError(name, f"a CuPy array {wanted}", type(array).__name__)
+
+    def copy(self, target: Any, source: Any) -> None:
+        """``target[...] = source``."""
+        _as_bits(target)[...] = _as_bits(source)
+
+    def count(self, shard: Shard, tokens: Any, counted: Any) -> None:
+        """As `TorchGroup.count`, in place: of what CuPy allocates by itself a CUDA graph would keep nothing."""
+        rest = empty_like(tokens, tokens.shape, INDEX_DTYPE)
+        rest[...] = tokens
+        rest %= shard.world * shard.interleave
+        rest -= shard.rank * shard.interleave
+        sys.modules[framework_of(rest)].clip(rest, 0, shard.interleave, out=rest)
+        counted[...] = tokens
+        counted //= shard.world * shard.interleave
+        counted *= shard.interleave
+        counted += rest
+
+    def all_gather(self, gathered: Any, mine: Any) -> None:
+        """As `TorchGroup.all_gather`."""
+        sent = mine
+        if not mine.flags.c_contiguous:
+            sent = empty_like(mine, mine.shape, view(mine, "q").dtype)
+            self.copy(sent, mine)
+        self.group.all_gather(sent.view("u1"), gathered.view("u1"), sent.nbytes)
+
+    def all_to_all(self, received: Any, sent: Any) -> None:
+        """As `TorchGroup.all_to_all`."""
+        self.group.all_to_all(sent, received)
+
+
+def ranks_of(group: Any) -> TorchGroup | CupyGroup:
+    """The ranks of a group, and this process among them.
+
+    Parameters
+    ----------
+    group
+        A process group of torch, None for that of all its processes, or what ``cupyx.distributed.init_process_group``
+        returns.
 
     Raises
     ------
@@ -24,43 +137,33 @@ def ranks_of(group: Any) -> tuple[int, int]:
     MissingDependencyError
         torch is not installed.
     """
+    if hasattr(group, "_n_devices"):  # how many they are, cupyx.distributed says nowhere else
+        return CupyGroup(group, int(group._n_devices), int(group.rank))
     distributed = _distributed()
-    if not (distributed.is_available() and distributed.is_initialized()):
-        expected = "a process group (torch.distributed.init_process_group makes that of all processes)"
+    if group is None and not (distributed.is_available() and distributed.is_initialized()):
+        expected = (
+            "a process group (torch.distributed.init_process_group makes that of all processes), or for CuPy arrays a "
+            "communicator of cupyx.distributed"
+        )
         raise InvalidArgumentError("group", expected, "none")
     try:
         rank = distributed.get_rank(group)
         world = distributed.get_world_size(group)
     except (AttributeError, TypeError, ValueError, RuntimeError):
-        raise InvalidArgumentError("group", "a process group of torch, or None", type(group).__name__) from None
+        expected = "a process group of torch, None, or a communicator of cupyx.distributed"
+        raise InvalidArgumentError("group", expected, type(group).__name__) from None
     if rank < 0:
         raise InvalidArgumentError("group", "a process group that this process is in", "another")
-    return world, rank
+    return TorchGroup(group, world, rank)
 
 
-def all_gather(gathered: Any, mine: Any, group: Any) -> None:
-    """``gathered[rank] = mine`` on every rank; both are contiguous."""
-    _collective("all_gather_single")(gathered.view(-1), mine.view(-1), group=group)
-
-
-def reduce_scatter(mine: Any, summands: Any, group: Any) -> None:
-    """``mine`` = the sum over ranks of their ``summands[rank]``; both are contiguous."""
-    _collective("reduce_scatter_single")(mine.view(-1), summands.view(-1), group=group)
-
-
-def all_to_all(received: Any, sent: Any, group: Any) -> None:
-    """``received[rank]`` = what that rank has in its ``sent`` for this one; both are contiguous."""
-    _distributed().all_to_all_single(received, sent, group=group)
-
-
-def _collective(name: str) -> Any:
-    """One from a single tensor to a single tensor."""
-    distributed = _distributed()
-    return getattr(distributed, name, None) or getattr(distributed, _FORMER_NAMES[name])
+def _as_bits(array: Any) -> Any:
+    """As unsigned integers: CuPy's own kernels do not know every type."""
+    return array.view(f"u{array.dtype.itemsize}")
 
 
 def _distributed() -> Any:
-    torch_module()
+    torch_module(_FEATURE)
     import torch.distributed
 
     return torch.distributed

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict
 from typing import Any, Generic, TypeVar
 
+from ..arrays.exchange import empty_like
 from ..arrays.view import view
 from ..call.arguments import as_boolean, check_output
 from ..call.problem import LSE_DTYPE
@@ -12,7 +13,7 @@ from ..decode.plan import DecodePlan
 from ..decode.sparse_plan import SparsePlan
 from ..errors import InvalidArgumentError, PlanMismatchError
 from .exchange import HeadExchange
-from .group import torch_module
+from .group import ranks_of
 
 _Plan = TypeVar("_Plan", DecodePlan, SparsePlan)
 
@@ -43,7 +44,7 @@ class ExchangePlan(Generic[_Plan]):
         self._options, self._group = options, group
         self._exchange = HeadExchange(
             q,
-            group,
+            ranks_of(group),
             gathered=as_boolean(options.gathered, "gathered"),
             head_dim_v=options.head_dim_v,
             exchange=options.exchange,
@@ -77,11 +78,11 @@ class ExchangePlan(Generic[_Plan]):
         (out_shape, lse_shape), queries = self._exchange.result_shapes, self._exchange.queries
         dtype, location = self.decode_plan.problem.queries.dtype, self.decode_plan.location
         if out is None:
-            out = queries.new_empty(out_shape)
+            out = empty_like(queries, out_shape, dtype)
         else:
             check_output(view(out, "out"), "out", out_shape, dtype, location, contiguous_rows=True)
         if lse is None:
-            lse = queries.new_empty(lse_shape, dtype=torch_module().float32)
+            lse = empty_like(queries, lse_shape, LSE_DTYPE)
         else:
             check_output(view(lse, "lse"), "lse", lse_shape, LSE_DTYPE, location)
         return out, lse

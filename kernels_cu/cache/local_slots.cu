@@ -5,7 +5,7 @@
 
 namespace mla {
 
-constexpr i32 kLocalSlotsThreads = 256;
+constexpr i32 kLocalSlotsThreads = 1024;  // so many that each looks at few tokens: one load waits for another
 
 // cupy_mla/kernels/structs.py mirrors it; a test compares the two.
 struct LocalSlotsParams {
