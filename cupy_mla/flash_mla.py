@@ -169,7 +169,8 @@ def flash_mla_with_kvcache(
         float32 in an array, or a number; None: 1. ``descale_q`` goes into the factor on the scores, so in an array it
         is read back, which waits for the device.
     cp_world, cp_rank, cp_interleave, total_seqlens
-        Of dense attention to a shard of a cache, as in `cupy_mla.mla_decode`; FlashMLA does not have them.
+        Of attention to a shard of a cache, as in `cupy_mla.mla_decode`; in sparse attention only the first counts, as
+        in `cupy_mla.mla_sparse_decode`. FlashMLA does not have them.
 
     Returns
     -------
@@ -207,6 +208,7 @@ def flash_mla_with_kvcache(
                 softmax_scale=softmax_scale,
                 out=out,
                 is_fp8=is_fp8_kvcache,
+                cp_world=cp_world,
                 enable_batch_invariant=enable_batch_invariant,
             )
         except InvalidArgumentError as error:

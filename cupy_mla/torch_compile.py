@@ -116,7 +116,7 @@ _SHARED = ("q", "k_cache", "head_dim_v", "softmax_scale")
 _SHARDING = ("cp_world", "cp_rank", "cp_interleave", "total_seqlens")
 _DENSE = (*_SHARED, "block_table", "cache_seqlens", "causal", *_SHARDING)
 _EXTRA = ("extra_k_cache", "extra_indices_in_kvcache", "extra_topk_length")
-_CHOSEN = (*_SHARED, "indices", "attn_sink", "topk_length", *_EXTRA)
+_CHOSEN = (*_SHARED, "indices", "attn_sink", "topk_length", *_EXTRA, "cp_world")
 
 
 def _flash_mla_with_kvcache(given: Given) -> Any:
@@ -153,6 +153,7 @@ _OPERATORS: dict[str, Callable[[Given], Any]] = {
     "flash_mla_sparse_fwd": _flash_mla_sparse_fwd,
     "flash_mla_with_kvcache": _flash_mla_with_kvcache,
     "get_mla_metadata": _no_operator,
+    "local_slots": _operator("local_slots"),
     "merge_states": _merge_states,
     "mla_decode": _mla_decode,
     "mla_sparse_decode": _mla_sparse_decode,

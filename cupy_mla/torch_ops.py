@@ -24,6 +24,7 @@ from .arrays.frameworks import torch_module
 from .cache.append import append_tokens
 from .cache.convert import dequantise_cache, quantise_cache
 from .cache.copy_pages import copy_pages
+from .cache.local_slots import local_slots
 from .cache.slots import slots_of
 from .call.options import (
     APPEND_ROPES,
@@ -190,6 +191,7 @@ def _merge_operator(kind: str) -> _Operator:
 
 
 _OUT_LSE, _OUT_LOGITS_LSE = "(Tensor out, Tensor lse)", "(Tensor out, Tensor max_logits, Tensor lse)"
+_SLOTS = [_Argument("token_indices", "Tensor"), _Argument("block_table", "Tensor"), _Argument("page_size", "int")]
 _ALL_DECODE, _ALL_SPARSE = (DECODE, PLAN), (SPARSE_DECODE, PLAN_SPARSE)
 _OPERATORS = {
     "plan_decode": _call_operator(DECODE_FORM, [PLAN], "Tensor", calls.run_plan, calls.fake_plan, has_plan=False),
@@ -228,12 +230,24 @@ _OPERATORS = {
         outputs=SPARSE_PREFILL_FORM.outputs,
     ),
     "slots_of": _Operator(
-        [_Argument("token_indices", "Tensor"), _Argument("block_table", "Tensor"), _Argument("page_size", "int")],
+        _SLOTS,
         [_Argument.of_array("requests", optional=True)],
         "run(token_indices, block_table, page_size, requests=requests)",
         "Tensor",
         slots_of,
         calls.fake_slots,
+    ),
+    "local_slots": _Operator(
+        _SLOTS,
+        [
+            *(_Argument("cp_world", "int"), _Argument("cp_rank", "int"), _Argument("cp_interleave", "int", "1")),
+            _Argument.of_array("requests", optional=True),
+        ],
+        "run(token_indices, block_table, page_size, cp_world=cp_world, cp_rank=cp_rank, cp_interleave=cp_interleave, "
+        "requests=requests)",
+        "(Tensor indices, Tensor topk_length)",
+        local_slots,
+        calls.fake_local_slots,
     ),
     "append_tokens": _in_place_operator(append_tokens, "kv_cache", APPEND_ROPES),
     "copy_pages": _in_place_operator(copy_pages, "kv_cache", COPY_ROPES),

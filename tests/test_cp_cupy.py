@@ -12,12 +12,13 @@ from typing import Any
 
 import numpy as np
 import pytest
+from cases_chosen import attend_to_chosen
 from cases_dense import DenseCase, frobenius_error
 from gloo_ranks import Ranks
 
 torch = pytest.importorskip("torch")
 
-from cupy_mla import InvalidArgumentError, PlanMismatchError, mla_sparse_decode, slots_of  # noqa: E402
+from cupy_mla import InvalidArgumentError, PlanMismatchError  # noqa: E402
 from cupy_mla.lab.shards import shards_of  # noqa: E402
 from cupy_mla.parallel import (  # noqa: E402
     cp_decode,
@@ -146,9 +147,8 @@ def test_chosen_tokens(world: int, ranks: Ranks) -> None:
     results = ranks.run(world, sparse_on_rank)
     out = np.concatenate([out for out, _ in results], axis=-2).astype(np.float64)
     arrays = sparse_case()
-    slots = slots_of(CHOSEN, arrays.block_table, 16)
-    exact_out, exact_lse = mla_sparse_decode(arrays.q, arrays.kv_cache, slots)
-    assert frobenius_error(out, exact_out.astype(np.float64)) < MAX_ERROR
+    exact_out, exact_lse = attend_to_chosen(arrays, CHOSEN)
+    assert frobenius_error(out, exact_out) < MAX_ERROR
     lse = np.concatenate([lse for _, lse in results], axis=-2)
     np.testing.assert_allclose(lse, exact_lse, rtol=LSE_TOLERANCE, atol=LSE_TOLERANCE)
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import concurrent.futures
-import multiprocessing
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any
@@ -11,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 from cases_dense import DenseCase, frobenius_error
+from jax_devices import padded, process_with_devices
 
 from cupy_mla import InvalidArgumentError, PlanMismatchError
 from cupy_mla.lab.shards import shards_of
@@ -42,13 +42,6 @@ def build(call: Call, lengths: tuple[int, ...]) -> Any:
     """The case, of which only so many tokens of each request count."""
     counts = np.array(lengths)
     return replace(call.case.build(), cache_seqlens=counts.astype(np.int32), kv_lengths=counts)
-
-
-def padded(arrays: list[np.ndarray]) -> np.ndarray:
-    """All of them along a first axis, as if each was as large as the largest."""
-    shape = np.max([array.shape for array in arrays], axis=0)
-    widths = [[(0, most - extent) for most, extent in zip(shape, array.shape, strict=True)] for array in arrays]
-    return np.stack([np.pad(array, width) for array, width in zip(arrays, widths, strict=True)])
 
 
 def in_shard_map(call: Call, world: int) -> list[tuple[np.ndarray, np.ndarray]]:
@@ -92,12 +85,8 @@ def in_shard_map(call: Call, world: int) -> list[tuple[np.ndarray, np.ndarray]]:
 
 @pytest.fixture(scope="module")
 def devices() -> Iterator[concurrent.futures.Executor]:
-    """A process in which the CPU is as many devices as the largest world has."""
-    with pytest.MonkeyPatch.context() as environment:
-        environment.setenv("XLA_FLAGS", f"--xla_force_host_platform_device_count={max(WORLDS)}")
-        environment.setenv("JAX_PLATFORMS", "cpu")
-        with concurrent.futures.ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as process:
-            yield process
+    with process_with_devices(max(WORLDS)) as process:
+        yield process
 
 
 def small(**changes: Any) -> DenseCase:

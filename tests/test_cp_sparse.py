@@ -8,16 +8,13 @@ from typing import Any
 
 import numpy as np
 import pytest
+from cases_chosen import attend_to_chosen, choose_tokens
 from cases_dense import DenseCase, frobenius_error
 from gloo_ranks import Ranks
 
 torch = pytest.importorskip("torch")
 
-from cupy_mla import InvalidArgumentError, PlanMismatchError, slots_of  # noqa: E402
-from cupy_mla.call.sparse import describe_sparse_decode  # noqa: E402
-from cupy_mla.call.sparse_options import SparseDecodeArrays, SparseOptions  # noqa: E402
-from cupy_mla.decode.reference_sparse import sparse_reference  # noqa: E402
-from cupy_mla.lab.cases import Case  # noqa: E402
+from cupy_mla import InvalidArgumentError, PlanMismatchError  # noqa: E402
 from cupy_mla.lab.libraries import TorchLibrary  # noqa: E402
 from cupy_mla.lab.shards import shards_of  # noqa: E402
 from cupy_mla.parallel import cp_sparse_decode, local_slots, plan_cp_sparse_decode  # noqa: E402
@@ -46,13 +43,7 @@ class Call:
 
     def chosen(self) -> np.ndarray:
         """[batch, seqlen_q, topk] token numbers; -1 where a request has fewer."""
-        rng = np.random.default_rng(1)
-        tokens = np.full((len(LENGTHS), self.seqlen_q, TOPK), -1, np.int32)
-        for request, length in enumerate(LENGTHS):
-            for query in range(self.seqlen_q):
-                count = min(length, TOPK)
-                tokens[request, query, :count] = rng.choice(length, count, replace=False)
-        return tokens
+        return choose_tokens(LENGTHS, self.seqlen_q, TOPK)
 
 
 def on_rank(rank: int, group: Any, call: Call) -> tuple[np.ndarray, np.ndarray]:
@@ -83,16 +74,6 @@ def ranks(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Ranks]:
         yield started
 
 
-def exact(call: Call, arrays: Case) -> tuple[np.ndarray, np.ndarray]:
-    """In float64, over the whole cache."""
-    slots = slots_of(call.chosen(), arrays.block_table, 16)
-    given = SparseDecodeArrays(arrays.q, arrays.kv_cache, slots, kv_scale=arrays.kv_scale)
-    problem, inputs = describe_sparse_decode(given, SparseOptions(layout=call.layout))
-    out, lse = np.empty(problem.queries.out_shape), np.empty(problem.queries.lse_shape)
-    sparse_reference(problem, inputs, problem.queries.default_softmax_scale, out=out, lse=lse, dtype=np.float64)
-    return out, lse
-
-
 CALLS = [
     *(Call(layout, interleave=16) for layout in (None, "fp8_e4m3", "fp8_ds_mla")),
     *(Call(interleave=interleave, seqlen_q=3) for interleave in (1, 5, 64)),
@@ -108,7 +89,7 @@ def test_ranks_together_give_the_whole(call: Call, world: int, ranks: Ranks) -> 
     results = ranks.run(world, on_rank, call)
     out = np.concatenate([out for out, _ in results], axis=-2)
     lse = np.concatenate([lse for _, lse in results], axis=-2)
-    exact_out, exact_lse = exact(call, call.case.build())
+    exact_out, exact_lse = attend_to_chosen(call.case.build(), call.chosen())
     assert frobenius_error(out, exact_out) < MAX_ERROR
     np.testing.assert_allclose(lse, exact_lse, rtol=LSE_TOLERANCE, atol=LSE_TOLERANCE)
 

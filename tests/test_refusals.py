@@ -258,6 +258,8 @@ def sparse_rows(make: Make) -> list[tuple[str, str, Changes]]:
         *no_array("topk_length"),
         *shaped("topk_length", "int32", make, (3,), (2, 2)),
         *typed("topk_length", (2,), make, "int64"),
+        *no_integer("cp_world"),
+        *(("cp_world", "1 to 255", {"cp_world": value}) for value in (0, 256)),
         *LAYOUT,
         *NO_SCALE,
         *WIDTH,

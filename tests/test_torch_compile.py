@@ -13,6 +13,7 @@ torch = pytest.importorskip("torch")
 
 import cupy_mla  # noqa: E402
 from cupy_mla import flash_mla  # noqa: E402
+from cupy_mla.parallel import local_slots  # noqa: E402
 
 HEADS, PAGES, PAGE_SIZE = 4, 6, 16
 BATCH = 2
@@ -110,6 +111,7 @@ IN_GRAPHS: list[tuple[str, Callable[[], Any]]] = [
     ),
     ("mla_sparse_prefill", lambda: cupy_mla.mla_sparse_prefill(*PREFILL)),
     ("slots_of", lambda: (cupy_mla.slots_of(SPARSE[2], DENSE[2], PAGE_SIZE),)),
+    ("local_slots", lambda: local_slots(SPARSE[2], DENSE[2], PAGE_SIZE, cp_world=2, cp_rank=1)),
     ("append_tokens", lambda: run_append(by_table=False)),
     ("append_tokens by table", lambda: run_append(by_table=True)),
     ("pages", run_pages),

@@ -14,6 +14,7 @@ from test_sparse_decode import arguments as decode_arguments
 from test_sparse_prefill import arguments as prefill_arguments
 
 from cupy_mla import InvalidArgumentError, PlanMismatchError, mla_sparse_decode, mla_sparse_prefill, slots_of
+from cupy_mla.parallel import local_slots
 
 torch = pytest.importorskip("torch", reason="torch is not installed")
 pytest.importorskip("cupy_mla.torch_ops")
@@ -108,8 +109,18 @@ def test_slots_of() -> None:
     same([OPS.slots_of(tokens, table, 16, requests=requests)], [slots_of(tokens, table, 16, requests=requests)])
 
 
+def test_local_slots() -> None:
+    tokens = torch.randint(-3, 99, (3, 2, 40), dtype=torch.int32)
+    table = torch.tensor([[4, 1, 0], [2, 3, 5], [6, 6, 1]], dtype=torch.int32)
+    for options in ({"cp_interleave": 16}, {"requests": torch.tensor([1, 1, 0], dtype=torch.int32)}):
+        sharding = {"cp_world": 2, "cp_rank": 1, **options}
+        same(OPS.local_slots(tokens, table, 16, **sharding), local_slots(tokens, table, 16, **sharding))
+
+
 @pytest.mark.parametrize(
-    "other", [{"fixed_split_tokens": 64}, {"decode_kernel": "gathered_wide64"}, {"head_dim_v": 448}], ids=str
+    "other",
+    [{"cp_world": 2}, {"fixed_split_tokens": 64}, {"decode_kernel": "gathered_wide64"}, {"head_dim_v": 448}],
+    ids=str,
 )
 def test_a_plan_of_other_settings_is_refused(other: dict[str, Any]) -> None:
     tensors = decode_tensors()
@@ -147,6 +158,9 @@ def samples() -> dict[str, tuple[Any, tuple[Any, ...], dict[str, Any]]]:
         "prefill": (OPS.mla_sparse_prefill, (), prefill_tensors()),
         "prefill to outputs": (OPS.mla_sparse_prefill_out, (), {**prefill_tensors(), **prefill_outputs()}),
         "slots": (OPS.slots_of, (torch.zeros((3, 4), dtype=torch.int32), table, 16), {}),
+        "local slots": (
+            OPS.local_slots, (torch.zeros((3, 4), dtype=torch.int32), table, 16), {"cp_world": 2, "cp_rank": 1}
+        ),
     }
 
 

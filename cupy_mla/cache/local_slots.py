@@ -72,8 +72,7 @@ def local_slots(
     rows = None if requests is None else view(requests, "requests", stream)
     page_size = as_integer(page_size, "page_size")
     shard = shard_of(cp_world, cp_rank, cp_interleave)
-    if tokens.ndim < 2:
-        raise InvalidArgumentError("token_indices", "2 dimensions or more [n, ..., topk]", str(tokens.ndim))
+    check_rows_of_tokens(tokens.ndim)
     check_tokens(tokens, table, rows, page_size)
     on_gpu = require_backend(*tokens.location, "token_indices")
     slots = empty_like(token_indices, tokens.shape, INDEX_DTYPE, stream)
@@ -87,6 +86,18 @@ def local_slots(
         _local_slots_cuda(params, math.prod(tokens.shape[:-1]), tokens.device_id, stream)
         keep_imported((tokens, table, rows), stream)
     return finish(token_indices, slots, stream), finish(token_indices, counts, stream)
+
+
+def check_rows_of_tokens(ndim: int) -> None:
+    """Refuse token numbers of so many dimensions that are no rows.
+
+    Raises
+    ------
+    InvalidArgumentError
+        There are fewer than 2.
+    """
+    if ndim < 2:
+        raise InvalidArgumentError("token_indices", "2 dimensions or more [n, ..., topk]", str(ndim))
 
 
 def _local_slots_numpy(

@@ -18,7 +18,7 @@ from ..kernels.slots import SLOTS_SOURCE, slots_blocks, slots_geometry
 from ..kernels.structs import SLOTS_PARAMS
 
 NO_TOKEN = -1
-_MAX_SLOT = 2**31 - 1
+MAX_SLOT = 2**31 - 1
 _MAX_BLOCKS = 2**31 - 1
 
 
@@ -140,7 +140,7 @@ def slots_reference(numbers: np.ndarray, table: ArrayView, rows: ArrayView | Non
     there = (numbers >= 0) & (page_index < pages.shape[1]) & (requests >= 0) & (requests < pages.shape[0])
     page = pages[np.where(there, requests, 0), np.where(there, page_index, 0)].astype(np.int64)
     slots = page * page_size + numbers % page_size
-    return np.where(there & (page >= 0) & (slots <= _MAX_SLOT), slots, NO_TOKEN).astype(np.int32)
+    return np.where(there & (page >= 0) & (slots <= MAX_SLOT), slots, NO_TOKEN).astype(np.int32)
 
 
 def _slots_cuda(
@@ -165,6 +165,6 @@ def pack_slots_params(
     params["tokens"], params["block_table"], params["slots"] = tokens.pointer, table.pointer, out.pointer
     params["requests"] = 0 if rows is None else rows.pointer
     params["block_table_stride"], params["row_tokens"] = settled_strides(table)[0], row_tokens
-    params["blocks_per_row"], params["page_size"] = slots_blocks(row_tokens), min(page_size, _MAX_SLOT)
+    params["blocks_per_row"], params["page_size"] = slots_blocks(row_tokens), min(page_size, MAX_SLOT)
     params["num_requests"], params["max_pages_per_seq"] = table.shape
     return params

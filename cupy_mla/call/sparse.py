@@ -66,7 +66,7 @@ def describe_sparse_decode(
     main, extra = call.main_list(), call.extra_list(arrays)
     queries, sharing = (batch, seqlen_q), {(batch,): seqlen_q, (batch, seqlen_q): 1}
     indices, tokens_per_length = main.indices_by_head(queries), main.check_lengths(sharing)
-    keys = GatheredKeys(indices.shape[-1], main.page_size, tokens_per_length)
+    keys = GatheredKeys(indices.shape[-1], main.page_size, tokens_per_length, cp_share=options.cp_world > 1)
     extra_indices = None
     if extra is not None:
         extra_indices = extra.indices_by_head(queries)

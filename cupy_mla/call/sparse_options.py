@@ -8,6 +8,7 @@ from dataclasses import dataclass, fields
 from typing import Any
 
 from .options import AUTO, CallForm, option, options_of, settle_options
+from .shard import Shard
 
 # The functions that take an option.
 SPARSE_DECODE, PLAN_SPARSE, SPARSE_PREFILL = "mla_sparse_decode", "plan_sparse_decode", "mla_sparse_prefill"
@@ -19,7 +20,7 @@ class SparseOptions:
 
     Attributes
     ----------
-    head_dim_v, softmax_scale, empty_lse, validate, strict, layout, extra_layout
+    head_dim_v, softmax_scale, empty_lse, validate, strict, layout, extra_layout, cp_world
         As in `cupy_mla.mla_sparse_decode`.
     fixed_split_tokens, kernel
         As in `cupy_mla.plan_sparse_decode`; of a decode call with a plan in an array, or without a plan.
@@ -37,11 +38,13 @@ class SparseOptions:
     strict: bool = option(True, SPARSE_DECODE, SPARSE_PREFILL, PLAN_SPARSE)
     layout: str | None = option(None, SPARSE_DECODE, SPARSE_PREFILL, PLAN_SPARSE)
     extra_layout: str | None = option(None, SPARSE_DECODE, PLAN_SPARSE)
+    cp_world: int = option(1, SPARSE_DECODE, PLAN_SPARSE)
     fixed_split_tokens: int | None = option(None, PLAN_SPARSE)
     kernel: str = option(AUTO, PLAN_SPARSE)
 
     def __post_init__(self) -> None:
         settle_options(self, SPARSE_OPTIONS)
+        Shard(self.cp_world, rank=0)  # which checks it
 
     def of_plan_alone(self) -> tuple[Any, ...]:
         """Those that a plan depends on beside the problem."""

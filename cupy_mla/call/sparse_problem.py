@@ -26,6 +26,9 @@ class GatheredKeys:
         Query tokens that share an entry of topk_length; None: there is no topk_length, all indices count.
     extra_topk, extra_page_size, extra_tokens_per_length
         The same of a second cache; extra_topk is None where there is none.
+    cp_share
+        Whether they are chosen from a rank's share of requests (``cp_world`` of the call is above 1): then results are
+        merged with those of other ranks.
     """
 
     topk: int
@@ -34,6 +37,7 @@ class GatheredKeys:
     extra_topk: int | None = None
     extra_page_size: int | None = None
     extra_tokens_per_length: int | None = None
+    cp_share: bool = False
 
     @property
     def most_tokens(self) -> int:

@@ -21,6 +21,7 @@ def decode_sparse(
     softmax_scale: float | None,
     out: Any,
     is_fp8: bool,
+    cp_world: int,
     enable_batch_invariant: bool,
 ) -> tuple[Any, Any]:
     """`mla_sparse_decode` with the plan of metadata, which a first call fills.
@@ -35,6 +36,8 @@ def decode_sparse(
         As in `mla_sparse_decode`.
     is_fp8
         Whether the caches are said to be of FP8.
+    cp_world
+        As in `mla_sparse_decode`.
     enable_batch_invariant
         Whether the plan cuts requests the same way in any batch.
 
@@ -54,6 +57,7 @@ def decode_sparse(
         "extra_kv_cache": extra_k_cache,
         "extra_indices": extra_indices,
         "head_dim_v": head_dim_v,
+        "cp_world": cp_world,
     }
     plan = plan_of(meta, SparsePlan, lengths, enable_batch_invariant)
     if plan is None:

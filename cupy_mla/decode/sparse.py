@@ -55,6 +55,7 @@ def mla_sparse_decode(
     kv_scale: Any = None,
     softmax_scale: float | None = None,
     head_dim_v: int = 512,
+    cp_world: int = 1,
     plan: SparsePlan | None = None,
     out: Any = None,
     lse: Any = None,
@@ -102,6 +103,10 @@ def mla_sparse_decode(
         Factor on the scores; None: ``d_qk ** -0.5``.
     head_dim_v
         Width of the output.
+    cp_world
+        Of a cache that is sharded along the sequence: over how many ranks (`cupy_mla.parallel.local_slots` finds the
+        slots of one of them). Above 1 the results of a cut query token keep more bits before they are merged, as the
+        results of all ranks are merged once more.
     plan
         From `plan_sparse_decode`, for calls that share their topk_length. None: the call plans by itself.
     out, lse
@@ -134,7 +139,7 @@ def mla_sparse_decode(
     """
     extra = extra_kv_cache, extra_indices, extra_topk_length
     arrays = (q, kv_cache, indices, topk_length, attn_sink, kv_scale, *extra, None, out, lse)
-    options = head_dim_v, softmax_scale, empty_lse, validate, strict, layout, extra_layout
+    options = head_dim_v, softmax_scale, empty_lse, validate, strict, layout, extra_layout, cp_world
     return run_sparse_decode(arrays, options, plan, stream)
 
 
@@ -151,6 +156,7 @@ def plan_sparse_decode(
     extra_layout: str | None = None,
     kv_scale: Any = None,
     head_dim_v: int = 512,
+    cp_world: int = 1,
     fixed_split_tokens: int | None = None,
     kernel: str = "auto",
     stream: int | None = None,
@@ -163,7 +169,7 @@ def plan_sparse_decode(
     ----------
     q, kv_cache, indices, topk_length, extra_kv_cache, extra_indices, extra_topk_length
         As in `mla_sparse_decode`. Of all but the lengths only shapes, types and strides count.
-    layout, extra_layout, kv_scale, head_dim_v, stream, validate, strict
+    layout, extra_layout, kv_scale, head_dim_v, cp_world, stream, validate, strict
         As in `mla_sparse_decode`.
     fixed_split_tokens
         Cut the tokens of each query token after every so many (a multiple of 64; those of a second cache begin at a
@@ -192,7 +198,7 @@ def plan_sparse_decode(
     )  # fmt: skip
     options = SparseOptions(
         head_dim_v=head_dim_v, validate=validate, strict=strict, layout=layout, extra_layout=extra_layout,
-        fixed_split_tokens=fixed_split_tokens, kernel=kernel,
+        cp_world=cp_world, fixed_split_tokens=fixed_split_tokens, kernel=kernel,
     )  # fmt: skip
     problem, inputs, kind = describe_sparse_plan(arrays, options, stream)
     plan = SparsePlan(problem, inputs.location, q, kind, stream)

@@ -132,6 +132,11 @@ def fake_slots(token_indices: Any, *arguments: Any, **options: Any) -> Any:
     return token_indices.new_empty(token_indices.shape)
 
 
+def fake_local_slots(token_indices: Any, *arguments: Any, **options: Any) -> tuple[Any, Any]:
+    """Of `local_slots`."""
+    return fake_slots(token_indices), token_indices.new_empty(token_indices.shape[:-1])
+
+
 def fake_nothing(*arguments: Any, **options: Any) -> None:
     """Of operators that write to what they are given."""
     return None

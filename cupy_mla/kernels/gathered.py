@@ -25,11 +25,12 @@ from .family import (
     ELEMENT_BYTES,
     FLOAT_BYTES,
     STANDARD_DIMS,
+    ColumnParts,
     DecodeFamily,
     KernelConfig,
     Role,
 )
-from .wide import STAGES, VALUES_WARPGROUPS, WIDE64, WideFamily
+from .wide import STAGES, VALUES_WARPGROUPS, WIDE64, WideFamily, wide_scale_parts
 
 if TYPE_CHECKING:
     from ..call.sparse_problem import SparseProblem
@@ -94,6 +95,8 @@ class GatheredConfig(KernelConfig):
 def gathered_config(family: DecodeFamily, problem: SparseProblem, planned: bool) -> GatheredConfig:
     """The configuration of a family for a problem."""
     queries = problem.queries
+    rows, of_share = queries.group_heads, problem.keys.cp_share
+    scale_parts = family.scale_parts(queries.latent_dim, queries.dtype, rows, of_share=of_share)
     return GatheredConfig(
         family,
         latent_dim=queries.latent_dim,
@@ -101,9 +104,9 @@ def gathered_config(family: DecodeFamily, problem: SparseProblem, planned: bool)
         dtype=queries.dtype,
         page_size=problem.keys.page_size,
         causal=False,
-        float_partials=planned and family.has_float_partials(queries.group_heads),
-        scale_parts=family.scale_parts(queries.latent_dim, queries.dtype, queries.group_heads) if planned else None,
-        refined=family.refines(queries.dtype, queries.group_heads),
+        float_partials=planned and family.has_float_partials(rows),
+        scale_parts=scale_parts if planned else None,
+        refined=family.refines(queries.dtype, rows),
         planned=planned,
         layout=problem.layout,
         extra_page_size=problem.keys.extra_page_size or NO_EXTRA,
@@ -170,6 +173,10 @@ class GatheredWideFamily(WideFamily):
             + 3 * STAGES * BARRIER_BYTES
             + CLAIM_BYTES
         )
+
+    def scale_parts(self, latent_dim: int, dtype: str, rows: int, *, of_share: bool = False) -> ColumnParts | None:
+        """For shares too: of so few tokens as are chosen, many rows do not even out the roundings."""
+        return wide_scale_parts(latent_dim, dtype, rows, of_share=of_share)
 
     def loader_bytes(self, config: KernelConfig) -> int:
         """A state of each values warp, and its byte of valid bits for each stage."""

@@ -18,12 +18,14 @@ from .family import (
     ELEMENT_BYTES,
     FLOAT_BYTES,
     STANDARD_DIMS,
+    ColumnParts,
     DecodeFamily,
     KernelConfig,
     Role,
     why_not_dense,
 )
 from .gathered import GatheredConfig, dense_extra_configs, gathered_defines
+from .narrow import narrow_scale_parts
 
 if TYPE_CHECKING:
     from ..call.problem import DecodeProblem
@@ -82,6 +84,10 @@ class GatheredNarrowFamily(DecodeFamily):
     def has_float_partials(self, rows: int) -> bool:
         """For few rows, where the kernel has registers for it."""
         return self.float_partials and rows <= _FLOAT_PARTIAL_ROWS
+
+    def scale_parts(self, latent_dim: int, dtype: str, rows: int, *, of_share: bool = False) -> ColumnParts | None:
+        """Of shares, as in the dense narrow kernel."""
+        return narrow_scale_parts(dtype, of_share=of_share, is_float=self.has_float_partials(rows))
 
     def shared_memory(self, config: KernelConfig) -> int:
         """The total of decode/gathered/narrow_smem.h: as many groups of KV boxes as fit beside a CTA of the merge."""

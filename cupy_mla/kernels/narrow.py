@@ -40,6 +40,16 @@ _FLOAT_PARTIAL_ROWS = 4
 _COMBINE_THREADS = 256
 
 
+def narrow_scale_parts(dtype: str, *, of_share: bool, is_float: bool) -> ColumnParts | None:
+    """``DecodeFamily.scale_parts`` where a warp has as many columns of each box as tokens. Of bf16 that is not float32,
+    for shares: with the merge of the ranks, partial results of bf16 would be one rounding too many for the promised
+    error.
+    """
+    if not of_share or dtype != "bfloat16" or is_float:
+        return None
+    return ColumnParts(BOX_COLUMNS // _CONSUMER_WARPS, _CONSUMER_WARPS)
+
+
 @dataclass(frozen=True, slots=True)
 class NarrowFamily(DecodeFamily):
     """The family of the narrow kernel for one number of rows.
@@ -83,12 +93,8 @@ class NarrowFamily(DecodeFamily):
         return self.float_registers is not None and rows <= _FLOAT_PARTIAL_ROWS
 
     def scale_parts(self, latent_dim: int, dtype: str, rows: int, *, of_share: bool = False) -> ColumnParts | None:
-        """Of bf16 that is not float32, for shares: with the merge of the ranks, partial results of bf16 would be one
-        rounding too many for the promised error. A warp has as many columns of each box as tokens.
-        """
-        if not of_share or dtype != "bfloat16" or self.has_float_partials(rows):
-            return None
-        return ColumnParts(BOX_COLUMNS // _CONSUMER_WARPS, _CONSUMER_WARPS)
+        """Of shares."""
+        return narrow_scale_parts(dtype, of_share=of_share, is_float=self.has_float_partials(rows))
 
     def shared_memory(self, config: KernelConfig) -> int:
         """The total of decode/narrow/smem.h: as many KV boxes as fit beside a CTA of the merge."""

@@ -110,7 +110,9 @@ class RowPagesFamily(_OfTokenPages):
             *(layout, queries.dtype, problem.keys.page_size),
             causal=queries.causal and queries.seqlen_q > 1,
             float_partials=self.has_float_partials(rows),
-            scale_parts=self.scale_parts(queries.latent_dim, queries.dtype, rows),
+            scale_parts=self.scale_parts(
+                queries.latent_dim, queries.dtype, rows, of_share=problem.keys.cp_share
+            ),
             sharded=problem.keys.shard is not None,
         )
 

@@ -42,9 +42,9 @@ _LOADER_STATE_BYTES = 32
 _LOADER_WARPS = 4  # where a page does not hold a swizzle atom's tokens
 
 
-def wide_scale_parts(latent_dim: int, dtype: str, rows: int) -> ColumnParts | None:
-    """``DecodeFamily.scale_parts`` where two warpgroups share the columns: for few rows of bf16."""
-    if rows > _FEW_ROWS or dtype != "bfloat16":
+def wide_scale_parts(latent_dim: int, dtype: str, rows: int, *, of_share: bool = False) -> ColumnParts | None:
+    """``DecodeFamily.scale_parts`` where two warpgroups share the columns: of bf16, for few rows and for shares."""
+    if (rows > _FEW_ROWS and not of_share) or dtype != "bfloat16":
         return None
     return ColumnParts(latent_dim // VALUES_WARPGROUPS, VALUES_WARPGROUPS)
 

@@ -2,21 +2,21 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from typing import Any
 
 from .. import jax_ops
-from ..call.arguments import as_boolean, shard_of
+from ..call.arguments import shard_of
 from ..call.traced import jax_module, like
 from ..decode import dense
 from ..errors import InvalidArgumentError, PlanMismatchError
-from .exchange import ALL_TO_ALL, EXCHANGES
+from .exchange import ALL_TO_ALL
+from .jax_ranks import Ranks, check_exchange
+from .jax_sparse import cp_sparse_decode, local_slots, plan_cp_sparse_decode
 from .lengths import local_lengths
 
-__all__ = ["cp_decode", "plan_cp_decode"]
+__all__ = ["cp_decode", "cp_sparse_decode", "local_slots", "plan_cp_decode", "plan_cp_sparse_decode"]
 
-_HEADS_AXIS = -2  # of q, of out and of lse
 _OF_THE_SHARD = ("cache_seqlens", "cp_world", "cp_rank", "validate", "empty_lse")
 
 
@@ -74,15 +74,12 @@ def cp_decode(
     MissingDependencyError
         JAX is not installed, or the platform is CUDA and jax-tvm-ffi is not.
     """
-    if exchange not in EXCHANGES:
-        raise InvalidArgumentError("exchange", " or ".join(EXCHANGES), repr(exchange))
-    ranks = _Ranks(axis_name, cp_interleave, total_seqlens, block_table)
-    heads = ranks.heads_of(q, as_boolean(gathered, "gathered"))
+    check_exchange(exchange)
+    ranks = _Shards(axis_name, cp_interleave, total_seqlens, block_table)
+    heads = ranks.heads_of(q, gathered)
     queries = q if gathered else ranks.gather(q)
     out, lse = ranks.decode(queries, kv_cache, block_table, plan, {**named, "platform": platform})
-    if exchange == ALL_TO_ALL:
-        return jax_ops.merge_states(*ranks.exchange(out, lse, heads), platform=platform)
-    return ranks.reduce(out, lse)
+    return ranks.finish(out, lse, heads, exchange, platform)
 
 
 @like(dense.plan_decode, without=_OF_THE_SHARD)
@@ -103,30 +100,18 @@ def plan_cp_decode(
     Arguments and errors are those of `cp_decode` and of `cupy_mla.plan_decode`. Of q only shape and type count. Nothing
     is sent.
     """
-    ranks = _Ranks(axis_name, cp_interleave, total_seqlens, block_table)
-    heads = ranks.heads_of(q, as_boolean(gathered, "gathered")) * ranks.world
+    ranks = _Shards(axis_name, cp_interleave, total_seqlens, block_table)
+    heads = ranks.heads_of(q, gathered) * ranks.world
     queries = jax_module().numpy.zeros((*q.shape[:-2], heads, q.shape[-1]), q.dtype)
     return ranks.plan(queries, kv_cache, block_table, {**named, "platform": platform})
 
 
-class _Ranks:
-    """The devices that a program's tokens are sharded over, of which it does not know which one it runs on.
-
-    Attributes
-    ----------
-    world
-        How many they are.
-    """
+class _Shards(Ranks):
+    """Devices that a program's tokens are sharded over, with the lengths of their shares."""
 
     def __init__(self, axis_name: Any, cp_interleave: int, total_seqlens: Any, block_table: Any) -> None:
+        super().__init__(axis_name)
         jax = jax_module()
-        self._axis = axis_name
-        try:
-            self.world = int(jax.lax.psum(1, axis_name))
-            self._rank = jax.lax.axis_index(axis_name)
-        except (NameError, TypeError, ValueError):
-            expected = "an axis of the mesh that jax.shard_map runs this for"
-            raise InvalidArgumentError("axis_name", expected, repr(axis_name)) from None
         requests = list(getattr(block_table, "shape", ())[:1])
         shape, dtype = getattr(total_seqlens, "shape", None), getattr(total_seqlens, "dtype", None)
         if shape is None or list(shape) != (requests or list(shape)) or str(dtype) != "int32":
@@ -135,29 +120,7 @@ class _Ranks:
         self._interleave = shard_of(self.world, 0, cp_interleave).interleave
         self._total_seqlens = total_seqlens
         shares = [local_lengths(total_seqlens, self.world, rank, cp_interleave) for rank in range(self.world)]
-        self._lengths = jax.numpy.stack(shares)[self._rank]
-
-    def heads_of(self, q: Any, gathered: bool) -> int:
-        """Heads of each device.
-
-        Raises
-        ------
-        InvalidArgumentError
-            q is no array of queries, or has all heads and they cannot be shared out equally.
-        """
-        shape = getattr(q, "shape", ())
-        if len(shape) not in (3, 4):
-            raise InvalidArgumentError("q", "an array [*rows, heads, width]", str(shape or type(q).__name__))
-        heads = int(shape[_HEADS_AXIS])
-        if not gathered:
-            return heads
-        if heads % self.world:
-            raise InvalidArgumentError("q", f"a number of heads that {self.world} devices divide", str(heads))
-        return heads // self.world
-
-    def gather(self, q: Any) -> Any:
-        """Queries of all heads."""
-        return jax_module().lax.all_gather(q, self._axis, axis=q.ndim + _HEADS_AXIS, tiled=True)
+        self._lengths = jax.numpy.stack(shares)[self.rank]
 
     def decode(self, queries: Any, kv_cache: Any, block_table: Any, plan: Any, named: dict[str, Any]) -> Any:
         """out and lse of all heads over this device's tokens.
@@ -176,7 +139,7 @@ class _Ranks:
         if is_masked and plan is not None and len(plan) != self.world:
             raise PlanMismatchError("plan", f"a plan for {self.world} ranks", f"one for {len(plan)}")
         if not is_masked:
-            return jax_ops.mla_decode(*inputs, plan=plan, **named)
+            return jax_ops.mla_decode(*inputs, plan=plan, cp_world=self.world, **named)
 
         def call_of(rank: int) -> Callable[..., Any]:
             sharding = self._sharding(rank, named)
@@ -190,7 +153,7 @@ class _Ranks:
         """An array; for masked calls a tuple with one for each rank, of which this device's one is filled."""
         inputs = queries, kv_cache, block_table, self._lengths
         if not _is_masked(queries, named):
-            return jax_ops.plan_decode(*inputs, **named)
+            return jax_ops.plan_decode(*inputs, cp_world=self.world, **named)
         jax = jax_module()
 
         def plan_of(rank: int) -> Callable[..., Any]:
@@ -213,40 +176,10 @@ class _Ranks:
     def _on_its_rank(self, call_of: Callable[[int], Callable[..., Any]], *given: Any) -> Any:
         """What the call of this device's rank returns: a mask's rank is no value of a program but part of it, so the
         program has the calls of all ranks, and runs one."""
-        return jax_module().lax.switch(self._rank, [call_of(rank) for rank in range(self.world)], *given)
+        return jax_module().lax.switch(self.rank, [call_of(rank) for rank in range(self.world)], *given)
 
     def _sharding(self, rank: int, named: dict[str, Any]) -> dict[str, Any]:
         return {**named, "cp_world": self.world, "cp_rank": rank, "cp_interleave": self._interleave}
-
-    def exchange(self, out: Any, lse: Any, heads: int) -> tuple[Any, Any]:
-        """Results of this device's heads from all devices, [world, ...], by one all-to-all of their bits."""
-        jax = jax_module()
-        bits = jax.numpy.uint16  # arithmetic types may be converted on the way, which NaN does not survive
-        outs, lses = (self._by_rank(array, heads) for array in (out, lse))
-        parts = [jax.lax.bitcast_convert_type(array, bits).reshape(self.world, -1) for array in (outs, lses)]
-        sent = jax.numpy.concatenate(parts, axis=1)
-        received = jax.lax.all_to_all(sent, self._axis, split_axis=0, concat_axis=0)
-        out_bits, lse_bits = received[:, : parts[0].shape[1]], received[:, parts[0].shape[1] :]
-        return (
-            jax.lax.bitcast_convert_type(out_bits.reshape(outs.shape), out.dtype),
-            jax.lax.bitcast_convert_type(lse_bits.reshape(*lses.shape, -1), lse.dtype),
-        )
-
-    def reduce(self, out: Any, lse: Any) -> tuple[Any, Any]:
-        """All-gather of lse, correction, and a sum in float32 of which each device gets its heads."""
-        jax = jax_module()
-        lses = jax.lax.all_gather(lse, self._axis)
-        merged = jax.nn.logsumexp(lses, axis=0)
-        weights = jax.numpy.where(lse == -math.inf, 0.0, jax.numpy.exp(lse - merged))
-        weighted = out.astype(lse.dtype) * weights.swapaxes(-1, -2)[..., None]
-        axis = weighted.ndim + _HEADS_AXIS
-        summed = jax.lax.psum_scatter(weighted, self._axis, scatter_dimension=axis, tiled=True)
-        return summed.astype(out.dtype), self._by_rank(merged, summed.shape[axis])[self._rank]
-
-    def _by_rank(self, array: Any, heads: int) -> Any:
-        """[..., world * heads, n] as [world, ..., heads, n]."""
-        jnp = jax_module().numpy
-        return jnp.moveaxis(array.reshape(*array.shape[:-2], self.world, heads, array.shape[-1]), -3, 0)
 
 
 def _is_masked(queries: Any, named: dict[str, Any]) -> bool:

@@ -36,9 +36,8 @@ class ContextParallelSparsePlan(ExchangePlan[SparsePlan]):
         q, kv_cache, indices, topk_length, kv_scale = arrays
         # As query tokens, ranks would be given the same tokens of the cache one after the other.
         super().__init__(q, group, options, may_be_tokens=False)
-        named = {"head_dim_v": options.head_dim_v, "layout": options.layout, "kv_scale": kv_scale}
-        queries = self._exchange.queries
-        self.decode_plan = plan_sparse_decode(queries, kv_cache, indices, topk_length=topk_length, **named, **of_plan)
+        queries, named = self._exchange.queries, self._decode_options(topk_length, kv_scale)
+        self.decode_plan = plan_sparse_decode(queries, kv_cache, indices, **named, **of_plan)
 
     def decode(self, arrays: tuple[Any, ...], softmax_scale: float | None) -> None:
         """This rank's part of `cp_sparse_decode`: gathers queries, and attends with all heads to its own tokens."""
@@ -48,15 +47,21 @@ class ContextParallelSparsePlan(ExchangePlan[SparsePlan]):
             self._exchange.gather(q),
             kv_cache,
             indices,
-            topk_length=topk_length,
-            layout=self._options.layout,
-            kv_scale=kv_scale,
+            **self._decode_options(topk_length, kv_scale),
             softmax_scale=softmax_scale,
-            head_dim_v=self._options.head_dim_v,
             plan=self.decode_plan,
             out=self._exchange.out,
             lse=self._exchange.lse,
         )
+
+    def _decode_options(self, topk_length: Any, kv_scale: Any) -> dict[str, Any]:
+        return {
+            "topk_length": topk_length,
+            "head_dim_v": self._options.head_dim_v,
+            "layout": self._options.layout,
+            "kv_scale": kv_scale,
+            "cp_world": self._exchange.ranks.world,
+        }
 
 
 def plan_cp_sparse_decode(

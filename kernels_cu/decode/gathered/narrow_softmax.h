@@ -165,7 +165,9 @@ public:
 #pragma unroll
         for (u32 i = 0; i < kThreadRows; ++i) {
             if (i % kWarpgroupWarps != warp_ || lane_ >= kRowLanes) continue;  // all warps know all rows: each writes some
-            store_lse(params_, work, row_of_lane(lane_, i), lse_of(params_, work, rows.maximum[i], rows.sum[i]));
+            // Whether values are scaled, the values warps know, which leave exponents in any case.
+            const f32 lse = lse_of(params_, work, rows.maximum[i], rows.sum[i]);
+            store_lse(params_, work, row_of_lane(lane_, i), lse, kPartialIsScaled);
         }
         if (kIsPlanned || params_.max_logits == nullptr) return;
         barrier();  // all have read the sums

@@ -200,7 +200,8 @@ private:
             // At the barrier all of the output is staged; and all have read the sums of across_warps.
             const u32 staged = smem_ + NarrowSmem::query;
             if constexpr (kPartialIsScaled) {
-                const u32 exponent = stage_normalised(work, staged, warp_, lane_, inverse, output);
+                const auto place = [staged](u32 box) { return staged + box * kRowBoxBytes; };
+                const u32 exponent = stage_normalised(work, place, warp_, lane_, inverse, output);
                 is_scaled = named_barrier_or(kConsumerBarrier, kConsumerThreads, exponent != kExponentOfOne);
                 if (is_scaled && lane_ < kRows && row_exists(work, lane_))
                     partial_exponents(params_, work, lane_)[warp_] = exponent;

@@ -8,10 +8,10 @@ namespace mla {
 static_assert(!kPartialIsScaled || (kScaleColumns == kWarpTokens && kScaleParts == kWarpgroupWarps),
               "of every box, a warp has the columns that it has the tokens of");
 
-// O^T times a factor of each row, as rows of T in the boxes at `staged`, box by box: the products of all boxes, made for both
+// O^T times a factor of each row, as rows of T in the boxes at `place(box)`, box by box: the products of all boxes, made for both
 // types ahead of the choice between them, would take 64 registers more.
-template <class T>
-MLA_DEVICE void stage_product(u32 staged, u32 warp, u32 lane, const float (&factor)[kThreadRows],
+template <class T, class Place>
+MLA_DEVICE void stage_product(const Place& place, u32 warp, u32 lane, const float (&factor)[kThreadRows],
                               const float (&output)[kLatentBoxes][kFragment]) {
     float own[kThreadRows];
 #pragma unroll
@@ -27,15 +27,16 @@ MLA_DEVICE void stage_product(u32 staged, u32 warp, u32 lane, const float (&fact
             product[row_element(i)] = output[box][row_element(i)] * own[i];
             product[row_element(i) + 2] = output[box][row_element(i) + 2] * own[i];
         }
-        store_fragment_transposed<T>(staged + box * kRowBoxBytes, warp, lane, product);
+        store_fragment_transposed<T>(place(box), warp, lane, product);
     }
 }
 
-// O normalised by the inverse sums, as rows in the boxes at `staged`. Gives the exponent of what it was divided by.
-MLA_DEVICE u32 stage_normalised(const BlockWork& work, u32 staged, u32 warp, u32 lane, float (&inverse)[kThreadRows],
+// O normalised by the inverse sums, as rows in the boxes at `place(box)`. Gives the exponent of what it was divided by.
+template <class Place>
+MLA_DEVICE u32 stage_normalised(const BlockWork& work, const Place& place, u32 warp, u32 lane, float (&inverse)[kThreadRows],
                                 const float (&output)[kLatentBoxes][kFragment]) {
     if (!work.is_partial()) {
-        stage_product<Output>(staged, warp, lane, inverse, output);
+        stage_product<Output>(place, warp, lane, inverse, output);
         return kExponentOfOne;
     }
     f32 bound = 0.0f;
@@ -50,7 +51,7 @@ MLA_DEVICE u32 stage_normalised(const BlockWork& work, u32 staged, u32 warp, u32
     const u32 exponent = choose_exponent(bound);
 #pragma unroll
     for (u32 i = 0; i < kThreadRows; ++i) inverse[i] *= inverse_power(exponent);  // nearly always 1
-    stage_product<Fp16>(staged, warp, lane, inverse, output);
+    stage_product<Fp16>(place, warp, lane, inverse, output);
     return exponent;
 }
 
