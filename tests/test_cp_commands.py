@@ -20,6 +20,7 @@ from cupy_mla.commands import context_parallel
 from cupy_mla.lab import sharded_check
 from cupy_mla.lab.libraries import NUMPY
 from cupy_mla.lab.sharded_check import sharded_cases
+from cupy_mla.parallel import local_slots
 from cupy_mla.parallel.model import CallSize, model_times
 
 # docs/parallel.md: requests, tokens, query tokens; us measured on an H200 of 1, 2, 4 and 8 ranks' decodes and merges.
@@ -78,6 +79,18 @@ def test_a_merge_that_forgets_a_rank_is_seen(monkeypatch: pytest.MonkeyPatch) ->
     [case, *_] = sharded_cases(2)
     assert sharded_check._check_shards(case, 2, "numpy").passed
     monkeypatch.setattr(sharded_check, "merge_states", lambda outs, lses: merge_states(outs[1:], lses[1:]))
+    assert not sharded_check._check_shards(case, 2, "numpy").passed
+
+
+def test_a_rank_that_forgets_a_token_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+    case = next(case for case in sharded_cases(2) if case.topk is not None)
+    assert sharded_check._check_shards(case, 2, "numpy").passed
+
+    def forget(*arrays: Any, **options: Any) -> Any:
+        indices, counts = local_slots(*arrays, **options)
+        return indices, np.maximum(counts - 1, 0)
+
+    monkeypatch.setattr(sharded_check, "local_slots", forget)
     assert not sharded_check._check_shards(case, 2, "numpy").passed
 
 

@@ -13,11 +13,12 @@ import pytest
 
 from cupy_mla.call.arguments import CUDA_MAX_LATENT, CUDA_MAX_WIDTH, CUDA_WIDTH_MULTIPLE
 from cupy_mla.call.problem import DecodeProblem, PagedKeys, Queries
+from cupy_mla.call.sparse_problem import GatheredKeys, SparseProblem
 from cupy_mla.errors import InvalidArgumentError
 from cupy_mla.gpu import hopper
 from cupy_mla.gpu.jit.source import kernels_root
 from cupy_mla.kernels.catalogue import standard_configs
-from cupy_mla.kernels.choose import FAMILIES, FP8_FAMILIES, GATHERED_FAMILIES, choose_config
+from cupy_mla.kernels.choose import FAMILIES, FP8_FAMILIES, GATHERED_FAMILIES, choose_config, choose_gathered_config
 from cupy_mla.kernels.family import ColumnParts, DecodeFamily, KernelConfig
 from cupy_mla.kernels.fp8 import FP8_SPLIT16, Fp8Family
 from cupy_mla.kernels.gathered import GATHERED_WIDE64
@@ -171,6 +172,25 @@ def test_partial_results_of_a_share_are_not_bf16_in_the_narrow_kernels(
     is_scaled = of_share and dtype == "bfloat16" and not is_float
     assert config.scale_parts == (ColumnParts(16, 4) if is_scaled else None)
     assert config.partial_lse_bytes == (8 if is_scaled else 4)
+
+
+GATHERED_PARTS = {
+    **{f"gathered_{kind}narrow{rows}": ColumnParts(16, 4) for kind in ("", "fp8_") for rows in (16, 32)},
+    **{f"gathered_{kind}wide64": ColumnParts(256, 2) for kind in ("", "fp8_")},
+}
+
+
+@pytest.mark.parametrize("kernel", GATHERED_PARTS)
+@pytest.mark.parametrize("heads", [4, 32, 128])
+@pytest.mark.parametrize("of_share", [False, True])
+def test_partial_results_of_chosen_tokens_of_a_share_are_scaled(kernel: str, heads: int, of_share: bool) -> None:
+    layout = FP8_DS_MLA if "fp8" in kernel else BF16
+    queries = problem(8, 1024, heads).queries
+    call = SparseProblem(queries, GatheredKeys(2048, 1, None, cp_share=of_share), layout)
+    config = choose_gathered_config(call, NUM_SMS, planned=True, kernel=kernel)
+    is_float, is_few = heads <= 4 and kernel.endswith("narrow16"), heads <= 16 and kernel.endswith("wide64")
+    assert config.float_partials == is_float
+    assert config.scale_parts == (GATHERED_PARTS[kernel] if is_few or (of_share and not is_float) else None)
 
 
 def test_the_length_that_is_promised_counts() -> None:

@@ -51,8 +51,9 @@ def check(
     converts caches, slots) are drawn, one for each number from --seed on, and run in several processes. A problem that
     fails is shown with the command that runs it alone.
 
-    With --context-parallel, caches are sharded along the sequence: the shards of all ranks one after the other and
-    merged; or, started by torchrun, one in each process and exchanged, by NCCL on GPUs and by gloo without.
+    With --context-parallel, caches are sharded along the sequence, in dense and sparse decoding: the shards of all
+    ranks one after the other and merged; or, started by torchrun, one in each process and exchanged, by NCCL on GPUs
+    and by gloo without.
     """
     if context_parallel is not None:
         for option, given in (("--random", random_problems), ("--seed", seed)):

@@ -9,12 +9,14 @@ from typing import Any
 
 import numpy as np
 
+from ..cache.slots import slots_of
 from ..call.shard import Shard
 from ..decode.dense import mla_decode
 from ..decode.merge import merge_states
+from ..decode.sparse import mla_sparse_decode
 from ..errors import MlaError
 from ..layouts import FP8_DS_MLA, FP8_E4M3
-from ..parallel import cp_decode
+from ..parallel import cp_decode, cp_sparse_decode, local_slots
 from ..schedule.pieces import ceil_div
 from ..schedule.text import counted
 from .accuracy import choose_requests, measure_accuracy
@@ -23,8 +25,12 @@ from .cases import Case
 from .launched import library_of
 from .libraries import LIBRARY_OF_BACKEND
 from .processes import new_processes
+from .random_values import Array
 from .selftest import CheckCase, CheckResult
 from .shards import shards_of
+from .sparse_cases import SparseCase
+from .spec import KV_SCALE
+from .tokens import NO_TOKEN
 
 _COMPARED = 10  # requests
 
@@ -59,6 +65,14 @@ _CASES: tuple[ShardedCase, ...] = (
     ),
     ShardedCase((30_000,), 16, cp_interleave=64),
     ShardedCase(tuple(range(1, 600, 3)), 64, cp_interleave=64),
+    # Chosen tokens, of which some ranks may have none.
+    *(ShardedCase(_EDGES, heads, topk=200, cp_interleave=count) for heads, count in ((16, 1), (64, 16), (128, 64))),
+    ShardedCase(_EDGES, 32, topk=700, seqlens_q=2),
+    ShardedCase(_EDGES, 16, topk=130, layout=FP8_E4M3.name, cp_interleave=16),
+    *(
+        ShardedCase((5000, 17, 3000), heads, topk=2048, layout=FP8_DS_MLA.name, cp_interleave=64)
+        for heads in (16, 128)
+    ),
 )
 
 
@@ -84,33 +98,41 @@ def check_shards(world: int, backend: str, cases: Sequence[ShardedCase], *, jobs
 
 
 def _check_shards(case: ShardedCase, world: int, backend: str) -> CheckResult:
-    host, library = _host_case(case), LIBRARY_OF_BACKEND[backend]
-    whole = host.on(library)
+    library, (host, tokens) = LIBRARY_OF_BACKEND[backend], _host_case(case)
+    total_seqlens, chosen = library.upload(host.cache_seqlens), None if tokens is None else library.upload(tokens)
     states = []
     try:
         for shard, share in shards_of(host, world, case.cp_interleave):
             local = share.on(library)
-            options = {**local.options, **of_shard(shard, whole.cache_seqlens)}
-            states.append(mla_decode(*local.tensors, **options))
+            if chosen is None:
+                options: dict[str, Any] = {**local.options, **of_shard(shard, total_seqlens)}
+                states.append(mla_decode(*local.tensors, **options))
+            else:
+                states.append(mla_sparse_decode(local.q, **_of_chosen(local, shard, chosen), cp_world=world))
         outs, lses = zip(*states, strict=True)
-        return _compared(case, whole, *merge_states(outs, lses))
+        return _compared(case, host, tokens, *map(library.download, merge_states(outs, lses)))
     except MlaError as error:
         return CheckResult(case, None, str(error))
 
 
 def check_ranks(group: Any, backend: str, cases: Sequence[ShardedCase]) -> Iterator[CheckResult]:
-    """Run `cp_decode` in all processes of a torch process group, of which each calls this and gets the results."""
+    """Run `cp_decode` and `cp_sparse_decode` in all processes of a torch process group, of which each calls this and
+    gets the results.
+    """
     from torch import distributed
 
     world, rank, library = group.size(), group.rank(), library_of(backend)
     for case in cases:
-        host = _host_case(case)
-        _, share = list(shards_of(host, world, case.cp_interleave))[rank]
+        host, tokens = _host_case(case)
+        shard, share = list(shards_of(host, world, case.cp_interleave))[rank]
         local, heads = share.on(library), case.num_heads_q // world
         q = local.q[..., rank * heads : (rank + 1) * heads, :]
         inputs = q, *local.tensors[1:-1], library.upload(host.cache_seqlens)
         try:
-            result: Any = cp_decode(*inputs, **local.options, cp_interleave=case.cp_interleave, group=group)
+            if tokens is None:
+                result: Any = cp_decode(*inputs, **local.options, cp_interleave=case.cp_interleave, group=group)
+            else:
+                result = cp_sparse_decode(q, **_of_chosen(local, shard, library.upload(tokens)), group=group)
             result = tuple(map(library.download, result))
         except MlaError as error:
             result = str(error)
@@ -121,20 +143,50 @@ def check_ranks(group: Any, backend: str, cases: Sequence[ShardedCase]) -> Itera
             yield CheckResult(case, None, problem)
             continue
         out, lse = (np.concatenate(parts, axis=-2) for parts in zip(*of_ranks, strict=True))
-        yield _compared(case, host, out, lse)
+        yield _compared(case, host, tokens, out, lse)
 
 
 def of_shard(shard: Shard, total_seqlens: Any) -> dict[str, Any]:
     """Arguments of `mla_decode` and `plan_decode` for the tokens of one rank."""
-    ranks = {"cp_world": shard.world, "cp_rank": shard.rank, "cp_interleave": shard.interleave}
-    return {**ranks, "total_seqlens": total_seqlens}
+    return {**_ranks(shard), "total_seqlens": total_seqlens}
 
 
-def _host_case(case: ShardedCase) -> Case:
-    host = build_case(case)
+def _ranks(shard: Shard) -> dict[str, int]:
+    return {"cp_world": shard.world, "cp_rank": shard.rank, "cp_interleave": shard.interleave}
+
+
+def _of_chosen(local: Case, shard: Shard, tokens: Any) -> dict[str, Any]:
+    """Arguments of sparse decode besides q: those of the tokens that a rank has."""
+    indices, counts = local_slots(tokens, local.block_table, local.kv_cache.shape[1], **_ranks(shard))
+    of_cache = {"kv_cache": local.kv_cache, "layout": local.layout, "kv_scale": local.kv_scale}
+    return {**of_cache, "indices": indices, "topk_length": counts, "head_dim_v": local.head_dim_v}
+
+
+def _host_case(case: ShardedCase) -> tuple[Case, Array | None]:
+    """The case as one of dense decoding, and the tokens [batch, seqlen_q, topk] that it chooses of each request."""
+    host = build_case(replace(case, topk=None))
     assert isinstance(host, Case)
-    return host
+    if case.topk is None:
+        return host, None
+    rng = np.random.default_rng(case.seed)
+    tokens = np.full((case.batch, int(case.q_lengths.max()), case.topk), NO_TOKEN, np.int32)
+    for request, query in np.ndindex(tokens.shape[:2]):
+        chosen = rng.permutation(case.lengths[request])[: case.topk]
+        tokens[request, query, : chosen.size] = chosen
+    return host, tokens
 
 
-def _compared(case: ShardedCase, whole: Case, out: Any, lse: Any) -> CheckResult:
+def _compared(case: ShardedCase, host: Case, tokens: Array | None, out: Array, lse: Array) -> CheckResult:
+    whole: Case | SparseCase = host
+    if tokens is not None:
+        counts = (tokens != NO_TOKEN).sum(-1)
+        whole = SparseCase(
+            host.q,
+            host.kv_cache,
+            slots_of(tokens, host.block_table, case.page_size),
+            counts,
+            case.work_of(counts, None),
+            layout=host.layout,
+            kv_scale=KV_SCALE if case.cache_layout.needs_scale else None,
+        )
     return CheckResult(case, measure_accuracy(whole, out, lse, choose_requests(whole, _COMPARED)), "")

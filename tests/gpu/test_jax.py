@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from cases_chosen import attend_to_chosen, choose_tokens
 from cases_dense import DenseCase
 
 from cupy_mla import InvalidArgumentError, PlanMismatchError, append_tokens, merge_states, mla_decode, plan_decode
@@ -227,3 +228,31 @@ def test_context_parallel_decode_on_one_device(changes: dict[str, Any], exchange
         first, second = sharded(on_jax.inputs)
         on_jax.check(*first)
         on_jax.check(*second, sign=-1)
+
+
+@needs_bridge
+@pytest.mark.parametrize("exchange", ["a2a", "ag_rs"])
+@pytest.mark.parametrize("layout", [None, "fp8_ds_mla"])
+def test_context_parallel_sparse_decode_on_one_device(layout: str | None, exchange: str) -> None:
+    """Slots, plan and decode in a program, for other choices each time."""
+    case = DenseCase(lengths=LENGTHS, num_heads_q=16, seqlens_q=2, layout=layout)
+    host = case.build()
+    arrays = host.q, host.kv_cache, host.block_table
+    q, kv_cache, table = (jnp.asarray(np.ascontiguousarray(array)) for array in arrays)
+
+    def program(tokens: Any) -> Any:
+        indices, counts = cp_jax_ops.local_slots(tokens, table, 64, axis_name="ranks")
+        named = {"topk_length": counts, "layout": layout, "axis_name": "ranks"}
+        plan = cp_jax_ops.plan_cp_sparse_decode(q, kv_cache, indices, **named)
+        return cp_jax_ops.cp_sparse_decode(q, kv_cache, indices, **named, exchange=exchange, plan=plan)
+
+    mesh, whole = jax.sharding.Mesh(np.array(jax.devices()[:1]), ("ranks",)), jax.sharding.PartitionSpec()
+    sharded = jax.jit(jax.shard_map(program, mesh=mesh, in_specs=whole, out_specs=whole, check_vma=False))
+    for most in (300, 1, 0):
+        tokens = choose_tokens(LENGTHS, 2, 300, most)
+        out, lse = (np.asarray(array).astype(np.float64) for array in sharded(tokens))
+        exact_out, exact_lse = attend_to_chosen(host, tokens)
+        for request in range(len(LENGTHS)):
+            error = np.linalg.norm(out[request] - exact_out[request])
+            assert error <= 3e-3 * np.linalg.norm(exact_out[request]), request
+        np.testing.assert_allclose(lse, exact_lse, rtol=2e-4, atol=2e-4)

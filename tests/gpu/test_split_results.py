@@ -1,5 +1,5 @@
 """Split results are as accurate as whole ones, whatever the magnitude of the values: of a rank's share of a cache in
-the narrow kernels, of few rows in the wide one.
+the narrow kernels and in those of chosen tokens, of few rows in the wide one.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from cases_dense import frobenius_error
 
-from cupy_mla import mla_decode, plan_decode
+from cupy_mla import mla_decode, mla_sparse_decode, plan_decode, plan_sparse_decode, slots_of
 
 from . import gpu_arrays as gpu
 
@@ -19,10 +19,14 @@ pytestmark = pytest.mark.timeout(60)
 
 LATENT, WIDTH, PAGE_SIZE = 512, 576, 64
 LENGTHS = (1500, 700, 65)
-HEADS = {"narrow16": 16, "narrow32": 32, "wide64": 8}
+HEADS = {
+    **{"narrow16": 16, "narrow32": 32, "wide64": 8},
+    **{"gathered_narrow16": 16, "gathered_narrow32": 32, "gathered_wide64": 64},
+}
+FP8_HEADS = {"gathered_fp8_narrow16": 16, "gathered_fp8_narrow32": 32, "gathered_fp8_wide64": 64}
 COLUMNS = np.arange(LATENT)
 # Which columns share a power of two (core/partial_format.h): those of one part, or of one warp of it.
-PARTS = {"narrow16": COLUMNS // 16 % 4, "narrow32": COLUMNS // 16 % 4, "wide64": COLUMNS // 256}
+PARTS = {kernel: COLUMNS // 256 if kernel.endswith("wide64") else COLUMNS // 16 % 4 for kernel in HEADS}
 FIFTH = 1.2
 SHARE = {"cp_world": 2}  # of which the arrays are one rank's
 
@@ -45,11 +49,21 @@ def inputs(heads: int, factors: np.ndarray) -> tuple[np.ndarray, ...]:
     return q.astype(ml_dtypes.bfloat16), cache.astype(ml_dtypes.bfloat16), table, np.array(LENGTHS, np.int32)
 
 
-def decode(arrays: tuple[np.ndarray, ...], kernel: str, split: int | None) -> np.ndarray:
+def decode(
+    arrays: tuple[np.ndarray, ...], kernel: str, split: int | None, kv_scale: float | None = None
+) -> np.ndarray:
     on_gpu = [gpu.upload(array) for array in arrays]
-    plan = plan_decode(*on_gpu, kernel=kernel, fixed_split_tokens=split, **SHARE)
+    options: dict[str, Any] = {**SHARE, "kv_scale": kv_scale}
+    plan_for, call = plan_decode, mla_decode
+    if kernel.startswith("gathered"):
+        plan_for, call = plan_sparse_decode, mla_sparse_decode
+        table, lengths = arrays[2:]
+        tokens = np.arange(table.shape[1] * PAGE_SIZE, dtype=np.int32)[None, None].repeat(len(LENGTHS), 0)
+        on_gpu = [*on_gpu[:2], gpu.upload(slots_of(tokens, table, PAGE_SIZE))]
+        options["topk_length"] = gpu.upload(lengths)
+    plan = plan_for(*on_gpu, kernel=kernel, fixed_split_tokens=split, **options)
     assert plan.blueprint.config.scale_parts is not None
-    out: np.ndarray = gpu.download(mla_decode(*on_gpu, plan=plan, **SHARE)[0])
+    out: np.ndarray = gpu.download(call(*on_gpu, plan=plan, **options)[0])
     return out
 
 
@@ -79,6 +93,23 @@ def test_split_results_are_as_accurate_as_whole_ones(kernel: str, exponent: int,
                 frobenius_error(out[request][..., columns], wanted[request][..., columns]) for out in (split, whole)
             ]
             assert errors[0] < FIFTH * errors[1], (request, part)
+
+
+@pytest.mark.parametrize("exponent", [-60, -20, 0, 20, 60])
+@pytest.mark.parametrize("kernel", FP8_HEADS)
+def test_so_are_those_of_an_fp8_cache(kernel: str, exponent: int) -> None:
+    """Of one scale, in which all of the magnitude is."""
+    scale = 2.0**exponent
+    q, cache, *places = inputs(FP8_HEADS[kernel], np.ones(WIDTH))
+    stored = cache.astype(ml_dtypes.float8_e4m3fn)
+    scaled_q = (q.astype(np.float64) / scale).astype(ml_dtypes.bfloat16)
+    wanted = exact((scaled_q, stored.astype(np.float64) * scale, *places))
+    split, whole = (
+        decode((scaled_q, stored, *places), kernel, tokens, scale) for tokens in (64, PAGE_SIZE * places[0].shape[1])
+    )
+    for request in range(len(LENGTHS)):
+        errors = [frobenius_error(out[request], wanted[request]) for out in (split, whole)]
+        assert errors[0] < FIFTH * errors[1], request
 
 
 @pytest.mark.parametrize("kernel", HEADS)
