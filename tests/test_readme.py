@@ -43,7 +43,7 @@ TITLES = {
     *("torch", "torch.compile", "JAX", "CuPy", "NumPy", "FlashMLA", "benchmark", "paged cache"),
     *("sparse decode", "sparse prefill", "sparse decode, FP8", "sparse decode, two caches", "FP8"),
     *("a step of all layers", "JAX scan", "own call", "transformers", "pages"),
-    *("context-parallel decode", "context-parallel decode in JAX"),
+    *("context-parallel decode", "context-parallel sparse decode", "context-parallel decode in JAX"),
 }
 
 PROGRAMS = ("cupy-mla", "./scripts/", ".ci/run", "python ", ".venv/bin/python ", "pip ", "jupyter ")
