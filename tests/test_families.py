@@ -175,22 +175,26 @@ def test_partial_results_of_a_share_are_not_bf16_in_the_narrow_kernels(
 
 
 GATHERED_PARTS = {
-    **{f"gathered_{kind}narrow{rows}": ColumnParts(16, 4) for kind in ("", "fp8_") for rows in (16, 32)},
-    **{f"gathered_{kind}wide64": ColumnParts(256, 2) for kind in ("", "fp8_")},
+    **{f"gathered_narrow{rows}": ColumnParts(16, 4) for rows in (16, 32)},
+    "gathered_wide64": ColumnParts(256, 2),
 }
+FP8_GATHERED = [f"gathered_fp8_{rows}" for rows in ("narrow16", "narrow32", "wide64")]
 
 
-@pytest.mark.parametrize("kernel", GATHERED_PARTS)
+@pytest.mark.parametrize("kernel", [*GATHERED_PARTS, *FP8_GATHERED])
 @pytest.mark.parametrize("heads", [4, 32, 128])
 @pytest.mark.parametrize("of_share", [False, True])
 def test_partial_results_of_chosen_tokens_of_a_share_are_scaled(kernel: str, heads: int, of_share: bool) -> None:
+    """Where probabilities are bf16; of FP8 caches they are fp16."""
     layout = FP8_DS_MLA if "fp8" in kernel else BF16
     queries = problem(8, 1024, heads).queries
     call = SparseProblem(queries, GatheredKeys(2048, 1, None, cp_share=of_share), layout)
     config = choose_gathered_config(call, NUM_SMS, planned=True, kernel=kernel)
     is_float, is_few = heads <= 4 and kernel.endswith("narrow16"), heads <= 16 and kernel.endswith("wide64")
     assert config.float_partials == is_float
-    assert config.scale_parts == (GATHERED_PARTS[kernel] if is_few or (of_share and not is_float) else None)
+    is_scaled = is_few or (of_share and not is_float and layout is BF16)
+    parts = {**GATHERED_PARTS, "gathered_fp8_wide64": ColumnParts(256, 2)}
+    assert config.scale_parts == (parts[kernel] if is_scaled else None)
 
 
 def test_the_length_that_is_promised_counts() -> None:

@@ -29,16 +29,9 @@ from cupy_mla.kernels.gathered_fp8 import GATHERED_FP8_NARROW16, GATHERED_FP8_NA
 from cupy_mla.kernels.gathered_fp8_wide import GATHERED_FP8_WIDE64
 from cupy_mla.kernels.gathered_narrow import GATHERED_NARROW16, GATHERED_NARROW32
 from cupy_mla.kernels.narrow import NARROW16, NARROW32
-from cupy_mla.kernels.token_pages import (
-    ROW_PAGES16,
-    ROW_PAGES32,
-    ROW_PAGES64,
-    TOKEN_PAGES_NARROW16,
-    TOKEN_PAGES_NARROW32,
-    TOKEN_PAGES_WIDE64,
-)
+from cupy_mla.kernels.token_pages import TOKEN_PAGES_NARROW16, TOKEN_PAGES_NARROW32, TOKEN_PAGES_WIDE64
 from cupy_mla.kernels.wide import WIDE64
-from cupy_mla.layouts import BF16, FP8_DS_MLA, FP8_E4M3, FP8_MODEL1
+from cupy_mla.layouts import FP8_DS_MLA, FP8_E4M3
 from cupy_mla.schedule.pieces import ceil_div
 
 needs_nvrtc = pytest.mark.skipif(
@@ -139,25 +132,20 @@ SHARE_CONFIGS = [
     for causal, refined in ((False, False), (True, False), (False, True), (True, True))
 ]
 OTHER_CONFIGS += SHARE_CONFIGS
-# The same of chosen tokens, and of dense decode by the kernels that gather them.
+# The same of chosen tokens of 16 bits, and of dense decode by the kernels that gather them.
 OTHER_CONFIGS += [
     GatheredConfig(
         *(family, 512, rope, "bfloat16", page_size),
         causal=by_request,
         scale_parts=family.scale_parts(512, "bfloat16", 64, of_share=True),
-        refined=family.refines("bfloat16", 8) and rope == 0,
-        layout=layout,
+        refined=rope == 0,
         by_request=by_request,
         sharded=by_request,
     )
-    for families, layout, rope, page_size, by_request in (
-        ((GATHERED_NARROW16, GATHERED_NARROW32, GATHERED_WIDE64), BF16, 64, 1, False),
-        ((GATHERED_NARROW16, GATHERED_NARROW32, GATHERED_WIDE64), BF16, 0, 64, False),
-        ((TOKEN_PAGES_NARROW16, TOKEN_PAGES_NARROW32, TOKEN_PAGES_WIDE64), BF16, 64, 1, True),
-        ((GATHERED_FP8_NARROW16, GATHERED_FP8_NARROW32, GATHERED_FP8_WIDE64), FP8_DS_MLA, 64, 1, False),
-        ((GATHERED_FP8_NARROW16, GATHERED_FP8_NARROW32, GATHERED_FP8_WIDE64), FP8_MODEL1, 0, 64, False),
-        ((GATHERED_FP8_NARROW16, GATHERED_FP8_NARROW32, GATHERED_FP8_WIDE64), FP8_E4M3, 64, 1, False),
-        ((ROW_PAGES16, ROW_PAGES32, ROW_PAGES64), FP8_DS_MLA, 64, 64, True),
+    for families, rope, page_size, by_request in (
+        ((GATHERED_NARROW16, GATHERED_NARROW32, GATHERED_WIDE64), 64, 1, False),
+        ((GATHERED_NARROW16, GATHERED_NARROW32, GATHERED_WIDE64), 0, 64, False),
+        ((TOKEN_PAGES_NARROW16, TOKEN_PAGES_NARROW32, TOKEN_PAGES_WIDE64), 64, 1, True),
     )
     for family in families
 ]

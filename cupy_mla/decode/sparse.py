@@ -105,8 +105,8 @@ def mla_sparse_decode(
         Width of the output.
     cp_world
         Of a cache that is sharded along the sequence: over how many ranks (`cupy_mla.parallel.local_slots` finds the
-        slots of one of them). Above 1 the results of a cut query token keep more bits before they are merged, as the
-        results of all ranks are merged once more.
+        slots of one of them). Above 1 what a query token that is cut leaves for its merge keeps more bits where the
+        cache is bfloat16, as the results of all ranks are merged once more.
     plan
         From `plan_sparse_decode`, for calls that share their topk_length. None: the call plans by itself.
     out, lse

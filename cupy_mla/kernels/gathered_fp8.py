@@ -17,13 +17,11 @@ from .family import (
     CLAIM_BYTES,
     ELEMENT_BYTES,
     FLOAT_BYTES,
-    ColumnParts,
     DecodeFamily,
     KernelConfig,
     Role,
 )
 from .gathered import GatheredConfig, gathered_defines
-from .narrow import narrow_scale_parts
 
 if TYPE_CHECKING:
     from ..call.problem import DecodeProblem
@@ -130,10 +128,6 @@ class GatheredFp8NarrowFamily(DecodeFamily):
     def has_float_partials(self, rows: int) -> bool:
         """For few rows, where the kernel has registers for it."""
         return self.float_partials and rows <= _FLOAT_PARTIAL_ROWS
-
-    def scale_parts(self, latent_dim: int, dtype: str, rows: int, *, of_share: bool = False) -> ColumnParts | None:
-        """Of shares, as in the dense narrow kernel."""
-        return narrow_scale_parts(dtype, of_share=of_share, is_float=self.has_float_partials(rows))
 
     def refines(self, dtype: str, rows: int) -> bool:
         """Never: probabilities are fp16."""

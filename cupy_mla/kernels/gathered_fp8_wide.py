@@ -71,8 +71,8 @@ class GatheredFp8WideFamily(DecodeFamily):
         )
 
     def scale_parts(self, latent_dim: int, dtype: str, rows: int, *, of_share: bool = False) -> ColumnParts | None:
-        """For few rows and for shares."""
-        return wide_scale_parts(latent_dim, dtype, rows, of_share=of_share)
+        """As in the wide kernel."""
+        return wide_scale_parts(latent_dim, dtype, rows)
 
     def refines(self, dtype: str, rows: int) -> bool:
         """Never: probabilities are fp16."""

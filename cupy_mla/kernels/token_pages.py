@@ -110,9 +110,7 @@ class RowPagesFamily(_OfTokenPages):
             *(layout, queries.dtype, problem.keys.page_size),
             causal=queries.causal and queries.seqlen_q > 1,
             float_partials=self.has_float_partials(rows),
-            scale_parts=self.scale_parts(
-                queries.latent_dim, queries.dtype, rows, of_share=problem.keys.cp_share
-            ),
+            scale_parts=self.scale_parts(queries.latent_dim, queries.dtype, rows),
             sharded=problem.keys.shard is not None,
         )
 

@@ -23,7 +23,6 @@ HEADS = {
     **{"narrow16": 16, "narrow32": 32, "wide64": 8},
     **{"gathered_narrow16": 16, "gathered_narrow32": 32, "gathered_wide64": 64},
 }
-FP8_HEADS = {"gathered_fp8_narrow16": 16, "gathered_fp8_narrow32": 32, "gathered_fp8_wide64": 64}
 COLUMNS = np.arange(LATENT)
 # Which columns share a power of two (core/partial_format.h): those of one part, or of one warp of it.
 PARTS = {kernel: COLUMNS // 256 if kernel.endswith("wide64") else COLUMNS // 16 % 4 for kernel in HEADS}
@@ -49,11 +48,8 @@ def inputs(heads: int, factors: np.ndarray) -> tuple[np.ndarray, ...]:
     return q.astype(ml_dtypes.bfloat16), cache.astype(ml_dtypes.bfloat16), table, np.array(LENGTHS, np.int32)
 
 
-def decode(
-    arrays: tuple[np.ndarray, ...], kernel: str, split: int | None, kv_scale: float | None = None
-) -> np.ndarray:
-    on_gpu = [gpu.upload(array) for array in arrays]
-    options: dict[str, Any] = {**SHARE, "kv_scale": kv_scale}
+def decode(arrays: tuple[np.ndarray, ...], kernel: str, split: int | None) -> np.ndarray:
+    on_gpu, options = [gpu.upload(array) for array in arrays], dict[str, Any](SHARE)
     plan_for, call = plan_decode, mla_decode
     if kernel.startswith("gathered"):
         plan_for, call = plan_sparse_decode, mla_sparse_decode
@@ -93,23 +89,6 @@ def test_split_results_are_as_accurate_as_whole_ones(kernel: str, exponent: int,
                 frobenius_error(out[request][..., columns], wanted[request][..., columns]) for out in (split, whole)
             ]
             assert errors[0] < FIFTH * errors[1], (request, part)
-
-
-@pytest.mark.parametrize("exponent", [-60, -20, 0, 20, 60])
-@pytest.mark.parametrize("kernel", FP8_HEADS)
-def test_so_are_those_of_an_fp8_cache(kernel: str, exponent: int) -> None:
-    """Of one scale, in which all of the magnitude is."""
-    scale = 2.0**exponent
-    q, cache, *places = inputs(FP8_HEADS[kernel], np.ones(WIDTH))
-    stored = cache.astype(ml_dtypes.float8_e4m3fn)
-    scaled_q = (q.astype(np.float64) / scale).astype(ml_dtypes.bfloat16)
-    wanted = exact((scaled_q, stored.astype(np.float64) * scale, *places))
-    split, whole = (
-        decode((scaled_q, stored, *places), kernel, tokens, scale) for tokens in (64, PAGE_SIZE * places[0].shape[1])
-    )
-    for request in range(len(LENGTHS)):
-        errors = [frobenius_error(out[request], wanted[request]) for out in (split, whole)]
-        assert errors[0] < FIFTH * errors[1], request
 
 
 @pytest.mark.parametrize("kernel", HEADS)

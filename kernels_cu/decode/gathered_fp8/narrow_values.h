@@ -2,7 +2,6 @@
 #pragma once
 #include "decode/gathered/narrow_work.h"
 #include "decode/gathered_fp8/narrow_smem.h"
-#include "decode/narrow/scaled_partial.h"
 #include "decode/narrow/store.h"
 
 namespace mla {
@@ -48,11 +47,9 @@ private:
         }
         mbarrier_wait(sums_full_barrier(smem_, buffers_.index), sums_parities_ >> buffers_.index & 1);
         sums_parities_ ^= 1u << buffers_.index;
-        float inverse[kThreadRows];
-        load_of_rows(Smem::inverse_sums, inverse);
-        if (!kPartialIsScaled) rescale(inverse, output);
+        rescale_by(Smem::inverse_sums, output);
         release_probabilities();
-        store(work, inverse, output);
+        store(work, output);
         buffers_.advance();
     }
 
@@ -62,15 +59,11 @@ private:
 
     MLA_DEVICE void barrier() const { named_barrier_sync(kValuesBarrier, kWarpgroupThreads); }
 
-    MLA_DEVICE void load_of_rows(u32 place, float (&values)[kThreadRows]) const {
-#pragma unroll
-        for (u32 i = 0; i < kThreadRows; ++i)
-            values[i] = load_shared_f32(smem_ + place + (buffers_.index * kRows + row_of_lane(lane(), i)) * sizeof(f32));
-    }
-
     MLA_DEVICE void rescale_by(u32 place, float (&output)[kLatentBoxes][kFragment]) const {
         float factor[kThreadRows];
-        load_of_rows(place, factor);
+#pragma unroll
+        for (u32 i = 0; i < kThreadRows; ++i)
+            factor[i] = load_shared_f32(smem_ + place + (buffers_.index * kRows + row_of_lane(lane(), i)) * sizeof(f32));
         rescale(factor, output);
     }
 
@@ -109,24 +102,16 @@ private:
         if (lane() == 0) mbarrier_arrive(probabilities_empty_barrier(smem_, buffers_.index));
     }
 
-    MLA_DEVICE void store(const BlockWork& work, float (&inverse)[kThreadRows],
-                          float (&output)[kLatentBoxes][kFragment]) const {
+    MLA_DEVICE void store(const BlockWork& work, float (&output)[kLatentBoxes][kFragment]) const {
         if (kPartialIsFloat && work.is_partial()) {
             release(kFirstStaged, kFreedGroups);
             store_float_partial(params_, work, warp(), lane(), output);
             return;
         }
         barrier();  // PV of all warps has read the boxes that the output goes to
-        if constexpr (kPartialIsScaled) {
-            const auto place = [this](u32 box) { return staged_box(box); };
-            const u32 exponent = stage_normalised(work, place, warp(), lane(), inverse, output);
-            if (work.is_partial() && lane() < kRows && row_exists(work, lane()))
-                partial_exponents(params_, work, lane())[warp()] = exponent;
-        } else {
 #pragma unroll
-            for (u32 box = 0; box < kLatentBoxes; ++box)
-                store_fragment_transposed<Output>(staged_box(box), warp(), lane(), output[box]);
-        }
+        for (u32 box = 0; box < kLatentBoxes; ++box)
+            store_fragment_transposed<Output>(staged_box(box), warp(), lane(), output[box]);
         barrier();  // all of the output is staged
         // Of prefill it is much, nobody reads it soon, and tokens are read again.
         store_output_rows<!kIsPlanned>(params_, work, thread_, [this](u32 box, u32 row, u32 index) {
