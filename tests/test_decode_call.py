@@ -160,6 +160,33 @@ def test_arguments_of_the_kernels(gpu: FakeGpu, make: Callable[[FakeGpu], Arrays
         assert len(dense._known._calls) == 1, round_number
 
 
+@pytest.mark.parametrize("name", ["q", "kv_cache", "block_table", "out", "lse", "plan", "nothing"])
+def test_arguments_of_the_kernels_when_one_array_is_another(gpu: FakeGpu, name: str) -> None:
+    """What is at another address is written to both kernels, and only that changes."""
+
+    def given() -> Arrays:
+        return {**packed(gpu), "out": gpu.array((4, 1, 16, LATENT)), "lse": gpu.array((4, 16, 1), "float32")}
+
+    arrays = given()
+    plans = [plan_decode(**packed(gpu)) for _ in range(2)]
+    others = {**given(), "plan": plans[1]}
+    for _ in range(3):  # back and forth, as between the layers of a step
+        for call in ({**arrays, "plan": plans[0]}, {**arrays, "plan": plans[0], name: others.get(name)}):
+            call.pop("nothing", None)
+            gpu.take()
+            mla_decode(**call)
+            decode, combine = gpu.take()
+            expect_decode(decode, call, call["out"], call["lse"])
+            [merged], [params] = combine.arguments[0], decode.arguments[2]
+            plan = call["plan"]
+            for launched in (merged, params):
+                assert launched["out"] == call["out"].pointer
+                assert launched["lse"] == call["lse"].pointer
+                assert launched["partial_out"] == plan.partial_out
+                assert launched["partial_lse"] == plan.partial_lse
+                assert launched["plan"] == plan.pointer
+
+
 @pytest.mark.parametrize(("heads", "blocks", "cluster"), [(16, 1, 1), (48, 3, 1), (96, 6, 2)])
 def test_ctas_of_a_job_start_in_pairs(gpu: FakeGpu, heads: int, blocks: int, cluster: int) -> None:
     mla_decode(**packed(gpu, heads=heads))
@@ -571,6 +598,21 @@ def test_layers_that_share_a_plan_may_have_one_scale_or_two(
     mla_decode(**arrays, compute="exact", kv_scale=kv_scale, plan=plan)
     [decode] = [dict(source.defines) for source in sources if source.entry.startswith("decode/")]
     assert decode.get("MLA_TWO_SCALES") == expected
+
+
+@pytest.mark.parametrize("length", [1, 2])
+def test_the_kernel_gets_the_scales_of_each_layer(gpu: FakeGpu, length: int) -> None:
+    arrays = packed(gpu)
+    arrays["kv_cache"] = gpu.array((64, 64, 1, LATENT + ROPE), "float8_e4m3fn")
+    outputs = {"out": gpu.array((4, 1, 16, LATENT)), "lse": gpu.array((4, 16, 1), "float32")}
+    scales = [gpu.array((length,), "float32") for _ in range(2)]
+    plan = plan_decode(**arrays, compute="exact", kv_scale=scales[0])
+    for scale in (*scales, *scales):
+        gpu.take()
+        mla_decode(**arrays, **outputs, compute="exact", kv_scale=scale, plan=plan)
+        [params] = gpu.take()[0].arguments[2]
+        assert params["latent_scale_at"] == scale.pointer
+        assert params["rope_scale_at"] == scale.pointer + 4 * (length - 1)
 
 
 def test_a_plan_in_an_array_of_its_own(gpu: FakeGpu) -> None:

@@ -3,13 +3,11 @@
 A sketch is an array's address and its *form*: shape, strides, element type and device, as its framework says them. A
 form is only good for comparing. An array whose form equals that of one that `arrays.view` has found good is good.
 
-Of a call that is made again and again with torch's tensors even the forms need not be asked for: torch compares all of
-them with those of a call before at once (the guards of its compiler), in a quarter of the time.
+Of a call that is made again and again with torch's tensors even the forms need not be asked for (`arrays.repeated`).
 """
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable
 from types import NoneType
 from typing import Any
@@ -35,66 +33,12 @@ _EXPRESSIONS: dict[tuple[str, str], tuple[str, str]] = {
 }
 _NO_ARRAYS = (NoneType, float)
 _TWO_NUMBERS = (float, float)  # so may be a pair of them
-_REPEATS = 6  # calls like one another until guards are made, which takes as long as they save in so many calls
 # The type of an array, or of the arrays of a pair.
 _Type = Any
 
 
 def _sketch_nothing(*arguments: Any) -> None:
     return None
-
-
-class _Repeated:
-    """Whether tensors have the same forms as in the calls before; makes torch's guards once some were alike.
-
-    Attributes
-    ----------
-    same
-        What says whether given tensors are like those of the forms that stand behind it; behind these, the numbers in
-        the places of arrays. One tuple, as threads share it.
-    """
-
-    __slots__ = ("_before", "_count", "same")
-    _none: tuple[Callable[..., bool], Any, Any] = (lambda *tensors: False), None, None
-
-    def __init__(self) -> None:
-        self.same = self._none
-        self._before: Any = None
-        self._count = 0
-
-    def note(self, tensors: tuple[Any, ...], numbers: tuple[float, ...], forms: tuple[Any, ...]) -> tuple[Any, ...]:
-        """The forms of a call that ``same`` did not recognise; what comes behind it may be like it."""
-        self.same = self._none
-        self._count = self._count + 1 if forms == self._before and self._count < _REPEATS else 1
-        self._before = forms
-        if self._count == _REPEATS:
-            check = _guards_of(tensors)
-            if check is not None:
-                self.same = check, forms, numbers
-        return forms
-
-
-def _guards_of(tensors: tuple[Any, ...]) -> Callable[..., bool] | None:
-    """What says whether other tensors have the same types, shapes, strides, element types and devices; holds none."""
-    guards_of = _tensor_guards()
-    if guards_of is None:
-        return None
-    sizes, strides = [[*tensor.shape] for tensor in tensors], [[*tensor.stride()] for tensor in tensors]
-    try:
-        check: Callable[..., bool] = guards_of(*tensors, dynamic_dims_sizes=sizes, dynamic_dims_strides=strides).check
-        return check if check(*tensors) else None
-    except Exception:  # of a torch that has them otherwise; forms do as well
-        return None
-
-
-@functools.cache
-def _tensor_guards() -> Any:
-    """torch's class of guards, if it has one."""
-    try:
-        from torch._C._dynamo.guards import TensorGuards
-    except ImportError:
-        return None
-    return TensorGuards
 
 
 class Sketcher:
@@ -108,65 +52,86 @@ class Sketcher:
         time of a loop.
     not_there
         How many of the addresses are 0 because there is no array.
+    arrays, others
+        Names of the arrays and of the other arguments in what follows: ``a0``, ``a1``, ..., ``o0``, ``o1``, ...
+    pointers
+        Expressions of the addresses.
+    tensors
+        Expressions of the arrays themselves.
+    is_torch
+        Whether all of them are torch's.
+    numbers
+        Expressions of what stands in the places of arrays and has no address.
+    checks
+        Expressions that say whether the arrays and the other arguments are of these types, by what they look at.
+    types
+        The types that ``checks`` name.
     """
 
-    __slots__ = ("not_there", "of_call")
+    __slots__ = (
+        "arrays", "checks", "is_torch", "not_there", "numbers", "of_call", "others", "pointers", "tensors", "types",
+    )  # fmt: skip
 
     def __init__(self, types: tuple[_Type, ...], others: tuple[type, ...], pairs: int) -> None:
         self.of_call: Callable[..., tuple[tuple[int, ...], tuple[Any, ...]] | None] = _sketch_nothing
         self.not_there = 0
-        pointers, forms, tensors, numbers = [], [], [], []
-        guarded = True
-        expected: list[tuple[str, type]] = []
-        for index, array_type in enumerate(types):
-            parts = [(f"a{index}", array_type)]
+        self.arrays = [f"a{index}" for index in range(len(types))]
+        self.others = [f"o{index}" for index in range(len(others))]
+        self.pointers: list[str] = []
+        self.tensors: list[str] = []
+        self.is_torch = True
+        self.numbers: list[str] = []
+        self.checks: dict[str, str] = {}
+        self.types: dict[str, type] = {}
+        forms = []
+        for index, (name, array_type) in enumerate(zip(self.arrays, types, strict=True)):
             if array_type == _TWO_NUMBERS and index >= pairs:
-                [(name, _)] = parts
-                pointers.append("0")
+                self.pointers.append("0")
+                self.numbers.append(name)
                 forms.append(name)
-                numbers.append(name)
-                expected += [(name, tuple), (f"{name}[0]", float), (f"{name}[1]", float)]
+                self._check_parts(name, _TWO_NUMBERS)
+                for number in range(len(_TWO_NUMBERS)):
+                    self._check(f"{name}[{number}]", float)
                 self.not_there += 1
                 continue
+            parts = [(name, array_type)]
             if isinstance(array_type, tuple):
-                expected.append((f"a{index}", tuple))
-                parts = [(f"a{index}[{part}]", part_type) for part, part_type in enumerate(array_type)]
+                if len(array_type) != 2 or index >= pairs:
+                    return
+                self._check_parts(name, array_type)
+                parts = [(f"{name}[{part}]", part_type) for part, part_type in enumerate(array_type)]
             elif index < pairs:
                 parts.append(("None", NoneType))
-            if len(parts) != (2 if index < pairs else 1):
-                return
-            for name, part_type in parts:
+            for part, part_type in parts:
                 expressions = _EXPRESSIONS.get((part_type.__module__, part_type.__name__))
                 if expressions is None:
                     return
                 if part_type is float:
-                    numbers.append(name)
+                    self.numbers.append(part)
                 elif part_type is not NoneType:
-                    tensors.append(name)
-                    guarded = guarded and expressions is _TORCH
-                pointers.append(expressions[0].format(a=name))
-                forms.append(expressions[1].format(a=name))
-                expected.append((name, part_type))
+                    self.tensors.append(part)
+                    self.is_torch = self.is_torch and expressions is _TORCH
+                self.pointers.append(expressions[0].format(a=part))
+                forms.append(expressions[1].format(a=part))
+                self._check(part, part_type)
                 self.not_there += part_type in _NO_ARRAYS
-        expected += [(f"o{index}", other) for index, other in enumerate(others)]
-        named: dict[str, Any] = {f"t{index}": known for index, (_, known) in enumerate(expected)}
-        checks = {
-            name: f"{name} is None" if known is NoneType else f"type({name}) is t{index}"
-            for index, (name, known) in enumerate(expected)
-        }
-        names = [f"a{index}" for index in range(len(types))] + [f"o{index}" for index in range(len(others))]
-        addresses, form = f"({', '.join(pointers)},)", f"({', '.join(forms)},)"
-        again = ""
-        if guarded and tensors:
-            values = f"({''.join(f'{name}, ' for name in numbers)})"
-            same = [check for name, check in checks.items() if name not in tensors]  # first: pairs are indexed
-            same += [f"(same := repeated.same)[0]({', '.join(tensors)})"]  # of the same types, too
-            same += [f"same[2] == {values}"] if numbers else []
-            again = f"({addresses}, same[1]) if {' and '.join(same)} else "
-            form = f"repeated.note(({', '.join(tensors)},), {values}, {form})"
-            named["repeated"] = _Repeated()
-        sketched = f"({addresses}, {form}) if {' and '.join(checks.values())} else None"
-        self.of_call = eval(f"lambda {', '.join(names)}: {again}{sketched}", named)
+        for name, other in zip(self.others, others, strict=True):
+            self._check(name, other)
+        names = ", ".join([*self.arrays, *self.others])
+        sketched = f"(({', '.join(self.pointers)},), ({', '.join(forms)},))"
+        is_such = " and ".join(self.checks.values())
+        self.of_call = eval(f"lambda {names}: {sketched} if {is_such} else None", {**self.types})
+
+    def _check_parts(self, name: str, parts: tuple[type, ...]) -> None:
+        self._check(name, tuple)
+        self.checks[name] += f" and len({name}) == {len(parts)}"
+
+    def _check(self, name: str, known: type) -> None:
+        if known is NoneType:
+            self.checks[name] = f"{name} is None"
+        else:
+            self.types[f"t{len(self.types)}"] = known
+            self.checks[name] = f"type({name}) is t{len(self.types) - 1}"
 
 
 class Sketches:

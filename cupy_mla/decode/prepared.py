@@ -130,6 +130,7 @@ class DecodeCall:
         self.kind = kind
         self._strides = strides
         self._lock = threading.Lock()  # the packed arguments are shared by all threads
+        self._places: tuple[int, ...] | None = None  # the addresses in them, but the cache's
         self._maps: Memo[tuple[int, int], tuple[TensorMap, TensorMap]] = Memo(_CACHES_KEPT)
 
         params = np.zeros(1, config.family.params)
@@ -205,23 +206,28 @@ class DecodeCall:
         """
         q_latent, q_rope, kv_latent, kv_rope, block_table, _, _, _, kv_scale, _, out, lse = addresses
         maps = self._maps.get((kv_latent, kv_rope)) or self._make_maps(kv_latent, kv_rope)
-        words, combine, combine_words = self._words, self._combine, self._combine_words
+        partial_out, partial_lse, made = plan.partial_out, plan.partial_lse, plan.pointer
+        places = q_latent, q_rope, block_table, kv_scale, out, lse, partial_out, partial_lse, made
         self._lock.acquire()  # a with statement takes twice the time
         try:
-            arguments = self._decode.addresses
+            arguments, combine = self._decode.addresses, self._combine
             arguments[0] = maps[0].address
             arguments[1] = maps[1].address
-            words[_Q_LATENT] = q_latent
-            words[_Q_ROPE] = q_rope
-            words[_BLOCK_TABLE] = block_table
-            words[_OUT] = combine_words[_C_OUT] = out
-            words[_LSE] = combine_words[_C_LSE] = lse
-            words[_PARTIAL_OUT] = combine_words[_C_PARTIAL_OUT] = plan.partial_out
-            words[_PARTIAL_LSE] = combine_words[_C_PARTIAL_LSE] = plan.partial_lse
-            words[_PLAN] = combine_words[_C_PLAN] = plan.pointer
-            if self._is_scaled:
-                words[_LATENT_SCALE] = kv_scale
-                words[_ROPE_SCALE] = kv_scale + self._strides.rope_scale
+            if places != self._places:  # a step's layers often have all but their caches in the same places
+                words, combine_words = self._words, self._combine_words
+                self._places = None  # until all are written
+                words[_Q_LATENT] = q_latent
+                words[_Q_ROPE] = q_rope
+                words[_BLOCK_TABLE] = block_table
+                words[_OUT] = combine_words[_C_OUT] = out
+                words[_LSE] = combine_words[_C_LSE] = lse
+                words[_PARTIAL_OUT] = combine_words[_C_PARTIAL_OUT] = partial_out
+                words[_PARTIAL_LSE] = combine_words[_C_PARTIAL_LSE] = partial_lse
+                words[_PLAN] = combine_words[_C_PLAN] = made
+                if self._is_scaled:
+                    words[_LATENT_SCALE] = kv_scale
+                    words[_ROPE_SCALE] = kv_scale + self._strides.rope_scale
+                self._places = places
             # What was captured may not have run yet when a call runs that is not.
             self._flags[_PLAN_IS_SETTLED] = plan.is_settled and (not plan.updated_in_capture or is_capturing(stream))
             self._decode(stream)
