@@ -5,6 +5,7 @@ The times behind the choice are measured; here, what must follow from them.
 
 from __future__ import annotations
 
+import itertools
 import re
 from dataclasses import replace
 from typing import Any
@@ -12,16 +13,18 @@ from typing import Any
 import pytest
 
 from cupy_mla.call.arguments import CUDA_MAX_LATENT, CUDA_MAX_WIDTH, CUDA_WIDTH_MULTIPLE
+from cupy_mla.call.options import COMPUTES
 from cupy_mla.call.problem import DecodeProblem, PagedKeys, Queries
 from cupy_mla.call.sparse_problem import GatheredKeys, SparseProblem
 from cupy_mla.errors import InvalidArgumentError
 from cupy_mla.gpu import hopper
 from cupy_mla.gpu.jit.source import kernels_root
-from cupy_mla.kernels.catalogue import standard_configs
+from cupy_mla.kernels.catalogue import all_kernels, standard_configs
 from cupy_mla.kernels.choose import FAMILIES, FP8_FAMILIES, GATHERED_FAMILIES, choose_config, choose_gathered_config
-from cupy_mla.kernels.family import ColumnParts, DecodeFamily, KernelConfig
+from cupy_mla.kernels.combine import combine_source, gathered_combine_source
+from cupy_mla.kernels.family import STANDARD_DIMS, ColumnParts, DecodeFamily, KernelConfig
 from cupy_mla.kernels.fp8 import FP8_SPLIT16, Fp8Family
-from cupy_mla.kernels.gathered import GATHERED_WIDE64
+from cupy_mla.kernels.gathered import GATHERED_WIDE64, gathered_config
 from cupy_mla.kernels.gathered_narrow import GATHERED_NARROW16, GATHERED_NARROW32
 from cupy_mla.kernels.narrow import NARROW16, NARROW32
 from cupy_mla.kernels.token_pages import RowPagesFamily
@@ -195,6 +198,25 @@ def test_partial_results_of_chosen_tokens_of_a_share_are_scaled(kernel: str, hea
     is_scaled = is_few or (of_share and not is_float and layout is BF16)
     parts = {**GATHERED_PARTS, "gathered_fp8_wide64": ColumnParts(256, 2)}
     assert config.scale_parts == (parts[kernel] if is_scaled else None)
+
+
+@pytest.mark.parametrize("family", [*FAMILIES, *GATHERED_FAMILIES], ids=lambda family: family.name)
+def test_the_merges_of_all_partial_results_are_compiled_ahead_of_time(family: DecodeFamily) -> None:
+    prepared = {kernel.source for kernel in all_kernels()}
+    merges = set()
+    cases = itertools.product(STANDARD_DIMS, DENSE_LAYOUTS, LAYOUTS.values(), (1, 4, 5, 8, 16, 17, 128), (1, 64))
+    for (latent_dim, rope_dim), dtype, layout, heads, page_size in cases:
+        call = problem(8, 1024, heads, latent_dim=latent_dim, rope_dim=rope_dim, dtype=dtype)
+        for of_share, compute in itertools.product((False, True), COMPUTES):
+            keys = replace(call.keys, page_size=page_size, cp_share=of_share)
+            dense = replace(call, layout=layout, keys=keys, compute=compute)
+            sparse = SparseProblem(call.queries, GatheredKeys(2048, page_size, None, cp_share=of_share), layout)
+            if family in FAMILIES and family.why_unsupported(dense) is None:
+                merges.add(combine_source(family.configure(dense, heads)))
+            if family in GATHERED_FAMILIES and family.why_unsupported(sparse) is None:
+                merges.add(gathered_combine_source(gathered_config(family, sparse, planned=True)))
+    assert merges
+    assert merges <= prepared
 
 
 def test_the_length_that_is_promised_counts() -> None:

@@ -5,7 +5,9 @@ What ``cupy-mla compile`` prepares ahead of time, and what the tests compile.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import itertools
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
 
 from ..arrays.dtypes import KERNEL_TYPES
 from ..gpu.jit.source import KernelSource
@@ -14,7 +16,7 @@ from .append import APPEND_SOURCE, dequantise_source, quantise_source
 from .choose import FAMILIES, GATHERED_FAMILIES
 from .combine import MERGE_STATES_THREADS, combine_source, gathered_combine_source, merge_states_source
 from .copy_pages import UNIT_TYPES, copy_pages_source
-from .family import KernelConfig
+from .family import DecodeFamily, KernelConfig
 from .halves import PROBE_SOURCE
 from .planner import PLAN_SOURCE, PLAN_THREADS
 from .slots import LOCAL_SLOTS_SOURCE, LOCAL_SLOTS_THREADS, SLOTS_SOURCE, SLOTS_THREADS
@@ -35,6 +37,18 @@ def standard_configs() -> list[KernelConfig]:
     return [config for family in (*FAMILIES, *GATHERED_FAMILIES) for config in family.standard_configs()]
 
 
+def _forms_of_partials(family: DecodeFamily) -> Iterator[KernelConfig]:
+    """The standard configurations, and the same with powers of two in partial results where some calls have these: few
+    rows in a kernel of more, and shares of a sharded cache.
+    """
+    for config in family.standard_configs():
+        yield config
+        for rows, of_share in itertools.product((1, family.rows), (False, True)):
+            parts = family.scale_parts(config.latent_dim, config.dtype, rows, of_share=of_share)
+            if parts is not None:
+                yield replace(config, float_partials=False, scale_parts=parts)
+
+
 def all_kernels() -> list[NamedKernel]:
     """The standard decode configurations and the kernels around them."""
     decode = [
@@ -47,7 +61,7 @@ def all_kernels() -> list[NamedKernel]:
             ("gathered_combine", gathered_combine_source, GATHERED_FAMILIES),
         )
         for family in families
-        for config in family.standard_configs()
+        for config in _forms_of_partials(family)
     }
     combine = [NamedKernel(name, source) for name, source in sources.items()]
     merge = [
