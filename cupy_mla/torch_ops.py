@@ -64,6 +64,10 @@ class _Argument:
     type: str
     default: str | None = None  # None: it has to be given
 
+    @property
+    def is_tensor(self) -> bool:
+        return self.type.startswith("Tensor")
+
     def __str__(self) -> str:
         return f"{self.type} {self.name}" + ("" if self.default is None else f"={self.default}")
 
@@ -95,8 +99,16 @@ class _Operator:
     @property
     def schema(self) -> str:
         """What torch reads."""
-        named = ["*", *map(str, self.named)] if self.named else []
-        return f"({', '.join([*map(str, self.positional), *named])}) -> {self.results}"
+        return self._schema(self.named)
+
+    @property
+    def usual_schema(self) -> str:
+        """The same without options that have to be named, which keep their defaults."""
+        return self._schema([argument for argument in self.named if argument.is_tensor])
+
+    def _schema(self, named: Sequence[_Argument]) -> str:
+        arguments = [*map(str, self.positional), *(["*", *map(str, named)] if named else [])]
+        return f"({', '.join(arguments)}) -> {self.results}"
 
     def function(self, run: Callable[..., Any]) -> Any:
         """Takes what torch hands over and calls ``run``. Written out, as Python then matches the arguments itself."""
@@ -256,6 +268,9 @@ _OPERATORS = {
     "merge_states": _merge_operator("Tensor"),
     "merge_states.list": _merge_operator("Tensor[]"),
 }
+# Called for every layer of a model. Each argument of a schema costs torch 60 ns where it is not given, so these have an
+# overload with few, which it tries first.
+_OF_LAYERS = ("mla_decode", "mla_decode_out", "mla_sparse_decode", "mla_sparse_decode_out")
 
 
 def register() -> None:
@@ -274,11 +289,14 @@ def register() -> None:
     # Strides are part of a call: a compiler must hand tensors over as the program made them.
     strides = getattr(torch.Tag, "needs_exact_strides", torch.Tag.needs_fixed_stride_order)
     for name, operator in _OPERATORS.items():
-        library.define(name + operator.schema, tags=(torch.Tag.pt2_compliant_tag, strides))
-        function = operator.function(operator.run)
-        for key in ("CPU", "CUDA"):
-            library.impl(name, function, key)
-        torch.library.register_fake(f"{NAMESPACE}::{name}", operator.function(operator.fake), lib=library)
+        schemas = {f"{name}.usual": operator.usual_schema} if name in _OF_LAYERS else {}
+        schemas[name] = operator.schema
+        function, fake = operator.function(operator.run), operator.function(operator.fake)
+        for overload, schema in schemas.items():
+            library.define(overload + schema, tags=(torch.Tag.pt2_compliant_tag, strides))
+            for key in ("CPU", "CUDA"):
+                library.impl(overload, function, key)
+            torch.library.register_fake(f"{NAMESPACE}::{overload}", fake, lib=library)
     _library = library  # torch forgets operators whose library is gone
 
 

@@ -25,6 +25,7 @@ from cupy_mla.call.options import ARRAYS, DECODE, DECODE_FORM, OPTIONS, OUTPUTS,
 torch = pytest.importorskip("torch", reason="torch is not installed")
 torch_ops = pytest.importorskip("cupy_mla.torch_ops")
 from torch.library import opcheck  # noqa: E402
+from torch.utils._python_dispatch import TorchDispatchMode  # noqa: E402
 
 OPS = torch.ops.cupy_mla
 BACKENDS = pytest.mark.parametrize("backend", ["eager", "aot_eager", "inductor"])
@@ -159,6 +160,61 @@ def test_every_option_is_in_the_schemas() -> None:
         order = (*ARRAYS[:4], *OUTPUTS, *DECODE_FORM.positional[4:], "plan")
         assert [argument.name for argument in positional] == [word for word in order if word in arguments]
         assert positional[-1].name == ("max_seqlen_q" if function == PLAN else "plan")
+
+
+@pytest.mark.parametrize("name", ["mla_decode", "mla_decode_out", "mla_sparse_decode", "mla_sparse_decode_out"])
+def test_usual_calls_have_a_shorter_schema(name: str) -> None:
+    """All but the options that have to be named, in the same order."""
+    op = getattr(OPS, name)
+    assert op.overloads() == ["usual", "default"]
+    usual, whole = op.usual._schema, op.default._schema
+    usual_names = {argument.name for argument in usual.arguments}
+    left_out = [argument for argument in whole.arguments if argument.name not in usual_names]
+    assert all(argument.kwarg_only and "Tensor" not in str(argument.type) for argument in left_out)
+    assert {"empty_lse", "validate", "strict", "cache_layout", "fixed_split_tokens"} < {one.name for one in left_out}
+
+    def facts(argument: Any) -> tuple[Any, ...]:
+        alias = argument.alias_info is not None and argument.alias_info.is_write
+        return argument.name, str(argument.type), argument.default_value, argument.kwarg_only, alias
+
+    assert list(map(facts, usual.arguments)) == [facts(one) for one in whole.arguments if one.name in usual_names]
+    assert list(map(facts, usual.returns)) == list(map(facts, whole.returns))
+
+
+class Called(TorchDispatchMode):
+    """The operators of ours that are called."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.overloads: list[Any] = []
+
+    def __torch_dispatch__(self, function: Any, types: Any, arguments: Any = (), options: Any = None) -> Any:
+        if function.namespace == "cupy_mla":
+            self.overloads.append(function)
+        return function(*arguments, **(options or {}))
+
+
+def test_calls_reach_the_overload_that_knows_their_options() -> None:
+    tensors = make()
+    plan = OPS.plan_decode(**tensors)
+    ropes = {"q_rope": tensors["q"][..., 512:], "kv_rope": tensors["kv_cache"][..., 512:]}
+    pairs = {**tensors, "q": tensors["q"][..., :512], "kv_cache": tensors["kv_cache"][..., :512], **ropes}
+    usual, default = OPS.mla_decode.usual, OPS.mla_decode.default
+    for arguments, overload in (
+        (tensors, usual),
+        ({**tensors, "plan": plan, "causal": False, "softmax_scale": None, "head_dim_v": 512}, usual),
+        (pairs, usual),
+        ({**tensors, "validate": True}, default),
+        ({**tensors, "plan": plan, "strict": False}, default),
+    ):
+        expected = mla_decode(**tensors)
+        with Called() as called:
+            same(OPS.mla_decode(**arguments), expected)
+        assert called.overloads == [overload]
+    with Called() as called:
+        OPS.mla_decode_out(**tensors, **outputs(tensors))
+        OPS.mla_decode_out(**tensors, **outputs(tensors), compute="exact")
+    assert called.overloads == [OPS.mla_decode_out.usual, OPS.mla_decode_out.default]
 
 
 def test_append_tokens() -> None:
@@ -325,8 +381,8 @@ def samples() -> dict[str, tuple[Any, tuple[Any, ...], dict[str, Any]]]:
 @pytest.mark.parametrize("name", samples())
 def test_opcheck(name: str) -> None:
     op, arguments, options = samples()[name]
-    overload = op.list if name == "merge lists" else op.default
-    assert set(opcheck(overload, arguments, options).values()) == {"SUCCESS"}
+    for overload in ["list"] if name == "merge lists" else {*op.overloads()} - {"list"}:
+        assert set(opcheck(getattr(op, overload), arguments, options).values()) == {"SUCCESS"}
 
 
 def step(tensors: Tensors, rows: Any, slots: Any) -> Any:
