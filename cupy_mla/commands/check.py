@@ -133,7 +133,7 @@ def _facts(result: CheckResult) -> dict[str, Any]:
 
 def _run_campaign(seeds: range, chosen: Backend) -> int:
     """Run random problems, print what came of them, and return how many failed."""
-    from ..lab.campaign import compile_for, run_campaign
+    from ..lab.campaign import run_campaign
 
     if chosen.note:
         note(chosen.note)
@@ -141,9 +141,6 @@ def _run_campaign(seeds: range, chosen: Backend) -> int:
     drawn = f"seeds {seeds[0]} to {seeds[-1]}" if len(seeds) > 1 else f"seed {seeds[0]}"
     click.echo(f"{counted(len(seeds), 'random problem')}, {drawn}, on {chosen.device}, {jobs} at a time")
     start = time.perf_counter()
-    if chosen.name == "cuda":
-        compile_for(seeds, jobs)
-        click.echo(f"kernels ready after {time.perf_counter() - start:.1f} s")
     counts: Counter[str] = Counter()
     shares: dict[str, float] = {}
     failed = 0

@@ -7,22 +7,17 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from concurrent.futures import as_completed
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
-from ..gpu.jit.source import KernelSource
-from ..kernels.append import dequantise_source, quantise_source
-from ..kernels.catalogue import NamedKernel, standard_configs
-from ..kernels.choose import FAMILIES
-from ..kernels.combine import combine_source, gathered_combine_source
-from .cache_trials import CODED_LAYOUTS
-from .compile_job import compile_all
-from .libraries import LIBRARY_OF_BACKEND
+from ..gpu.jit import compiler
+from ..schedule.pieces import ceil_div
+from .libraries import CUPY, LIBRARY_OF_BACKEND
 from .processes import new_processes
-from .trial import Settings, Trial, WrongResultError
+from .trial import SEEDS_PER_SETTINGS, Trial, WrongResultError
 from .trials import TRIALS
 
-_SEEDS_PER_TASK = 50
-_ANY_PAGE_SIZE = 64  # of the standard configurations that are taken for other page sizes
+_TASKS_PER_JOB = 4  # at least, where there are so many seeds: none works long when the others are done
+_MOST_SEEDS_PER_TASK = 50
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,6 +50,9 @@ def run_trial(seed: int, backend: str) -> TrialResult:
 def run_campaign(seeds: Sequence[int], backend: str, jobs: int) -> Iterator[TrialResult]:
     """Run the problems of seeds, in several processes where there are many.
 
+    A kernel is compiled by whoever needs it first. So that few wait for the same one, the processes are at problems of
+    different settings, which have most kernels for themselves.
+
     Parameters
     ----------
     seeds
@@ -63,45 +61,23 @@ def run_campaign(seeds: Sequence[int], backend: str, jobs: int) -> Iterator[Tria
         ``"cuda"`` or ``"numpy"``.
     jobs
         Most processes.
+
+    Raises
+    ------
+    MissingDependencyError
+        ``backend`` is ``"cuda"``, and there is no compiler.
     """
-    tasks = [seeds[start : start + _SEEDS_PER_TASK] for start in range(0, len(seeds), _SEEDS_PER_TASK)]
+    if LIBRARY_OF_BACKEND[backend] is CUPY:
+        compiler.compiler_version()  # without a compiler, fail once and not for each problem
+    size = min(ceil_div(len(seeds), jobs * _TASKS_PER_JOB), _MOST_SEEDS_PER_TASK)
+    tasks = [seeds[start : start + size] for start in range(0, len(seeds), size)]
+    tasks.sort(key=lambda task: task[0] % SEEDS_PER_SETTINGS)
     if len(tasks) == 1 or jobs == 1:
         yield from (run_trial(seed, backend) for seed in seeds)
         return
     with new_processes(jobs) as pool:
         for future in as_completed([pool.submit(_run_task, task, backend) for task in tasks]):
             yield from future.result()
-
-
-def compile_for(seeds: Sequence[int], jobs: int) -> None:
-    """Compile the kernels of a campaign on a GPU, in several processes.
-
-    Raises
-    ------
-    MissingDependencyError
-        There is no compiler.
-    """
-    sources: dict[KernelSource, NamedKernel] = {}
-    for settings in {Settings.of(seed) for seed in seeds}:
-        for source in _sources(settings):
-            sources.setdefault(source, NamedKernel(str(source), source))
-    for _ in compile_all(list(sources.values()), jobs):
-        pass  # a kernel that does not compile fails where it is used
-
-
-def _sources(settings: Settings) -> Iterator[KernelSource]:
-    for config in standard_configs():
-        widths = config.latent_dim, config.rope_dim
-        same = widths == (settings.latent_dim, settings.rope_dim) and config.dtype == settings.dtype
-        if not same or (config.causal and not settings.causal):
-            continue
-        if config.family not in FAMILIES:
-            strided = replace(config, page_size=settings.page_size)  # pages that are not one behind the other
-            yield from (config.source(), strided.source(), gathered_combine_source(config))
-        elif config.page_size == _ANY_PAGE_SIZE:
-            yield from (replace(config, page_size=settings.page_size).source(), combine_source(config))
-    for layout in CODED_LAYOUTS[settings.latent_dim, settings.rope_dim]:
-        yield from (quantise_source(settings.dtype, layout), dequantise_source(settings.dtype, layout))
 
 
 def _run_task(seeds: Sequence[int], backend: str) -> list[TrialResult]:
