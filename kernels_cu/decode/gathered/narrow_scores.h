@@ -52,16 +52,15 @@ private:
         for (i32 tile = work.tile_begin; tile < work.tile_end; ++tile) {
             float scores[kFragment];
             multiply(scores);
+            const u32 valid = kByRequest ? kAllValid : read_valid();  // while QK runs
             wgmma_wait<0>();
             wgmma_pin(scores);
 #pragma unroll
             for (u32 i = 0; i < kFragment; ++i) scores[i] *= params_.scale_log2;
-            if constexpr (kByRequest) {
+            if constexpr (kByRequest)
                 softmax_.hide_unseen(work, tile, scores);
-            } else {
-                const u32 valid = load_shared_u32(valid_word(smem_, ring_, warp_));
-                if (valid != kAllValid) softmax_.hide(valid, scores);
-            }
+            else if (valid != kAllValid)
+                softmax_.hide(valid, scores);
             if constexpr (kLooksAhead) look_ahead();
             softmax_.add_tile<Operand>(tile == work.tile_begin, scores, rows);
             ring_.advance();
@@ -69,6 +68,12 @@ private:
             if (next.has_tiles()) copy_query(next);
             softmax_.finish(work, rows);
         }
+    }
+
+    // By lane 0, one of those that announce P: racecheck follows whoever reads and arrives himself.
+    MLA_DEVICE u32 read_valid() const {
+        const u32 valid = lane_ == 0 ? load_shared_u32(valid_word(smem_, ring_, warp_)) : 0;
+        return __shfl_sync(kFullWarp, valid, 0);
     }
 
     // Whether the fence of a tile's P does for groups of the next tile that have come by then. TRIED_GATHERED.md: 3% of a prefill

@@ -12,8 +12,10 @@ namespace mla {
 constexpr u32 kBuffers = 2;  // of P and of what goes with it: the scores warpgroup is a tile ahead of the values warpgroup
 
 // Four neighbouring lanes hold all rows between them, and all warps hold the same: the first four threads tell the values
-// warpgroup. Each arrives for what it has written itself, or racecheck would report it.
+// warpgroup. Each arrives for what it has written itself, or racecheck would report it; and so with P does lane 0 of the other
+// warps, for what it has read.
 constexpr u32 kRowLanes = 4;
+constexpr u32 kProbabilityArrivals = kRowLanes + kWarpgroupWarps - 1;
 
 // Named barriers of the two warpgroups.
 constexpr u32 kScoresBarrier = 1;
@@ -38,9 +40,10 @@ struct TokenUnits {
 };
 
 // Smem: the kernel's shared memory. It has, for each buffer, P, factors, inverse sums, the barriers
-//   probabilities_full   kRowLanes threads of the scores warpgroup, after a barrier of all of them: P is there, and the factors
+//   probabilities_full   kProbabilityArrivals threads of the scores warpgroup, after a barrier of all of them: P is there, and the
+//                        factors
 //   probabilities_empty  one lane of each values warp: PV is done, and in an item's last tile its inverse sums have been read
-//   sums_full            the same threads: the inverse sums of the item that ended with this buffer's tile are there
+//   sums_full            kRowLanes threads: the inverse sums of the item that ended with this buffer's tile are there
 // and a word (`rescales`), whether any factor is not 1; and room for one value of each (scores warp, row).
 // kHasUnits: whether V may have units.
 template <class Smem, bool kHasUnits = false>
@@ -138,10 +141,8 @@ public:
             store_of_rows(Smem::factors, buffers_.index, factor);
             barrier();  // all of P is written; and all have read the maxima
         }
-        if (thread_ < kRowLanes) {
-            if (thread_ == 0) store_shared_u32(smem_ + Smem::rescales + buffers_.index * sizeof(u32), moves && !is_first);
-            mbarrier_arrive(of_buffer(Smem::probabilities_full));
-        }
+        if (thread_ == 0) store_shared_u32(smem_ + Smem::rescales + buffers_.index * sizeof(u32), moves && !is_first);
+        if (lane_ == 0 || thread_ < kRowLanes) mbarrier_arrive(of_buffer(Smem::probabilities_full));
 #pragma unroll
         for (u32 i = 0; i < kThreadRows; ++i)
             rows.sum[i] += probabilities[row_element(i)] + probabilities[row_element(i) + 2];

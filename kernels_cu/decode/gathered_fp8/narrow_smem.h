@@ -91,7 +91,7 @@ MLA_DEVICE void initialise_barriers(u32 smem) {
     }
     for (u32 group = 0; group < kFreedGroups; ++group) mbarrier_init(values_empty_barrier(smem, group), kWarpgroupWarps);
     for (u32 buffer = 0; buffer < kBuffers; ++buffer) {
-        mbarrier_init(probabilities_full_barrier(smem, buffer), kRowLanes);
+        mbarrier_init(probabilities_full_barrier(smem, buffer), kProbabilityArrivals);
         mbarrier_init(probabilities_empty_barrier(smem, buffer), kWarpgroupWarps);
         mbarrier_init(sums_full_barrier(smem, buffer), kRowLanes);
     }
