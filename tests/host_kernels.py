@@ -119,6 +119,11 @@ def run_local_slots(params: np.ndarray, grid: int, block: int, reverse: bool = F
     library().host_local_slots(_address(params), grid, block, ctypes.c_bool(reverse))
 
 
+def run_push(params: np.ndarray, grid: int, block: int, reverse: bool = False) -> None:
+    """mla_push, its threads in either order; whom it waits for has to have come."""
+    library().host_push(_address(params), grid, block, ctypes.c_bool(reverse))
+
+
 def run_slots(params: np.ndarray, grid: int, block: int) -> None:
     """mla_slots."""
     library().host_slots(_address(params), grid, block)

@@ -67,8 +67,9 @@ def test_check_runs_shards_one_after_the_other() -> None:
     assert "18 heads" in result.output  # 16 are not for 3 ranks
 
 
-def test_check_runs_in_the_processes_of_torchrun() -> None:
-    done = torchrun("check", "--context-parallel")
+@pytest.mark.parametrize("exchange", [(), ("--exchange", "ag_rs")], ids=str)
+def test_check_runs_in_the_processes_of_torchrun(exchange: tuple[str, ...]) -> None:
+    done = torchrun("check", "--context-parallel", *exchange)
     assert done.returncode == 0, done.stderr
     count = len(sharded_cases(2))
     assert done.stdout.count(f"{count} of {count} cases passed") == 1  # one process prints
@@ -162,6 +163,10 @@ def test_bench_times_what_one_machine_shows() -> None:
         (["check", "--context-parallel", "2", "--random", "3"], "--random: expected nothing beside --context-parallel"),
         (["check", "--context-parallel", "2", "--seed", "3"], "--seed: expected nothing beside --context-parallel"),
         (["check", "--context-parallel", "2,4", "--json"], "--json: expected one number of ranks, got 2,4"),
+        (["check", "--context-parallel", "2", "--exchange", "direct"], "in the processes of torchrun, got direct"),
+        (["check", "--exchange", "a2a"], "--context-parallel in the processes of torchrun, got a2a"),
+        (["bench", "--context-parallel", "2", "--exchange", "ag_rs"], "in the processes of torchrun, got ag_rs"),
+        (["bench", "--exchange", "a2a"], "in the processes of torchrun, got a2a"),
         (["check", "--context-parallel", "256"], "256 is not in the range 1<=x<=255"),
         (["check", "--context-parallel", "two"], "'two' is not a valid integer"),
         (["bench", "--context-parallel", "2", "--peer", "torch"], "--peer: expected nothing beside --context-parallel"),

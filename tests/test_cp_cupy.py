@@ -163,6 +163,8 @@ class Alone:
     ("argument", "expected", "changes"),
     [
         ("exchange", "a2a for CuPy arrays", {"exchange": "ag_rs"}),
+        ("exchange", "a2a for CuPy arrays", {"exchange": "direct"}),
+        ("exchange", "a2a or ag_rs or direct", {"exchange": "ring"}),
         ("q", "a CuPy array", {"q": torch.zeros(6, 1, 8, 128, dtype=torch.float16)}),
         ("q", "an array", {"q": [1]}),
         ("q", "an array [*rows, heads, width]", {"q": np.zeros((8, 128), np.float16)}),

@@ -124,7 +124,7 @@ def shard_rows(case: BenchCase, worlds: Sequence[int], library: ArrayLibrary) ->
         library.release()
 
 
-def group_row(case: BenchCase, group: Any, backend: str) -> ShardedRow:
+def group_row(case: BenchCase, group: Any, backend: str, *, exchange: str) -> ShardedRow:
     """A case as it is, on the processes of a torch process group, each of which calls this and gets the same row."""
     import torch
 
@@ -139,7 +139,7 @@ def group_row(case: BenchCase, group: Any, backend: str) -> ShardedRow:
     share, heads = _share(case, Shard(world, 0, case.page_size), library), case.num_heads_q // world
     q = share.q[..., rank * heads : (rank + 1) * heads, :].contiguous()
     table, total = share.block_table, library.upload(case.kv_lengths.astype(np.int32))
-    options = {**share.options, "cp_interleave": case.page_size, "group": group}
+    options = {**share.options, "cp_interleave": case.page_size, "group": group, "exchange": exchange}
     of_plan = {name: value for name, value in options.items() if name != "softmax_scale"}
     plan = plan_cp_decode(q, share.kv_cache, table, total, **of_plan)
     out, lse = cp_decode(q, share.kv_cache, table, total, **options, plan=plan)

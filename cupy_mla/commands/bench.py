@@ -18,7 +18,14 @@ from ..lab.timing import DEFAULT_LIMIT_SECONDS
 from ..layouts import LAYOUTS
 from .command import Command
 from .common import COUNT, Backend, Function, backend_option, choose_backend, note, raise_failures
-from .context_parallel import DEFAULT_WORLDS, OPTION, context_parallel_option, require_world
+from .context_parallel import (
+    DEFAULT_WORLDS,
+    OPTION,
+    chosen_exchange,
+    context_parallel_option,
+    exchange_option,
+    require_world,
+)
 
 
 def list_option(
@@ -94,6 +101,7 @@ _FOLDER = click.Path(path_type=Path, file_okay=False, writable=True)
     help="Seconds for a case.",
 )
 @context_parallel_option("Caches that are sharded over so many ranks.")
+@exchange_option
 @backend_option
 @click.pass_context
 def bench(
@@ -106,6 +114,7 @@ def bench(
     peers_path: Path | None,
     backend: str,
     context_parallel: tuple[int, ...] | None,
+    exchange: str | None,
     **options: Any,
 ) -> None:
     """Time decodes, or sparse attention, over every combination of the values given, beside other implementations.
@@ -119,8 +128,9 @@ def bench(
     without a GPU the model alone.
     """
     if context_parallel is not None:
-        _time_shards(ctx, context_parallel, choose_backend(backend), options)
+        _time_shards(ctx, context_parallel, exchange, choose_backend(backend), options)
         return
+    chosen_exchange(exchange, in_processes=False)
     from ..bench.report import print_changes, print_results, progress_bar
     from ..bench.results import Results, load_results
     from ..bench.rows import Row
@@ -179,7 +189,9 @@ def bench(
     ctx.exit(1 if results.failed else 0)
 
 
-def _time_shards(ctx: click.Context, worlds: tuple[int, ...], chosen: Backend, options: dict[str, Any]) -> None:
+def _time_shards(
+    ctx: click.Context, worlds: tuple[int, ...], exchange: str | None, chosen: Backend, options: dict[str, Any]
+) -> None:
     """Time or model sharded caches, and print the table; of several processes one does."""
     from ..bench.context_parallel import group_row, model_rows, print_rows, shard_rows
     from ..bench.inputs import choose_library
@@ -190,10 +202,11 @@ def _time_shards(ctx: click.Context, worlds: tuple[int, ...], chosen: Backend, o
             (spelt,) = (parameter.opts[0] for parameter in ctx.command.params if parameter.name == name)
             raise InvalidArgumentError(spelt, f"nothing beside {OPTION}", "both")
     with launched_group(chosen.name) as group:
+        how = chosen_exchange(exchange, in_processes=group is not None)
         cases = _cases(chosen.name if group is not None else "cuda", options)
         if group is not None:
             require_world(worlds, group.size())
-            rows = [group_row(case, group, chosen.name) for case in cases]
+            rows = [group_row(case, group, chosen.name, exchange=how) for case in cases]
             if group.rank() == 0:
                 print_rows(rows)
             return

@@ -17,7 +17,7 @@ from ..lab.processes import usual_jobs
 from ..schedule.text import counted
 from .command import Command
 from .common import COUNT, Backend, backend_option, choose_backend, json_option, note
-from .context_parallel import DEFAULT_WORLDS, context_parallel_option, require_world
+from .context_parallel import DEFAULT_WORLDS, chosen_exchange, context_parallel_option, exchange_option, require_world
 
 if TYPE_CHECKING:
     from ..lab.selftest import CheckResult
@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     "--seed", type=click.IntRange(0, 2**62), default=0, show_default=True, help="Of the first random problem."
 )
 @context_parallel_option("Check caches that are sharded over so many ranks instead.")
+@exchange_option
 @json_option
 @click.pass_context
 def check(
@@ -38,6 +39,7 @@ def check(
     random_problems: int | None,
     seed: int,
     context_parallel: tuple[int, ...] | None,
+    exchange: str | None,
     as_json: bool,
 ) -> None:
     """Run small cases on poisoned caches and compare them with float64: dense decoding, also over e4m3 caches, sparse
@@ -59,7 +61,8 @@ def check(
         for option, given in (("--random", random_problems), ("--seed", seed)):
             if given:
                 raise InvalidArgumentError(option, "nothing beside --context-parallel", "both")
-        ctx.exit(0 if _check_shards(context_parallel, choose_backend(backend), as_json) else 1)
+        ctx.exit(0 if _check_shards(context_parallel, choose_backend(backend), exchange, as_json) else 1)
+    chosen_exchange(exchange, in_processes=False)
     if random_problems is not None:
         if as_json:
             raise InvalidArgumentError("--json", "nothing beside --random", "both")
@@ -75,12 +78,13 @@ def check(
     ctx.exit(0 if _report(said, run_checks(chosen.name, jobs=usual_jobs()), chosen, as_json) else 1)
 
 
-def _check_shards(worlds: tuple[int, ...], chosen: Backend, as_json: bool) -> bool:
+def _check_shards(worlds: tuple[int, ...], chosen: Backend, exchange: str | None, as_json: bool) -> bool:
     """Run the self-test of sharded caches; True if all passed. One process of several prints."""
     from ..lab.launched import launched_group
     from ..lab.sharded_check import check_ranks, check_shards, sharded_cases
 
     with launched_group(chosen.name) as group:
+        how = chosen_exchange(exchange, in_processes=group is not None)
         if group is None:
             if as_json and len(worlds) != 1:
                 raise InvalidArgumentError("--json", "one number of ranks", ",".join(map(str, worlds)) or "none")
@@ -95,7 +99,7 @@ def _check_shards(worlds: tuple[int, ...], chosen: Backend, as_json: bool) -> bo
             return passed
         world = require_world(worlds, group.size())
         cases = sharded_cases(world)
-        results = check_ranks(group, chosen.name, cases)
+        results = check_ranks(group, chosen.name, cases, exchange=how)
         if group.rank():
             return all(result.passed for result in results)
         return _report(f"{len(cases)} cases on {world} processes, on {chosen.device}", results, chosen, as_json)

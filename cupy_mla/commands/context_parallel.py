@@ -1,4 +1,4 @@
-"""The option of commands that run over caches which are sharded over several ranks."""
+"""The options of commands that run over caches which are sharded over several ranks."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import click
 
 from ..call.shard import MAX_WORLD
 from ..errors import InvalidArgumentError
+from ..parallel.exchange import ALL_TO_ALL, EXCHANGES
 from .common import Function
 
 OPTION = "--context-parallel"
@@ -29,6 +30,25 @@ def context_parallel_option(help_text: str) -> Callable[[Function], Function]:
     return click.option(
         OPTION, is_flag=False, flag_value=_ALL, callback=read, metavar="[N,...]", help=f"{help_text} {whose}"
     )
+
+
+def exchange_option(function: Function) -> Function:
+    """``--exchange NAME``: None if it is not given."""
+    help_text = f"With {OPTION} under torchrun: how results go to whom they belong; a2a if not given."
+    return click.option("--exchange", type=click.Choice(EXCHANGES), help=help_text)(function)
+
+
+def chosen_exchange(exchange: str | None, *, in_processes: bool) -> str:
+    """The exchange that was asked for, or the usual one.
+
+    Raises
+    ------
+    InvalidArgumentError
+        One was asked for where nothing is exchanged: not in the processes of torchrun.
+    """
+    if exchange is not None and not in_processes:
+        raise InvalidArgumentError("--exchange", f"{OPTION} in the processes of torchrun", exchange)
+    return ALL_TO_ALL if exchange is None else exchange
 
 
 def require_world(worlds: tuple[int, ...], processes: int) -> int:

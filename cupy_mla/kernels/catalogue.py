@@ -19,6 +19,7 @@ from .copy_pages import UNIT_TYPES, copy_pages_source
 from .family import DecodeFamily, KernelConfig
 from .halves import PROBE_SOURCE
 from .planner import PLAN_SOURCE, PLAN_THREADS
+from .push import PUSH_SOURCE, PUSH_THREADS
 from .slots import LOCAL_SLOTS_SOURCE, LOCAL_SLOTS_THREADS, SLOTS_SOURCE, SLOTS_THREADS
 
 
@@ -80,6 +81,7 @@ def all_kernels() -> list[NamedKernel]:
         *(NamedKernel(f"copy_pages_{unit_bytes}", copy_pages_source(unit_bytes)) for unit_bytes in UNIT_TYPES),
         NamedKernel("slots", SLOTS_SOURCE, SLOTS_THREADS),
         NamedKernel("local_slots", LOCAL_SLOTS_SOURCE, LOCAL_SLOTS_THREADS),
+        NamedKernel("push", PUSH_SOURCE, PUSH_THREADS),
         NamedKernel("probe_latency", PROBE_SOURCE),
     ]
     return [*decode, *combine, *merge, *others]

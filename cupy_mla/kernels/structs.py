@@ -210,6 +210,27 @@ MERGE_STATES_PARAMS = np.dtype(
         ("aligned", np.int32),
     ]
 )
+PUSH_ROWS = np.dtype(
+    [
+        ("from", _POINTER),
+        ("rank_step", np.int64),
+        ("from_strides", np.int64, 3),
+        ("to", np.int64),
+        ("to_strides", np.int64, 3),
+        ("sizes", np.int32, 3),
+        ("chunks", np.int32),
+    ]
+)
+PUSH_PARAMS = np.dtype(
+    [
+        ("values", PUSH_ROWS),
+        ("words", PUSH_ROWS),
+        ("memories", _POINTER),
+        ("meetings", _POINTER),
+        ("world", np.int32),
+        ("rank", np.int32),
+    ]
+)
 APPEND_SEGMENT = np.dtype(
     [
         ("cache", _POINTER),

@@ -115,13 +115,16 @@ def _check_shards(case: ShardedCase, world: int, backend: str) -> CheckResult:
         return CheckResult(case, None, str(error))
 
 
-def check_ranks(group: Any, backend: str, cases: Sequence[ShardedCase]) -> Iterator[CheckResult]:
+def check_ranks(
+    group: Any, backend: str, cases: Sequence[ShardedCase], *, exchange: str
+) -> Iterator[CheckResult]:
     """Run `cp_decode` and `cp_sparse_decode` in all processes of a torch process group, of which each calls this and
     gets the results.
     """
     from torch import distributed
 
     world, rank, library = group.size(), group.rank(), library_of(backend)
+    of_group = {"group": group, "exchange": exchange}
     for case in cases:
         host, tokens = _host_case(case)
         shard, share = list(shards_of(host, world, case.cp_interleave))[rank]
@@ -130,9 +133,10 @@ def check_ranks(group: Any, backend: str, cases: Sequence[ShardedCase]) -> Itera
         inputs = q, *local.tensors[1:-1], library.upload(host.cache_seqlens)
         try:
             if tokens is None:
-                result: Any = cp_decode(*inputs, **local.options, cp_interleave=case.cp_interleave, group=group)
+                options: dict[str, Any] = {**local.options, "cp_interleave": case.cp_interleave, **of_group}
+                result: Any = cp_decode(*inputs, **options)
             else:
-                result = cp_sparse_decode(q, **_of_chosen(local, shard, library.upload(tokens)), group=group)
+                result = cp_sparse_decode(q, **_of_chosen(local, shard, library.upload(tokens)), **of_group)
             result = tuple(map(library.download, result))
         except MlaError as error:
             result = str(error)

@@ -52,7 +52,7 @@ class ContextParallelPlan(ExchangePlan[DecodePlan]):
         DecodeOptions(head_dim_v=options.head_dim_v, causal=options.causal, max_seqlen_q=options.max_seqlen_q)
         is_one_group = _num_kv_heads(kv_cache) == 1
         super().__init__(q, group, options, may_be_tokens=cu_seqlens_q is None and is_one_group)
-        ranks = self._exchange.ranks
+        ranks = self.ranks
         self.shard = shard_of(ranks.world, ranks.rank, options.cp_interleave)
         self._check_lengths(total_seqlens, getattr(block_table, "shape", ())[:1])
         self.cache_seqlens = empty_like(total_seqlens, tuple(total_seqlens.shape), INDEX_DTYPE)
@@ -82,7 +82,7 @@ class ContextParallelPlan(ExchangePlan[DecodePlan]):
             A wrong shape, type or device, or cu_seqlens_q given or missing against the plan.
         """
         self._check_lengths(total_seqlens, self.cache_seqlens.shape)
-        self._exchange.ranks.count(self.shard, total_seqlens, self.cache_seqlens)
+        self.ranks.count(self.shard, total_seqlens, self.cache_seqlens)
         is_masked = self.decode_plan.problem.keys.shard is not None
         self.decode_plan.update(total_seqlens if is_masked else self.cache_seqlens, cu_seqlens_q)
 
@@ -103,7 +103,7 @@ class ContextParallelPlan(ExchangePlan[DecodePlan]):
 
     def _check_lengths(self, total_seqlens: Any, shape: Any) -> None:
         """Refuse lengths of another shape; it is (), and any shape goes, if none is known."""
-        self._exchange.ranks.refuse_others(total_seqlens, "total_seqlens", "[batch]")
+        self.ranks.refuse_others(total_seqlens, "total_seqlens", "[batch]")
         dtype = view(total_seqlens, "total_seqlens").dtype
         if dtype != INDEX_DTYPE or total_seqlens.shape != (shape or total_seqlens.shape):
             got = f"{dtype} {list(total_seqlens.shape)}"
@@ -154,7 +154,8 @@ def plan_cp_decode(
 ) -> ContextParallelPlan:
     """Plan a context-parallel decode step once, for all layers that share its shapes and lengths.
 
-    Every rank of the group has to call it with the same options. Nothing is sent.
+    Every rank of the group has to call it with the same options. Nothing is sent but for the direct exchange, for which
+    ranks agree on memory.
 
     Parameters
     ----------
@@ -224,7 +225,8 @@ def cp_decode(
     total_seqlens
         [batch] int32: tokens of each request on all ranks.
     group
-        torch process group, of NCCL for tensors on GPUs and of gloo for those on the CPU; None: that of all processes.
+        torch process group, of NCCL for tensors on GPUs and of gloo for those on the CPU (the direct exchange uses
+        neither); None: that of all processes. For CuPy arrays a communicator of ``cupyx.distributed``.
     head_dim_v, softmax_scale, causal, cu_seqlens_q, max_seqlen_q, kv_scale, compute, layout
         As in `cupy_mla.mla_decode`; the mask goes by places in whole requests.
     cp_interleave
@@ -233,7 +235,10 @@ def cp_decode(
         Whether q has all heads; they are those of rank 0, then those of rank 1, and so on.
     exchange
         How results go to whom they belong. ``"a2a"``: one all-to-all of outputs and lse, then one kernel that merges.
-        ``"ag_rs"``: an all-gather of lse, a correction, and a reduce-scatter of float32.
+        ``"ag_rs"``: an all-gather of lse, a correction, and a reduce-scatter of float32. ``"direct"``: of torch tensors
+        on GPUs of one host, each rank's kernels store queries and results into the memory of the others; where they
+        cannot, a warning says why, and it is ``"a2a"``. Such a plan is made together by all ranks, which wait for each
+        other and for the device; without a plan each call does.
     plan
         From `plan_cp_decode`, made with the same options. None: the call makes its own.
     out, lse

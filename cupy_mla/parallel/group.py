@@ -67,6 +67,17 @@ class TorchGroup:
         """``received[rank]`` = what that rank has in its ``sent`` for this one; both are contiguous."""
         _distributed().all_to_all_single(received, sent, group=self.group)
 
+    @property
+    def process_group(self) -> Any:
+        """The group, also where it is that of all processes."""
+        return _distributed().group.WORLD if self.group is None else self.group
+
+    def gather_objects(self, mine: Any) -> list[Any]:
+        """What each rank has; waits for all of them."""
+        gathered: list[Any] = [None] * self.world
+        _distributed().all_gather_object(gathered, mine, group=self.group)
+        return gathered
+
     def _collective(self, name: str) -> Any:
         """One from a single tensor to a single tensor."""
         distributed = _distributed()

@@ -10,8 +10,8 @@ from ..call.arguments import shard_of
 from ..call.traced import jax_module, like
 from ..decode import dense
 from ..errors import InvalidArgumentError, PlanMismatchError
-from .exchange import ALL_TO_ALL
-from .jax_ranks import Ranks, check_exchange
+from .exchange import ALL_TO_ALL, check_exchange
+from .jax_ranks import EXCHANGES, Ranks
 from .jax_sparse import cp_sparse_decode, local_slots, plan_cp_sparse_decode
 from .lengths import local_lengths
 
@@ -74,7 +74,7 @@ def cp_decode(
     MissingDependencyError
         JAX is not installed, or the platform is CUDA and jax-tvm-ffi is not.
     """
-    check_exchange(exchange)
+    check_exchange(exchange, among=EXCHANGES)
     ranks = _Shards(axis_name, cp_interleave, total_seqlens, block_table)
     heads = ranks.heads_of(q, gathered)
     queries = q if gathered else ranks.gather(q)

@@ -9,8 +9,9 @@ from .. import jax_ops
 from ..call.arguments import as_boolean
 from ..call.traced import jax_module
 from ..errors import InvalidArgumentError
-from .exchange import ALL_TO_ALL, EXCHANGES
+from .exchange import ALL_TO_ALL, GATHER_AND_REDUCE
 
+EXCHANGES = (ALL_TO_ALL, GATHER_AND_REDUCE)
 _HEADS_AXIS = -2  # of q, of out and of lse
 
 
@@ -98,15 +99,3 @@ class Ranks:
         """[..., world * heads, n] as [world, ..., heads, n]."""
         jnp = jax_module().numpy
         return jnp.moveaxis(array.reshape(*array.shape[:-2], self.world, heads, array.shape[-1]), -3, 0)
-
-
-def check_exchange(exchange: Any) -> None:
-    """Refuse what is no name of an exchange.
-
-    Raises
-    ------
-    InvalidArgumentError
-        ``exchange`` is neither of the two.
-    """
-    if exchange not in EXCHANGES:
-        raise InvalidArgumentError("exchange", " or ".join(EXCHANGES), repr(exchange))

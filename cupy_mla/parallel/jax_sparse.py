@@ -13,8 +13,8 @@ from ..call.arguments import as_integer, shard_of
 from ..call.problem import INDEX_DTYPE
 from ..call.traced import jax_module, like, views_of_parts
 from ..decode import sparse
-from .exchange import ALL_TO_ALL
-from .jax_ranks import Ranks, check_exchange
+from .exchange import ALL_TO_ALL, check_exchange
+from .jax_ranks import EXCHANGES, Ranks
 
 _OF_ONE_CACHE = ("attn_sink", "extra_kv_cache", "extra_indices", "extra_topk_length", "extra_layout")
 _OF_THE_SHARD = ("cp_world", "validate", "empty_lse", *_OF_ONE_CACHE)
@@ -71,7 +71,7 @@ def cp_sparse_decode(
     MissingDependencyError
         JAX is not installed, or the platform is CUDA and jax-tvm-ffi is not.
     """
-    check_exchange(exchange)
+    check_exchange(exchange, among=EXCHANGES)
     ranks = Ranks(axis_name)
     heads = ranks.heads_of(q, gathered)
     queries = q if gathered else ranks.gather(q)

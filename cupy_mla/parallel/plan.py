@@ -12,8 +12,10 @@ from ..call.problem import LSE_DTYPE
 from ..decode.plan import DecodePlan
 from ..decode.sparse_plan import SparsePlan
 from ..errors import InvalidArgumentError, PlanMismatchError
-from .exchange import HeadExchange
+from .direct import exchange_of
+from .exchange import check_exchange
 from .group import ranks_of
+from .heads import Heads
 
 _Plan = TypeVar("_Plan", DecodePlan, SparsePlan)
 
@@ -27,6 +29,8 @@ class ExchangePlan(Generic[_Plan]):
     ----------
     decode_plan : DecodePlan or SparsePlan
         Of this rank's decode.
+    ranks
+        Who shares the cache, and this process among them.
 
     Parameters
     ----------
@@ -42,14 +46,15 @@ class ExchangePlan(Generic[_Plan]):
 
     def __init__(self, q: Any, group: Any, options: Any, *, may_be_tokens: bool) -> None:
         self._options, self._group = options, group
-        self._exchange = HeadExchange(
-            q,
-            ranks_of(group),
-            gathered=as_boolean(options.gathered, "gathered"),
-            head_dim_v=options.head_dim_v,
-            exchange=options.exchange,
-            may_be_tokens=may_be_tokens,
-        )
+        check_exchange(options.exchange)
+        self.ranks, gathered = ranks_of(group), as_boolean(options.gathered, "gathered")
+        heads = Heads.of(q, self.ranks, gathered=gathered, head_dim_v=options.head_dim_v)
+        self._exchange = exchange_of(q, self.ranks, heads, options.exchange, may_be_tokens=may_be_tokens)
+
+    @property
+    def exchange(self) -> str:
+        """How results go to whom they belong: what was asked for, or ``"a2a"`` where ranks cannot reach each other."""
+        return self._exchange.exchange
 
     def check(self, q: Any, group: Any, options: Any) -> None:
         """Refuse a call that this plan was not made for.
@@ -65,7 +70,7 @@ class ExchangePlan(Generic[_Plan]):
             made_for = asdict(self._options)
             name, came = next((name, came) for name, came in asdict(options).items() if came != made_for[name])
             raise PlanMismatchError("plan", f"a plan for {name} = {came}", f"one for {name} = {made_for[name]}")
-        self._exchange.check(q)
+        self._exchange.heads.check(q)
 
     def results(self, out: Any, lse: Any) -> tuple[Any, Any]:
         """What results are written to: what was given, or new tensors for None.
@@ -75,7 +80,7 @@ class ExchangePlan(Generic[_Plan]):
         InvalidArgumentError
             Shape, type, device or strides of what was given are wrong.
         """
-        (out_shape, lse_shape), queries = self._exchange.result_shapes, self._exchange.queries
+        (out_shape, lse_shape), queries = self._exchange.heads.result_shapes, self._exchange.queries
         dtype, location = self.decode_plan.problem.queries.dtype, self.decode_plan.location
         if out is None:
             out = empty_like(queries, out_shape, dtype)

@@ -60,7 +60,7 @@ class ContextParallelSparsePlan(ExchangePlan[SparsePlan]):
             "head_dim_v": self._options.head_dim_v,
             "layout": self._options.layout,
             "kv_scale": kv_scale,
-            "cp_world": self._exchange.ranks.world,
+            "cp_world": self.ranks.world,
         }
 
 
@@ -81,7 +81,8 @@ def plan_cp_sparse_decode(
 ) -> ContextParallelSparsePlan:
     """Plan context-parallel sparse decodes of one kind once, for all layers and steps.
 
-    Every rank of the group has to call it with the same options. Nothing is sent.
+    Every rank of the group has to call it with the same options. Nothing is sent but for the direct exchange, for which
+    ranks agree on memory.
 
     Parameters
     ----------

@@ -77,7 +77,7 @@ def merge(plans: list[Any]) -> tuple[Any, Any]:
     all_to_all(plans)
     results = []
     for plan in plans:
-        out_shape, lse_shape = plan._exchange.result_shapes
+        out_shape, lse_shape = plan._exchange.heads.result_shapes
         out = plan._exchange.queries.new_full(out_shape, torch.nan)
         lse = plan._exchange.queries.new_full(lse_shape, torch.nan, dtype=torch.float32)
         plan._exchange.merge(out, lse)

@@ -143,6 +143,12 @@ inline T __shfl_xor_sync(unsigned, T value, int mask) {
     return value;
 }
 
+inline unsigned atomicAdd(unsigned* address, unsigned value) {
+    const unsigned old = *address;
+    *address += value;
+    return old;
+}
+
 inline int atomicMin(int* address, int value) {
     const int old = *address;
     *address = std::min(old, value);

@@ -18,6 +18,7 @@
 #include "decode/gathered/params.h"
 #include "decode/fp8/params.h"
 #include "decode/params.h"
+#include "exchange/push.cu"
 #include "plan/plan.cu"
 
 #include <cstddef>
@@ -55,6 +56,10 @@ void host_slots(const mla::SlotsParams* params, unsigned grid, unsigned block) {
 
 void host_local_slots(const mla::LocalSlotsParams* params, unsigned grid, unsigned block, bool reverse) {
     host_cuda::launch(grid, block, reverse, [=] { mla_local_slots(*params); });
+}
+
+void host_push(const mla::PushParams* params, unsigned grid, unsigned block, bool reverse) {
+    host_cuda::launch(grid, block, reverse, [=] { mla_push(*params); });
 }
 
 int host_claimed_part(bool second, int half_parts, int other_parts, int spare, int half_before, int other_before) {
@@ -165,6 +170,12 @@ int struct_layout(const char* name, int index) {
           offsetof(GatherParams, extra_kv), offsetof(GatherParams, extra_kv_stride_head),
           offsetof(GatherParams, extra_indices), offsetof(GatherParams, extra_indices_stride_batch),
           offsetof(GatherParams, extra_kv_stride_page), offsetof(GatherParams, extra_kv_stride_token)}},
+        {"PUSH_ROWS",
+         {sizeof(PushRows), offsetof(PushRows, from), offsetof(PushRows, rank_step), offsetof(PushRows, from_stride0),
+          offsetof(PushRows, to), offsetof(PushRows, to_stride0), offsetof(PushRows, size0), offsetof(PushRows, chunks)}},
+        {"PUSH_PARAMS",
+         {sizeof(PushParams), offsetof(PushParams, values), offsetof(PushParams, words), offsetof(PushParams, memories),
+          offsetof(PushParams, meetings), offsetof(PushParams, world), offsetof(PushParams, rank)}},
         {"MERGE_STATES_PARAMS",
          {sizeof(MergeStatesParams), offsetof(MergeStatesParams, outs), offsetof(MergeStatesParams, outs_stride_state),
           offsetof(MergeStatesParams, lses), offsetof(MergeStatesParams, lses_stride_state),
@@ -185,6 +196,7 @@ int kernel_constant(const char* name) {
     const std::vector<std::pair<const char*, int>> constants = {
         {"PLAN_THREADS", kPlanThreads},
         {"MERGE_STATES_THREADS", kMergeStatesThreads},
+        {"PUSH_THREADS", kPushThreads},
         {"TILE_TOKENS", kTileTokens},
         {"TILE_COST", kTileCost},
         {"_WHOLE_SHARE", kWholeShare},
