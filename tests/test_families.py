@@ -20,7 +20,14 @@ from cupy_mla.errors import InvalidArgumentError
 from cupy_mla.gpu import hopper
 from cupy_mla.gpu.jit.source import kernels_root
 from cupy_mla.kernels.catalogue import all_kernels, standard_configs
-from cupy_mla.kernels.choose import FAMILIES, FP8_FAMILIES, GATHERED_FAMILIES, choose_config, choose_gathered_config
+from cupy_mla.kernels.choose import (
+    FAMILIES,
+    FP8_FAMILIES,
+    GATHERED_FAMILIES,
+    choose_config,
+    choose_gathered_config,
+    load_of,
+)
 from cupy_mla.kernels.combine import combine_source, gathered_combine_source
 from cupy_mla.kernels.family import STANDARD_DIMS, ColumnParts, DecodeFamily, KernelConfig
 from cupy_mla.kernels.fp8 import FP8_SPLIT16, Fp8Family
@@ -93,6 +100,15 @@ def test_small_batches_of_many_heads_spread_over_more_ctas() -> None:
     assert name(choose_config(problem(1, 8192, 128), NUM_SMS)) == "narrow32"
     assert name(choose_config(problem(1, 131072, 128), NUM_SMS)) == "wide64"
     assert name(choose_config(problem(64, 64, 128), NUM_SMS)) == "wide64"  # an item each, nothing to cut
+
+
+@pytest.mark.parametrize(
+    ("batch", "tokens", "heads", "us"), [(128, 8192, 16, 272), (128, 8192, 32, 283), (64, 32768, 16, 550)]
+)
+def test_a_call_takes_no_less_than_reading_its_cache(batch: int, tokens: int, heads: int, us: float) -> None:
+    few_rows = problem(batch, tokens, heads)
+    config = choose_config(few_rows, NUM_SMS)
+    assert config.family.cost.call_time(load_of(few_rows, None), config.rows, NUM_SMS) == pytest.approx(us, rel=0.03)
 
 
 @pytest.mark.parametrize("split", [None, 256])

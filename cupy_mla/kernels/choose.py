@@ -199,4 +199,5 @@ def load_of(problem: DecodeProblem, max_seqlen_k: int | None) -> Load:
         rows=queries.group_heads * tokens,
         requests=queries.batch * queries.num_heads_kv,
         tokens_k=problem.keys.bound(max_seqlen_k),
+        token_bytes=problem.layout.token_bytes(queries.latent_dim, queries.rope_dim),
     )

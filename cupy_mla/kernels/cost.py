@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from ..schedule.pieces import TILE_TOKENS, PieceCosts, ceil_div
 from ..schedule.shape import choose_parts
 
+_READ_BYTES_PER_US = 4.4e6  # of a cache, by the decode of 128 requests of 8192 tokens, 16 heads
+
 
 @dataclass(frozen=True, slots=True)
 class Load:
@@ -20,11 +22,14 @@ class Load:
         Requests, counted once for each kv head.
     tokens_k
         KV tokens that each of them reads.
+    token_bytes
+        Of each of these tokens, bytes that come from memory; 0 where several requests may read the same ones.
     """
 
     rows: int
     requests: int
     tokens_k: int
+    token_bytes: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,7 +64,10 @@ class CostModel:
     pieces: PieceCosts
 
     def call_time(self, load: Load, block_rows: int, num_sms: int) -> float:
-        """About how many microseconds a call takes, its requests whole or cut, with so many query rows a CTA."""
+        """About how many microseconds a call takes, its requests whole or cut, with so many query rows a CTA.
+
+        Not less than reading the cache takes, however few rows there are.
+        """
         row_blocks = ceil_div(load.rows, block_rows)
         blocks_per_job, num_parts = choose_parts(num_sms, row_blocks)
         jobs = load.requests * ceil_div(row_blocks, blocks_per_job)
@@ -67,4 +75,5 @@ class CostModel:
         items = ceil_div(jobs, num_parts)
         whole = self.tile * items * tiles
         cut = self.tile * ceil_div(jobs * tiles, num_parts) + self.merge
-        return self.start + self.item * max(items - 1, 0) + min(whole, cut)
+        read = load.requests * load.tokens_k * load.token_bytes / _READ_BYTES_PER_US
+        return self.start + self.item * max(items - 1, 0) + max(min(whole, cut), read)

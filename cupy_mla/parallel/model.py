@@ -25,7 +25,6 @@ from ..layouts import DENSE_LAYOUTS, find_layout
 _REQUESTS = np.array([1, 16, 128])
 _GATHER_BYTES, _GATHER_US = _REQUESTS * 64 * 576 * 2, (9.5, 26.5, 61.5)
 _EXCHANGE_BYTES, _EXCHANGE_US = _REQUESTS * 64 * 512 * 2, (11.5, 18.4, 58.2)
-_READ_BYTES_PER_US = 4.4e6  # of a cache, by the decode of 128 requests of 8192 tokens, 16 heads
 # us of a copy that makes heads of several ranks lie together, and of a merge by its rows and the rows that it reads.
 _COPY_START, _COPY_BYTES_PER_US = 3.0, 0.77e6
 _MERGE_START, _MERGE_PER_ROW, _MERGE_PER_ROW_READ = 3.0, 1.5e-3, 1.2e-4
@@ -127,7 +126,7 @@ def _collective_us(received: float, measured_bytes: np.ndarray, measured_us: tup
 
 
 def _decode_us(size: CallSize, tokens: int) -> float:
-    """By the cost model of the kernel that would run, which does not know how fast memory can be read, and by that."""
+    """By the cost model of the kernel that would run."""
     layout = DENSE_LAYOUTS[size.dtype] if size.layout is None else find_layout(size.layout)
     sizes = {
         "num_heads_q": size.num_heads_q,
@@ -141,6 +140,4 @@ def _decode_us(size: CallSize, tokens: int) -> float:
     }
     problem = problem_of(sizes, size.dtype, layout, size.causal)
     config = choose_config(problem, hopper.COMMON_SMS)
-    computed = config.family.cost.call_time(load_of(problem, tokens), config.family.rows, hopper.COMMON_SMS)
-    read = size.batch * tokens * layout.width(size.latent_dim, size.rope_dim) * ITEM_SIZES[layout.dtype]
-    return max(computed, read / _READ_BYTES_PER_US)
+    return config.family.cost.call_time(load_of(problem, tokens), config.family.rows, hopper.COMMON_SMS)
