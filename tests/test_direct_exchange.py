@@ -34,7 +34,7 @@ class Ranks:
             Heads.of(q, TorchGroup(None, world, rank), gathered=gathered, head_dim_v=HEAD_DIM_V)
             for rank, q in enumerate(self.given)
         ]
-        size = direct._Layout(heads[0]).total
+        size = direct._Places(heads[0]).total
         self.memories = [torch.zeros(size, dtype=torch.uint8) for _ in range(world)]
         addresses = torch.tensor([memory.data_ptr() for memory in self.memories], dtype=torch.int64)
         self.exchanges = [

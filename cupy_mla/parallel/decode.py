@@ -214,8 +214,8 @@ def cp_decode(
     Parameters
     ----------
     q
-        [batch, seqlen_q, num_heads_q, d_qk] bfloat16 or float16, a torch tensor: queries of this rank's heads, as many
-        on each rank; with ``cu_seqlens_q`` [total_q, num_heads_q, d_qk]. With ``gathered`` those of all heads, the
+        [batch, seqlen_q, num_heads_q, d_qk] bfloat16 or float16, of torch or CuPy: queries of this rank's heads, as
+        many on each rank; with ``cu_seqlens_q`` [total_q, num_heads_q, d_qk]. With ``gathered`` those of all heads, the
         same on each rank.
     kv_cache
         This rank's tokens, as in `cupy_mla.mla_decode`: token t of a request is on rank

@@ -40,18 +40,19 @@ def exchange_of(
     InvalidArgumentError
         ``exchange`` is none that these ranks have.
     """
-    if exchange == DIRECT and isinstance(ranks, TorchGroup):
-        memory = share_memory(ranks, _Layout(heads).total, q)
+    if not isinstance(ranks, TorchGroup):
+        if exchange != ALL_TO_ALL:
+            raise InvalidArgumentError("exchange", f"{ALL_TO_ALL} for CuPy arrays", repr(exchange))
+    elif exchange == DIRECT:
+        memory = share_memory(ranks, _Places(heads).total, q)
         if isinstance(memory, HostMemory):
             return DirectExchange(q, heads, memory)
         warnings.warn(f"no direct exchange: {memory}; results go by an all-to-all", RuntimeWarning, stacklevel=5)
         exchange = ALL_TO_ALL
-    elif exchange == DIRECT:
-        raise InvalidArgumentError("exchange", f"{ALL_TO_ALL} for CuPy arrays", repr(exchange))
     return HeadExchange(q, ranks, heads, exchange=exchange, may_be_tokens=may_be_tokens)
 
 
-class _Layout:
+class _Places:
     """Where things lie in a rank's memory, in bytes: the last meeting of each rank, the rank's own count of meetings,
     queries of all heads, and what the ranks send, out [world, *rows, heads, head_dim_v] and lse [world, (batch,) heads,
     tokens].
@@ -91,7 +92,7 @@ class DirectExchange:
     as_tokens = False
 
     def __init__(self, q: Any, heads: Heads, memory: HostMemory) -> None:
-        self.heads, self._memory, self._layout = heads, memory, _Layout(heads)
+        self.heads, self._memory, self._places = heads, memory, _Places(heads)
         rows, dtype = heads.rows, heads.dtype
 
         def part(begin: int, shape: tuple[int, ...], element: Any) -> Any:
@@ -99,15 +100,15 @@ class DirectExchange:
             return whole[: math.prod(shape)].view(shape)
 
         type_of_lse = empty_like(q, (0,), LSE_DTYPE).dtype
-        self.queries = q if heads.gathered else part(self._layout.queries, (*heads.every, heads.width), q.dtype)
+        self.queries = q if heads.gathered else part(self._places.queries, (*heads.every, heads.width), q.dtype)
         self.out = empty_like(q, (*heads.every, heads.head_dim_v), dtype)
         self.lse = empty_like(q, (*rows[:-1], heads.every[-1], rows[-1]), LSE_DTYPE)
         out_shape, lse_shape = heads.result_shapes
         self._received = (
-            part(self._layout.outs, (heads.world, *out_shape), q.dtype),
-            part(self._layout.lses, (heads.world, *lse_shape), type_of_lse),
+            part(self._places.outs, (heads.world, *out_shape), q.dtype),
+            part(self._places.lses, (heads.world, *lse_shape), type_of_lse),
         )
-        self._own_meetings = memory.own.data_ptr() + self._layout.meetings
+        self._own_meetings = memory.own.data_ptr() + self._places.meetings
         self._device_id = memory.own.device.index
         self._kernel = load(PUSH_SOURCE, self._device_id)
         self._send_results = self._params()
@@ -121,7 +122,7 @@ class DirectExchange:
             if q.stride(-1) != 1 or any(stride * item_size % VALUE_BYTES for stride in q.stride()[:-1]):
                 q = q.contiguous()
             row_bytes = heads.width * item_size
-            begin = self._layout.queries + heads.rank * heads.own * row_bytes
+            begin = self._places.queries + heads.rank * heads.own * row_bytes
             _fill(params[0]["values"], q, self.queries, begin, row_bytes // VALUE_BYTES, rank_step=0)
         self._push(params)
         return self.queries if not heads.gathered else q
@@ -142,10 +143,10 @@ class DirectExchange:
     def _fill_results(self, params: Any) -> None:
         heads, (outs, lses) = self.heads, self._received
         out_row, lse_row = heads.head_dim_v * ITEM_SIZES[heads.dtype], heads.rows[-1] * ITEM_SIZES[LSE_DTYPE]
-        of_rank = self._layout.outs + heads.rank * outs.stride(0) * outs.element_size()
+        of_rank = self._places.outs + heads.rank * outs.stride(0) * outs.element_size()
         chunks = out_row // VALUE_BYTES
         _fill(params["values"], self._own(self.out), outs[0], of_rank, chunks, rank_step=heads.own * out_row)
-        of_rank = self._layout.lses + heads.rank * lses.stride(0) * lses.element_size()
+        of_rank = self._places.lses + heads.rank * lses.stride(0) * lses.element_size()
         chunks = lse_row // WORD_BYTES
         _fill(params["words"], self._own(self.lse), lses[0], of_rank, chunks, rank_step=heads.own * lse_row)
 

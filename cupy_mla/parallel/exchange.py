@@ -16,7 +16,7 @@ from ..call.problem import LSE_DTYPE
 from ..decode.merge import merge_views
 from ..errors import InvalidArgumentError
 from ..schedule.pieces import ceil_div
-from .group import CupyGroup, TorchGroup
+from .group import FEATURE, CupyGroup, TorchGroup
 from .heads import Heads
 
 ALL_TO_ALL, GATHER_AND_REDUCE, DIRECT = "a2a", "ag_rs", "direct"
@@ -51,21 +51,14 @@ class HeadExchange:
     ranks
         Who shares the cache.
     exchange
-        ``"a2a"`` or ``"ag_rs"``.
+        ``"a2a"``, or of torch ``"ag_rs"``.
     may_be_tokens
         Whether a call may have the ranks as query tokens, if it has one query token.
-
-    Raises
-    ------
-    InvalidArgumentError
-        ``exchange`` is none that these ranks have.
     """
 
     def __init__(
         self, q: Any, ranks: TorchGroup | CupyGroup, heads: Heads, *, exchange: str, may_be_tokens: bool
     ) -> None:
-        if exchange == GATHER_AND_REDUCE and not isinstance(ranks, TorchGroup):
-            raise InvalidArgumentError("exchange", f"{ALL_TO_ALL} for CuPy arrays", repr(exchange))
         self._ranks, self.heads, self.exchange = ranks, heads, exchange
         world, rows, dtype = heads.world, heads.rows, heads.dtype
         self.as_tokens = may_be_tokens and len(rows) == 2 and rows[1] == 1
@@ -146,7 +139,7 @@ class HeadExchange:
     def _reduce(self, out: Any, lse: Any) -> None:
         """All-gather of lse, correction, and a sum in float32 of which each rank gets its heads."""
         assert isinstance(self._ranks, TorchGroup)
-        torch = torch_module("cupy_mla.parallel")
+        torch = torch_module(FEATURE)
         mine = self._sent_lse.contiguous()
         lses = mine.new_empty((self._ranks.world, *mine.shape))
         self._ranks.all_gather(lses, mine)

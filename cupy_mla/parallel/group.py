@@ -17,7 +17,7 @@ from ..call.problem import INDEX_DTYPE
 from ..call.shard import Shard
 from ..errors import InvalidArgumentError
 
-_FEATURE = "cupy_mla.parallel.cp_decode"
+FEATURE = "cupy_mla.parallel.cp_decode"
 # What torch called them before 2.13.
 _FORMER_NAMES = {"all_gather_single": "all_gather_into_tensor", "reduce_scatter_single": "reduce_scatter_tensor"}
 
@@ -44,7 +44,7 @@ class TorchGroup:
         InvalidArgumentError
             It is something else.
         """
-        if not isinstance(array, torch_module(_FEATURE).Tensor):
+        if not isinstance(array, torch_module(FEATURE).Tensor):
             raise InvalidArgumentError(name, f"a tensor {wanted}", type(array).__name__)
 
     def copy(self, target: Any, source: Any) -> None:
@@ -174,7 +174,7 @@ def _as_bits(array: Any) -> Any:
 
 
 def _distributed() -> Any:
-    torch_module(_FEATURE)
+    torch_module(FEATURE)
     import torch.distributed
 
     return torch.distributed

@@ -7,9 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..arrays.frameworks import torch_module
-from .group import TorchGroup
-
-_FEATURE = "cupy_mla.parallel.cp_decode"
+from .group import FEATURE, TorchGroup
 
 
 @dataclass(frozen=True)
@@ -39,7 +37,7 @@ def share_memory(ranks: TorchGroup, size: int, like: Any) -> HostMemory | str:
     problem = _agree(ranks, _why_not(ranks, like))
     if problem is not None:
         return problem
-    torch = torch_module(_FEATURE)
+    torch = torch_module(FEATURE)
     memory: HostMemory | None = None
     try:
         import torch.distributed._symmetric_memory as symmetric_memory

@@ -130,8 +130,8 @@ def cp_sparse_decode(
     Parameters
     ----------
     q
-        [batch, seqlen_q, num_heads_q, d_qk] bfloat16 or float16, a torch tensor: queries of this rank's heads, as many
-        on each rank; with ``gathered`` those of all heads, the same on each rank.
+        [batch, seqlen_q, num_heads_q, d_qk] bfloat16 or float16, of torch or CuPy: queries of this rank's heads, as
+        many on each rank; with ``gathered`` those of all heads, the same on each rank.
     kv_cache, layout, kv_scale
         This rank's tokens, as in `cupy_mla.mla_sparse_decode`.
     indices, topk_length
