@@ -79,8 +79,9 @@ private:
             }
         }
         mbarrier_arrive(probabilities_full(smem_, ring_.stage));  // the stage's lap ends here
-        __syncwarp();
-        if (lane() < kTileReleases / kWarpgroupWarps) mbarrier_arrive(tile_empty(smem_, ring_.stage));
+        // Every lane frees what it has read itself, as often as values threads else do: racecheck follows whoever reads and arrives.
+#pragma unroll
+        for (u32 i = 0; i < kTileReleases / kWarpgroupThreads; ++i) mbarrier_arrive(tile_empty(smem_, ring_.stage));
         ring_.advance();
         tile_is_visible_ = false;
         fence_async_proxy();

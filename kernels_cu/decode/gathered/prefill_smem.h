@@ -39,10 +39,10 @@ MLA_DEVICE u32 stage_address(u32 smem, u32 stage) { return smem + WideSmem::stag
 // A tile, or an item's queries, and bits of its tokens: every loader thread's copies, and lane 0 of each loader warp; scores.
 MLA_DEVICE u32 tile_full(u32 smem, u32 stage) { return smem + WideSmem::tile_full + stage * sizeof(u64); }
 constexpr u32 kTileArrivals = kLoaderWarps * (kWarpThreads + 1);
-// One lane of each values warp; from a stage with queries the scores warps, as often; loaders.
+// Every values thread; from a stage with queries every scores thread, twice; loaders.
 MLA_DEVICE u32 tile_empty(u32 smem, u32 stage) { return smem + WideSmem::tile_empty + stage * sizeof(u64); }
-constexpr u32 kTileReleases = kValueWarpgroups * kWarpgroupWarps;
-// Every scores thread, once its share of P and of the factors is written; values.
+constexpr u32 kTileReleases = kValueWarpgroups * kWarpgroupThreads;
+// Every scores thread, once its share of P and of the factors is written, or queries are read; values.
 MLA_DEVICE u32 probabilities_full(u32 smem, u32 stage) { return smem + WideSmem::probabilities_full + stage * sizeof(u64); }
 
 // One thread.

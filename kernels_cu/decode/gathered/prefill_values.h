@@ -20,7 +20,10 @@ public:
             if (!work.exists()) return;
             tiles = work.tile_end - work.tile_begin;
         }
-        if (tiles > 0) ring_.advance();  // the item's first stage has its queries
+        if (tiles > 0) {  // the item's first stage has its queries
+            mbarrier_wait(probabilities_full(smem_, ring_.stage), ring_.parity);
+            ring_.advance();
+        }
         float output[kAccumulators];
 #pragma unroll
         for (u32 i = 0; i < kAccumulators; ++i) output[i] = 0.0f;
@@ -29,8 +32,7 @@ public:
             rescale(output);
             multiply(output);
             if (kRefines && tiles == 1 && is_refined()) Out::add_refinement(output);
-            __syncwarp();
-            if (Out::lane() == 0) mbarrier_arrive(tile_empty(smem_, ring_.stage));
+            mbarrier_arrive(tile_empty(smem_, ring_.stage));  // every lane, which has read factors
             ring_.advance();
         }
         Out::store(params_, item, output);

@@ -8,7 +8,9 @@ namespace mla {
 // Hides what is no token. Its values are zeros already.
 MLA_DEVICE void hide_absent(uint2 valid, float (&scores)[kThreadScores]) {
     if ((valid.x & valid.y) == 0xFFFFFFFFu) return;
-    const u32 first = threadIdx.x % 4 * 2;  // of the two tokens of each eight that this thread has scores of
+    u32 thread = threadIdx.x;
+    pin_register(thread);  // else what comes of it is kept from tile to tile
+    const u32 first = thread % 4 * 2;  // of the two tokens of each eight that this thread has scores of
 #pragma unroll
     for (int i = 0; i < 16; ++i) {
         const u32 bits = (i < 8 ? valid.x : valid.y) >> (first + i / 2 % 4 * 8);

@@ -39,7 +39,7 @@ MLA_DEVICE u32 tile_full(u32 smem, u32 stage) { return smem + WideSmem::tile_ful
 // Arrives: one lane of each values warp, once its wgmmas have read the tile for the last time; from a stage with queries (of
 // gathered tokens) the scores warps, as often. Waits: loader.
 MLA_DEVICE u32 tile_empty(u32 smem, u32 stage) { return smem + WideSmem::tile_empty + stage * sizeof(u64); }
-// Arrives: every scores thread, once its share of P and of the factors is written. Waits: values.
+// Arrives: every scores thread, once its share of P and of the factors is written, or queries of a stage are read. Waits: values.
 MLA_DEVICE u32 probabilities_full(u32 smem, u32 stage) {
     return smem + WideSmem::probabilities_full + stage * sizeof(u64);
 }

@@ -28,6 +28,7 @@ public:
             tiles = work.tile_end - work.tile_begin;
         }
         if (kGathered && tiles > 0) {  // the item's first stage has its queries
+            mbarrier_wait(probabilities_full(smem_, ring_.stage), ring_.parity);
             after_tile(ring_);
             ring_.advance();
         }
