@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 _ENTRY_REGISTERS = 4 * 128
 _VALUES_REGISTERS = 160
 # Of the converters: of codes alone, and where they have more to do.
-_CONVERTERS_REGISTERS = {False: 96, True: 112}
+_CONVERTERS_REGISTERS = {False: 104, True: 112}
 # A load of a warp is of one token; a stage has one rope box, which P replaces.
 _LATENT_DIM = 512
 _ROPE_DIMS = (0, BOX_COLUMNS)
@@ -43,6 +43,7 @@ _SLABS = 4  # of a tile, which PV frees one by one
 _WARPS = 4  # of the converters
 _PIECE_STEP = 256  # columns between the two pieces that a lane has of a token
 _WORD_BYTES = 4
+_ADDRESS_BYTES = 8
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,7 +89,8 @@ class GatheredFp8WideFamily(DecodeFamily):
         staged_boxes = rope_boxes + _has_uncoded_values(config)
         boxes = _STAGES * (latent_boxes + 1) + latent_boxes + rope_boxes + staged_boxes  # stages, Q, what is on its way
         row_floats = 2 * _STAGES + 1  # factors and inverse sums, the scale of Q
-        token_bytes = _STAGES * FLOAT_BYTES + scale_pairs * _WORD_BYTES  # units, scales
+        # Units, scales, an address.
+        token_bytes = _STAGES * FLOAT_BYTES + scale_pairs * _WORD_BYTES + _ADDRESS_BYTES
         barriers = _STAGES * (2 + _SLABS)
         return (
             boxes * BOX_BYTES

@@ -25,9 +25,13 @@ public:
         open_tile(read(tokens), tokens.is_extra);
         load_scales();
 #pragma unroll
-        for (u32 pair = 0; pair < kPairs; ++pair) load_pair(this_lane(), pair, slot_of(this_lane(), pair));
+        for (u32 slab = 0; slab < kSlabs; ++slab) {
+            const SlabRows rows = read_rows(this_lane(), slab);
 #pragma unroll
-        for (i32 pass = 0; pass < kStagedPasses; ++pass) stage(this_lane(), pass, staged_slot(this_lane(), pass));
+            for (u32 pair = 0; pair < kSlabPairs; ++pair) load_pair(this_lane(), slab * kSlabPairs + pair, rows.of[pair]);
+        }
+#pragma unroll
+        for (i32 pass = 0; pass < kStagedPasses; ++pass) stage(this_lane(), pass, staged_row(this_lane(), pass));
         advance(tokens);
         i32 slot = read(tokens);
         bool is_last;
@@ -47,6 +51,7 @@ public:
 
 private:
     static constexpr i32 kNoSlot = -1;
+    static constexpr u64 kNoRow = 0;
     static constexpr u32 kSlabBytes = kSlabTokens / kAtomRows * kLatentGroupBytes;  // of V in a stage
 
     // To the next tile: of the list, of the second list of the item that is open, or of the next item; none left: the end.
@@ -85,12 +90,35 @@ private:
         return __ldg(tokens.indices + place);
     }
 
-    // The tile whose rows are asked for from here on.
+    // The tile whose rows are asked for from here on: the warp's lanes find their addresses in shared memory.
     MLA_DEVICE void open_tile(i32 slot, bool is_extra) {
         const bool is_valid = is_token(params_, slot, is_extra);
         valid_ = __ballot_sync(kFullWarp, is_valid);
         slot_ = is_valid ? slot : kNoSlot;
         is_extra_ = is_extra;
+        const u64 row = is_valid ? reinterpret_cast<u64>(token_address(params_, slot, is_extra)) : kNoRow;
+        __syncwarp();  // all have read those of the tile before
+        if (this_lane() < kWarpTokens)
+            store_shared_8b(row_place(this_lane()), {static_cast<u32>(row), static_cast<u32>(row >> 32)});
+        __syncwarp();
+    }
+
+    // Rows of the first tokens of the pairs, one behind the other, then those of the second.
+    MLA_DEVICE u32 row_place(u32 token) const {
+        const u32 place = token % kPairTokens * kPairs + token / kPairTokens;
+        return smem_ + Smem::rows + (warp_ * kWarpTokens + place) * sizeof(u64);
+    }
+
+    // Of the tokens of a slab that this lane has pieces of.
+    struct SlabRows {
+        u64 of[kSlabPairs];
+    };
+
+    MLA_DEVICE SlabRows read_rows(u32 lane, u32 slab) const {
+        static_assert(kSlabPairs == 2, "two addresses are read at once");
+        u32 words[4];
+        load_shared_words(row_place(slab * kShareTokens + half_of(lane)), words);
+        return {{words[0] | static_cast<u64>(words[1]) << 32, words[2] | static_cast<u64>(words[3]) << 32}};
     }
 
     // Brings the rows of a tile to L2, a tile before they are read: L1, beside this much shared memory, holds few loads on their
@@ -125,23 +153,20 @@ private:
             scales_.load<Codec>(slot_, exists, is_extra_);
     }
 
-    // Of the token that this lane has pieces of.
-    MLA_DEVICE i32 slot_of(u32 lane, u32 pair) const { return __shfl_sync(kFullWarp, slot_, pair * kPairTokens + half_of(lane)); }
-
-    MLA_DEVICE void load_pair(u32 lane, u32 pair, i32 slot) {
+    MLA_DEVICE void load_pair(u32 lane, u32 pair, u64 row) {
         if (kMixesCodecs && is_extra_)
-            load_pair<ExtraCodec>(lane, pair, slot);
+            load_pair<ExtraCodec>(lane, pair, row);
         else
-            load_pair<Codec>(lane, pair, slot);
+            load_pair<Codec>(lane, pair, row);
     }
 
     template <class C>
-    MLA_DEVICE void load_pair(u32 lane, u32 pair, i32 slot) {
+    MLA_DEVICE void load_pair(u32 lane, u32 pair, u64 row) {
         constexpr u32 kColumnsPerWord = kPieceColumns / C::kLaneWords, kWordBytes = sizeof(u32);
-        const u8* const source = token_address(params_, slot, is_extra_) + first_column(lane) / kColumnsPerWord * kWordBytes;
+        const u8* const source = reinterpret_cast<const u8*>(row) + first_column(lane) / kColumnsPerWord * kWordBytes;
 #pragma unroll
         for (u32 j = 0; j < kLanePieces; ++j) {
-            const bool exists = slot != kNoSlot && has_piece(lane, j);
+            const bool exists = row != kNoRow && has_piece(lane, j);
             const u8* const piece = source + j * (kPieceStep / kColumnsPerWord * kWordBytes);
             if constexpr (C::kLaneWords == 2)
                 load_global_8b(piece, exists, codes<C>(pair, j), 0);
@@ -150,13 +175,15 @@ private:
         }
     }
 
-    MLA_DEVICE i32 staged_slot(u32 lane, i32 pass) const {
-        return __shfl_sync(kFullWarp, slot_, pass * kStagedTokens + lane / kStagedLanes);
+    MLA_DEVICE u64 staged_row(u32 lane, i32 pass) const {
+        u32 words[2];
+        load_shared_words(row_place(pass * kStagedTokens + lane / kStagedLanes), words);
+        return words[0] | static_cast<u64>(words[1]) << 32;
     }
 
-    MLA_DEVICE void stage(u32 lane, i32 pass, i32 slot) {
-        const bool exists = slot != kNoSlot;
-        const u8* const source = (exists ? token_address(params_, slot, is_extra_) : params_.kv) +
+    MLA_DEVICE void stage(u32 lane, i32 pass, u64 row) {
+        const bool exists = row != kNoRow;
+        const u8* const source = (exists ? reinterpret_cast<const u8*>(row) : params_.kv) +
                                  (kStagesCodes ? kLatent : Codec::kUncodedOffset) + lane % kStagedLanes * 16;
         copy_async_16b<false>(staged_chunk(smem_, warp_, lane, pass), source, exists * 16);
     }
@@ -173,15 +200,13 @@ private:
         const u32 lane = this_lane();
         const u32 stage = stage_address(smem_, ring_.stage);
         const u32 token = token_of(warp_, half_of(lane));
-        const u32 place = stage + latent_row(token, lane / 8) + ((lane % 4 * 2 ^ token % kAtomRows) << 4);
+        const u32 place = stage + latent_row(token, lane / 8) + ((lane % 4 * kPieceChunks ^ token % kAtomRows) << 4);
         u32 scales[TokenScales::kAtOnce];
 #pragma unroll
         for (u32 slab = 0; slab < kSlabs; ++slab) {
             // Ahead of the stores, behind which they would wait.
             if (slab * kSlabPairs % TokenScales::kAtOnce == 0) scales_.read<C>(lane, slab * kSlabPairs, scales);
-            i32 slots[kSlabPairs];
-#pragma unroll
-            for (u32 pair = 0; pair < kSlabPairs; ++pair) slots[pair] = slot_of(lane, slab * kSlabPairs + pair);
+            const SlabRows rows = read_rows(lane, slab);
             Staged staged;
             if constexpr (kUncodedIsValue) staged = read_staged(slab, lane);
             mbarrier_wait(slab_empty(smem_, ring_.stage, slab), ring_.parity ^ 1);  // passes at once in the first lap
@@ -189,9 +214,9 @@ private:
 #pragma unroll
             for (u32 in_slab = 0; in_slab < kSlabPairs; ++in_slab) {
                 const u32 pair = slab * kSlabPairs + in_slab;
-                convert_pair<C>(lane, pair, scales[pair % TokenScales::kAtOnce], place + slab * kSlabBytes, in_slab);
+                convert_pair<C>(lane, pair, scales[pair % TokenScales::kAtOnce], place, slab * kSlabBytes, in_slab);
                 __syncwarp();
-                load_pair(lane, pair, slots[in_slab]);
+                load_pair(lane, pair, rows.of[in_slab]);
             }
             if constexpr (kUncodedIsValue) convert_staged<C>(staged, slab, lane, has_units, stage);
         }
@@ -225,9 +250,9 @@ private:
 
     // 16 coded values as fp16 to a chunk and its neighbour.
     template <class C>
-    static MLA_DEVICE void store_piece(bool exists, u32 place, const u32 (&codes)[C::kLaneWords], u32 scale) {
+    static MLA_DEVICE void store_piece(bool exists, u32 place, u32 offset, const u32 (&codes)[C::kLaneWords], u32 scale) {
 #pragma unroll
-        for (u32 half = 0; half < 2; ++half) {
+        for (u32 half = 0; half < kPieceChunks; ++half) {
             u32 words[2][2];
 #pragma unroll
             for (u32 i = 0; i < 2; ++i) {
@@ -237,31 +262,31 @@ private:
                     words[i][1] = multiply_fp16_pairs(words[i][1], scale);
                 }
             }
-            store_shared_16b_if(exists, place ^ half << 4, uint4{words[0][0], words[0][1], words[1][0], words[1][1]});
+            store_shared_16b_if(exists, (place ^ half << 4) + offset, uint4{words[0][0], words[0][1], words[1][0], words[1][1]});
         }
     }
 
-    // `place`: of the slab's first pair. Rows of the second are two further, so its chunks are others.
+    // `place`: of the first pair of the first slab. Rows of a slab's second pair are two further, so its chunks are others.
     template <class C>
-    MLA_DEVICE void convert_pair(u32 lane, u32 pair, u32 scales, u32 place, u32 in_slab) {
+    MLA_DEVICE void convert_pair(u32 lane, u32 pair, u32 scales, u32 place, u32 offset, u32 in_slab) {
         const u32 row = in_slab * kPairTokens;
 #pragma unroll
         for (u32 j = 0; j < kLanePieces; ++j)
-            store_piece<C>(has_piece(lane, j),
-                           (place ^ row << 4) + row * kBoxRowBytes + j * (kPieceStep / kBoxColumns) * kSwizzleAtomBytes,
-                           codes<C>(pair, j), pair_of_half(scales, j));
+            store_piece<C>(has_piece(lane, j), place ^ row << 4,
+                           offset + row * kBoxRowBytes + j * (kPieceStep / kBoxColumns) * kSwizzleAtomBytes, codes<C>(pair, j),
+                           pair_of_half(scales, j));
     }
 
-    // A lane's chunk of a pass, and the slot of what takes its place.
+    // A lane's chunk of a pass, and the row of what takes its place.
     struct Staged {
         u32 words[4];
-        i32 next_slot;
+        u64 next_row;
     };
 
     MLA_DEVICE Staged read_staged(i32 pass, u32 lane) const {
         Staged staged;
         load_shared_words(staged_chunk(smem_, warp_, lane, pass), staged.words);
-        staged.next_slot = staged_slot(lane, pass);
+        staged.next_row = staged_row(lane, pass);
         return staged;
     }
 
@@ -275,7 +300,7 @@ private:
         const u32 chunk = lane % kStagedLanes * (8 / kStagedLanes) ^ token % kAtomRows;
         const u32 place = stage_place + row + slab + (chunk << 4);
         if constexpr (kStagesCodes) {
-            store_piece<C>(true, place, words, 0);
+            store_piece<C>(true, place, 0, words, 0);
         } else {
             if (kUncodedIsValue || has_units) {
                 f32 inverse = 1.0f;
@@ -290,7 +315,7 @@ private:
             }
             store_shared_16b(place, uint4{words[0], words[1], words[2], words[3]});
         }
-        stage(lane, pass, staged.next_slot);
+        stage(lane, pass, staged.next_row);
     }
 
     const GatherParams& params_;

@@ -21,6 +21,8 @@ constexpr u32 kPairs = kWarpTokens / kPairTokens;
 constexpr u32 kSlabPairs = kShareTokens / kPairTokens;
 static_assert(kLanePieces == 2 && kLatent == kLanePieces * kPieceStep, "a lane's scales of a pair are a word");
 
+constexpr u32 kPieceChunks = 2;  // of 16 bytes, in fp16
+
 MLA_DEVICE u32 half_of(u32 lane) { return lane / 4 % 2; }  // which token of a pair
 MLA_DEVICE u32 first_column(u32 lane) { return lane / 8 * kBoxColumns + lane % 4 * kPieceColumns; }
 MLA_DEVICE bool has_piece(u32 lane, u32 piece) {

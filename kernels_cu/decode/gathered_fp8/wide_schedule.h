@@ -12,7 +12,7 @@ static_assert(kRows == 64, "this kernel serves 64 query rows");
 constexpr u32 kThreads = (2 + kValueWarpgroups) * kWarpgroupThreads;
 // At entry every thread has 128 registers; the roles then share the 4 * 128 = 512 out.
 constexpr int kValuesRegisters = 160;
-constexpr int kConvertersRegisters = kUncodedIsValue || kMixesCodecs ? 112 : 96;
+constexpr int kConvertersRegisters = kUncodedIsValue || kMixesCodecs ? 112 : 104;
 constexpr int kScoresRegisters = 512 - kValueWarpgroups * kValuesRegisters - kConvertersRegisters;
 
 constexpr u32 kStages = 2;  // KV tiles in fp16

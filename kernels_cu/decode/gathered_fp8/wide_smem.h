@@ -20,7 +20,8 @@ struct GatheredFp8WideSmem {
     static constexpr u32 row_scales = inverse_sums + kStages * row_bytes;  // what turns a row's scores to log2 units
     static constexpr u32 units = row_scales + row_bytes;                   // of each stage's tokens
     static constexpr u32 scales = units + kStages * kTileTokens * sizeof(f32);  // of the tokens that are being converted
-    static constexpr u32 marks = scales + kTileTokens * scale_bytes;            // of each stage's tokens
+    static constexpr u32 rows = scales + kTileTokens * scale_bytes;  // addresses of the tokens that are asked for
+    static constexpr u32 marks = rows + kTileTokens * sizeof(u64);    // of each stage's tokens
     static constexpr u32 tile_full = marks + kStages * kConverterWarps * sizeof(u32);
     static constexpr u32 probabilities_full = tile_full + kStages * sizeof(u64);
     static constexpr u32 slab_empty = probabilities_full + kStages * sizeof(u64);
