@@ -192,10 +192,10 @@ def gathered_arrays(config: KernelConfig) -> tuple[list[Any], dict[str, Any]]:
     heads = heads_of(config, 1)
     assert isinstance(config, GatheredConfig)
 
-    def cache_of(layout: CacheLayout) -> Any:
-        step = 2 if config.page_size > 1 else 1  # with gaps between pages, or without
-        pages = tokens // config.page_size * step
-        values: Any = trial.values((pages, config.page_size, 1, width), config.dtype)
+    def cache_of(layout: CacheLayout, page_size: int) -> Any:
+        step = 2 if page_size > 1 else 1  # with gaps between pages, or without
+        pages = ceil_div(tokens, page_size) * step
+        values: Any = trial.values((pages, page_size, 1, width), config.dtype)
         if layout.codec is not None:
             values = layout.quantise(np.asarray(values, np.float32), 0.5 if layout.needs_scale else None)
         return trial.upload(layout.with_page_starts(values)[::step])
@@ -208,10 +208,11 @@ def gathered_arrays(config: KernelConfig) -> tuple[list[Any], dict[str, Any]]:
     if config.layout.codec is not None:
         options |= {"layout": config.layout.name} | ({"kv_scale": 0.5} if config.layout.needs_scale else {})
     if config.extra_layout is not None:
-        options |= {"extra_kv_cache": cache_of(config.extra_layout), "extra_indices": indices()}
+        extra = cache_of(config.extra_layout, config.extra_page_size)
+        options |= {"extra_kv_cache": extra, "extra_indices": indices()}
         options |= {"extra_layout": config.extra_layout.name} if config.extra_layout.codec is not None else {}
     q = trial.values((batch, 2, heads, width), config.dtype)
-    return [trial.upload(q), cache_of(config.layout), indices()], options
+    return [trial.upload(q), cache_of(config.layout, config.page_size), indices()], options
 
 
 def without(options: dict[str, Any], beginning: str) -> dict[str, Any]:

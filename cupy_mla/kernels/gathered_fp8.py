@@ -37,6 +37,11 @@ STANDARD_LAYOUTS: tuple[tuple[CacheLayout, int, int], ...] = (
     (FP4_V41, 512, 0),
 )
 _LAYOUTS = tuple(layout for layout, _, _ in STANDARD_LAYOUTS)
+# Tokens of a page of the cache and of the second one: of slots that are all equally far apart; and as DeepSeek V4's
+# caches are served, whose second one has a token for every 4 or 128.
+_SLOT_PAGES = (1, 1)
+_V4_PAGES = ((256, 64), (256, 2))
+_V4_LAYOUTS = ((FP8_MODEL1, FP8_MODEL1), (FP8_V41, FP4_V41))
 
 _ROLES = ("scores", "values", "loaders")  # a warpgroup each
 _MAX_ROPE_DIM = 128
@@ -66,16 +71,16 @@ def fp8_defines(family: DecodeFamily, config: KernelConfig) -> tuple[tuple[str, 
 
 
 def fp8_extra_configs(family: DecodeFamily) -> list[KernelConfig]:
-    """Standard configurations with a second cache: of the same layout, and of DeepSeek V4.1."""
+    """Standard configurations with a second cache: of the same layout, and of DeepSeek V4's two."""
     pairs = [(layout, layout, latent, rope) for layout, latent, rope in STANDARD_LAYOUTS]
     pairs += [(FP8_V41, FP4_V41, latent, rope) for layout, latent, rope in STANDARD_LAYOUTS if layout is FP8_V41]
     return [
-        GatheredConfig(
-            family, latent, rope, dtype, 1, causal=False, layout=layout, extra_page_size=1, extra_layout=extra_layout
-        )
+        GatheredConfig(family, latent, rope, dtype, page, causal=False, layout=layout, extra_page_size=extra_page,
+                       extra_layout=extra_layout)
         for layout, extra_layout, latent, rope in pairs
+        for page, extra_page in (_SLOT_PAGES, *(_V4_PAGES if (layout, extra_layout) in _V4_LAYOUTS else ()))
         for dtype in FP8_E4M3.query_dtypes
-    ]
+    ]  # fmt: skip
 
 
 def why_no_codec(
