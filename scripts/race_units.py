@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
+from functools import partial
 from typing import Any
 from unittest import mock
 
@@ -23,51 +24,69 @@ from cupy_mla import (
     quantise_cache,
     slots_of,
 )
+from cupy_mla.arrays.view import view
 from cupy_mla.call.memo import forget
+from cupy_mla.gpu.device import describe_device
+from cupy_mla.gpu.jit.module import load
+from cupy_mla.gpu.launch import launch_kernel
 from cupy_mla.kernels import choose
 from cupy_mla.kernels.choose import FAMILIES, GATHERED_FAMILIES
 from cupy_mla.kernels.family import DecodeFamily, KernelConfig
 from cupy_mla.kernels.fp8 import Fp8Family
 from cupy_mla.kernels.gathered import NO_EXTRA, GatheredConfig
+from cupy_mla.kernels.push import PUSH_SOURCE, VALUE_BYTES, WORD_BYTES, push_geometry
+from cupy_mla.kernels.structs import PUSH_PARAMS
 from cupy_mla.kernels.token_pages import RowPagesFamily
 from cupy_mla.lab.libraries import CUPY
 from cupy_mla.lab.trial import Settings, Trial
 from cupy_mla.layouts import DENSE_LAYOUTS, LAYOUTS, CacheLayout
-from cupy_mla.parallel import local_lengths
+from cupy_mla.parallel import local_lengths, local_slots
 from cupy_mla.schedule.pieces import ceil_div
 
-AROUND = "around"  # merges, slots
+AROUND = "around"  # merges, slots, what ranks of one host hand to each other
 CACHE = "cache"  # appends, copies, conversions
-SHARDS = "shards"  # dense families on a shard of a cache, a process each
+SHARDS = "shards"  # every family on a shard of a cache
 HAZARDS = "hazards"  # lengths, pages and indices that nobody checked
 OTHER_UNITS = (AROUND, CACHE, SHARDS, HAZARDS)
-UNITS = (*(family.name for family in (*FAMILIES, *GATHERED_FAMILIES)), *OTHER_UNITS)
+ALL_FAMILIES = (*FAMILIES, *GATHERED_FAMILIES)
+UNITS = (*(family.name for family in ALL_FAMILIES), *OTHER_UNITS)
 LENGTHS = (0, 5, 64, 130, 700)
 SHARDING = {"cp_world": 3, "cp_rank": 1, "cp_interleave": 5}
 INT32 = np.iinfo(np.int32)
+WRONG = np.array([-1, INT32.min, INT32.max, 701, 1 << 20], np.int32)  # lengths, and indices
+AHEAD = 2**30  # a meeting of ranks that nobody waits for
 
 
 def family_of(unit: str) -> DecodeFamily:
-    return next(family for family in (*FAMILIES, *GATHERED_FAMILIES) if family.name == unit)
+    return next(family for family in ALL_FAMILIES if family.name == unit)
 
 
 def run_unit(unit: str, every: bool, share: tuple[int, int]) -> None:
     """What the tool watches."""
-    if unit == AROUND:
-        run_around()
-    elif unit == CACHE:
-        run_cache()
-    elif unit == SHARDS:
-        for family in itertools.islice(FAMILIES, share[0], None, share[1]):
-            for config in sharded_configs(family):
-                run_shard(config)
-    elif unit == HAZARDS:
-        run_hazards()
-    else:
-        family, (index, of) = family_of(unit), share
-        for config in itertools.islice(distinct_configs(family) if every else typical_configs(family), index, None, of):
-            (run_gathered if family in GATHERED_FAMILIES else run_dense)(config)
+    index, of = share
+    for problem in problems_of(unit, every)[index::of]:
+        problem()
     CUPY.synchronize()
+
+
+def problems_of(unit: str, every: bool) -> list[Callable[[], None]]:
+    """What a unit runs, one after the other; each knows nothing of the others."""
+    if unit == AROUND:
+        return [run_around, run_push]
+    if unit == CACHE:
+        return [run_cache]
+    if unit == SHARDS:
+        return [
+            partial(run_gathered_shard if config.family in GATHERED_FAMILIES else run_shard, config)
+            for config in all_sharded_configs()
+        ]
+    if unit == HAZARDS:
+        return [partial(run_hazards, family) for family in FAMILIES] + [
+            partial(run_gathered_hazards, family) for family in GATHERED_FAMILIES
+        ]
+    family = family_of(unit)
+    run = run_gathered if family in GATHERED_FAMILIES else run_dense
+    return [partial(run, config) for config in (distinct_configs if every else typical_configs)(family)]
 
 
 def typical_configs(family: DecodeFamily) -> Iterator[KernelConfig]:
@@ -84,6 +103,11 @@ def sharded_configs(family: DecodeFamily) -> Iterator[KernelConfig]:
         of_shard = replace(config, sharded=config.causal, scale_parts=parts)
         if of_shard != config:
             yield of_shard
+
+
+def all_sharded_configs() -> Iterator[KernelConfig]:
+    """Of all families."""
+    return itertools.chain.from_iterable(map(sharded_configs, ALL_FAMILIES))
 
 
 def prefill_config(config: GatheredConfig) -> GatheredConfig:
@@ -221,6 +245,16 @@ def without(options: dict[str, Any], beginning: str) -> dict[str, Any]:
 
 def run_gathered(config: KernelConfig) -> None:
     arrays, options = gathered_arrays(config)
+    run_planned(config, arrays, options)
+    run_prefill(config.family, arrays, options)
+
+
+def run_gathered_shard(config: KernelConfig) -> None:
+    arrays, options = gathered_arrays(config)
+    run_planned(config, arrays, options | {"cp_world": SHARDING["cp_world"]})
+
+
+def run_planned(config: KernelConfig, arrays: list[Any], options: dict[str, Any]) -> None:
     for split in (None, 64):
         plan = plan_sparse_decode(
             *arrays, **without(options, "attn_sink"), kernel=config.family.name, fixed_split_tokens=split
@@ -228,7 +262,6 @@ def run_gathered(config: KernelConfig) -> None:
         check_config(plan, config)
         for _ in range(2):
             mla_sparse_decode(*arrays, **options, plan=plan)
-    run_prefill(config.family, arrays, options)
 
 
 def run_prefill(family: DecodeFamily, arrays: list[Any], options: dict[str, Any], **others: Any) -> None:
@@ -247,6 +280,35 @@ def run_around() -> None:
     table, tokens = np.arange(8, dtype=np.int32).reshape(2, 4), np.arange(-5, 595, dtype=np.int32).reshape(2, 300)
     slots_of(trial.upload(tokens), trial.upload(table), 64)
     local_lengths(trial.upload(np.arange(1000, dtype=np.int32)), *SHARDING.values())
+    local_slots(trial.upload(tokens), trial.upload(table), 64, **SHARDING)
+
+
+def run_push() -> None:
+    """One of two ranks hands rows to both, in chunks of 16 bytes and in words; the other is ahead of it."""
+    trial = Trial(0, CUPY)
+    world, (steps, tokens, own) = 2, (3, 5, 4)
+    params = np.zeros(1, PUSH_PARAMS)
+    params["world"], params["rank"] = world, world - 1
+    end = VALUE_BYTES  # of what lies in a rank's memory, which begins with the last meeting of each
+    value_chunks, word_chunks = 72, 3
+    sources = []
+    for name, chunk_bytes, chunks in (("values", VALUE_BYTES, value_chunks), ("words", WORD_BYTES, word_chunks)):
+        row = chunks * chunk_bytes
+        sources.append(trial.upload(trial.rng.integers(0, 256, (steps, tokens, world * own, row), np.uint8)))
+        rows = params[0][name]
+        rows["from"], rows["rank_step"] = view(sources[-1], name).pointer, own * row
+        rows["from_strides"] = tokens * world * own * row, world * own * row, row
+        rows["to"], rows["to_strides"] = end, (tokens * own * row, own * row, row)
+        rows["sizes"], rows["chunks"] = (steps, tokens, own), chunks
+        end += steps * tokens * own * row
+    memories = [trial.upload(np.full(end // WORD_BYTES, AHEAD, np.uint32)) for _ in range(world)]
+    pointers = np.array([view(memory, "memory").pointer for memory in memories], np.uint64)
+    addresses, meetings = trial.upload(pointers), trial.upload(np.zeros(2, np.uint32))
+    params["memories"], params["meetings"] = view(addresses, "memories").pointer, view(meetings, "meetings").pointer
+    kernel = load(PUSH_SOURCE, 0)
+    geometry = push_geometry(describe_device(0).num_sms, steps * tokens * own * value_chunks)
+    for _ in range(2):
+        launch_kernel(kernel, geometry.grid, geometry.block, geometry.shared_memory, 0, (params,))
 
 
 def run_cache() -> None:
@@ -277,25 +339,24 @@ def run_cache() -> None:
         copy_pages(cache[::2], pages, pages, source=other[1::2], validate=False)
 
 
-def run_hazards() -> None:
-    """Whatever lengths, pages and indices hold, only the cache is read."""
-    wrong = np.array([-1, INT32.min, INT32.max, 701, 1 << 20], np.int32)
-    for family in FAMILIES:
-        config = next(iter(typical_configs(family)))
-        (q, cache, table, _), options = dense_arrays(config)
-        trial = Trial(1, CUPY)
-        bad = trial.rng.choice([-1, cache.shape[0], INT32.max, INT32.min, 0], table.shape).astype(np.int32)
-        good_lengths, bad_table = np.array(LENGTHS, np.int32), CUPY.upload(bad)
-        for pages, lengths in ((table, wrong), (bad_table, good_lengths), (bad_table, wrong)):
-            given = q, cache, pages, CUPY.upload(lengths)
-            plan = plan_decode(*given, **options, kernel=family.name, validate=False)
-            mla_decode(*given, **options, plan=plan, validate=False)
-    for family in GATHERED_FAMILIES:
-        (q, cache, indices), options = gathered_arrays(next(iter(typical_configs(family))))
-        bad = np.resize(wrong, indices.shape).astype(np.int32)
-        options["topk_length"] = CUPY.upload(wrong[:3])
-        plan = plan_sparse_decode(
-            q, cache, indices, **without(options, "attn_sink"), kernel=family.name, validate=False
-        )
-        mla_sparse_decode(q, cache, CUPY.upload(bad), **options, plan=plan, validate=False)
-        run_prefill(family, [q, cache, CUPY.upload(bad)], options, validate=False)
+def run_hazards(family: DecodeFamily) -> None:
+    """Whatever lengths and pages hold, only the cache is read."""
+    config = next(iter(typical_configs(family)))
+    (q, cache, table, _), options = dense_arrays(config)
+    trial = Trial(1, CUPY)
+    bad = trial.rng.choice([-1, cache.shape[0], INT32.max, INT32.min, 0], table.shape).astype(np.int32)
+    good_lengths, bad_table = np.array(LENGTHS, np.int32), CUPY.upload(bad)
+    for pages, lengths in ((table, WRONG), (bad_table, good_lengths), (bad_table, WRONG)):
+        given = q, cache, pages, CUPY.upload(lengths)
+        plan = plan_decode(*given, **options, kernel=family.name, validate=False)
+        mla_decode(*given, **options, plan=plan, validate=False)
+
+
+def run_gathered_hazards(family: DecodeFamily) -> None:
+    """Whatever indices and their counts hold, only the cache is read."""
+    (q, cache, indices), options = gathered_arrays(next(iter(typical_configs(family))))
+    bad = CUPY.upload(np.resize(WRONG, indices.shape).astype(np.int32))
+    options["topk_length"] = CUPY.upload(WRONG[:3])
+    plan = plan_sparse_decode(q, cache, indices, **without(options, "attn_sink"), kernel=family.name, validate=False)
+    mla_sparse_decode(q, cache, bad, **options, plan=plan, validate=False)
+    run_prefill(family, [q, cache, bad], options, validate=False)

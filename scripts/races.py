@@ -1,9 +1,9 @@
 #!/usr/bin/env python3
 """Run every kernel family under compute-sanitizer, or look for races and leaks without it; needs a Hopper GPU.
 
-FAMILIES are beginnings of names: of kernel families, "around" (merges, slots), "cache" (appends, copies, conversions),
-"shards" (dense families on a shard of a cache), "hazards" (lengths, pages and indices that nobody checked). All unless
-some are given. Exits with 1 if anything is found.
+FAMILIES are beginnings of names: of kernel families, "around" (merges, slots, what ranks hand to each other), "cache"
+(appends, copies, conversions), "shards" (every family on a shard of a cache), "hazards" (lengths, pages and indices
+that nobody checked). All unless some are given. Exits with 1 if anything is found.
 """
 
 from __future__ import annotations
@@ -25,17 +25,17 @@ from typing import Any
 import click
 import numpy as np
 from race_units import (
+    ALL_FAMILIES,
     HAZARDS,
-    OTHER_UNITS,
     SHARDS,
     UNITS,
+    all_sharded_configs,
     dense_arrays,
     distinct_configs,
-    family_of,
     gathered_arrays,
     prefill_config,
+    problems_of,
     run_unit,
-    sharded_configs,
     typical_configs,
     without,
 )
@@ -53,7 +53,7 @@ SUMMARY = re.compile(
     r"(?:ERROR SUMMARY: (\d+) error|RACECHECK SUMMARY: .*\((\d+) errors?, (\d+) warning)"
 )
 SANITIZER_SECONDS = 300
-SHARE_CONFIGS = 16  # that a process runs one after the other
+SHARE_PROBLEMS = 16  # that a process runs one after the other
 RACECHECK_BYTES = 50 << 30  # of the host, at most, for one unit; without them Linux kills it
 THREADS, BYSTANDER, SWITCH_SECONDS = 4, 8192, 1e-5
 WORD_BYTES, BLOCKS, BLOCK_THREADS = 4, 64, 256
@@ -89,6 +89,9 @@ def main(
     if calls and families:
         raise click.UsageError("--calls takes no families: it has calls of its own.")
     if work is not None:
+        import cupy
+
+        cupy.cuda.set_allocator(None)  # arrays with memory of their own: the tools see what lies beyond one's end
         run_unit(work, every, share)
         return
     found = 0
@@ -148,18 +151,16 @@ def run_tools(tools: tuple[str, ...], units: list[str], every: bool, jobs: int) 
 
 def shares_of(unit: str, every: bool) -> list[tuple[int, int]]:
     """Which share of how many each process runs of a unit."""
-    count = len(FAMILIES) if unit == SHARDS else 1
-    if every and unit not in OTHER_UNITS:
-        count = ceil_div(sum(1 for _ in distinct_configs(family_of(unit))), SHARE_CONFIGS)
+    count = ceil_div(len(problems_of(unit, every)), SHARE_PROBLEMS)
     return [(index, count) for index in range(count)]
 
 
 def compile_for(units: list[str], every: bool) -> None:
     """What the units run, in all processes that there is room for: under a tool it would be one after the other."""
-    families = [family for family in (*FAMILIES, *GATHERED_FAMILIES) if family.name in units or HAZARDS in units]
+    families = [family for family in ALL_FAMILIES if family.name in units or HAZARDS in units]
     configs = list(itertools.chain.from_iterable(map(distinct_configs if every else typical_configs, families)))
     configs += [prefill_config(config) for config in configs if config.family in GATHERED_FAMILIES]
-    configs += itertools.chain.from_iterable(map(sharded_configs, FAMILIES if SHARDS in units else ()))
+    configs += all_sharded_configs() if SHARDS in units else ()
     decode = {config.name for config in standard_configs()}
     kernels = [kernel for kernel in all_kernels() if kernel.name not in decode]
     kernels += {config.name: NamedKernel(config.name, config.source()) for config in configs}.values()
@@ -196,7 +197,7 @@ def unplanned_calls() -> Iterator[tuple[str, Callable[[], Any]]]:
 
 def repeat_each(repeats: int, families: tuple[str, ...], jobs: int) -> int:
     """Repeat a call of each family, each in a process of its own, and return how many went wrong."""
-    chosen = [family for family in (*FAMILIES, *GATHERED_FAMILIES) if not families or family.name.startswith(families)]
+    chosen = [family for family in ALL_FAMILIES if not families or family.name.startswith(families)]
     if len(chosen) == 1:
         return repeat_beside_other_work(chosen[0], repeats)
     compile_for([family.name for family in chosen], False)

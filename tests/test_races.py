@@ -5,12 +5,13 @@ from __future__ import annotations
 import importlib
 from collections.abc import Iterator
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 from fake_gpu import FakeArray, FakeGpu, fake_gpu
+from host_kernels import needs_compiler, run_push
 
 from cupy_mla.kernels.choose import FAMILIES, GATHERED_FAMILIES
 from cupy_mla.kernels.family import DecodeFamily
@@ -75,13 +76,68 @@ def test_each_configuration_is_the_one_that_runs(units: ModuleType, gpu: FakeGpu
             assert last.source == units.prefill_config(config).source()  # not that of another family
 
 
-@pytest.mark.parametrize("family", FAMILIES, ids=lambda family: family.name)
+@pytest.mark.parametrize("family", [*FAMILIES, *GATHERED_FAMILIES], ids=lambda family: family.name)
 def test_so_it_is_for_shards(units: ModuleType, gpu: FakeGpu, family: DecodeFamily) -> None:
     configs = list(units.sharded_configs(family))
-    assert any(config.sharded for config in configs)
+    if family not in GATHERED_FAMILIES:
+        assert any(config.sharded for config in configs)
+    elif "fp8" not in family.name:  # whose shares have the same partial results as whole caches
+        assert configs
+        assert all(config.scale_parts is not None for config in configs)
     for config in configs:
-        units.run_shard(config)
-        assert gpu.take()
+        (units.run_gathered_shard if family in GATHERED_FAMILIES else units.run_shard)(config)
+        sources = {launch.source for launch in gpu.take()}
+        assert config.source() in sources
+
+
+@pytest.mark.parametrize("family", [*FAMILIES, *GATHERED_FAMILIES], ids=lambda family: family.name)
+def test_hazards_are_given_to_each_family(units: ModuleType, gpu: FakeGpu, family: DecodeFamily) -> None:
+    (units.run_gathered_hazards if family in GATHERED_FAMILIES else units.run_hazards)(family)
+    entries = {launch.source.entry for launch in gpu.take()}
+    assert next(units.typical_configs(family)).source().entry in entries
+
+
+def test_shares_have_every_problem_of_a_unit_once(
+    races: ModuleType, units: ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run: list[str] = []
+    monkeypatch.setattr(units, "run_gathered_shard", lambda config: run.append(config.name))
+    monkeypatch.setattr(units, "run_shard", lambda config: run.append(config.name))
+    monkeypatch.setattr(CupyLibrary, "synchronize", lambda library: None)
+    shares = races.shares_of(units.SHARDS, False)
+    assert len(shares) > 1
+    for share in shares:
+        units.run_unit(units.SHARDS, False, share)
+    assert sorted(run) == sorted(config.name for config in units.all_sharded_configs())
+
+
+@needs_compiler
+def test_rows_that_ranks_hand_to_each_other_come_where_they_are_wanted(
+    units: ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By the kernel itself, on the CPU."""
+    uploaded, grids = [], []
+
+    def upload(array: np.ndarray) -> np.ndarray:
+        uploaded.append(array)
+        return array
+
+    def launch(kernel: Any, grid: Any, block: Any, shared_memory: int, stream: int, arguments: Any) -> None:
+        grids.append(grid[0])
+        run_push(arguments[0], grid[0], block[0])
+
+    monkeypatch.setattr(trial, "_upload", upload)
+    monkeypatch.setattr(units, "describe_device", lambda device_id: SimpleNamespace(num_sms=3))
+    monkeypatch.setattr(units, "load", lambda source, device_id: None)
+    monkeypatch.setattr(units, "launch_kernel", launch)
+    units.run_push()
+    values, words, *memories, _, meetings = uploaded
+    assert grids == [6, 6]
+    assert meetings.tolist() == [2, 0]
+    for rank, memory in enumerate(memories):
+        assert memory[:2].tolist() == [units.AHEAD, 2]  # the other's last meeting, and this one's
+        parts = [rows[:, :, 4 * rank : 4 * (rank + 1)].tobytes() for rows in (values, words)]
+        assert memory[4:].tobytes() == b"".join(parts)
 
 
 def test_another_configuration_is_refused(units: ModuleType, gpu: FakeGpu, monkeypatch: pytest.MonkeyPatch) -> None:
