@@ -423,24 +423,20 @@ def test_the_roles_of_prefill_without_a_rope_part_have_the_registers_that_the_ke
 
 def test_the_roles_of_gathered_rows_have_the_registers_that_the_kernel_gives_them() -> None:
     text = (kernels_root() / "decode/gathered/narrow_schedule.h").read_text()
-    [moved] = re.findall(r"\bkMovedRegisters = kRefines && !MLA_PLANNED && kRows == 16 \? (\d+) : 0;", text)
-    [(width, spared)] = re.findall(
-        r"\bkSparedRegisters = kLatent <= (\d+) && !MLA_PLANNED && kRows == 16 \? (\d+) : 0;", text
-    )
-    configs = GATHERED_NARROW16.standard_configs()
-    refined = next(c for c in configs if c.refined and c.name.endswith("_static_refined"))
-    narrow = next(c for c in configs if c.latent_dim == int(width) and c.name.endswith("_static"))
-    of_16, of_32 = (f.roles(f.standard_configs()[0]) for f in (GATHERED_NARROW16, GATHERED_NARROW32))
-    others = GATHERED_NARROW16.roles(refined), GATHERED_NARROW16.roles(narrow)
-    for at_16, at_32, at_few, at_narrow in zip(of_16, of_32, *others, strict=True):
-        name = rf"\bk{at_16.name.capitalize()}Registers"
-        [(*registers, sign, sign_of_spared)] = re.findall(
-            name + r" = \(?kRows == 16 \? (\d+) : (\d+)\)?(?: ([+-]) kMovedRegisters)?(?: ([+-]) kSparedRegisters)?;",
-            text,
-        )
-        assert tuple(map(int, registers)) == (at_16.registers, at_32.registers)
-        assert at_few.registers - at_16.registers == int(f"{sign}{moved}" if sign else 0)
-        assert at_narrow.registers - at_16.registers == int(f"{sign_of_spared}{spared}" if sign_of_spared else 0)
+
+    def numbers_of(name: str) -> tuple[str, str, str]:
+        [numbers] = re.findall(rf"\bk{name}Registers = kTakesTurns \? (\d+) : kRows == 16 \? (\d+) : (\d+);", text)
+        return numbers
+
+    kinds = ("static", GATHERED_NARROW16), ("planned", GATHERED_NARROW16), ("static", GATHERED_NARROW32)
+    for index, (schedule, family) in enumerate(kinds):
+        name = f"{family.name}_bfloat16_512+64_page1_{schedule}"
+        [config] = [config for config in family.standard_configs() if config.name == name]
+        roles = family.roles(config)
+        for role in roles:
+            assert role.registers == int(numbers_of(role.name.capitalize())[index])
+        held = sum(role.registers * role.threads for role in roles)
+        assert held == int(numbers_of("Entry")[index]) * config.threads
 
 
 @pytest.mark.parametrize("family", [GATHERED_NARROW16, GATHERED_NARROW32], ids=lambda family: family.name)

@@ -1,4 +1,7 @@
-"""The narrow kernel of gathered tokens: 16 or 32 query rows a CTA (kernels_cu/decode/gathered/narrow.cu)."""
+"""The narrow kernels of gathered tokens: 16 or 32 query rows a CTA (kernels_cu/decode/gathered/narrow.cu).
+
+Prefill of 16 rows has a kernel of its own: two scores warpgroups take tiles in turn (narrow_prefill.cu).
+"""
 
 from __future__ import annotations
 
@@ -7,6 +10,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from ..gpu import hopper
+from ..gpu.jit.source import KernelSource
 from ..layouts import DENSE_LAYOUTS
 from ..schedule.pieces import TILE_COST, PieceCosts
 from .cost import CostModel
@@ -32,15 +36,18 @@ if TYPE_CHECKING:
     from ..call.sparse_problem import SparseProblem
 
 _ENTRY, _FUNCTION = "decode/gathered/narrow.cu", "mla_gathered_narrow"
-_ROLES = ("scores", "values", "loaders")  # a warpgroup each
+_PREFILL_ENTRY, _PREFILL_FUNCTION = "decode/gathered/narrow_prefill.cu", "mla_gathered_narrow_prefill"
+_ROLES = ("scores", "values", "loaders")
+# Of these roles, and registers of a thread of each; where scores warpgroups take turns, for so many rows.
+_WARPGROUPS, _TURN_WARPGROUPS = (1, 1, 1), (2, 1, 1)
+_TURN_REGISTERS = (128, 152, 104)
+_TURN_ROWS = 16
 _MAX_LATENT_DIM = 512  # of the output, in the registers of the values warpgroup
 _MAX_GROUP_BOXES = 4
 _BUFFERS = 2  # of P and of what goes with it
 _WARPS = 4  # of a warpgroup
 _WORD_BYTES = 4
-_MOVED_REGISTERS = 8  # from the loaders to the scores warpgroup, which needs them to refine P of prefill
-_SPARED_REGISTERS = 8  # from the values warpgroup to the loaders in prefill, where O is narrow
-_SPARING_LATENT_DIM = 256
+_HANDED_ITEMS = 2  # of which a scores warpgroup hands sums, largest scores and maxima to the other
 _FLOAT_PARTIAL_ROWS = 4  # as in the dense narrow kernel
 # Beside a CTA of 16 rows, 96 registers a thread on average, there is room for them; beside one of 32 rows there is not.
 _COMBINE_THREADS = 256
@@ -53,7 +60,7 @@ class GatheredNarrowFamily(DecodeFamily):
     Attributes
     ----------
     registers : tuple of int
-        Of a thread of the scores, values and loader warpgroup.
+        Of a thread of the scores, values and loader warpgroups.
     float_partials : bool
         Whether few rows leave float32 partial results.
     """
@@ -70,16 +77,25 @@ class GatheredNarrowFamily(DecodeFamily):
         if widths[0] > _MAX_LATENT_DIM:
             return f"takes latent widths up to {_MAX_LATENT_DIM}, not {widths[0]}"
         boxes = sum(widths) // BOX_COLUMNS
-        if self._groups(boxes) * _group_boxes(boxes) < boxes:
+        if any(self._groups(boxes, turns) * _group_boxes(boxes) < boxes for turns in {False, self.rows == _TURN_ROWS}):
             return f"has no room for a tile of widths {widths[0]} and {widths[1]}"
         return why_not_dense(problem)
 
     def roles(self, config: KernelConfig) -> tuple[Role, ...]:
-        """Three warpgroups."""
+        """Three warpgroups, or four."""
+        takes_turns = self._takes_turns(config)
+        warpgroups = _TURN_WARPGROUPS if takes_turns else _WARPGROUPS
+        registers = _TURN_REGISTERS if takes_turns else self.registers
         return tuple(
-            Role(name, hopper.WARPGROUP_THREADS, registers)
-            for name, registers in zip(_ROLES, self._registers(config), strict=True)
+            Role(name, count * hopper.WARPGROUP_THREADS, each)
+            for name, count, each in zip(_ROLES, warpgroups, registers, strict=True)
         )
+
+    def source(self, config: KernelConfig) -> KernelSource:
+        """One of two kernels."""
+        if not self._takes_turns(config):
+            return DecodeFamily.source(self, config)
+        return KernelSource(_PREFILL_ENTRY, _PREFILL_FUNCTION, self.defines(config))
 
     def has_float_partials(self, rows: int) -> bool:
         """For few rows, where the kernel has registers for it."""
@@ -90,9 +106,10 @@ class GatheredNarrowFamily(DecodeFamily):
         return narrow_scale_parts(dtype, of_share=of_share, is_float=self.has_float_partials(rows))
 
     def shared_memory(self, config: KernelConfig) -> int:
-        """The total of decode/gathered/narrow_smem.h: as many groups of KV boxes as fit beside a CTA of the merge."""
+        """The total of decode/gathered/narrow_smem.h: as many groups of KV boxes as fit, most beside a merge."""
         boxes = (config.latent_dim + config.rope_dim) // BOX_COLUMNS
-        return self._fixed_bytes(boxes) + self._groups(boxes) * _group_bytes(boxes)
+        takes_turns = self._takes_turns(config)
+        return self._fixed_bytes(boxes, takes_turns) + self._groups(boxes, takes_turns) * _group_bytes(boxes)
 
     def defines(self, config: KernelConfig) -> tuple[tuple[str, str], ...]:
         """The macros of decode/config.h and decode/gathered/work.h."""
@@ -110,24 +127,26 @@ class GatheredNarrowFamily(DecodeFamily):
             if planned or not float_partials
         ] + dense_extra_configs(self)  # fmt: skip
 
-    def _registers(self, config: KernelConfig) -> tuple[int, int, int]:
-        scores, values, loaders = self.registers
+    def _takes_turns(self, config: KernelConfig) -> bool:
         assert isinstance(config, GatheredConfig)
-        is_prefill_of_few = self.float_partials and not config.planned
-        moved = _MOVED_REGISTERS if is_prefill_of_few and config.refined else 0
-        spared = _SPARED_REGISTERS if is_prefill_of_few and config.latent_dim <= _SPARING_LATENT_DIM else 0
-        return scores + moved, values - spared, loaders - moved + spared
+        return not config.planned and self.rows == _TURN_ROWS
 
-    def _fixed_bytes(self, boxes: int) -> int:
+    def _fixed_bytes(self, boxes: int, takes_turns: bool) -> int:
         """All but the ring: queries, P, what goes between warps and between warpgroups."""
         row_box = self.rows * BOX_COLUMNS * ELEMENT_BYTES
-        exchange = _WARPS * self.rows * FLOAT_BYTES
-        of_buffer = row_box + 2 * self.rows * FLOAT_BYTES + 3 * BARRIER_BYTES + _WORD_BYTES
-        return boxes * row_box + exchange + _BUFFERS * of_buffer + CLAIM_BYTES
+        of_rows = self.rows * FLOAT_BYTES  # a value of each
+        exchange = _WARPS * of_rows
+        of_buffer = row_box + 2 * of_rows + 3 * BARRIER_BYTES + _WORD_BYTES
+        fixed = boxes * row_box + exchange + _BUFFERS * of_buffer + CLAIM_BYTES
+        if not takes_turns:
+            return fixed
+        # The second warpgroup's own exchange; two barriers for turns and two for queries; maxima; what is handed over.
+        return fixed + exchange + 4 * BARRIER_BYTES + of_rows + _HANDED_ITEMS * (2 * exchange + of_rows)
 
-    def _groups(self, boxes: int) -> int:
+    def _groups(self, boxes: int, takes_turns: bool) -> int:
         """Groups in the ring."""
-        room = hopper.MAX_SHARED_BYTES - hopper.CTA_SHARED_BYTES - self._fixed_bytes(boxes)
+        spared = 0 if takes_turns else hopper.CTA_SHARED_BYTES
+        room = hopper.MAX_SHARED_BYTES - spared - self._fixed_bytes(boxes, takes_turns)
         return max(room, 0) // _group_bytes(boxes)
 
 

@@ -3,6 +3,7 @@
 #pragma once
 #include "decode/gathered/narrow_smem.h"
 #include "decode/gathered/narrow_work.h"
+#include "decode/narrow/store.h"
 #include "decode/rows.h"
 #include "ptx/copy_async.h"
 #include "ptx/warp.h"
@@ -16,6 +17,12 @@ MLA_DEVICE u32 valid_word(u32 smem, const GroupRing& ring, u32 warp) {
     return smem + Smem::valid + ring.first * Smem::valid_bytes + warp * static_cast<u32>(sizeof(u32));
 }
 constexpr u32 kAllValid = (1u << kWarpTokens) - 1;
+
+// By lane 0 of a scores warp, one of those that announce P: racecheck follows whoever reads and arrives himself.
+MLA_DEVICE u32 read_valid(u32 smem, const GroupRing& ring, u32 warp, u32 lane) {
+    const u32 valid = lane == 0 ? load_shared_u32(valid_word(smem, ring, warp)) : 0;
+    return __shfl_sync(kFullWarp, valid, 0);
+}
 
 class TokenLoader {
 public:
@@ -34,7 +41,10 @@ public:
         i32 slot = read(work, work.tile_begin);
         while (work.has_tiles()) {
             const BlockWork next = next_work(params_, items_, item);
-            if (next.has_tiles()) prefetch_query(next);
+            if (kTakesTurns)
+                load_query(work);
+            else if (next.has_tiles())
+                prefetch_query(next);
             for (i32 tile = work.tile_begin; tile < work.tile_end; ++tile) {
                 const bool is_last = tile + 1 == work.tile_end;
                 const i32 next_slot = is_last ? read(next, next.tile_begin) : read(work, tile + 1);
@@ -60,6 +70,27 @@ private:
                 prefetch_to_l2(box < kLatentBoxes ? row.latent + box * kBoxColumns
                                                   : row.rope + (box - kLatentBoxes) * kBoxColumns);
         }
+    }
+
+    // Of an item, where the loaders bring it. Rows that do not exist are zeros.
+    MLA_DEVICE void load_query(const BlockWork& work) {
+        mbarrier_wait(query_empty_barrier(smem_), query_parity_ ^ 1);  // passes at once for the first item
+        query_parity_ ^= 1;
+        const u32 chunk = lane_ % kLineLanes;
+#pragma unroll
+        for (u32 first = 0; first < kRows; first += kLoaderWarps * kPassTokens) {
+            const u32 row_in_block = first + warp_ * kPassTokens + lane_ / kLineLanes;
+            const QueryRow row = query_row(params_, work, row_in_block, chunk * kChunkColumns);
+            const u32 destination = smem_ + Smem::query + box_chunk_offset(row_in_block, chunk);
+            const u32 bytes = row.exists ? 16 : 0;
+#pragma unroll
+            for (u32 box = 0; box < kTileBoxes; ++box)
+                copy_async_16b<false>(destination + box * kRowBoxBytes,
+                                      box < kLatentBoxes ? row.latent + box * kBoxColumns
+                                                         : row.rope + (box - kLatentBoxes) * kBoxColumns,
+                                      bytes);
+        }
+        copy_async_arrive(query_full_barrier(smem_));
     }
 
     // The slot of token lane % 16 of this warp's share of a tile. Indices past the last that counts are not read.
@@ -124,6 +155,7 @@ private:
     u32 smem_, warp_, lane_;
     u32 even_row_, odd_row_;  // where this lane's chunk lies in a box, in even and odd passes
     GroupRing ring_;
+    u32 query_parity_ = 0;
 };
 
 }  // namespace mla

@@ -1,5 +1,5 @@
-// What a CTA of a narrow kernel for gathered tokens does, whatever brings the tokens: the roles of its three warpgroups, which
-// the headers before this one have, with their registers.
+// What a CTA of a narrow kernel for gathered tokens does, whatever brings the tokens: the roles of its warpgroups (scores,
+// values, loaders), which the headers before this one have, with their registers.
 #pragma once
 #include "decode/gathered/params.h"
 #include "ptx/warp.h"
@@ -21,7 +21,7 @@ MLA_DEVICE void run_narrow_roles(const GatherParams& params, u8* shared) {
     const u32 warpgroup = __shfl_sync(kFullWarp, threadIdx.x / kWarpgroupThreads, 0);
     const u32 thread = threadIdx.x % kWarpgroupThreads;
 
-    if (warpgroup == kScoresWarpgroup) {
+    if (warpgroup < kValuesWarpgroup) {
         take_registers<kScoresRegisters>();
         ScoresRole(params, smem, thread).run(items);
     } else if (warpgroup == kValuesWarpgroup) {

@@ -52,7 +52,7 @@ private:
         for (i32 tile = work.tile_begin; tile < work.tile_end; ++tile) {
             float scores[kFragment];
             multiply(scores);
-            const u32 valid = kByRequest ? kAllValid : read_valid();  // while QK runs
+            const u32 valid = kByRequest ? kAllValid : read_valid(smem_, ring_, warp_, lane_);  // while QK runs
             wgmma_wait<0>();
             wgmma_pin(scores);
 #pragma unroll
@@ -61,36 +61,11 @@ private:
                 softmax_.hide_unseen(work, tile, scores);
             else if (valid != kAllValid)
                 softmax_.hide(valid, scores);
-            if constexpr (kLooksAhead) look_ahead();
             softmax_.add_tile<Operand>(tile == work.tile_begin, scores, rows);
             ring_.advance();
             if (tile + 1 < work.tile_end) continue;
             if (next.has_tiles()) copy_query(next);
             softmax_.finish(work, rows);
-        }
-    }
-
-    // By lane 0, one of those that announce P: racecheck follows whoever reads and arrives himself.
-    MLA_DEVICE u32 read_valid() const {
-        const u32 valid = lane_ == 0 ? load_shared_u32(valid_word(smem_, ring_, warp_)) : 0;
-        return __shfl_sync(kFullWarp, valid, 0);
-    }
-
-    // Whether the fence of a tile's P does for groups of the next tile that have come by then. TRIED_GATHERED.md: 3% of a prefill
-    // of 16 heads; of 32 heads nothing.
-    static constexpr bool kLooksAhead = !kIsPlanned && kRows == 16;
-
-    // cp.async writes as ordinary stores do, and wgmma sees that only past a proxy fence. P's is due after this.
-    MLA_DEVICE void look_ahead() {
-        GroupRing next = ring_;
-        next.advance();
-        visible_ = 0;
-        bool has_come = true;
-#pragma unroll
-        for (u32 group = 0; group + 1 < kTileGroups; ++group) {
-            const GroupRing::Place place = next.place(group);
-            has_come = has_come && mbarrier_test_wait(full_barrier(smem_, place.index), place.parity);
-            visible_ += has_come;
         }
     }
 
@@ -101,10 +76,8 @@ private:
 #pragma unroll
         for (u32 group = 0; group < kTileGroups; ++group) {
             const GroupRing::Place place = ring_.place(group);
-            if (!kLooksAhead || group >= visible_) {
-                mbarrier_wait(full_barrier(smem_, place.index), place.parity);
-                fence_async_proxy();
-            }
+            mbarrier_wait(full_barrier(smem_, place.index), place.parity);
+            fence_async_proxy();  // cp.async writes as ordinary stores do
             wgmma_fence();
 #pragma unroll
             for (u32 box = group * kGroupBoxes; box < (group + 1) * kGroupBoxes; ++box)
@@ -117,7 +90,6 @@ private:
     u32 smem_, thread_, warp_, lane_;
     Softmax softmax_;
     GroupRing ring_;
-    u32 visible_ = 0;  // of the leading groups of the tile at ring_, those that wgmma sees already
 };
 
 }  // namespace mla

@@ -7,14 +7,23 @@
 
 namespace mla {
 
+// Items of which sums are handed over, each in a place of its own: who hands over an item's may be an item ahead.
+constexpr u32 kHandedItems = 2;
+
 struct GatheredNarrowSmem {
     static constexpr u32 query_bytes = kTileBoxes * kRowBoxBytes;
     static constexpr u32 probability_bytes = kBuffers * kRowBoxBytes;
-    static constexpr u32 exchange_bytes = kWarpgroupWarps * kRows * sizeof(f32);
+    static constexpr u32 rows_bytes = kRows * sizeof(f32);  // one value of each row
+    static constexpr u32 exchange_bytes = kWarpgroupWarps * rows_bytes;
     static constexpr u32 factor_bytes = kBuffers * kRows * sizeof(f32);
     static constexpr u32 buffer_barriers = 3 * kBuffers;
-    static constexpr u32 fixed_bytes = query_bytes + probability_bytes + exchange_bytes + 2 * factor_bytes +
-                                       buffer_barriers * sizeof(u64) + kBuffers * sizeof(u32) + kClaimBytes;
+    // What a scores warpgroup hands over to the other of one item: sums and largest scores of each warp, maxima.
+    static constexpr u32 handed_bytes = 2 * exchange_bytes + rows_bytes;
+    static constexpr u32 turn_barriers = kScoresWarpgroups + 2;
+    static constexpr u32 turn_bytes = kTakesTurns ? turn_barriers * sizeof(u64) + rows_bytes + kHandedItems * handed_bytes : 0;
+    static constexpr u32 fixed_bytes = query_bytes + probability_bytes + kScoresWarpgroups * exchange_bytes +
+                                       2 * factor_bytes + buffer_barriers * sizeof(u64) + kBuffers * sizeof(u32) +
+                                       turn_bytes + kClaimBytes;
     static constexpr u32 valid_bytes = kLoaderWarps * sizeof(u32);
     static constexpr u32 group_bytes = kGroupBytes + 2 * sizeof(u64) + valid_bytes;
     static constexpr u32 groups = (kSharedBytes - fixed_bytes) / group_bytes;
@@ -23,7 +32,8 @@ struct GatheredNarrowSmem {
     static constexpr u32 query = ring + groups * kGroupBytes;
     static constexpr u32 probabilities = query + query_bytes;          // P^T [kRows][64 tokens] of each buffer
     static constexpr u32 exchange = probabilities + probability_bytes;  // one value per (scores warp, row)
-    static constexpr u32 factors = exchange + exchange_bytes;  // by which O is rescaled before a tile's PV, for each buffer
+    // By which O is rescaled before a tile's PV, for each buffer.
+    static constexpr u32 factors = exchange + kScoresWarpgroups * exchange_bytes;
     static constexpr u32 inverse_sums = factors + factor_bytes;  // after an item's last tile, for the buffer of that tile
     static constexpr u32 full = inverse_sums + factor_bytes;
     static constexpr u32 empty = full + groups * sizeof(u64);
@@ -32,10 +42,16 @@ struct GatheredNarrowSmem {
     static constexpr u32 sums_full = probabilities_empty + kBuffers * sizeof(u64);
     static constexpr u32 valid = sums_full + kBuffers * sizeof(u64);  // bits of each loader warp's tokens, at a tile's first group
     static constexpr u32 rescales = valid + groups * valid_bytes;     // whether any factor of a buffer is not 1
-    static constexpr u32 claim = rescales + kBuffers * sizeof(u32);
+    static constexpr u32 turns = rescales + kBuffers * sizeof(u32);  // barrier of each scores warpgroup's turn
+    static constexpr u32 query_full = turns + kScoresWarpgroups * sizeof(u64);
+    static constexpr u32 query_empty = query_full + sizeof(u64);
+    static constexpr u32 maxima = query_empty + sizeof(u64);  // of each row, as of the last tile
+    static constexpr u32 handed = maxima + rows_bytes;        // of every other item
+    static constexpr u32 claim = turns + turn_bytes;
     static constexpr u32 total = claim + kClaimBytes;
 };
 using Smem = GatheredNarrowSmem;
+static_assert(Smem::turns % sizeof(u64) == 0, "barriers are aligned");
 static_assert(Smem::total <= kSharedBytes && Smem::groups >= kTileGroups, "a tile must fit in the ring");
 static_assert(Smem::query % kSwizzleAtomBytes == 0 && Smem::probabilities % kSwizzleAtomBytes == 0,
               "the swizzle is a function of the address: boxes start at its period");
@@ -69,7 +85,8 @@ MLA_DEVICE u32 box_address(u32 smem, const GroupRing& ring, u32 box) {
 // full: every loader thread's copies (cp.async.mbarrier.arrive) and one lane of each loader warp, for the bits; scores.
 MLA_DEVICE u32 full_barrier(u32 smem, u32 place) { return smem + Smem::full + place * sizeof(u64); }
 constexpr u32 kFullArrivals = kLoaderWarps * (kWarpThreads + 1);
-// empty: one lane of each values warp, once its PV has read the group (QK has before, or there would be no P); loaders.
+// empty: one lane of each values warp for all, once its PV has read the group (QK has before, or there would be no P), or every
+// values thread, once it has read the output that was staged there; loaders.
 MLA_DEVICE u32 empty_barrier(u32 smem, u32 place) { return smem + Smem::empty + place * sizeof(u64); }
 // Those of NarrowSoftmax:
 MLA_DEVICE u32 probabilities_full_barrier(u32 smem, u32 buffer) { return smem + Smem::probabilities_full + buffer * sizeof(u64); }
@@ -77,16 +94,27 @@ MLA_DEVICE u32 probabilities_empty_barrier(u32 smem, u32 buffer) {
     return smem + Smem::probabilities_empty + buffer * sizeof(u64);
 }
 MLA_DEVICE u32 sums_full_barrier(u32 smem, u32 buffer) { return smem + Smem::sums_full + buffer * sizeof(u64); }
+// Of prefill. A turn: kRowLanes threads of the other scores warpgroup, once P of the tile before is there, and the maxima;
+// whoever has the next tile. query_full: every loader thread's copies of an item's Q; scores. query_empty: one lane of each warp
+// of both scores warpgroups, once its last QK of the item is done; loaders.
+MLA_DEVICE u32 turn_barrier(u32 smem, u32 which) { return smem + Smem::turns + which * sizeof(u64); }
+MLA_DEVICE u32 query_full_barrier(u32 smem) { return smem + Smem::query_full; }
+MLA_DEVICE u32 query_empty_barrier(u32 smem) { return smem + Smem::query_empty; }
 
 MLA_DEVICE void initialise_barriers(u32 smem) {
     for (u32 group = 0; group < Smem::groups; ++group) {
         mbarrier_init(full_barrier(smem, group), kFullArrivals);
-        mbarrier_init(empty_barrier(smem, group), kWarpgroupWarps);
+        mbarrier_init(empty_barrier(smem, group), kWarpgroupThreads);
     }
     for (u32 buffer = 0; buffer < kBuffers; ++buffer) {
         mbarrier_init(probabilities_full_barrier(smem, buffer), kProbabilityArrivals);
         mbarrier_init(probabilities_empty_barrier(smem, buffer), kWarpgroupWarps);
         mbarrier_init(sums_full_barrier(smem, buffer), kRowLanes);
+    }
+    if constexpr (kTakesTurns) {
+        for (u32 which = 0; which < kScoresWarpgroups; ++which) mbarrier_init(turn_barrier(smem, which), kRowLanes);
+        mbarrier_init(query_full_barrier(smem), kLoaderWarps * kWarpThreads);
+        mbarrier_init(query_empty_barrier(smem), kScoresWarpgroups * kWarpgroupWarps);
     }
     mbarrier_init_fence();
 }

@@ -2,24 +2,12 @@
 // sums, lse and largest scores. By the scores warpgroup.
 #pragma once
 #include "core/row_power.h"
-#include "decode/gathered/narrow_work.h"
+#include "decode/gathered/narrow_rows.h"
 #include "decode/masks.h"
-#include "decode/narrow/store.h"
-#include "decode/rows.h"
 
 namespace mla {
 
 constexpr u32 kBuffers = 2;  // of P and of what goes with it: the scores warpgroup is a tile ahead of the values warpgroup
-
-// Four neighbouring lanes hold all rows between them, and all warps hold the same: the first four threads tell the values
-// warpgroup. Each arrives for what it has written itself, or racecheck would report it; and so with P does lane 0 of the other
-// warps, for what it has read.
-constexpr u32 kRowLanes = 4;
-constexpr u32 kProbabilityArrivals = kRowLanes + kWarpgroupWarps - 1;
-
-// Named barriers of the two warpgroups.
-constexpr u32 kScoresBarrier = 1;
-constexpr u32 kValuesBarrier = 2;
 
 // The buffer of the tile at hand.
 struct Buffers {
@@ -76,18 +64,8 @@ public:
 
     MLA_DEVICE void barrier() const { named_barrier_sync(kScoresBarrier, kWarpgroupThreads); }
 
-    // What is no token: bits of this warp's 16. Its values are zeros already.
-    MLA_DEVICE void hide(u32 valid, float (&scores)[kFragment]) const {
-        const bool has_upper = valid >> (lane_ / 4) & 1;
-        const bool has_lower = valid >> (lane_ / 4 + 8) & 1;
-#pragma unroll
-        for (u32 i = 0; i < kThreadRows; ++i) {
-            float& upper = scores[row_element(i)];
-            float& lower = scores[row_element(i) + 2];
-            upper = has_upper ? upper : minus_infinity();
-            lower = has_lower ? lower : minus_infinity();
-        }
-    }
+    // decode/gathered/narrow_rows.h
+    MLA_DEVICE void hide(u32 valid, float (&scores)[kFragment]) const { hide_absent_tokens(valid, lane_, scores); }
 
     // By request: what is past a row's end, as in decode/narrow/consumer.h. Nothing else is hidden; a page outside of the cache is
     // zeros.
@@ -159,7 +137,7 @@ public:
         for (u32 i = 0; i < kThreadRows; ++i) {
             const float scale = kHasUnits ? value_scale * rows.unit[i] : value_scale;
             const i32 row = row_of_lane(lane_, i);
-            inverse[i] = rows.sum[i] == 0.0f ? 0.0f : scale / with_sink(work, row, rows.maximum[i], rows.sum[i]);
+            inverse[i] = rows.sum[i] == 0.0f ? 0.0f : scale / with_sink(params_, work, row, rows.maximum[i], rows.sum[i]);
         }
         store_of_rows(Smem::inverse_sums, last_, inverse);
         if (thread_ < kRowLanes) mbarrier_arrive(smem_ + Smem::sums_full + last_ * sizeof(u64));
@@ -231,14 +209,6 @@ private:
 #pragma unroll
         for (u32 i = 0; i < kThreadRows; ++i)
             store_shared_f32(smem_ + place + (buffer * kRows + row_of_lane(lane_, i)) * sizeof(f32), values[i]);
-    }
-
-    // What a row's sum is divided by: a sink is one more score, of a key without value. A partial result is without: the merge
-    // adds it.
-    MLA_DEVICE float with_sink(const BlockWork& work, i32 row_in_block, float maximum, float sum) const {
-        if (params_.attn_sink == nullptr || work.is_partial()) return sum;
-        const RowPlace row = locate_row(params_, work, row_in_block);
-        return row.exists ? sum + fast_exp2(__ldg(params_.attn_sink + row.head) * kLog2e - maximum) : sum;
     }
 
     const GatherParams& params_;

@@ -99,11 +99,17 @@ private:
         if constexpr (kGroup + 1 < kTileGroups) free_groups<kGroup + 1>(first_freed);
     }
 
-    // This warp has read these groups of the tile for the last time.
+    // PV of this warp has read these groups of the tile for the last time.
     MLA_DEVICE void release(u32 begin, u32 end) const {
         __syncwarp();
         const u32 group = begin + lane_;
-        if (group < end) mbarrier_arrive(empty_barrier(smem_, ring_.place(group).index));
+        if (group < end) mbarrier_arrive(empty_barrier(smem_, ring_.place(group).index), kWarpThreads);
+    }
+
+    // This lane has read what was staged: racecheck follows whoever reads and arrives himself.
+    MLA_DEVICE void release_staged() const {
+#pragma unroll
+        for (u32 group = 0; group < kStagedGroups; ++group) mbarrier_arrive(empty_barrier(smem_, ring_.place(group).index));
     }
 
     MLA_DEVICE void release_probabilities() const {
@@ -136,7 +142,7 @@ private:
         store_output_rows<!kIsPlanned>(params_, place, thread_, [this](u32 box, u32 row, u32 index) {
             return load_shared_16b(staged_box(box) + box_chunk_offset(row, index));
         });
-        release(0, kStagedGroups);
+        release_staged();
     }
 
     const GatherParams& params_;

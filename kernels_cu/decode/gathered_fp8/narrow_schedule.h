@@ -8,7 +8,6 @@ namespace mla {
 static_assert(kRows == 16 || kRows == 32, "the narrow kernel serves 16 or 32 query rows");
 
 // Warpgroup 0: scores; 1: values; 2: loaders. A warp of the loaders brings the tokens that the scores warp of its number reads.
-constexpr u32 kScoresWarpgroup = 0;
 constexpr u32 kValuesWarpgroup = 1;
 constexpr u32 kLoaderWarps = kWarpgroupWarps;
 
