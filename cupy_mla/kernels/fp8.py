@@ -32,9 +32,10 @@ from .structs import FP8_PARAMS
 if TYPE_CHECKING:
     from ..call.sparse_problem import SparseProblem
 
-# By rows: of the scores, values and loader roles. At 64 rows a values warp loads.
 _NAMES = {SPLIT: "split", EXACT: "exact", FP8: "query"}  # by way to compute
-_REGISTERS = {16: (152, 160, 40), 32: (200, 144, 24), 64: (152, 176)}
+# Of the scores, values and loader roles, by rows, and where a values thread has more than 64 accumulators.
+_REGISTERS = {16: (152, 160, 40), 32: (200, 144, 24), 64: (200, 144, 24)}
+_MANY_ACCUMULATORS = (136, 176, 24)
 _WIDE_ROWS = 64
 # Two warpgroups share the values' columns in boxes of 128; the rope columns are one row of the 64-byte swizzle.
 _LATENT_DIMS = (256, 512)
@@ -44,7 +45,6 @@ _WIDE_STAGES = {1: 4, 2: 3}  # at 64 rows, by parts of Q
 _PROBABILITY_BUFFERS = {16: 4, 32: 2, 64: 2}  # by rows
 _SCORES_WARPS = 4
 _FLAG_BYTES = 4
-_LOADER_BYTES = 48  # at 64 rows
 _FLOAT_PARTIAL_ROWS = 4  # as of the narrow kernel
 _COMBINE_THREADS = 256
 _WIDE_COMBINE_THREADS = 640  # as of the wide kernel for 16-bit caches: none fits beside it
@@ -83,12 +83,13 @@ class Fp8Family(DecodeFamily):
         return FP8_PARAMS
 
     def roles(self, config: KernelConfig) -> tuple[Role, ...]:
-        """One warpgroup for the scores, two for the values; where there is a fourth, a warp of it loads tiles."""
-        scores, values, *loader = _REGISTERS[self.rows]
+        """One warpgroup for the scores, two for the values; a warp of the fourth loads tiles."""
+        many = self.rows == _WIDE_ROWS and config.latent_dim > _LATENT_DIMS[0]
+        scores, values, loader = _MANY_ACCUMULATORS if many else _REGISTERS[self.rows]
         return (
             Role("scores", WARPGROUP_THREADS, scores),
             Role("values", 2 * WARPGROUP_THREADS, values),
-            *(Role("loader", WARPGROUP_THREADS, registers) for registers in loader),
+            Role("loader", WARPGROUP_THREADS, loader),
         )
 
     def copies_whole_tokens(self, config: KernelConfig) -> bool:
@@ -135,7 +136,7 @@ class Fp8Family(DecodeFamily):
         floats = ((0 if wide else _SCORES_WARPS) + buffers + 2) * self.rows * FLOAT_BYTES
         barriers = 2 * (stages + buffers + 1) * BARRIER_BYTES
         flags = buffers * _FLAG_BYTES * (_SCORES_WARPS if wide else 1)
-        return tiles + query + probabilities + floats + barriers + flags + CLAIM_BYTES + (_LOADER_BYTES if wide else 0)
+        return tiles + query + probabilities + floats + barriers + flags + CLAIM_BYTES
 
     def standard_configs(self) -> list[KernelConfig]:
         """All pages and widths for the split kernel, which is chosen unasked; DeepSeek's width in pages of 64 else."""

@@ -2,6 +2,7 @@
 #pragma once
 #include "decode/config.h"
 #include "decode/params.h"
+#include "ptx/warp.h"
 
 namespace mla {
 
@@ -49,7 +50,9 @@ MLA_DEVICE BlockWork planned_block_work(const Params& params, i32 item_index) {
     work.seqlen_k = b.x;
     if constexpr (kSharded) {
         work.total_k = b.x;
-        work.shard = plan_header(params.plan)->shard;
+        i32 begin = 0;
+        pin_register(begin);  // else some kernels keep the address, in two registers that they do not have
+        work.shard = plan_header(params.plan + begin)->shard;
         work.seqlen_k = unpack_shard(work.shard).count(b.x);
     }
     work.seqlen_q = b.y;

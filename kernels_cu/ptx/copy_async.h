@@ -1,4 +1,4 @@
-// cp.async: a thread asks for 16 bytes from global to shared memory, past its registers and past L1, or for 4 or 8 past its
+// cp.async: a thread asks for 16 bytes from global to shared memory, past its registers and past L1, or for 8 past its
 // registers.
 // PTX ISA, "cp.async", "cp.async.mbarrier.arrive".
 #pragma once
@@ -15,12 +15,6 @@ MLA_DEVICE void copy_async_16b(u32 destination, const void* source, u32 bytes) {
     else
         asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(destination), "l"(source), "r"(bytes)
                      : "memory");
-}
-
-// A word; zero if not `exists`, and then nothing is read.
-MLA_DEVICE void copy_async_4b(u32 destination, const void* source, bool exists) {
-    asm volatile("cp.async.ca.shared.global [%0], [%1], 4, %2;" ::"r"(destination), "l"(source), "r"(exists ? 4 : 0)
-                 : "memory");
 }
 
 // 8 bytes, through L1.

@@ -34,6 +34,9 @@ MLA_DEVICE void pin_register(Word& value) { asm volatile("" : "+r"(value)::"memo
 template <>
 MLA_DEVICE void pin_register(f32& value) { asm volatile("" : "+f"(value)::"memory"); }
 
+template <class Target>
+MLA_DEVICE void pin_register(Target*& address) { asm volatile("" : "+l"(address)::"memory"); }
+
 template <int Registers>
 MLA_DEVICE void registers_increase() {
     asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(Registers) : "memory");

@@ -17,26 +17,26 @@ mla_decode_fp8(const __grid_constant__ mla::TensorMap kv_latent, const __grid_co
         initialise_barriers(smem);
         prefetch_maps(&kv_latent, &kv_rope);
     });
-    const i32 begin = part_begin[0], end = part_begin[1];
-    pdl_wait();
+    const PartBounds bound(params.plan, part_begin, shared + Fp8Smem::claim);
     const u32 warpgroup = __shfl_sync(kFullWarp, threadIdx.x / kWarpgroupThreads, 0);
 
     if (warpgroup == 0) {
         registers_increase<kScoresRegisters>();
         ScoresRole scores(params, smem);
-        for (i32 item = begin; item < end; ++item) scores.run_item(item);
+        for_each_item(bound, [&](i32 item) { scores.run_item(item); });
     } else if (warpgroup <= kValueWarpgroups) {
         registers_increase<kValuesRegisters>();
         ValuesRole values(params, smem);
-        for (i32 item = begin; item < end; ++item) values.run_item(item, [](const RingPosition<kStages>&) {});
+        for_each_item(bound, [&](i32 item) { values.run_item(item); });
     } else {
         registers_decrease<kLoaderRegisters>();
         if (threadIdx.x % kWarpgroupThreads / kWarpThreads != 0) return;
         // Walks exactly the tiles that the others walk: all skip items whose block does not exist or sees no tile.
         Fp8Loader loader(&kv_latent, &kv_rope, params, smem);
-        for (i32 item = begin; item < end; ++item) {
+        const i32 begin = bound(0), end = bound(1);
+        for_each_item([=](i32 side) { return side == 0 ? begin : end; }, [&](i32 item) {
             const BlockWork work = load_block_work(params, item);
             if (work.has_tiles()) loader.load_item(work);
-        }
+        });
     }
 }

@@ -2,7 +2,9 @@
 #pragma once
 #include "decode/fp8/smem.h"
 #include "decode/work_item.h"
+#include "ptx/launch.h"
 #include "ptx/mbarrier.h"
+#include "ptx/warp.h"
 #include "source/paged.h"
 
 namespace mla {
@@ -13,29 +15,38 @@ static_assert(kChunks <= kWarpThreads, "a lane for each chunk of a tile");
 class Fp8Loader {
 public:
     MLA_DEVICE Fp8Loader(const TensorMap* latent, const TensorMap* rope, const DecodeParams& params, u32 smem)
-        : latent_(latent), rope_(rope), params_(params), smem_(smem), lane_(threadIdx.x % kWarpThreads) {}
+        : latent_(latent), rope_(rope), params_(params), smem_(smem) {}
 
     // Page numbers are read one tile ahead, before the wait for a free stage: their latency hides behind it.
     MLA_DEVICE void load_item(const BlockWork& work) {
         const i32* pages = pages_of(params_, work.request);
-        i32 page = page_of_chunk(pages, work.tile_begin, lane_, work.seqlen_k);
+        pin_register(pages);
+        pdl_wait();
+        i32 page = page_of_chunk(pages, work.tile_begin, lane(), work.seqlen_k);
         for (i32 tile = work.tile_begin; tile < work.tile_end; ++tile) {
-            const i32 next = page_of_chunk(pages, min_i32(tile + 1, work.tile_end - 1), lane_, work.seqlen_k);
+            const i32 next = page_of_chunk(pages, min_i32(tile + 1, work.tile_end - 1), lane(), work.seqlen_k);
             load_tile(work, tile, page);
             page = next;
         }
     }
 
 private:
+    // From the special register each time: no register is left to keep it in.
+    static MLA_DEVICE u32 lane() {
+        u32 thread = threadIdx.x;
+        pin_register(thread);
+        return thread % kWarpThreads;
+    }
+
     MLA_DEVICE void load_tile(const BlockWork& work, i32 tile, i32 page) {
         const i32 first_key = tile * kTileTokens;
         const u32 valid_chunks = ceil_div(min_i32(work.seqlen_k - first_key, kTileTokens), kChunkTokens);
         const u32 full = barrier_of(smem_, Fp8Smem::tile_full, ring_.index());
         mbarrier_wait(barrier_of(smem_, Fp8Smem::tile_empty, ring_.index()), ring_.parity() ^ 1);  // passes in the first lap
-        if (lane_ == 0) mbarrier_arrive_expect_bytes(full, valid_chunks * kChunkTokens * (kLatent + kRope));
+        if (lane() == 0) mbarrier_arrive_expect_bytes(full, valid_chunks * kChunkTokens * (kLatent + kRope));
         __syncwarp();
-        if (lane_ < valid_chunks) {
-            const u32 token = lane_ * kChunkTokens;
+        if (lane() < valid_chunks) {
+            const u32 token = lane() * kChunkTokens;
             const u32 stage = stage_address(smem_, ring_.index());
             const KvPlace place(params_, first_key + static_cast<i32>(token), page, work.kv_head);
             tma_load_5d(stage + token / kAtomRows * kLatentGroupBytes, latent_, full, 0, 0, 0, place.group, place.latent);
@@ -49,7 +60,7 @@ private:
     const TensorMap* latent_;
     const TensorMap* rope_;
     const DecodeParams& params_;
-    u32 smem_, lane_;
+    u32 smem_;
     RingPosition<kStages> ring_;
 };
 

@@ -5,6 +5,7 @@
 #include "decode/fp8/smem.h"
 #include "decode/narrow/store.h"
 #include "ptx/convert_fp8.h"
+#include "ptx/launch.h"
 
 namespace mla {
 
@@ -15,60 +16,48 @@ constexpr f32 kLowPart = 16.0f;       // x = high + low / 16
 // were off by 0.1. Blocks with such a row are computed exactly. Of 576 normal values the largest is 3 to 5 times that.
 constexpr f32 kOutlier = 8.0f;
 
-// Wide: of the first item's passes, those of the scores warpgroup and of each values warpgroup.
-constexpr u32 kScoresPasses = kRowPasses / 2, kHelperPasses = (kRowPasses - kScoresPasses) / kValueWarpgroups;
-static_assert(!kWide || kScoresPasses + kValueWarpgroups * kHelperPasses == kRowPasses, "each row is loaded once");
+// Threads that share a row: each has a chunk of eight values of every 64 columns (up to 32 rows, of every other 64).
+constexpr u32 kBoxThreads = kWide ? 1 : 2;
+constexpr u32 kQueryRowThreads = kBoxThreads * kChunksPerBoxRow;
+constexpr u32 kThreadBoxes = (kTileBoxes + kBoxThreads - 1) / kBoxThreads;
+// A warpgroup makes so many rows in a pass. Of a CTA's first item with tiles values warps, which have nothing to do yet, make half.
+constexpr u32 kQueryPassRows = kWarpgroupThreads / kQueryRowThreads, kQueryPasses = kRows / kQueryPassRows;
+constexpr u32 kHelpers = kWide ? 2 : 1;  // values warpgroups
+constexpr u32 kScoresPasses = kQueryPasses / 2, kHelperPasses = (kQueryPasses - kScoresPasses) / kHelpers;
+constexpr u32 kQueryThreads = (1 + kHelpers) * kWarpgroupThreads;
+static_assert(kScoresPasses + kHelpers * kHelperPasses == kQueryPasses, "each row is made once");
+static_assert(kLatentBoxes % kBoxThreads == 0, "all threads have as many latent boxes");
 
 class Fp8Query {
 public:
-    // Writes the block's rows as operand B, and to `row_scales` what turns a row's scores to log2 units; rows that do not
-    // exist are zero.
-    // Returns whether they were written split. Contains a barrier of the warpgroup; fence_async_proxy() and another one must
-    // follow.
-    static MLA_DEVICE bool load(const Fp8Params& params, const BlockWork& work, u32 smem, u32 thread) {
-        const Fp8Query query(params, smem, thread);
-        uint4 chunks[kTileBoxes];  // of one pass; earlier ones are read again: registers are few
-        f32 largest[kRowPasses];
-        bool outlier = false;
-#pragma unroll
-        for (u32 pass = kRowPasses; pass-- > 0;) {
-            query.read(work, pass, chunks);
-            const Magnitude magnitude = query.measure(chunks);
-            largest[pass] = magnitude.largest;
-            outlier |= magnitude.has_outlier();
-        }
-        const bool split = kSplitQuery && !named_barrier_or(kScoresBarrier, kWarpgroupThreads, outlier);
-#pragma unroll
-        for (u32 pass = 0; pass < kRowPasses; ++pass) {
-            if (pass > 0) query.read(work, pass, chunks);
-            query.write(pass, split, largest[pass], chunks);
-        }
-        return split;
+    // The scores warpgroup's rows of an item: all, or of a CTA's first item half. Afterwards Q is complete, for wgmma too. Returns
+    // whether to multiply it split. The wide kernel's is written so in any case, as both of its products read it so.
+    static MLA_DEVICE bool make(const Fp8Params& params, const BlockWork& work, u32 smem, u32 thread, bool is_first) {
+        const u32 pass_end = is_first ? kScoresPasses : kQueryPasses;
+        return make_share(params, work, smem, thread, 0, pass_end, is_first ? kQueryBarrier : kScoresBarrier,
+                          is_first ? kQueryThreads : kWarpgroupThreads);
     }
 
-    // Of the wide kernel, whose queries are always split, as both of its products read them: writes the rows of some passes.
-    // Returns whether one of this thread's rows has an outlier. fence_async_proxy() and a barrier must follow.
-    static MLA_DEVICE bool load_split(const Fp8Params& params, const BlockWork& work, u32 smem, u32 thread, u32 pass, u32 pass_end) {
-        const Fp8Query query(params, smem, thread);
-        bool outlier = false;
-#pragma unroll 1
-        for (; pass < pass_end; ++pass) {
-            uint4 chunks[kTileBoxes];
-            query.read(work, pass, chunks);
-            const Magnitude magnitude = query.measure(chunks);
-            outlier |= magnitude.has_outlier();
-            query.write(pass, true, magnitude.largest, chunks);
-        }
-        return outlier;
+    // The other rows of a first item, by `thread` of the values warpgroup number `helper`.
+    static MLA_DEVICE void help(const Fp8Params& params, const BlockWork& work, u32 smem, u32 helper, u32 thread) {
+        if (helper >= kHelpers) return;
+        const u32 pass = kScoresPasses + helper * kHelperPasses;
+        make_share(params, work, smem, thread, pass, pass + kHelperPasses, kQueryBarrier, kQueryThreads);
     }
 
 private:
-    MLA_DEVICE Fp8Query(const Fp8Params& params, u32 smem, u32 thread)
+    MLA_DEVICE Fp8Query(const Fp8Params& params, const BlockWork& work, u32 smem, u32 thread, u32 pass)
         : params_(params),
           smem_(smem),
-          row_(thread / kChunksPerBoxRow),
+          row_(thread / kQueryRowThreads),
+          first_box_(thread / kChunksPerBoxRow % kBoxThreads),
           chunk_(thread % kChunksPerBoxRow),
-          rope_ratio_(kRope == 0 || kRopeApart ? 1.0f : params.rope_ratio()) {}
+          first_source_(source_of(work, pass)) {
+        pin_register(first_source_.latent);
+        pin_register(first_source_.rope);
+        pdl_wait();
+        rope_ratio_ = kRope == 0 || kRopeApart ? 1.0f : params.rope_ratio();
+    }
 
     struct Magnitude {
         f32 largest, squares;  // of a row
@@ -78,12 +67,65 @@ private:
         }
     };
 
-    // Eight threads share a row: thread c has chunk c, eight values, of each 64 columns.
-    MLA_DEVICE void read(const BlockWork& work, u32 pass, uint4 (&chunks)[kTileBoxes]) const {
-        const QueryRow source = query_row(params_, work, row_ + pass * kRowsPerPass, chunk_ * kChunkColumns);
+    // Writes rows as operand B, and to `row_scales` what turns a row's scores to log2 units; rows that do not exist are zero.
+    // `threads` make all rows of the item. Few have outliers, so rows are written split before it is known whether they may be.
+    static MLA_DEVICE bool make_share(const Fp8Params& params, const BlockWork& work, u32 smem, u32 thread, u32 pass,
+                                      u32 pass_end, u32 barrier, u32 threads) {
+        const bool outlier = Fp8Query(params, work, smem, thread, pass).make_passes<kSplitQuery>(work, pass, pass_end);
+        fence_async_proxy();
+        if constexpr (!kSplitQuery) {
+            named_barrier_sync(barrier, threads);
+            return false;
+        }
+        const bool split = !named_barrier_or(barrier, threads, outlier);
+        if constexpr (!kWide) {
+            if (!split) {
+                Fp8Query(params, work, smem, thread, pass).make_passes<false>(work, pass, pass_end);
+                fence_async_proxy();
+                named_barrier_sync(barrier, threads);
+            }
+        }
+        return split;
+    }
+
+    // Returns whether one of this thread's rows has an outlier. The next pass is read ahead of the arithmetic of this one.
+    template <bool Split>
+    MLA_DEVICE bool make_passes(const BlockWork& work, u32 pass, u32 pass_end) const {
+        bool outlier = false;
+        uint4 chunks[kThreadBoxes], next[kThreadBoxes];
+        QueryRow source = first_source_;
+        if (!kWide) read(source, chunks);
+#pragma unroll 1
+        for (; pass < pass_end; ++pass) {
+            if (kWide) read(source, chunks);  // no registers are left to read ahead
+            source = source_of(work, min_i32(pass + 1, pass_end - 1));
+            if (!kWide) read(source, next);
+            const Magnitude magnitude = measure(chunks);
+            outlier |= magnitude.has_outlier();
+            write<Split>(pass, magnitude.largest, chunks);
 #pragma unroll
-        for (u32 box = 0; box < kTileBoxes; ++box)
-            chunks[box] = box < kLatentBoxes ? source.load_latent(box * kBoxColumns) : source.load_rope(0);
+            for (u32 index = 0; index < kThreadBoxes && !kWide; ++index) chunks[index] = next[index];
+        }
+        return outlier;
+    }
+
+    // This thread's boxes of 64 columns are first_box_ and every kBoxThreads-th from there. The rope box is the last one of all,
+    // and that of threads with first_box_ = 0.
+    static constexpr bool is_rope(u32 index) { return index >= kLatentBoxes / kBoxThreads; }
+    MLA_DEVICE u32 box(u32 index) const { return index * kBoxThreads + first_box_; }
+
+    MLA_DEVICE QueryRow source_of(const BlockWork& work, u32 pass) const {
+        return query_row(params_, work, row_ + pass * kQueryPassRows, chunk_ * kChunkColumns);
+    }
+
+    MLA_DEVICE void read(const QueryRow& source, uint4 (&chunks)[kThreadBoxes]) const {
+#pragma unroll
+        for (u32 index = 0; index < kThreadBoxes; ++index) {
+            if (!is_rope(index))
+                chunks[index] = source.load_latent(box(index) * kBoxColumns);
+            else
+                chunks[index] = first_box_ == 0 ? source.load_rope(0) : uint4{0, 0, 0, 0};
+        }
     }
 
     static MLA_DEVICE void unpack(uint4 chunk, f32 factor, f32 (&values)[kChunkColumns]) {
@@ -96,20 +138,23 @@ private:
         }
     }
 
-    MLA_DEVICE Magnitude measure(const uint4 (&chunks)[kTileBoxes]) const {
-        Magnitude row{0.0f, 0.0f};
+    MLA_DEVICE Magnitude measure(const uint4 (&chunks)[kThreadBoxes]) const {
+        constexpr u32 kChains = 4;  // side by side, or each value would wait for the one before
+        f32 largest[kChains] = {}, squares[kChains] = {};
 #pragma unroll
-        for (u32 box = 0; box < kTileBoxes; ++box) {
+        for (u32 index = 0; index < kThreadBoxes; ++index) {
             f32 values[kChunkColumns];
-            unpack(chunks[box], box < kLatentBoxes ? 1.0f : rope_ratio_, values);
+            unpack(chunks[index], is_rope(index) ? rope_ratio_ : 1.0f, values);
 #pragma unroll
             for (u32 i = 0; i < kChunkColumns; ++i) {
-                row.largest = fmaxf(row.largest, fabsf(values[i]));
-                row.squares = fmaf(values[i], values[i], row.squares);
+                largest[i % kChains] = fmaxf(largest[i % kChains], fabsf(values[i]));
+                squares[i % kChains] = fmaf(values[i], values[i], squares[i % kChains]);
             }
         }
+        Magnitude row{fmaxf(fmaxf(largest[0], largest[1]), fmaxf(largest[2], largest[3])),
+                      (squares[0] + squares[1]) + (squares[2] + squares[3])};
 #pragma unroll
-        for (u32 distance = 1; distance < kChunksPerBoxRow; distance *= 2) {
+        for (u32 distance = 1; distance < kQueryRowThreads; distance *= 2) {
             row.largest = fmaxf(row.largest, __shfl_xor_sync(kFullWarp, row.largest, distance));
             row.squares += __shfl_xor_sync(kFullWarp, row.squares, distance);
         }
@@ -117,20 +162,22 @@ private:
     }
 
     // `largest`: the row's largest value.
-    MLA_DEVICE void write(u32 pass, bool split, f32 largest, const uint4 (&chunks)[kTileBoxes]) const {
-        const u32 row = row_ + pass * kRowsPerPass;
-        const f32 power = power_for_row(largest);
-        if (chunk_ == 0)
+    template <bool Split>
+    MLA_DEVICE void write(u32 pass, f32 largest, const uint4 (&chunks)[kThreadBoxes]) const {
+        const u32 row = row_ + pass * kQueryPassRows;
+        const f32 power = power_for_row(largest), inverse = inverse_power(power);  // a row without a power has a scale of NaN
+        if (first_box_ == 0 && chunk_ == 0)
             store_shared_f32(smem_ + Fp8Smem::row_scales + row * sizeof(f32),
-                             power / (split ? 1.0f : kFp16Headroom) * params_.latent_scale() * params_.scale_log2);
+                             power / (Split ? 1.0f : kFp16Headroom) * params_.latent_scale() * params_.scale_log2);
 #pragma unroll
-        for (u32 box = 0; box < kTileBoxes; ++box) {
+        for (u32 index = 0; index < kThreadBoxes; ++index) {
+            if (is_rope(index) && first_box_ != 0) continue;
             f32 values[kChunkColumns];
-            unpack(chunks[box], (box < kLatentBoxes ? 1.0f : rope_ratio_) / power, values);
-            if (split)
-                write_split(smem_ + Fp8Smem::query, row, box, chunk_, values);
+            unpack(chunks[index], is_rope(index) ? rope_ratio_ * inverse : inverse, values);
+            if constexpr (Split)
+                write_split(smem_ + Fp8Smem::query, row, box(index), chunk_, values);
             else
-                write_exact(smem_ + Fp8Smem::query, row, box, chunk_, values);
+                write_exact(smem_ + Fp8Smem::query, row, box(index), chunk_, values);
         }
     }
 
@@ -188,8 +235,9 @@ private:
     }
 
     const Fp8Params& params_;
-    u32 smem_, row_, chunk_;  // of the first pass
-    f32 rope_ratio_;          // of the scales of the two parts
+    u32 smem_, row_, first_box_, chunk_;  // row_: of pass 0
+    QueryRow first_source_;
+    f32 rope_ratio_;  // of the scales of the two parts
 };
 
 }  // namespace mla

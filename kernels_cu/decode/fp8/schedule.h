@@ -23,15 +23,14 @@ static_assert(!kSplitQuery && kRope > 0, "only where all is exact");
 constexpr bool kRopeApart = false;
 #endif
 
-// Warpgroup 0: scores. 1 and 2: values, half of the latent columns each. 3: its first warp loads tiles; of the wide kernel,
-// which has no registers for it, a values warp does.
+// Warpgroup 0: scores. 1 and 2: values, half of the latent columns each. 3: its first warp loads tiles.
 constexpr u32 kScoresWarps = kWarpgroupWarps;
 constexpr u32 kValueWarpgroups = 2;
-constexpr u32 kLoaderWarpgroups = kWide ? 0 : 1;
-constexpr u32 kThreads = (1 + kValueWarpgroups + kLoaderWarpgroups) * kWarpgroupThreads;
-// At entry every thread has 128 registers (wide: 168); the roles share the 512 (504) out.
-constexpr int kScoresRegisters = kRows == 32 ? 200 : 152;
-constexpr int kValuesRegisters = kWide ? 176 : kRows == 16 ? 160 : 144;
+constexpr u32 kThreads = (1 + kValueWarpgroups + 1) * kWarpgroupThreads;
+// At entry every thread has 128 registers; the roles share the 512 out.
+constexpr bool kManyAccumulators = kWide && kLatent > 256;  // a values thread has 128 of them, the others 64 and fewer
+constexpr int kScoresRegisters = kManyAccumulators ? 136 : kRows == 16 ? 152 : 200;
+constexpr int kValuesRegisters = kManyAccumulators ? 176 : kRows == 16 ? 160 : 144;
 constexpr int kLoaderRegisters = kRows == 16 ? 40 : 24;
 
 // Scores and values hold two stages. At few rows TMA needs three more under way to keep HBM busy; at 64 Q takes their room.
@@ -42,11 +41,7 @@ constexpr u32 kMovedWords = kWide ? kScoresWarps : 1;  // of each P: who says th
 // Partial sums of Q K^T leave the fp8 tensor cores after so many k32 steps of 18: more lose bits, fewer cost time.
 constexpr u32 kPromotionSteps = kWide ? 6 : 3;
 
-// Wide: P of a tile is held until only the last sum of the next tile's product is left, or PV would starve the product; a
-// product of one part is too short for that to pay.
-constexpr bool kHoldsProbabilities = kQueryParts == 2;
-
 constexpr u32 kScoresBarrier = 1;  // named barrier of the scores warpgroup
-constexpr u32 kQueryBarrier = 2;   // wide: of all that load the first item's queries
+constexpr u32 kQueryBarrier = 2;   // of all that make a first item's queries
 
 }  // namespace mla

@@ -23,15 +23,14 @@ public:
             const BlockWork work = load_block_work(params_, item);
             if (!work.exists()) return;
             if (!work.has_tiles()) {  // only a whole job is without tiles
+                pdl_wait();
                 if (threadIdx.x < kRows) store_lse(params_, work, threadIdx.x, empty_lse(params_, work));
                 return;
             }
             const i32 first_key = work.tile_begin * kTileTokens;
             tiles = {work.tile_end - work.tile_begin, block_visible_end(params_, work) - first_key, work.seqlen_k - first_key};
-            split = Fp8Query::load(params_, work, smem_, threadIdx.x);
+            split = Fp8Query::make(params_, work, smem_, threadIdx.x, buffer_.is_at_start());
         }
-        fence_async_proxy();
-        barrier();  // Q and its factors are complete before any warp reads them
         float scale[kThreadRows];  // of the rows' scores, to log2 units
 #pragma unroll
         for (u32 i = 0; i < kThreadRows; ++i)
@@ -40,7 +39,7 @@ public:
             run_tiles<true>(item, tiles, scale, rows);
         else
             run_tiles<false>(item, tiles, scale, rows);
-        finish(load_block_work(params_, item), rows);
+        finish(item, rows);
     }
 
 private:
@@ -234,7 +233,9 @@ private:
                 if (warp_ == 0 && lane_ < 4) store_shared_f32(factors + row_of_lane(lane_, i) * sizeof(f32), factor[i]);
             }
         }
-        if (threadIdx.x == 0) {  // of an item's first tile there is nothing to rescale
+        u32 thread = threadIdx.x;
+        pin_register(thread);  // else the kernel keeps whether it is 0, from its beginning on
+        if (thread == 0) {  // of an item's first tile there is nothing to rescale
             store_shared_u32(smem_ + Fp8Smem::moved + buffer_.index() * sizeof(u32), move_maxima && !is_first);
         }
         mbarrier_arrive(barrier_of(smem_, Fp8Smem::probabilities_full, buffer_.index()));
@@ -258,23 +259,26 @@ private:
 
     // Hands the values warpgroups what O is to be multiplied by, and writes the lse. All warps know all rows: each serves
     // some of them.
-    MLA_DEVICE void finish(const BlockWork& work, RowStatistics& rows) {
+    MLA_DEVICE void finish(i32 item, RowStatistics& rows) {
         barrier();  // all have read the maxima
         across_warps(rows.sum, [](float a, float b) { return a + b; });
         mbarrier_wait(smem_ + Fp8Smem::sums_empty, items_parity_ ^ 1);
         items_parity_ ^= 1;
 #pragma unroll
         for (u32 i = 0; i < kThreadRows; ++i) {
-            if (i % kScoresWarps != warp_ || lane_ >= 4) continue;
-            const u32 row = row_of_lane(lane_, i);
-            const float sum = rows.sum[i];
-            store_shared_f32(smem_ + Fp8Smem::inverse_sums + row * sizeof(f32),
-                             sum == 0.0f ? 0.0f : params_.latent_scale() / sum);
-            store_lse(params_, work, row, lse_of(params_, work, rows.maximum[i], sum));
+            if (!serves(i)) continue;
+            store_shared_f32(smem_ + Fp8Smem::inverse_sums + row_of_lane(lane_, i) * sizeof(f32),
+                             rows.sum[i] == 0.0f ? 0.0f : params_.latent_scale() / rows.sum[i]);
         }
         __syncwarp();
         mbarrier_arrive(smem_ + Fp8Smem::sums_full);  // each thread for what it has written itself, or racecheck reports it
+        const BlockWork work = load_block_work(params_, item);
+#pragma unroll
+        for (u32 i = 0; i < kThreadRows; ++i) {
+            if (serves(i)) store_lse(params_, work, row_of_lane(lane_, i), lse_of(params_, work, rows.maximum[i], rows.sum[i]));
+        }
     }
+    MLA_DEVICE bool serves(u32 i) const { return i % kScoresWarps == warp_ && lane_ < 4; }
 
     const Fp8Params& params_;
     u32 smem_, warp_, lane_;

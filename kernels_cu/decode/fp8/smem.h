@@ -40,10 +40,6 @@ MLA_DEVICE u32 split_chunk_offset(u32 place, u32 box, u32 chunk) {
 }
 
 constexpr u32 kExchangeBytes = kWide ? 0 : kScoresWarps * kRows * sizeof(f32);  // a value per (scores warp, row)
-// Where the loader of the wide kernel stands, and the page numbers of its next tile.
-constexpr u32 kLoaderPlaceBytes = 16;  // twice
-constexpr u32 kLoaderPages = 4;
-constexpr u32 kLoaderBytes = kWide ? 2 * kLoaderPlaceBytes + kLoaderPages * sizeof(i32) : 0;
 
 struct Fp8Smem {
     static constexpr u32 stages = 0;
@@ -53,8 +49,7 @@ struct Fp8Smem {
     static constexpr u32 factors = exchange + kExchangeBytes;  // of each P: rescale O by them first
     static constexpr u32 row_scales = factors + kProbabilityBuffers * kRows * sizeof(f32);  // of Q
     static constexpr u32 inverse_sums = row_scales + kRows * sizeof(f32);
-    static constexpr u32 loader = inverse_sums + kRows * sizeof(f32);
-    static constexpr u32 tile_full = loader + kLoaderBytes;                        // TMA -> scores, values
+    static constexpr u32 tile_full = inverse_sums + kRows * sizeof(f32);           // TMA -> scores, values
     static constexpr u32 tile_empty = tile_full + kStages * sizeof(u64);           // scores, values -> loader
     static constexpr u32 probabilities_full = tile_empty + kStages * sizeof(u64);  // scores -> values
     static constexpr u32 probabilities_empty = probabilities_full + kProbabilityBuffers * sizeof(u64);  // and back

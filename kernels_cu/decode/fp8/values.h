@@ -5,10 +5,7 @@
 // 2 j + i holds columns 4 j + 2 i (accumulator rows g) and 4 j + 2 i + 1 (rows g + 8) of each run: a thread ends up with
 // neighbouring columns of each of its query rows.
 #pragma once
-#include "decode/fp8/params.h"
-#include "decode/fp8/smem.h"
-#include "decode/rows.h"
-#include "ptx/convert.h"
+#include "decode/fp8/query.h"
 #include "ptx/convert_fp8.h"
 #include "ptx/mbarrier.h"
 
@@ -20,15 +17,14 @@ constexpr u32 kMBlocks = kValueColumns / 64;
 constexpr u32 kLaneColumns = kWarpColumns / 8;  // neighbouring columns of a thread
 constexpr u32 kLaneWords = kLaneColumns / 4;    // of four e4m3 values
 static_assert(kMBlocks == 2 * kLaneWords, "a word of four columns makes two M blocks");
+constexpr u32 kUnits = 4;  // of A, each for one M block and one k16 step
 
 class ValuesRole {
 public:
     MLA_DEVICE ValuesRole(const Fp8Params& params, u32 smem) : params_(params), smem_(smem) {}
 
-    // The item is read again for its stores: over its tiles it would cost registers. `after_tile(position)` runs when this warp
-    // is done with the tile at that ring position.
-    template <class AfterTile>
-    MLA_DEVICE void run_item(i32 item, AfterTile after_tile) {
+    // The item is read again for its stores: over its tiles it would cost registers.
+    MLA_DEVICE void run_item(i32 item) {
         i32 tiles;
         {
             const BlockWork work = load_block_work(params_, item);
@@ -36,17 +32,22 @@ public:
             tiles = work.tile_end - work.tile_begin;
             if (tiles <= 0) {
                 const float zeros[kLaneColumns] = {};
+                pdl_wait();
 #pragma unroll 1
-                for (u32 i = 0; i < kThreadRows; ++i) store_row(work, row_of_lane(lane(), i), zeros);
+                for (u32 i = 0; i < kThreadRows; ++i) store_row(row_address(work, row_of_lane(lane(), i)), zeros);
                 return;
             }
+            if (buffer_.is_at_start())
+                Fp8Query::help(params_, work, smem_, thread() / kWarpgroupThreads - 1, thread() % kWarpgroupThreads);
         }
+        u64 addresses[kAddresses];
+        if constexpr (!kWide) find_rows(item, addresses);  // while there is nothing else to do
         float output[kMBlocks][kFragment];
 #pragma unroll
         for (u32 block = 0; block < kMBlocks; ++block)
 #pragma unroll
             for (u32 i = 0; i < kFragment; ++i) output[block][i] = 0.0f;
-        for (; tiles > 0; --tiles) {
+        do {
             mbarrier_wait(barrier_of(smem_, Fp8Smem::tile_full, stage_.index()), stage_.parity());
             mbarrier_wait(barrier_of(smem_, Fp8Smem::probabilities_full, buffer_.index()), buffer_.parity());
             rescale(output);
@@ -56,11 +57,11 @@ public:
                 mbarrier_arrive(barrier_of(smem_, Fp8Smem::tile_empty, stage_.index()));
                 mbarrier_arrive(barrier_of(smem_, Fp8Smem::probabilities_empty, buffer_.index()));
             }
-            after_tile(stage_);
             stage_.advance();
             buffer_.advance();
-        }
-        store(item, output);
+        } while (--tiles > 0);
+        if constexpr (kWide) find_rows(item, addresses);  // no registers are left to keep them in
+        store(addresses, output);
     }
 
 private:
@@ -97,14 +98,14 @@ private:
         }
     }
 
-    // Units of one k16 step and one word of columns: eight registers of A, two M blocks. While one unit is multiplied, the
-    // next is made in the other registers.
+    // One k16 step of one M block at a time, four registers of A. While some are multiplied, the next is made in other registers.
+    // In steps of two M blocks, with as many registers, ptxas serialises wgmma at 64 rows and 512 threads.
     MLA_DEVICE void multiply(float (&output)[kMBlocks][kFragment]) const {
         constexpr u32 kSteps = kTileTokens / kStepTokens;
         const u32 tokens[2] = {token_address(0), token_address(1)};
         const u64 p = descriptor_at(kBoxKMajor, smem_ + Fp8Smem::probabilities + buffer_.index() * kRowBoxBytes);
         u32 raw[4][kLaneWords];
-        u32 a[2][8];
+        u32 a[kUnits][4];
 #pragma unroll
         for (u32 block = 0; block < kMBlocks; ++block) wgmma_pin(output[block]);
 #pragma unroll
@@ -113,15 +114,13 @@ private:
             for (u32 i = 0; i < 4; ++i)  // of tokens 2 t, 2 t + 1, 2 t + 8 and 2 t + 9 of the step
                 load_shared_words(tokens[i % 2] + (step * 2 + i / 2) * kLatentGroupBytes, raw[i]);
 #pragma unroll
-            for (u32 word = 0; word < kLaneWords; ++word) {
-                u32(&unit)[8] = a[(step * kLaneWords + word) % 2];
-                if (step * kLaneWords + word >= 2) wgmma_wait<1>();
-                transpose(raw, word, unit);
+            for (u32 block = 0; block < kMBlocks; ++block) {
+                const u32 index = step * kMBlocks + block;
+                u32(&unit)[4] = a[index % kUnits];
+                if (index >= kUnits) wgmma_wait<kUnits - 1>();
+                transpose(raw, block, unit);
                 wgmma_fence();
-#pragma unroll
-                for (u32 i = 0; i < 2; ++i)
-                    wgmma_rs<Operand, 0>(output[word * 2 + i], unit[i * 4], unit[i * 4 + 1], unit[i * 4 + 2], unit[i * 4 + 3],
-                                         p + descriptor_offset(step * kStepBytes), 1);
+                wgmma_rs<Operand, 0>(output[block], unit[0], unit[1], unit[2], unit[3], p + descriptor_offset(step * kStepBytes), 1);
                 wgmma_commit();
             }
         }
@@ -136,26 +135,31 @@ private:
                latent_chunk_offset(lane() % 4 * 2 + e, column() / kByteBoxColumns, column() % kByteBoxColumns / 16);
     }
 
-    // Four columns of the four tokens to the A registers of two M blocks.
-    static MLA_DEVICE void transpose(const u32 (&raw)[4][kLaneWords], u32 word, u32 (&unit)[8]) {
+    // Two columns of the four tokens to the A registers of an M block.
+    static MLA_DEVICE void transpose(const u32 (&raw)[4][kLaneWords], u32 block, u32 (&unit)[4]) {
         constexpr u32 kFrontBytes = 0x5140, kBackBytes = 0x7362;  // bytes 0, 1 (2, 3) of two words in turn
 #pragma unroll
         for (u32 pair = 0; pair < 2; ++pair) {
-            const u32 first = raw[pair * 2][word], second = raw[pair * 2 + 1][word];
-            const u32 front = __byte_perm(first, second, kFrontBytes), back = __byte_perm(first, second, kBackBytes);
-            unit[pair * 2] = e4m3_pair_low(front);
-            unit[pair * 2 + 1] = e4m3_pair_high(front);
-            unit[4 + pair * 2] = e4m3_pair_low(back);
-            unit[4 + pair * 2 + 1] = e4m3_pair_high(back);
+            const u32 columns = __byte_perm(raw[pair * 2][block / 2], raw[pair * 2 + 1][block / 2], block % 2 ? kBackBytes : kFrontBytes);
+            unit[pair * 2] = e4m3_pair_low(columns);
+            unit[pair * 2 + 1] = e4m3_pair_high(columns);
         }
     }
 
-    // Normalises and stores one row after the other.
-    MLA_DEVICE void store(i32 item, const float (&output)[kMBlocks][kFragment]) {
-        mbarrier_wait(smem_ + Fp8Smem::sums_full, sums_parity_);
-        sums_parity_ ^= 1;
+    // Where this lane's rows (of 64, two) begin in the result: the whole warp asks it.
+    static constexpr u32 kAddresses = ceil_div(kRows, kWarpThreads);
+    MLA_DEVICE void find_rows(i32 item, u64 (&addresses)[kAddresses]) const {
         if (kWide) pin_register(item);  // no register is left to keep what comes of it in
         const BlockWork work = load_block_work(params_, item);
+#pragma unroll
+        for (u32 i = 0; i < kAddresses; ++i) addresses[i] = row_address(work, lane() + i * kWarpThreads);
+    }
+
+    // Normalises and stores one row after the other.
+    MLA_DEVICE void store(const u64 (&addresses)[kAddresses], const float (&output)[kMBlocks][kFragment]) {
+        mbarrier_wait(smem_ + Fp8Smem::sums_full, sums_parity_);
+        sums_parity_ ^= 1;
+        pdl_wait();
 #pragma unroll
         for (u32 i = 0; i < kThreadRows; ++i) {
             const u32 row = row_of_lane(lane(), i);
@@ -163,17 +167,25 @@ private:
             float columns[kLaneColumns];
 #pragma unroll
             for (u32 c = 0; c < kLaneColumns; ++c) columns[c] = output[c / 2][row_element(i) + c % 2 * 2] * inverse;
-            store_row(work, row, columns);
+            store_row(__shfl_sync(kFullWarp, addresses[i * 4 / kWarpThreads], row % kWarpThreads), columns);
         }
         __syncwarp();
         if (lane() == 0) mbarrier_arrive(smem_ + Fp8Smem::sums_empty);
     }
 
+    // Where a row of the result begins; 0: it does not exist. kIsFloat: of a float32 partial result, added.
+    static constexpr u64 kIsFloat = 1;
+    MLA_DEVICE u64 row_address(const BlockWork& work, u32 row) const {
+        if (!row_exists(work, row)) return 0;
+        return kPartialIsFloat && work.is_partial() ? reinterpret_cast<u64>(partial_row<f32>(params_, work, row)) + kIsFloat
+                                                    : reinterpret_cast<u64>(output_row(params_, work, row));
+    }
+
     // This thread's columns of a row, if the row exists.
-    MLA_DEVICE void store_row(const BlockWork& work, u32 row, const float (&columns)[kLaneColumns]) const {
-        if (!row_exists(work, row)) return;
-        if (kPartialIsFloat && work.is_partial()) {
-            f32* const destination = partial_row<f32>(params_, work, row) + column();
+    MLA_DEVICE void store_row(u64 address, const float (&columns)[kLaneColumns]) const {
+        if (address == 0) return;
+        if (kPartialIsFloat && (address & kIsFloat) != 0) {
+            f32* const destination = reinterpret_cast<f32*>(address - kIsFloat) + column();
 #pragma unroll
             for (u32 c = 0; c < kLaneColumns; c += 4)
                 *reinterpret_cast<float4*>(destination + c) = float4{columns[c], columns[c + 1], columns[c + 2], columns[c + 3]};
@@ -182,7 +194,7 @@ private:
         u32 words[kLaneColumns / 2];
 #pragma unroll
         for (u32 i = 0; i < kLaneColumns / 2; ++i) words[i] = pack2<Output>(columns[2 * i], columns[2 * i + 1]);
-        u16* const destination = output_row(params_, work, row) + column();
+        u16* const destination = reinterpret_cast<u16*>(address) + column();
         if constexpr (kLaneColumns == 8)
             *reinterpret_cast<uint4*>(destination) = uint4{words[0], words[1], words[2], words[3]};
         else

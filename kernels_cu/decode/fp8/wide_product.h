@@ -112,7 +112,9 @@ public:
     MLA_DEVICE void multiply(u32 stage, float (&scores)[kScoresAccumulators], Release release) const {
         release();
         float sums[kTileTokens / 8][4] = {};
-        const u32 lane = threadIdx.x % kWarpThreads;
+        u32 thread = threadIdx.x;
+        pin_register(thread);  // else what comes of it is kept over all items
+        const u32 lane = thread % kWarpThreads;
 #pragma unroll 1
         for (u32 box = 0; box < kTileBoxes; ++box) {
             // Of 64 columns this thread has a chunk of 16, of tokens lane / 4 and every eighth from there.

@@ -22,16 +22,13 @@ public:
             const BlockWork work = load_block_work(params_, item);
             if (!work.exists()) return;
             if (!work.has_tiles()) {  // only a whole job is without tiles
+                pdl_wait();
                 if (threadIdx.x < kRows) store_lse(params_, work, threadIdx.x, empty_lse(params_, work));
                 return;
             }
             tiles = {work.tile_end - work.tile_begin, block_visible_end(params_, work) - work.tile_begin * kTileTokens};
             barrier();  // the queries before are read
-            const bool is_shared = buffer_.is_at_start();
-            const u32 pass_end = is_shared ? kScoresPasses : kRowPasses;
-            const bool outlier = Fp8Query::load_split(params_, work, smem_, thread(), 0, pass_end);
-            fence_async_proxy();  // Q and its factors are complete before any warp reads them
-            split = !named_barrier_or(is_shared ? kQueryBarrier : kScoresBarrier, is_shared ? kThreads : kWarpgroupThreads, outlier);
+            split = Fp8Query::make(params_, work, smem_, thread(), buffer_.is_at_start());
         }
         Rows rows;
 #pragma unroll
@@ -41,7 +38,7 @@ public:
             run_tiles<SplitProduct>(item, tiles, rows);
         else
             run_tiles<ExactProduct>(item, tiles, rows);
-        finish(load_block_work(params_, item), rows);
+        finish(item, rows);
     }
 
 private:
@@ -77,7 +74,7 @@ private:
     MLA_DEVICE void run_tiles(i32 item, Tiles tiles, Rows& rows) {
         const Product product(smem_);
         for (bool is_first = true; tiles.left > 0; tiles.next(), is_first = false) {
-            bool holds_previous = kHoldsProbabilities && !is_first;
+            bool holds_previous = !is_first;
             wait_for_tile(holds_previous);
             float scores[kThreadScores];
             product.multiply(stage_address(smem_, stage_.index()), scores, [&] {
@@ -89,9 +86,8 @@ private:
             softmax(is_first, scores, rows);
             stage_.advance();
             buffer_.advance();
-            if (!kHoldsProbabilities) release_probabilities();
         }
-        if (kHoldsProbabilities) release_probabilities();
+        release_probabilities();
     }
 
     // If the tile is late there is no product to keep the tensor cores free for, and PV frees a stage for the loader: so P of
@@ -144,32 +140,47 @@ private:
         }
     }
 
-    // Scores to P in shared memory, statistics, and the factors by which O is to be rescaled.
+    // Scores to P in shared memory, statistics, and the factors by which O is to be rescaled. Quads look for their maxima only
+    // where one of the warp's rows may have outgrown its own. Both rows go side by side: one hides the other's latencies.
     MLA_DEVICE void softmax(bool is_first, float (&scores)[kThreadScores], Rows& rows) {
-        float factors[2] = {1.0f, 1.0f};
-        bool moved = false;
+        float factors[2] = {1.0f, 1.0f}, maxima[2], shift[2], sums[2] = {0.0f, 0.0f};
+        bool outgrown = false, moved = false;
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
-            float tile_maximum = scores[score_index(half, 0)];
+            float even = scores[score_index(half, 0)], odd = scores[score_index(half, 1)];
 #pragma unroll
-            for (int i = 1; i < 16; ++i) tile_maximum = fmaxf(tile_maximum, scores[score_index(half, i)]);
-            tile_maximum = quad_max(tile_maximum) * rows.scale[half];
-            if (tile_maximum > rows.maximum[half] + kRescaleThreshold) {  // from -inf any visible key moves it
-                factors[half] = fast_exp2(rows.maximum[half] - tile_maximum);
-                rows.maximum[half] = tile_maximum;
+            for (int i = 2; i < 16; i += 2) {
+                even = fmaxf(even, scores[score_index(half, i)]);
+                odd = fmaxf(odd, scores[score_index(half, i + 1)]);
+            }
+            maxima[half] = fmaxf(even, odd) * rows.scale[half];
+            outgrown |= maxima[half] > rows.maximum[half] + kRescaleThreshold;  // from -inf any visible key moves it
+        }
+        if (__any_sync(kFullWarp, outgrown)) {
+#pragma unroll
+            for (int half = 0; half < 2; ++half) {
+                const float maximum = quad_max(maxima[half]);
+                if (maximum <= rows.maximum[half] + kRescaleThreshold) continue;
+                factors[half] = fast_exp2(rows.maximum[half] - maximum);
+                rows.maximum[half] = maximum;
+                rows.sum[half] *= factors[half];
                 moved = !is_first;  // of an item's first tile there is nothing to rescale
             }
-            // A row that has seen no key: its scores are -inf, and -inf - -inf would be NaN.
-            const float shift = rows.maximum[half] == minus_infinity() ? 0.0f : rows.maximum[half];
-            float tile_sum = 0.0f;
-#pragma unroll
-            for (int i = 0; i < 16; ++i) {
-                float& score = scores[score_index(half, i)];
-                score = fast_exp2(fmaf(score, rows.scale[half], -shift));
-                tile_sum += score;
-            }
-            rows.sum[half] = rows.sum[half] * factors[half] + tile_sum;
         }
+        // A row that has seen no key: its scores are -inf, and -inf - -inf would be NaN.
+#pragma unroll
+        for (int half = 0; half < 2; ++half) shift[half] = rows.maximum[half] == minus_infinity() ? 0.0f : rows.maximum[half];
+#pragma unroll
+        for (int i = 0; i < 16; ++i) {
+#pragma unroll
+            for (int half = 0; half < 2; ++half) {
+                float& score = scores[score_index(half, i)];
+                score = fast_exp2(fmaf(score, rows.scale[half], -shift[half]));
+                sums[half] += score;
+            }
+        }
+#pragma unroll
+        for (int half = 0; half < 2; ++half) rows.sum[half] += sums[half];
         mbarrier_wait(barrier_of(smem_, Fp8Smem::probabilities_empty, buffer_.index()), buffer_.parity() ^ 1);
         store_probabilities(scores);
         const u32 address = smem_ + Fp8Smem::factors + buffer_.index() * kRows * sizeof(f32);
@@ -195,19 +206,24 @@ private:
     }
 
     // Hands the values warpgroups what O is to be multiplied by, and writes the lse.
-    MLA_DEVICE void finish(const BlockWork& work, const Rows& rows) {
+    MLA_DEVICE void finish(i32 item, const Rows& rows) {
         mbarrier_wait(smem_ + Fp8Smem::sums_empty, items_parity_ ^ 1);
         items_parity_ ^= 1;
         const float sums[2] = {quad_sum(rows.sum[0]), quad_sum(rows.sum[1])};
+        const bool serves = lane() % 4 == 0;
+        if (serves) {
 #pragma unroll
-        for (u32 half = 0; half < 2; ++half) {
-            if (lane() % 4 != 0) continue;
-            const float sum = sums[half];
-            store_shared_f32(smem_ + Fp8Smem::inverse_sums + row(half) * sizeof(f32),
-                             sum == 0.0f ? 0.0f : params_.latent_scale() / sum);
-            store_lse(params_, work, row(half), lse_of(params_, work, rows.maximum[half], sum));
+            for (u32 half = 0; half < 2; ++half)
+                store_shared_f32(smem_ + Fp8Smem::inverse_sums + row(half) * sizeof(f32),
+                                 sums[half] == 0.0f ? 0.0f : params_.latent_scale() / sums[half]);
         }
         mbarrier_arrive(smem_ + Fp8Smem::sums_full);
+        if (!serves) return;
+        pin_register(item);  // no register is left to keep its address in
+        const BlockWork work = load_block_work(params_, item);
+#pragma unroll
+        for (u32 half = 0; half < 2; ++half)
+            store_lse(params_, work, row(half), lse_of(params_, work, rows.maximum[half], sums[half]));
     }
 
     const Fp8Params& params_;
