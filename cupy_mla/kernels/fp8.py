@@ -135,7 +135,7 @@ class Fp8Family(DecodeFamily):
         # Of each row: a value of each scores warp (up to 32 rows), factors of each P, the factor of Q, the inverse sum.
         floats = ((0 if wide else _SCORES_WARPS) + buffers + 2) * self.rows * FLOAT_BYTES
         barriers = 2 * (stages + buffers + 1) * BARRIER_BYTES
-        flags = buffers * _FLAG_BYTES * (_SCORES_WARPS if wide else 1)
+        flags = _FLAG_BYTES * (buffers * (_SCORES_WARPS if wide else 1) + (self.compute != EXACT))
         return tiles + query + probabilities + floats + barriers + flags + CLAIM_BYTES
 
     def standard_configs(self) -> list[KernelConfig]:

@@ -20,8 +20,8 @@ MLA_DEVICE const i32* enter(const Params& params, u8* claim_slot, Prepare prepar
     return plan_part_begin(params.plan) + part;
 }
 
-// The numbers of a part's first item (side 0) and of the one past its last (1), read again each time: kept, they would cost registers
-// that roles do not have. The number of the part lies in the word that a claim leaves unused. All threads make this, once.
+// The numbers of a part's first item (side 0) and of the one past its last (1), read again each time: kept, they would cost
+// registers that roles do not have. The number of the part lies in the word that a claim leaves unused. All threads make this, once.
 class PartBounds {
 public:
     MLA_DEVICE PartBounds(const i32* plan, const i32* part_begin, u8* claim_slot)

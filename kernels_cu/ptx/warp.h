@@ -1,6 +1,6 @@
 // Warp and warpgroup housekeeping: named barriers, proxies, register budgets, matrix stores.
 #pragma once
-#include "core/types.h"
+#include "core/hopper.h"
 
 namespace mla {
 
@@ -9,7 +9,8 @@ MLA_DEVICE void named_barrier_sync(u32 id, u32 threads) {
     asm volatile("barrier.cta.sync %0, %1;" ::"r"(id), "r"(threads) : "memory");
 }
 
-// OR of a predicate over the threads of a named barrier.
+// OR of a predicate over the threads of a named barrier, whole warps. The vote shows the compiler that a warp has one answer: else it
+// keeps what lives past a branch on it, as the ring's place and with it all descriptors, out of the uniform registers.
 MLA_DEVICE bool named_barrier_or(u32 id, u32 threads, bool predicate) {
     u32 any;
     asm volatile(
@@ -22,7 +23,7 @@ MLA_DEVICE bool named_barrier_or(u32 id, u32 threads, bool predicate) {
         : "=r"(any)
         : "r"(id), "r"(threads), "r"(static_cast<u32>(predicate))
         : "memory");
-    return any != 0;
+    return __any_sync(kFullWarp, any != 0);
 }
 
 // Orders this thread's ordinary shared-memory writes before later reads by wgmma and TMA.
@@ -110,6 +111,9 @@ MLA_DEVICE void store_shared_u32(u32 address, u32 value) {
     asm volatile("st.shared.u32 [%0], %1;" ::"r"(address), "r"(value) : "memory");
 }
 
+MLA_DEVICE void or_shared_u32(u32 address, u32 bits) {
+    asm volatile("red.shared.or.b32 [%0], %1;" ::"r"(address), "r"(bits) : "memory");
+}
 MLA_DEVICE u32 load_shared_u32(u32 address) {
     u32 value;
     asm volatile("ld.shared.u32 %0, [%1];" : "=r"(value) : "r"(address) : "memory");

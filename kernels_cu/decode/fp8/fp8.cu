@@ -26,7 +26,7 @@ mla_decode_fp8(const __grid_constant__ mla::TensorMap kv_latent, const __grid_co
         for_each_item(bound, [&](i32 item) { scores.run_item(item); });
     } else if (warpgroup <= kValueWarpgroups) {
         registers_increase<kValuesRegisters>();
-        ValuesRole values(params, smem);
+        ValuesRole values(params, smem, warpgroup - 1);
         for_each_item(bound, [&](i32 item) { values.run_item(item); });
     } else {
         registers_decrease<kLoaderRegisters>();

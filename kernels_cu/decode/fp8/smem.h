@@ -40,6 +40,7 @@ MLA_DEVICE u32 split_chunk_offset(u32 place, u32 box, u32 chunk) {
 }
 
 constexpr u32 kExchangeBytes = kWide ? 0 : kScoresWarps * kRows * sizeof(f32);  // a value per (scores warp, row)
+constexpr u32 kOutlierBytes = kSplitQuery ? sizeof(u32) : 0;
 
 struct Fp8Smem {
     static constexpr u32 stages = 0;
@@ -56,7 +57,8 @@ struct Fp8Smem {
     static constexpr u32 sums_full = probabilities_empty + kProbabilityBuffers * sizeof(u64);           // scores -> values
     static constexpr u32 sums_empty = sums_full + sizeof(u64);                                          // and back
     static constexpr u32 moved = sums_empty + sizeof(u64);  // of each P: whether any factor is not 1
-    static constexpr u32 claim = moved + kProbabilityBuffers * kMovedWords * sizeof(u32);  // the part that this CTA has claimed
+    static constexpr u32 outlier = moved + kProbabilityBuffers * kMovedWords * sizeof(u32);  // in a first item's queries?
+    static constexpr u32 claim = outlier + kOutlierBytes;  // the part that this CTA has claimed
     static constexpr u32 total = claim + kClaimBytes;
 };
 static_assert(Fp8Smem::total <= kMaxSharedBytes, "the fp8 kernel's shared memory does not fit");
@@ -69,7 +71,7 @@ static_assert(Fp8Smem::total == MLA_SHARED_BYTES, "cupy_mla/kernels adds up othe
 MLA_DEVICE u32 stage_address(u32 smem, u32 stage) { return smem + Fp8Smem::stages + stage * kStageBytes; }
 MLA_DEVICE u32 barrier_of(u32 smem, u32 first, u32 index) { return smem + first + index * sizeof(u64); }
 
-// One thread.
+// One thread. What a first item's queries have is not known yet.
 MLA_DEVICE void initialise_barriers(u32 smem) {
     for (u32 stage = 0; stage < kStages; ++stage) {
         mbarrier_init(barrier_of(smem, Fp8Smem::tile_full, stage), 1);  // with the bytes to come
@@ -82,6 +84,7 @@ MLA_DEVICE void initialise_barriers(u32 smem) {
     mbarrier_init(smem + Fp8Smem::sums_full, kWarpgroupThreads);
     mbarrier_init(smem + Fp8Smem::sums_empty, kValueWarpgroups * kWarpgroupWarps);
     mbarrier_init_fence();
+    if (kSplitQuery) store_shared_u32(smem + Fp8Smem::outlier, 0);
 }
 
 // Position in a ring of Count places; every role walks the same sequence of tiles.

@@ -17,11 +17,16 @@ constexpr u32 kMBlocks = kValueColumns / 64;
 constexpr u32 kLaneColumns = kWarpColumns / 8;  // neighbouring columns of a thread
 constexpr u32 kLaneWords = kLaneColumns / 4;    // of four e4m3 values
 static_assert(kMBlocks == 2 * kLaneWords, "a word of four columns makes two M blocks");
-constexpr u32 kUnits = 4;  // of A, each for one M block and one k16 step
+// Of A are made so many M blocks of one k16 step at a time, in so many sets of registers in turn. Two at 64 rows, in as many
+// registers: ptxas serialises wgmma.
+constexpr u32 kUnitBlocks = kWide ? 1 : 2;
+constexpr u32 kUnits = 4 / kUnitBlocks;
 
 class ValuesRole {
 public:
-    MLA_DEVICE ValuesRole(const Fp8Params& params, u32 smem) : params_(params), smem_(smem) {}
+    // `index`: of the warpgroup among those for values, known to be the same in all of a warp. Else what follows a branch on it is
+    // kept out of the uniform registers, descriptors among it.
+    MLA_DEVICE ValuesRole(const Fp8Params& params, u32 smem, u32 index) : params_(params), smem_(smem), index_(index) {}
 
     // The item is read again for its stores: over its tiles it would cost registers.
     MLA_DEVICE void run_item(i32 item) {
@@ -38,7 +43,7 @@ public:
                 return;
             }
             if (buffer_.is_at_start())
-                Fp8Query::help(params_, work, smem_, thread() / kWarpgroupThreads - 1, thread() % kWarpgroupThreads);
+                Fp8Query::help(params_, work, smem_, index_, thread() % kWarpgroupThreads);
         }
         u64 addresses[kAddresses];
         if constexpr (!kWide) find_rows(item, addresses);  // while there is nothing else to do
@@ -98,14 +103,13 @@ private:
         }
     }
 
-    // One k16 step of one M block at a time, four registers of A. While some are multiplied, the next is made in other registers.
-    // In steps of two M blocks, with as many registers, ptxas serialises wgmma at 64 rows and 512 threads.
+    // While some units of A are multiplied, the next is made in other registers.
     MLA_DEVICE void multiply(float (&output)[kMBlocks][kFragment]) const {
         constexpr u32 kSteps = kTileTokens / kStepTokens;
         const u32 tokens[2] = {token_address(0), token_address(1)};
         const u64 p = descriptor_at(kBoxKMajor, smem_ + Fp8Smem::probabilities + buffer_.index() * kRowBoxBytes);
         u32 raw[4][kLaneWords];
-        u32 a[kUnits][4];
+        u32 a[kUnits][kUnitBlocks][4];
 #pragma unroll
         for (u32 block = 0; block < kMBlocks; ++block) wgmma_pin(output[block]);
 #pragma unroll
@@ -114,13 +118,17 @@ private:
             for (u32 i = 0; i < 4; ++i)  // of tokens 2 t, 2 t + 1, 2 t + 8 and 2 t + 9 of the step
                 load_shared_words(tokens[i % 2] + (step * 2 + i / 2) * kLatentGroupBytes, raw[i]);
 #pragma unroll
-            for (u32 block = 0; block < kMBlocks; ++block) {
-                const u32 index = step * kMBlocks + block;
-                u32(&unit)[4] = a[index % kUnits];
+            for (u32 first = 0; first < kMBlocks; first += kUnitBlocks) {
+                const u32 index = (step * kMBlocks + first) / kUnitBlocks;
+                u32(&unit)[kUnitBlocks][4] = a[index % kUnits];
                 if (index >= kUnits) wgmma_wait<kUnits - 1>();
-                transpose(raw, block, unit);
+#pragma unroll
+                for (u32 i = 0; i < kUnitBlocks; ++i) transpose(raw, first + i, unit[i]);
                 wgmma_fence();
-                wgmma_rs<Operand, 0>(output[block], unit[0], unit[1], unit[2], unit[3], p + descriptor_offset(step * kStepBytes), 1);
+#pragma unroll
+                for (u32 i = 0; i < kUnitBlocks; ++i)
+                    wgmma_rs<Operand, 0>(output[first + i], unit[i][0], unit[i][1], unit[i][2], unit[i][3],
+                                         p + descriptor_offset(step * kStepBytes), 1);
                 wgmma_commit();
             }
         }
@@ -140,7 +148,8 @@ private:
         constexpr u32 kFrontBytes = 0x5140, kBackBytes = 0x7362;  // bytes 0, 1 (2, 3) of two words in turn
 #pragma unroll
         for (u32 pair = 0; pair < 2; ++pair) {
-            const u32 columns = __byte_perm(raw[pair * 2][block / 2], raw[pair * 2 + 1][block / 2], block % 2 ? kBackBytes : kFrontBytes);
+            const u32 first = raw[pair * 2][block / 2], second = raw[pair * 2 + 1][block / 2];
+            const u32 columns = __byte_perm(first, second, block % 2 ? kBackBytes : kFrontBytes);
             unit[pair * 2] = e4m3_pair_low(columns);
             unit[pair * 2 + 1] = e4m3_pair_high(columns);
         }
@@ -202,7 +211,7 @@ private:
     }
 
     const Fp8Params& params_;
-    u32 smem_;
+    u32 smem_, index_;
     u32 sums_parity_ = 0;
     RingPosition<kStages> stage_;
     RingPosition<kProbabilityBuffers> buffer_;
