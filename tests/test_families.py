@@ -363,8 +363,6 @@ def test_the_kernels_of_dense_caches_read_no_other_layout(layout: CacheLayout) -
 def test_fp8_caches_go_to_the_kernel_that_computes_as_asked(
     heads: int, rows: int, compute: str, kernel: str, split: int | None
 ) -> None:
-    if compute == "auto" and rows == 32:
-        kernel = "fp8_exact"  # faster than split there at most lengths, as fast at the others
     config = choose_config(fp8(problem(132, 8192, heads), compute), NUM_SMS, None, split)
     assert name(config) == f"{kernel}{32 if compute == 'exact' and rows == 64 else rows}"  # there is none of 64 rows
 

@@ -163,18 +163,16 @@ def _family(rows: int, compute: str, cost: CostModel) -> Fp8Family:
     )
 
 
-# Of split and exact kernels with 16 and 32 rows: fitted to 1, 8 and 64 requests of 64 to 65,536 tokens with 8 to 128
-# heads on an H200 (kernels_cu/TRIED_FP8.md, "Choosing the kernel of an e4m3 cache"). At 64 rows tiles are those of
-# 128 x 8192 tokens, 260 us with burst clocks, at 128 heads 486, and the rest is that of the wide kernel; with rounded
-# queries likewise.
+# Fitted to 135 cases on an H200, then moved by what a later form of the kernels takes in two to eleven of them, each
+# (kernels_cu/TRIED_FP8.md, "Choosing again"); with rounded queries and 16 or 32 rows as those of split ones.
 _PIECES16 = PieceCosts(piece_overhead=3 * TILE_COST // 2, split_overhead=3 * TILE_COST // 2)
 _PIECES32 = PieceCosts(piece_overhead=2 * TILE_COST, split_overhead=3 * TILE_COST)
 _PIECES64 = PieceCosts(piece_overhead=4 * TILE_COST, split_overhead=5 * TILE_COST, packs=True)
-FP8_SPLIT16 = _family(16, SPLIT, CostModel(start=4.7, tile=1.12, item=3.7, merge=2.6, pieces=_PIECES16))
-FP8_EXACT16 = _family(16, EXACT, CostModel(start=4.1, tile=1.16, item=3.7, merge=2.6, pieces=_PIECES16))
-FP8_SPLIT32 = _family(32, SPLIT, CostModel(start=8.7, tile=1.45, item=7.2, merge=4.2, pieces=_PIECES32))
-FP8_EXACT32 = _family(32, EXACT, CostModel(start=7.2, tile=1.42, item=5.6, merge=3.4, pieces=_PIECES32))
-FP8_SPLIT64 = _family(64, SPLIT, CostModel(start=8.5, tile=1.9, item=8.3, merge=5.5, pieces=_PIECES64))
-FP8_QUERY16 = _family(16, FP8, CostModel(start=5.5, tile=1.14, item=3.4, merge=0.9, pieces=_PIECES16))
-FP8_QUERY32 = _family(32, FP8, CostModel(start=7.0, tile=1.18, item=5.6, merge=2.1, pieces=_PIECES32))
-FP8_QUERY64 = _family(64, FP8, CostModel(start=8.5, tile=1.6, item=8.3, merge=5.5, pieces=_PIECES64))
+FP8_SPLIT16 = _family(16, SPLIT, CostModel(start=3.5, tile=1.18, item=3.4, merge=2.3, pieces=_PIECES16))
+FP8_EXACT16 = _family(16, EXACT, CostModel(start=2.6, tile=1.32, item=3.0, merge=3.0, pieces=_PIECES16))
+FP8_SPLIT32 = _family(32, SPLIT, CostModel(start=7.4, tile=1.3, item=5.9, merge=3.6, pieces=_PIECES32))
+FP8_EXACT32 = _family(32, EXACT, CostModel(start=6.7, tile=1.42, item=5.6, merge=3.4, pieces=_PIECES32))
+FP8_SPLIT64 = _family(64, SPLIT, CostModel(start=6.8, tile=1.72, item=9.5, merge=5.5, pieces=_PIECES64))
+FP8_QUERY16 = _family(16, FP8, CostModel(start=4.5, tile=1.08, item=3.4, merge=0.9, pieces=_PIECES16))
+FP8_QUERY32 = _family(32, FP8, CostModel(start=5.8, tile=1.12, item=5.6, merge=2.1, pieces=_PIECES32))
+FP8_QUERY64 = _family(64, FP8, CostModel(start=6.7, tile=1.45, item=8.3, merge=5.5, pieces=_PIECES64))

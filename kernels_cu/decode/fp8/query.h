@@ -16,31 +16,38 @@ constexpr f32 kLowPart = 16.0f;       // x = high + low / 16
 // were off by 0.1. Blocks with such a row are computed exactly. Of 576 normal values the largest is 3 to 5 times that.
 constexpr f32 kOutlier = 8.0f;
 
-// In so many passes a warpgroup makes all rows, if 8 * box_threads threads share one: each has a chunk of eight values of every
-// box_threads-th 64 columns.
-constexpr MLA_DEVICE u32 query_pass_rows(u32 box_threads) { return kWarpgroupThreads / (box_threads * kChunksPerBoxRow); }
-constexpr MLA_DEVICE u32 query_passes(u32 box_threads) { return kRows / query_pass_rows(box_threads); }
-// Of a CTA's first item with tiles values warpgroups, which have nothing to do yet, make half of the rows.
-constexpr u32 kFirstBoxThreads = kWide ? 1 : 2;
-constexpr u32 kHelpers = kWide ? 2 : 1;
-constexpr u32 kFirstPasses = query_passes(kFirstBoxThreads);
-constexpr u32 kScoresPasses = kFirstPasses / 2, kHelperPasses = (kFirstPasses - kScoresPasses) / kHelpers;
+// Threads that share a row: each has a chunk of eight values of every 64 columns (up to 32 rows, of every other 64).
+constexpr u32 kBoxThreads = kWide ? 1 : 2;
+constexpr u32 kQueryRowThreads = kBoxThreads * kChunksPerBoxRow;
+constexpr u32 kThreadBoxes = (kTileBoxes + kBoxThreads - 1) / kBoxThreads;
+// A warpgroup makes so many rows in a pass. Of a CTA's first item with tiles values warps, which have nothing to do yet, make half.
+constexpr u32 kQueryPassRows = kWarpgroupThreads / kQueryRowThreads, kQueryPasses = kRows / kQueryPassRows;
+constexpr u32 kHelpers = kWide ? 2 : 1;  // values warpgroups
+constexpr u32 kScoresPasses = kQueryPasses / 2, kHelperPasses = (kQueryPasses - kScoresPasses) / kHelpers;
 constexpr u32 kQueryThreads = (1 + kHelpers) * kWarpgroupThreads;
-static_assert(kScoresPasses + kHelpers * kHelperPasses == kFirstPasses, "each row is made once");
+static_assert(kScoresPasses + kHelpers * kHelperPasses == kQueryPasses, "each row is made once");
+static_assert(kLatentBoxes % kBoxThreads == 0, "all threads have as many latent boxes");
 
-// Makes a thread's share of the rows.
-template <u32 kBoxThreads>
-class QueryMaker {
-    static constexpr u32 kRowThreads = kBoxThreads * kChunksPerBoxRow, kPassRows = query_pass_rows(kBoxThreads);
-    static constexpr u32 kThreadBoxes = (kTileBoxes + kBoxThreads - 1) / kBoxThreads;
-    static_assert(kLatentBoxes % kBoxThreads == 0, "all threads have as many latent boxes");
-
+class Fp8Query {
 public:
-    // Of pass `pass` on.
-    MLA_DEVICE QueryMaker(const Fp8Params& params, const BlockWork& work, u32 smem, u32 thread, u32 pass)
+    // The scores warpgroup's rows of an item: all, or of a CTA's first item half. Afterwards Q is complete, for wgmma too. Returns
+    // whether to multiply it split. The wide kernel's is written so in any case, as both of its products read it so.
+    static MLA_DEVICE bool make(const Fp8Params& params, const BlockWork& work, u32 smem, u32 thread, bool is_first) {
+        return make_share(params, work, smem, thread, 0, is_first ? kScoresPasses : kQueryPasses, is_first);
+    }
+
+    // The other rows of a first item, by `thread` of the values warpgroup number `helper`.
+    static MLA_DEVICE void help(const Fp8Params& params, const BlockWork& work, u32 smem, u32 helper, u32 thread) {
+        if (helper >= kHelpers) return;
+        const u32 pass = kScoresPasses + helper * kHelperPasses;
+        make_share(params, work, smem, thread, pass, pass + kHelperPasses, true);
+    }
+
+private:
+    MLA_DEVICE Fp8Query(const Fp8Params& params, const BlockWork& work, u32 smem, u32 thread, u32 pass)
         : params_(params),
           smem_(smem),
-          row_(thread / kRowThreads),
+          row_(thread / kQueryRowThreads),
           first_box_(thread / kChunksPerBoxRow % kBoxThreads),
           chunk_(thread % kChunksPerBoxRow),
           first_source_(source_of(work, pass)) {
@@ -50,29 +57,6 @@ public:
         rope_ratio_ = kRope == 0 || kRopeApart ? 1.0f : params.rope_ratio();
     }
 
-    // Returns whether one of this thread's rows has an outlier. The next pass may be read ahead of the arithmetic of this one.
-    template <bool Split>
-    MLA_DEVICE bool make_passes(const BlockWork& work, u32 pass, u32 pass_end) const {
-        bool outlier = false;
-        constexpr bool kReadsAhead = kBoxThreads > 1;  // else it would take registers of what is kept over all items
-        uint4 chunks[kThreadBoxes], next[kThreadBoxes];
-        QueryRow source = first_source_;
-        if (kReadsAhead) read(source, chunks);
-#pragma unroll 1
-        for (; pass < pass_end; ++pass) {
-            if (!kReadsAhead) read(source, chunks);
-            source = source_of(work, min_i32(pass + 1, pass_end - 1));
-            if (kReadsAhead) read(source, next);
-            const Magnitude magnitude = measure(chunks);
-            outlier |= magnitude.has_outlier();
-            write<Split>(pass, magnitude.largest, chunks);
-#pragma unroll
-            for (u32 index = 0; index < kThreadBoxes && kReadsAhead; ++index) chunks[index] = next[index];
-        }
-        return outlier;
-    }
-
-private:
     struct Magnitude {
         f32 largest, squares;  // of a row
         MLA_DEVICE bool has_outlier() const {
@@ -81,13 +65,69 @@ private:
         }
     };
 
+    // Writes rows as operand B, and to `row_scales` what turns a row's scores to log2 units; rows that do not exist are zero.
+    // Few have outliers, so rows are written split before it is known whether they may be.
+    static MLA_DEVICE bool make_share(const Fp8Params& params, const BlockWork& work, u32 smem, u32 thread, u32 pass,
+                                      u32 pass_end, bool is_first) {
+        const bool outlier = Fp8Query(params, work, smem, thread, pass).make_passes<kSplitQuery>(work, pass, pass_end);
+        fence_async_proxy();
+        if constexpr (!kSplitQuery) {
+            barrier(is_first);
+            return false;
+        }
+        const bool split = !any_outlier(smem, outlier, is_first);
+        if constexpr (!kWide) {
+            if (!split) {
+                Fp8Query(params, work, smem, thread, pass).make_passes<false>(work, pass, pass_end);
+                fence_async_proxy();
+                barrier(is_first);
+            }
+        }
+        return split;
+    }
+
+    // Of all threads that make an item's rows.
+    static MLA_DEVICE void barrier(bool is_first) {
+        named_barrier_sync(is_first ? kQueryBarrier : kScoresBarrier, is_first ? kQueryThreads : kWarpgroupThreads);
+    }
+
+    // Of a first item through shared memory: two roles would reach a barrier that also says it at two places of the code, which
+    // synccheck takes for threads of one warp gone apart.
+    static MLA_DEVICE bool any_outlier(u32 smem, bool outlier, bool is_first) {
+        if (!is_first) return named_barrier_or(kScoresBarrier, kWarpgroupThreads, outlier);
+        if (outlier) or_shared_u32(smem + Fp8Smem::outlier, 1);
+        named_barrier_sync(kQueryBarrier, kQueryThreads);
+        return load_shared_u32(smem + Fp8Smem::outlier) != 0;
+    }
+
+    // Returns whether one of this thread's rows has an outlier. The next pass is read ahead of the arithmetic of this one.
+    template <bool Split>
+    MLA_DEVICE bool make_passes(const BlockWork& work, u32 pass, u32 pass_end) const {
+        bool outlier = false;
+        uint4 chunks[kThreadBoxes], next[kThreadBoxes];
+        QueryRow source = first_source_;
+        if (!kWide) read(source, chunks);
+#pragma unroll 1
+        for (; pass < pass_end; ++pass) {
+            if (kWide) read(source, chunks);  // no registers are left to read ahead
+            source = source_of(work, min_i32(pass + 1, pass_end - 1));
+            if (!kWide) read(source, next);
+            const Magnitude magnitude = measure(chunks);
+            outlier |= magnitude.has_outlier();
+            write<Split>(pass, magnitude.largest, chunks);
+#pragma unroll
+            for (u32 index = 0; index < kThreadBoxes && !kWide; ++index) chunks[index] = next[index];
+        }
+        return outlier;
+    }
+
     // This thread's boxes of 64 columns are first_box_ and every kBoxThreads-th from there. The rope box is the last one of all,
     // and that of threads with first_box_ = 0.
     static constexpr bool is_rope(u32 index) { return index >= kLatentBoxes / kBoxThreads; }
     MLA_DEVICE u32 box(u32 index) const { return index * kBoxThreads + first_box_; }
 
     MLA_DEVICE QueryRow source_of(const BlockWork& work, u32 pass) const {
-        return query_row(params_, work, row_ + pass * kPassRows, chunk_ * kChunkColumns);
+        return query_row(params_, work, row_ + pass * kQueryPassRows, chunk_ * kChunkColumns);
     }
 
     MLA_DEVICE void read(const QueryRow& source, uint4 (&chunks)[kThreadBoxes]) const {
@@ -126,7 +166,7 @@ private:
         Magnitude row{fmaxf(fmaxf(largest[0], largest[1]), fmaxf(largest[2], largest[3])),
                       (squares[0] + squares[1]) + (squares[2] + squares[3])};
 #pragma unroll
-        for (u32 distance = 1; distance < kRowThreads; distance *= 2) {
+        for (u32 distance = 1; distance < kQueryRowThreads; distance *= 2) {
             row.largest = fmaxf(row.largest, __shfl_xor_sync(kFullWarp, row.largest, distance));
             row.squares += __shfl_xor_sync(kFullWarp, row.squares, distance);
         }
@@ -136,7 +176,7 @@ private:
     // `largest`: the row's largest value.
     template <bool Split>
     MLA_DEVICE void write(u32 pass, f32 largest, const uint4 (&chunks)[kThreadBoxes]) const {
-        const u32 row = row_ + pass * kPassRows;
+        const u32 row = row_ + pass * kQueryPassRows;
         const f32 power = power_for_row(largest), inverse = inverse_power(power);  // a row without a power has a scale of NaN
         if (first_box_ == 0 && chunk_ == 0)
             store_shared_f32(smem_ + Fp8Smem::row_scales + row * sizeof(f32),
@@ -163,6 +203,8 @@ private:
 
     // Eight columns of a row, in each of its parts. fp16 has all bits of a bf16 value and of what e4m3 leaves out of it.
     static MLA_DEVICE void write_split(u32 query, u32 row, u32 box, u32 chunk, const f32 (&values)[kChunkColumns]) {
+        constexpr u32 kMinusOne = 0xBC00BC00, kInverseLow = 0x4C004C00;  // twice each
+        static_assert(kLowPart == 16.0f, "kInverseLow is fp16's");
         u32 words[2][2];  // part, four values
 #pragma unroll
         for (u32 i = 0; i < 2; ++i) {
@@ -170,8 +212,6 @@ private:
             const u32 first = pack2<Fp16>(x[0], x[1]), second = pack2<Fp16>(x[2], x[3]);
             words[0][i] = pack_e4m3(first, second);
             if constexpr (kQueryParts == 2) {
-                constexpr u32 kMinusOne = 0xBC00BC00, kInverseLow = 0x4C004C00;  // twice each
-                static_assert(kLowPart == 16.0f, "kInverseLow is fp16's");
                 const u32 first_rest = fma_fp16_pairs(e4m3_pair_low(words[0][i]), kMinusOne, first);
                 const u32 second_rest = fma_fp16_pairs(e4m3_pair_high(words[0][i]), kMinusOne, second);
                 words[1][i] = pack_e4m3(multiply_fp16_pairs(first_rest, kInverseLow), multiply_fp16_pairs(second_rest, kInverseLow));
@@ -210,62 +250,6 @@ private:
     u32 smem_, row_, first_box_, chunk_;  // row_: of pass 0
     QueryRow first_source_;
     f32 rope_ratio_;  // of the scales of the two parts
-};
-
-class Fp8Query {
-public:
-    // The scores warpgroup's rows of an item: all, or of a CTA's first item half. Afterwards Q is complete, for wgmma too. Returns
-    // whether to multiply it split. The wide kernel's is written so in any case, as both of its products read it so.
-    static MLA_DEVICE bool make(const Fp8Params& params, const BlockWork& work, u32 smem, u32 thread, bool is_first) {
-        if (!kWide && !is_first) return make_share<1>(params, work, smem, thread, 0, query_passes(1), false);
-        const u32 pass_end = is_first ? kScoresPasses : kFirstPasses;
-        return make_share<kFirstBoxThreads>(params, work, smem, thread, 0, pass_end, is_first);
-    }
-
-    // The other rows of a first item, by `thread` of the values warpgroup number `helper`.
-    static MLA_DEVICE void help(const Fp8Params& params, const BlockWork& work, u32 smem, u32 helper, u32 thread) {
-        if (helper >= kHelpers) return;
-        const u32 pass = kScoresPasses + helper * kHelperPasses;
-        make_share<kFirstBoxThreads>(params, work, smem, thread, pass, pass + kHelperPasses, true);
-    }
-
-private:
-    // Writes rows as operand B, and to `row_scales` what turns a row's scores to log2 units; rows that do not exist are zero.
-    // Few have outliers, so rows are written split before it is known whether they may be.
-    template <u32 kBoxThreads>
-    static MLA_DEVICE bool make_share(const Fp8Params& params, const BlockWork& work, u32 smem, u32 thread, u32 pass,
-                                      u32 pass_end, bool is_first) {
-        using Maker = QueryMaker<kBoxThreads>;
-        const bool outlier = Maker(params, work, smem, thread, pass).template make_passes<kSplitQuery>(work, pass, pass_end);
-        fence_async_proxy();
-        if constexpr (!kSplitQuery) {
-            barrier(is_first);
-            return false;
-        }
-        const bool split = !any_outlier(smem, outlier, is_first);
-        if constexpr (!kWide) {
-            if (!split) {
-                Maker(params, work, smem, thread, pass).template make_passes<false>(work, pass, pass_end);
-                fence_async_proxy();
-                barrier(is_first);
-            }
-        }
-        return split;
-    }
-
-    // Of all threads that make an item's rows.
-    static MLA_DEVICE void barrier(bool is_first) {
-        named_barrier_sync(is_first ? kQueryBarrier : kScoresBarrier, is_first ? kQueryThreads : kWarpgroupThreads);
-    }
-
-    // Of a first item through shared memory: two roles would reach a barrier that also says it at two places of the code, which
-    // synccheck takes for threads of one warp gone apart.
-    static MLA_DEVICE bool any_outlier(u32 smem, bool outlier, bool is_first) {
-        if (!is_first) return named_barrier_or(kScoresBarrier, kWarpgroupThreads, outlier);
-        if (outlier) or_shared_u32(smem + Fp8Smem::outlier, 1);
-        named_barrier_sync(kQueryBarrier, kQueryThreads);
-        return load_shared_u32(smem + Fp8Smem::outlier) != 0;
-    }
 };
 
 }  // namespace mla

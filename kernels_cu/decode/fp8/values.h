@@ -17,8 +17,8 @@ constexpr u32 kMBlocks = kValueColumns / 64;
 constexpr u32 kLaneColumns = kWarpColumns / 8;  // neighbouring columns of a thread
 constexpr u32 kLaneWords = kLaneColumns / 4;    // of four e4m3 values
 static_assert(kMBlocks == 2 * kLaneWords, "a word of four columns makes two M blocks");
-// Of A are made so many M blocks of one k16 step at a time, in so many sets of registers in turn. Two at 64 rows, in as many
-// registers: ptxas serialises wgmma.
+// A is made for so many M blocks of one k16 step at a time, in so many sets of registers in turn. Made for two at 64 rows, in as
+// many registers, ptxas serialises wgmma.
 constexpr u32 kUnitBlocks = kWide ? 1 : 2;
 constexpr u32 kUnits = 4 / kUnitBlocks;
 
