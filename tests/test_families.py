@@ -16,6 +16,7 @@ from cupy_mla.call.arguments import CUDA_MAX_LATENT, CUDA_MAX_WIDTH, CUDA_WIDTH_
 from cupy_mla.call.options import COMPUTES
 from cupy_mla.call.problem import DecodeProblem, PagedKeys, Queries
 from cupy_mla.call.sparse_problem import GatheredKeys, SparseProblem
+from cupy_mla.decode.sparse_plan import sparse_schedule_shape
 from cupy_mla.errors import InvalidArgumentError
 from cupy_mla.gpu import hopper
 from cupy_mla.gpu.jit.source import kernels_root
@@ -214,6 +215,15 @@ def test_partial_results_of_chosen_tokens_of_a_share_are_scaled(kernel: str, hea
     is_scaled = is_few or (of_share and not is_float and layout is BF16)
     parts = {**GATHERED_PARTS, "gathered_fp8_wide64": ColumnParts(256, 2)}
     assert config.scale_parts == (parts[kernel] if is_scaled else None)
+
+
+@pytest.mark.parametrize("kernel", [*GATHERED_PARTS, *FP8_GATHERED])
+@pytest.mark.parametrize("of_share", [False, True])
+def test_what_is_planned_for_each_layer_is_not_packed(kernel: str, of_share: bool) -> None:
+    layout = FP8_DS_MLA if "fp8" in kernel else BF16
+    call = SparseProblem(problem(64, 1024, 128).queries, GatheredKeys(2048, 1, None, cp_share=of_share), layout)
+    config = choose_gathered_config(call, NUM_SMS, planned=True, kernel=kernel)
+    assert sparse_schedule_shape(call, config, NUM_SMS).cost.packs == (kernel.endswith("wide64") and not of_share)
 
 
 @pytest.mark.parametrize("family", [*FAMILIES, *GATHERED_FAMILIES], ids=lambda family: family.name)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 from ..arrays.exchange import keep_imported
@@ -27,7 +28,10 @@ def sparse_schedule_shape(
     problem: SparseProblem, config: KernelConfig, num_sms: int, fixed_split_tokens: int | None = None
 ) -> ScheduleShape:
     """What a schedule for a problem depends on besides the lengths."""
-    queries, keys = problem.queries, problem.keys
+    queries, keys, cost = problem.queries, problem.keys, config.family.cost.pieces
+    if keys.cp_share:
+        # Each layer chooses other tokens and plans anew: to pack takes longer than it saves.
+        cost = replace(cost, packs=False)
     blocks_per_job, num_parts = choose_parts(num_sms, ceil_div(queries.group_heads, config.rows))
     return ScheduleShape(
         num_parts=num_parts,
@@ -39,7 +43,7 @@ def sparse_schedule_shape(
         seqlen_q=1,
         max_seqlen_k=keys.topk,
         fixed_split_tokens=fixed_split_tokens,
-        cost=config.family.cost.pieces,
+        cost=cost,
         requests_per_length=keys.tokens_per_length or 1,
         max_extra_k=keys.extra_topk,
         requests_per_extra_length=keys.extra_tokens_per_length or 1,
