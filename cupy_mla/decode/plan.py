@@ -142,7 +142,7 @@ class DecodePlan(Plan[DecodeProblem]):
         ----------
         cache_seqlens
             [batch] int32 on the plan's device; lengths up to the plan's maximum (longer ones are cut to it). Of a plan
-            for a shard (``cp_world``) with a causal mask: ``total_seqlens``.
+            for a shard (``cp_world``) with a causal mask over several query tokens: ``total_seqlens``.
         cu_seqlens_q
             [batch + 1] int32 for ragged queries, else None.
         stream

@@ -229,7 +229,7 @@ def check_chosen(arrays: Any, tokens: np.ndarray, out: Any, lse: Any) -> None:
     np.testing.assert_allclose(lse, exact_lse, rtol=tolerance, atol=tolerance)
 
 
-@pytest.mark.parametrize("layout", [None, "fp8_ds_mla"])
+@pytest.mark.parametrize("layout", [None, "fp8_e4m3", "fp8_ds_mla"])
 @pytest.mark.parametrize(("world", "interleave"), [(2, 16), (4, 1), (8, 64)])
 @pytest.mark.parametrize(("heads", "seqlen_q"), [(128, 1), (16, 2), (32, 2), (64, 4)])
 def test_sparse_ranks_in_a_graph(
