@@ -123,9 +123,9 @@ def bench(
     On the GPU: all kernels of a call with a cold L2, by CUDA graphs; on the CPU: wall time. Exits with 1 if one of our
     own cases failed or was wrong.
 
-    With --context-parallel, dense decodes whose caches are sharded along the sequence. Started by torchrun, as they
-    are, one rank in each process; by one process the parts that one GPU can show, and a model of the collectives;
-    without a GPU the model alone.
+    With --context-parallel, dense decodes whose caches are sharded along the sequence. Under torchrun (torchrun
+    --nproc-per-node 2 -m cupy_mla bench --context-parallel) each process is a rank, and whole calls are timed. One
+    process times one rank's decode and merge, and adds the rest by a model; without a GPU all is by the model.
     """
     if context_parallel is not None:
         _time_shards(ctx, context_parallel, exchange, choose_backend(backend), options)

@@ -53,9 +53,9 @@ def check(
     converts caches, slots) are drawn, one for each number from --seed on, and run in several processes. A problem that
     fails is shown with the command that runs it alone.
 
-    With --context-parallel, caches are sharded along the sequence, in dense and sparse decoding: the shards of all
-    ranks one after the other and merged; or, started by torchrun, one in each process and exchanged, by NCCL on GPUs
-    and by gloo without.
+    With --context-parallel, caches are sharded along the sequence, in dense and sparse decoding. One process attends
+    to the shards of all ranks one after the other and merges; under torchrun (torchrun --nproc-per-node 2 -m cupy_mla
+    check --context-parallel) each process is a rank, and results go over NCCL on GPUs, over gloo without.
     """
     if context_parallel is not None:
         for option, given in (("--random", random_problems), ("--seed", seed)):

@@ -34,7 +34,10 @@ def context_parallel_option(help_text: str) -> Callable[[Function], Function]:
 
 def exchange_option(function: Function) -> Function:
     """``--exchange NAME``: None if it is not given."""
-    help_text = f"With {OPTION} under torchrun: how results go to whom they belong; a2a if not given."
+    help_text = (
+        f"With {OPTION} under torchrun, how results go to the ranks of their heads: by an all-to-all (a2a, if not "
+        "given), by a reduce-scatter (ag_rs), or by stores into other GPUs' memory (direct)."
+    )
     return click.option("--exchange", type=click.Choice(EXCHANGES), help=help_text)(function)
 
 
