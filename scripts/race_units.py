@@ -26,16 +26,22 @@ from cupy_mla import (
 )
 from cupy_mla.arrays.view import view
 from cupy_mla.call.memo import forget
-from cupy_mla.gpu.device import describe_device
 from cupy_mla.gpu.jit.module import load
 from cupy_mla.gpu.launch import launch_kernel
 from cupy_mla.kernels import choose
 from cupy_mla.kernels.choose import FAMILIES, GATHERED_FAMILIES
+from cupy_mla.kernels.exchange import (
+    CHUNK_BYTES,
+    PUSH_SOURCE,
+    WORD_BYTES,
+    push_geometry,
+    push_merge_geometry,
+    push_merge_source,
+)
 from cupy_mla.kernels.family import DecodeFamily, KernelConfig
 from cupy_mla.kernels.fp8 import Fp8Family
 from cupy_mla.kernels.gathered import NO_EXTRA, GatheredConfig
-from cupy_mla.kernels.push import PUSH_SOURCE, VALUE_BYTES, WORD_BYTES, push_geometry
-from cupy_mla.kernels.structs import PUSH_PARAMS
+from cupy_mla.kernels.structs import PUSH_MERGE_PARAMS, PUSH_PARAMS
 from cupy_mla.kernels.token_pages import RowPagesFamily
 from cupy_mla.lab.libraries import CUPY
 from cupy_mla.lab.trial import Settings, Trial
@@ -55,6 +61,8 @@ SHARDING = {"cp_world": 3, "cp_rank": 1, "cp_interleave": 5}
 INT32 = np.iinfo(np.int32)
 WRONG = np.array([-1, INT32.min, INT32.max, 701, 1 << 20], np.int32)  # lengths, and indices
 AHEAD = 2**30  # a meeting of ranks that nobody waits for
+CALLS = 2  # in which results take other places
+ELEMENT_BYTES = 2
 
 
 def family_of(unit: str) -> DecodeFamily:
@@ -72,7 +80,7 @@ def run_unit(unit: str, every: bool, share: tuple[int, int]) -> None:
 def problems_of(unit: str, every: bool) -> list[Callable[[], None]]:
     """What a unit runs, one after the other; each knows nothing of the others."""
     if unit == AROUND:
-        return [run_around, run_push]
+        return [run_around, run_exchange]
     if unit == CACHE:
         return [run_cache]
     if unit == SHARDS:
@@ -283,32 +291,45 @@ def run_around() -> None:
     local_slots(trial.upload(tokens), trial.upload(table), 64, **SHARDING)
 
 
-def run_push() -> None:
-    """One of two ranks hands rows to both, in chunks of 16 bytes and in words; the other is ahead of it."""
+def run_exchange() -> None:
+    """One of two ranks hands queries to both, and results to the other, which is always ahead of it; twice, with so few
+    CTAs that they have several rounds.
+    """
     trial = Trial(0, CUPY)
-    world, (steps, tokens, own) = 2, (3, 5, 4)
-    params = np.zeros(1, PUSH_PARAMS)
-    params["world"], params["rank"] = world, world - 1
-    end = VALUE_BYTES  # of what lies in a rank's memory, which begins with the last meeting of each
-    value_chunks, word_chunks = 72, 3
-    sources = []
-    for name, chunk_bytes, chunks in (("values", VALUE_BYTES, value_chunks), ("words", WORD_BYTES, word_chunks)):
-        row = chunks * chunk_bytes
-        sources.append(trial.upload(trial.rng.integers(0, 256, (steps, tokens, world * own, row), np.uint8)))
-        rows = params[0][name]
-        rows["from"], rows["rank_step"] = view(sources[-1], name).pointer, own * row
-        rows["from_strides"] = tokens * world * own * row, world * own * row, row
-        rows["to"], rows["to_strides"] = end, (tokens * own * row, own * row, row)
-        rows["sizes"], rows["chunks"] = (steps, tokens, own), chunks
-        end += steps * tokens * own * row
-    memories = [trial.upload(np.full(end // WORD_BYTES, AHEAD, np.uint32)) for _ in range(world)]
-    pointers = np.array([view(memory, "memory").pointer for memory in memories], np.uint64)
-    addresses, meetings = trial.upload(pointers), trial.upload(np.zeros(2, np.uint32))
-    params["memories"], params["meetings"] = view(addresses, "memories").pointer, view(meetings, "meetings").pointer
-    kernel = load(PUSH_SOURCE, 0)
-    geometry = push_geometry(describe_device(0).num_sms, steps * tokens * own * value_chunks)
-    for _ in range(2):
-        launch_kernel(kernel, geometry.grid, geometry.block, geometry.shared_memory, 0, (params,))
+    world, rank, num_ctas, (steps, tokens, own), width, d_v = 2, 1, 2, (3, 5, 7), 576, 512
+    row, rows = width * ELEMENT_BYTES, steps * tokens * own
+    # In a rank's memory: flags of the meetings, queries of all heads, and results of two calls from each rank.
+    queries_at = num_ctas * world * WORD_BYTES
+    outs_at = queries_at + world * rows * row
+    lses_at = outs_at + CALLS * world * rows * d_v * ELEMENT_BYTES
+    memory = np.zeros(lses_at // WORD_BYTES + CALLS * world * rows, np.uint32)
+    memory[: num_ctas * world] = AHEAD
+    memories = [trial.upload(memory.copy()) for _ in range(world)]
+    addresses = trial.upload(np.array([view(memory, "memory").pointer for memory in memories], np.uint64))
+    q = trial.upload(trial.values((steps, tokens, own, width), "bfloat16"))
+    outs = trial.upload(trial.values((steps, tokens, world * own, d_v), "bfloat16"))
+    lses = trial.upload(trial.values((steps, world * own, tokens), "float32"))
+    out = trial.upload(trial.values((steps, tokens, own, d_v), "bfloat16"))
+    lse = trial.upload(trial.values((steps, own, tokens), "float32"))
+    push, merge = np.zeros(1, PUSH_PARAMS), np.zeros(1, PUSH_MERGE_PARAMS)
+    push["from"], push["from_strides"] = view(q, "q").pointer, (tokens * own * row, own * row, row)
+    push["to"] = queries_at + rank * own * row
+    push["to_strides"] = tokens * world * own * row, world * own * row, row
+    push["chunks"], merge["d_v"] = row // CHUNK_BYTES, d_v
+    merge["outs"], merge["lses"] = view(outs, "outs").pointer, view(lses, "lses").pointer
+    merge["received_outs"], merge["received_lses"], merge["places"] = outs_at, lses_at, CALLS
+    merge["out"], merge["lse"], merge["aligned"] = view(out, "out").pointer, view(lse, "lse").pointer, 1
+    merge["out_strides"], merge["lse_strides"] = (tokens * own * d_v, own * d_v, d_v), (own * tokens, 1, tokens)
+    push_grid = push_geometry(num_ctas, rows * row // CHUNK_BYTES)
+    merge_grid = push_merge_geometry(num_ctas, rows)
+    kernels = (PUSH_SOURCE, push, push_grid), (push_merge_source("bfloat16"), merge, merge_grid)
+    for source, params, geometry in kernels:
+        calls = trial.upload(np.zeros(num_ctas, np.uint32))
+        params["sizes"], meetings = (steps, tokens, own), params["meetings"]
+        meetings["memories"], meetings["calls"] = view(addresses, "memories").pointer, view(calls, "calls").pointer
+        meetings["world"], meetings["rank"] = world, rank
+        for _ in range(CALLS):
+            launch_kernel(load(source, 0), geometry.grid, geometry.block, geometry.shared_memory, 0, (params,))
 
 
 def run_cache() -> None:

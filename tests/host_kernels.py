@@ -35,8 +35,13 @@ def _folder() -> tempfile.TemporaryDirectory[str]:
 
 
 @functools.cache
-def library(tag: str = "Bf16") -> ctypes.CDLL:
-    """The kernels; mla_merge_states is for the type of this tag, mla_combine for bf16, or for `SCALED`."""
+def library(tag: str = "Bf16", copy: int = 0) -> ctypes.CDLL:
+    """The kernels; mla_merge_states is for the type of this tag, mla_combine for bf16, or for `SCALED`.
+
+    Threads that run kernels at the same time each need a copy of their own.
+    """
+    if copy:
+        return ctypes.CDLL(shutil.copy(library(tag)._name, Path(_folder().name) / f"kernels_{tag}_{copy}.so"))
     path = Path(_folder().name) / f"kernels_{tag}.so"
     includes = ("-I", str(HOST_CUDA), "-I", str(kernels_root()), "-include", str(HOST_CUDA / "cuda_on_host.h"))
     defines = [f"-DMERGE_STATES_DTYPE={tag}"]
@@ -119,9 +124,14 @@ def run_local_slots(params: np.ndarray, grid: int, block: int, reverse: bool = F
     library().host_local_slots(_address(params), grid, block, ctypes.c_bool(reverse))
 
 
-def run_push(params: np.ndarray, grid: int, block: int, reverse: bool = False) -> None:
-    """mla_push, its threads in either order; whom it waits for has to have come."""
-    library().host_push(_address(params), grid, block, ctypes.c_bool(reverse))
+def run_push(params: np.ndarray, grid: int, block: int, rank: int) -> None:
+    """mla_push of a rank, among threads that run those of the others; odd ones go through their threads in reverse."""
+    library("Bf16", rank).host_push(_address(params), grid, block, ctypes.c_bool(rank % 2))
+
+
+def run_push_merge(tag: str, params: np.ndarray, grid: int, block: int, rank: int) -> None:
+    """mla_push_merge for a type, likewise."""
+    library(tag, rank).host_push_merge(_address(params), grid, block, ctypes.c_bool(rank % 2))
 
 
 def run_slots(params: np.ndarray, grid: int, block: int) -> None:

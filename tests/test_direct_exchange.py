@@ -1,118 +1,247 @@
-"""The direct exchange: its kernel run on the CPU, rank after rank, and what stands in for it where there is none."""
+"""The direct exchange: its kernels run on the CPU, each rank in a thread, and what stands in where there is none."""
 
 from __future__ import annotations
 
+import random
+import threading
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import ml_dtypes
 import numpy as np
 import pytest
-from host_kernels import needs_compiler, run_push
+from host_kernels import library, needs_compiler, run_merge_states, run_push, run_push_merge
+
+from cupy_mla.arrays.dtypes import KERNEL_TYPES
+from cupy_mla.kernels.exchange import PUSH_SOURCE
 
 torch = pytest.importorskip("torch")
 
-from cupy_mla import merge_states  # noqa: E402
+from cupy_mla.arrays.view import view  # noqa: E402
+from cupy_mla.decode import merge  # noqa: E402
 from cupy_mla.parallel import cp_decode, direct, plan_cp_decode  # noqa: E402
 from cupy_mla.parallel.group import TorchGroup  # noqa: E402
 from cupy_mla.parallel.heads import Heads  # noqa: E402
 from cupy_mla.parallel.host_memory import HostMemory  # noqa: E402
 
+pytestmark = pytest.mark.timeout(120)  # of ranks that wait for each other
 WIDTH, HEAD_DIM_V = 128, 64
-COME = 2**30  # a meeting that nobody waits for
-NUM_SMS = 3  # so few that threads have several chunks
+NUM_SMS = 3  # so few that CTAs have several rounds
+MAX_PAUSE = 2e-3  # seconds
+
+
+class HostLaunch:
+    """As `launch.Launch`; in the place of a stream it is given a rank."""
+
+    def __init__(
+        self, kernel: Any, grid: Any, block: Any, shared_memory: int, arguments: Any, *, programmatic: bool
+    ) -> None:
+        self.source, self.grid, self.block, self.params = kernel, grid[0], block[0], arguments[0]
+
+    def __call__(self, rank: int) -> None:
+        if self.source is PUSH_SOURCE:
+            run_push(self.params, self.grid, self.block, rank)
+        else:
+            run_push_merge(tag_of(self.source), self.params, self.grid, self.block, rank)
+
+
+def tag_of(source: Any) -> str:
+    return dict(source.defines)["MLA_DTYPE"]
 
 
 class Ranks:
-    """Ranks of a group, each with memory on the CPU; a kernel runs before the next one's."""
+    """Ranks of a group, each with memory on the CPU and a thread in which its kernels run."""
 
-    def __init__(self, world: int, rows: tuple[int, ...], own: int, gathered: bool, dtype: Any) -> None:
-        rng = np.random.default_rng(0)
-        self.dtype, every = dtype, (*rows, world * own)
-        self.q = self.values(rng, (*every, WIDTH))
-        self.given = [self.q if gathered else self.q[..., rank * own : (rank + 1) * own, :] for rank in range(world)]
+    def __init__(
+        self,
+        world: int,
+        rows: tuple[int, ...],
+        own: int,
+        gathered: bool,
+        dtype: Any,
+        patch: pytest.MonkeyPatch,
+        num_sms: int = NUM_SMS,
+    ) -> None:
+        self.of_thread, self.world, self.own, self.gathered, self.dtype = threading.local(), world, own, gathered, dtype
+        patch.setattr(direct, "load", lambda source, device_id: source)
+        patch.setattr(direct, "current_stream", lambda array, device_id: self.of_thread.rank)
+        patch.setattr(direct, "Launch", HostLaunch)
+        self.every = (*rows, world * own)
+        q = torch.zeros(*rows, world * own if gathered else own, WIDTH, dtype=dtype)
         heads = [
             Heads.of(q, TorchGroup(None, world, rank), gathered=gathered, head_dim_v=HEAD_DIM_V)
-            for rank, q in enumerate(self.given)
+            for rank in range(world)
         ]
         size = direct._Places(heads[0]).total
         self.memories = [torch.zeros(size, dtype=torch.uint8) for _ in range(world)]
         addresses = torch.tensor([memory.data_ptr() for memory in self.memories], dtype=torch.int64)
         self.exchanges = [
-            direct.DirectExchange(q, of_rank, HostMemory(memory, addresses, None))
-            for q, of_rank, memory in zip(self.given, heads, self.memories, strict=True)
+            direct.DirectExchange(q, of_rank, HostMemory(memory, addresses, None, num_sms))
+            for of_rank, memory in zip(heads, self.memories, strict=True)
         ]
-        for exchange in self.exchanges:
-            exchange.out.copy_(self.values(rng, tuple(exchange.out.shape)))
-            exchange.lse.copy_(torch.from_numpy(rng.standard_normal(tuple(exchange.lse.shape), np.float32)))
+        for rank in range(world):  # copies are made before threads ask for them
+            library("Bf16", rank)
+            library(KERNEL_TYPES[str(dtype).removeprefix("torch.")], rank)
 
-    def values(self, rng: np.random.Generator, shape: tuple[int, ...]) -> Any:
-        return torch.from_numpy(rng.standard_normal(shape, np.float32)).to(self.dtype)
+    def own_heads(self, array: Any, rank: int) -> Any:
+        return array[..., rank * self.own : (rank + 1) * self.own, :]
 
-    def words(self, rank: int) -> Any:
-        """The last meeting of each rank, as this one knows it."""
-        return self.memories[rank][: len(self.memories) * 4].view(torch.int32)
+    def together(self, work: Callable[[int], Any]) -> list[Any]:
+        """What a function of a rank returns, of all ranks at the same time."""
 
-    def meet(self, run: Any, meeting: int) -> list[Any]:
-        """What a function of an exchange and its rank returns on each rank, at a meeting of that number."""
-        results = []
-        for rank, exchange in enumerate(self.exchanges):
-            self.words(rank)[:] = COME
-            results.append(run(exchange, rank))
-            assert {int(self.words(other)[rank]) for other in range(len(self.memories))} == {meeting}
-        return results
+        def on_rank(rank: int) -> Any:
+            self.of_thread.rank = rank
+            return work(rank)
+
+        with ThreadPoolExecutor(self.world) as pool:
+            return list(pool.map(on_rank, range(self.world)))
 
 
 @pytest.fixture
-def on_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+def merged(monkeypatch: pytest.MonkeyPatch) -> Callable[[Any, Any], tuple[Any, Any]]:
+    """What `merge_states` gives of these on a GPU, by its kernel."""
+
     class Device:
         num_sms = NUM_SMS
 
-    def launch(kernel: Any, grid: Any, block: Any, shared_memory: int, stream: Any, arguments: Any) -> None:
-        run_push(arguments[0], grid[0], block[0])
+    def launch(source: Any, grid: Any, block: Any, shared_memory: int, stream: Any, arguments: Any) -> None:
+        run_merge_states(tag_of(source), arguments[0], grid[0], block[0])
 
-    monkeypatch.setattr(direct, "describe_device", lambda device_id: Device)
-    monkeypatch.setattr(direct, "load", lambda source, device_id: None)
-    monkeypatch.setattr(direct, "current_stream", lambda array, device_id: 0)
-    monkeypatch.setattr(direct, "launch_kernel", launch)
+    monkeypatch.setattr(merge, "require_supported", lambda device_id: Device)
+    monkeypatch.setattr(merge, "load", lambda source, device_id: source)
+    monkeypatch.setattr(merge, "launch_kernel", launch)
+
+    def merge_states(outs: Any, lses: Any) -> tuple[Any, Any]:
+        out, lse = torch.empty_like(outs[0]), torch.empty_like(lses[0])
+        views = (view(array, "array") for array in (outs, lses, out, lse))
+        merge.merge_views(*views, 0)
+        return out, lse
+
+    return merge_states
+
+
+def normal(rng: np.random.Generator, shape: tuple[int, ...], dtype: Any) -> Any:
+    return torch.from_numpy(rng.standard_normal(shape, np.float32)).to(dtype)
 
 
 @needs_compiler
-@pytest.mark.usefixtures("on_the_cpu")
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("gathered", [False, True])
-@pytest.mark.parametrize("rows", [(1, 1), (5, 3), (7,)], ids=str)
+@pytest.mark.parametrize("rows", [(1, 1), (5, 3), (7,), (40, 2), (0, 1)], ids=str)
 @pytest.mark.parametrize(("world", "own"), [(1, 2), (2, 4), (3, 1)])
 def test_queries_and_results_come_to_whom_they_are_for(
-    world: int, own: int, rows: tuple[int, ...], gathered: bool, dtype: Any
+    world: int,
+    own: int,
+    rows: tuple[int, ...],
+    gathered: bool,
+    dtype: Any,
+    merged: Callable[[Any, Any], tuple[Any, Any]],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    ranks = Ranks(world, rows, own, gathered, dtype)
-    for call in range(2):
-        for queries in ranks.meet(lambda exchange, rank: exchange.gather(ranks.given[rank]), 2 * call + 1):
-            if gathered:
-                torch.testing.assert_close(queries, ranks.q, rtol=0, atol=0)
-        for exchange in ranks.exchanges:  # the last rank's have come by now
-            torch.testing.assert_close(exchange.queries, ranks.q, rtol=0, atol=0)
-        ranks.meet(lambda exchange, rank: exchange._push(exchange._send_results), 2 * call + 2)
-        for rank, exchange in enumerate(ranks.exchanges):
-            of_rank = slice(rank * own, (rank + 1) * own)
-            outs = [other.out[..., of_rank, :] for other in ranks.exchanges]
-            lses = [other.lse[..., of_rank, :] for other in ranks.exchanges]
-            expected = merge_states(outs, lses)
-            out, lse = torch.zeros_like(expected[0]), torch.zeros_like(expected[1])
-            direct.merge_received(*exchange._received, out, lse)
-            for found, wanted in zip((out, lse), expected, strict=True):
-                torch.testing.assert_close(found, wanted, rtol=0, atol=0)
+    """Calls one after the other, of which each has values of its own; ranks wait for nobody but each other."""
+    ranks, calls = Ranks(world, rows, own, gathered, dtype, monkeypatch), range(4)
+    rng = np.random.default_rng(0)
+    q = [normal(rng, (*ranks.every, WIDTH), dtype) for _ in calls]
+    outs = normal(rng, (len(calls), world, *ranks.every, HEAD_DIM_V), dtype)
+    lses = normal(rng, (len(calls), world, *rows[:-1], ranks.every[-1], rows[-1]), torch.float32)
+    lses[:, 0] = torch.where(lses[:, 0] > 1, -torch.inf, lses[:, 0])  # nothing seen
+
+    def work(rank: int) -> list[tuple[Any, Any]]:
+        exchange, results = ranks.exchanges[rank], []
+        pauses = random.Random(rank)
+        for call in calls:
+            time.sleep(pauses.choice([0, 1]) * MAX_PAUSE)
+            queries = exchange.gather(q[call] if gathered else ranks.own_heads(q[call], rank))
+            torch.testing.assert_close(queries, q[call], rtol=0, atol=0)
+            exchange.out.copy_(outs[call, rank])
+            exchange.lse.copy_(lses[call, rank])
+            time.sleep(pauses.choice([0, 1]) * MAX_PAUSE)
+            out_shape, lse_shape = exchange.heads.result_shapes
+            out, lse = torch.full(out_shape, torch.nan, dtype=dtype), torch.full(lse_shape, torch.nan)
+            exchange.finish(out, lse)
+            results.append((out, lse))
+        return results
+
+    for rank, results in enumerate(ranks.together(work)):
+        for call, found in enumerate(results):
+            of_rank = ranks.own_heads(outs[call], rank), ranks.own_heads(lses[call], rank)
+            for one, wanted in zip(found, merged(*of_rank), strict=True):
+                torch.testing.assert_close(one, wanted, rtol=0, atol=0)
 
 
 @needs_compiler
-@pytest.mark.usefixtures("on_the_cpu")
-def test_queries_that_do_not_lie_in_whole_chunks_are_copied() -> None:
-    ranks = Ranks(2, (4, 1), 3, False, torch.float16)
-    padded = torch.zeros(4, 1, 3, WIDTH + 1, dtype=torch.float16)[..., :WIDTH]
-    padded.copy_(ranks.given[1])
-    ranks.given[1] = padded
-    ranks.meet(lambda exchange, rank: exchange.gather(ranks.given[rank]), 1)
-    torch.testing.assert_close(ranks.exchanges[0].queries, ranks.q, rtol=0, atol=0)
+@pytest.mark.parametrize("gathered", [False, True])
+def test_a_quick_rank_spoils_nothing_that_a_slow_one_reads(
+    gathered: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The slow one sees that all have come, and goes on only when the others have long gone on to the next call. Of one
+    CTA each, as here one begins when the one before it has ended.
+    """
+    world, own, rows = 3, 2, (4, 1)
+    ranks = Ranks(world, rows, own, gathered, torch.bfloat16, monkeypatch, num_sms=1)
+    slow = library("Bf16", 1)
+    q = torch.zeros(*rows, world * own if gathered else own, WIDTH, dtype=torch.bfloat16)
+
+    def work(rank: int) -> list[tuple[float, ...]]:
+        exchange, found = ranks.exchanges[rank], []
+        out, lse = (torch.empty_like(ranks.own_heads(array, rank)) for array in (exchange.out, exchange.lse))
+        for call in range(1, 9):
+            queries = exchange.gather(torch.full_like(q, call))
+            exchange.out.copy_(queries[..., :HEAD_DIM_V])
+            exchange.lse.zero_()
+            exchange.finish(out, lse)
+            found.append((call, *(float(value) for value in (out.min(), out.max(), lse.min(), lse.max()))))
+        return found
+
+    slow.host_wait_slowly(20_000)
+    try:
+        of_ranks = ranks.together(work)
+    finally:
+        slow.host_wait_slowly(0)
+    for found in of_ranks:
+        for call, least, most, *lses in found:
+            assert least == most == call
+            assert lses == pytest.approx([np.log(world)] * 2)
+
+
+@needs_compiler
+def test_results_go_where_the_caller_has_room(
+    merged: Callable[[Any, Any], tuple[Any, Any]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Into rows that begin anywhere, and lse of any strides."""
+    ranks = Ranks(2, (4, 3), 3, True, torch.float16, monkeypatch)
+    rng = np.random.default_rng(0)
+    for exchange in ranks.exchanges:
+        exchange.out.copy_(normal(rng, tuple(exchange.out.shape), torch.float16))
+        exchange.lse.copy_(normal(rng, tuple(exchange.lse.shape), torch.float32))
+
+    def work(rank: int) -> tuple[Any, Any]:
+        out = torch.zeros(4, 3, 3, HEAD_DIM_V + 3, dtype=torch.float16)[..., 1:-2]
+        lse = torch.zeros(4, 3, 3, 2)[..., 1].swapaxes(1, 2)
+        ranks.exchanges[rank].finish(out, lse)
+        return out, lse
+
+    for rank, found in enumerate(ranks.together(work)):
+        outs = torch.stack([ranks.own_heads(exchange.out, rank) for exchange in ranks.exchanges])
+        lses = torch.stack([ranks.own_heads(exchange.lse, rank) for exchange in ranks.exchanges])
+        for one, wanted in zip(found, merged(outs, lses), strict=True):
+            torch.testing.assert_close(one, wanted, rtol=0, atol=0)
+
+
+@needs_compiler
+def test_queries_that_do_not_lie_in_whole_chunks_are_copied(monkeypatch: pytest.MonkeyPatch) -> None:
+    ranks = Ranks(2, (4, 1), 3, False, torch.float16, monkeypatch)
+    q = normal(np.random.default_rng(0), (*ranks.every, WIDTH), torch.float16)
+
+    def work(rank: int) -> Any:
+        padded = torch.zeros(4, 1, 3, WIDTH + 1, dtype=torch.float16)[..., :WIDTH]
+        padded.copy_(ranks.own_heads(q, rank))
+        return ranks.exchanges[rank].gather(padded)
+
+    for queries in ranks.together(work):
+        torch.testing.assert_close(queries, q, rtol=0, atol=0)
 
 
 def test_without_gpus_results_go_by_an_all_to_all() -> None:

@@ -14,7 +14,7 @@ from test_schedule import Case, cases, dense
 from cupy_mla.call.shard import MAX_WORLD
 from cupy_mla.errors import InvalidArgumentError
 from cupy_mla.gpu import hopper
-from cupy_mla.kernels import combine, planner, push, structs
+from cupy_mla.kernels import combine, exchange, planner, structs
 from cupy_mla.schedule import make as schedule
 from cupy_mla.schedule import pieces
 from cupy_mla.schedule.make import Schedule, make_schedule
@@ -138,8 +138,9 @@ def test_arrays_may_hold_anything(values: list[int], fixed: bool) -> None:
         "COMBINE_PARAMS",
         "GATHER_COMBINE_PARAMS",
         "MERGE_STATES_PARAMS",
-        "PUSH_ROWS",
+        "MEETINGS",
         "PUSH_PARAMS",
+        "PUSH_MERGE_PARAMS",
     ],
 )
 def test_structs_are_the_same_on_both_sides(name: str) -> None:
@@ -176,7 +177,7 @@ def test_constants_are_the_same_on_both_sides() -> None:
         assert getattr(structs, name) == kernel_constant(name), name
     for name in ("MERGE_STATES_THREADS", "OCTET"):
         assert getattr(combine, name) == kernel_constant(name), name
-    assert push.PUSH_THREADS == kernel_constant("PUSH_THREADS") > MAX_WORLD
+    assert exchange.EXCHANGE_THREADS == kernel_constant("EXCHANGE_THREADS") > MAX_WORLD
     for name in ("PLAN_THREADS", "_JOB_COLUMNS", "_SCRATCH_BYTES", "_SECTION_INTS"):
         assert getattr(planner, name) == kernel_constant(name), name
 

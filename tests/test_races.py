@@ -5,15 +5,16 @@ from __future__ import annotations
 import importlib
 from collections.abc import Iterator
 from pathlib import Path
-from types import ModuleType, SimpleNamespace
+from types import ModuleType
 from typing import Any
 
 import numpy as np
 import pytest
 from fake_gpu import FakeArray, FakeGpu, fake_gpu
-from host_kernels import needs_compiler, run_push
+from host_kernels import needs_compiler, run_push, run_push_merge
 
 from cupy_mla.kernels.choose import FAMILIES, GATHERED_FAMILIES
+from cupy_mla.kernels.exchange import PUSH_SOURCE
 from cupy_mla.kernels.family import DecodeFamily
 from cupy_mla.lab import trial
 from cupy_mla.lab.libraries import CupyLibrary
@@ -115,29 +116,43 @@ def test_shares_have_every_problem_of_a_unit_once(
 def test_rows_that_ranks_hand_to_each_other_come_where_they_are_wanted(
     units: ModuleType, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """By the kernel itself, on the CPU."""
-    uploaded, grids = [], []
+    """By the kernels themselves, on the CPU."""
+    uploaded: list[np.ndarray] = []
+    grids = []
 
     def upload(array: np.ndarray) -> np.ndarray:
-        uploaded.append(array)
-        return array
+        uploaded.append(np.ascontiguousarray(array))
+        return uploaded[-1]
 
-    def launch(kernel: Any, grid: Any, block: Any, shared_memory: int, stream: int, arguments: Any) -> None:
+    def launch(source: Any, grid: Any, block: Any, shared_memory: int, stream: int, arguments: Any) -> None:
         grids.append(grid[0])
-        run_push(arguments[0], grid[0], block[0])
+        if source is PUSH_SOURCE:
+            run_push(arguments[0], grid[0], block[0], 1)
+        else:
+            run_push_merge("Bf16", arguments[0], grid[0], block[0], 1)
 
     monkeypatch.setattr(trial, "_upload", upload)
-    monkeypatch.setattr(units, "describe_device", lambda device_id: SimpleNamespace(num_sms=3))
-    monkeypatch.setattr(units, "load", lambda source, device_id: None)
+    monkeypatch.setattr(units, "load", lambda source, device_id: source)
     monkeypatch.setattr(units, "launch_kernel", launch)
-    units.run_push()
-    values, words, *memories, _, meetings = uploaded
-    assert grids == [6, 6]
-    assert meetings.tolist() == [2, 0]
-    for rank, memory in enumerate(memories):
-        assert memory[:2].tolist() == [units.AHEAD, 2]  # the other's last meeting, and this one's
-        parts = [rows[:, :, 4 * rank : 4 * (rank + 1)].tobytes() for rows in (values, words)]
-        assert memory[4:].tobytes() == b"".join(parts)
+    units.run_exchange()
+    other, mine, _, q, outs, lses, out, lse, *calls = uploaded
+    assert grids == [2] * 4
+    assert [counts.tolist() for counts in calls] == [[2, 2]] * 2
+    queries_end = 4 + q.nbytes // 4 * 2
+    for memory in (other, mine):
+        queries = memory[4:queries_end].view(q.dtype).reshape(3, 5, 14, 576)
+        assert queries[:, :, 7:].tobytes() == q.tobytes()
+        assert not queries[:, :, :7].view(np.uint16).any()  # of the other rank
+    sent = other[queries_end:][: 4 * 105 * 512 // 2].view(outs.dtype).reshape(2, 2, 3, 5, 7, 512)
+    sent_lses = other[queries_end:][4 * 105 * 512 // 2 :].view(np.float32).reshape(2, 2, 3, 5, 7)
+    for call in range(2):
+        assert sent[call, 1].tobytes() == outs[:, :, :7].tobytes()
+        assert sent_lses[call, 1].tobytes() == np.ascontiguousarray(lses[:, :7].swapaxes(1, 2)).tobytes()
+    # The other's results are 0, with an lse of 0.
+    own = lses[:, 7:].astype(np.float64)
+    np.testing.assert_allclose(lse, np.logaddexp(own, 0), 1e-5, 1e-5)
+    weights = (1 / (1 + np.exp(-own))).swapaxes(1, 2)[..., None]
+    np.testing.assert_allclose(out.astype(np.float64), weights * outs[:, :, 7:].astype(np.float64), 1e-2, 1e-6)
 
 
 def test_another_configuration_is_refused(units: ModuleType, gpu: FakeGpu, monkeypatch: pytest.MonkeyPatch) -> None:

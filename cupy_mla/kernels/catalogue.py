@@ -16,10 +16,10 @@ from .append import APPEND_SOURCE, dequantise_source, quantise_source
 from .choose import FAMILIES, GATHERED_FAMILIES
 from .combine import MERGE_STATES_THREADS, combine_source, gathered_combine_source, merge_states_source
 from .copy_pages import UNIT_TYPES, copy_pages_source
+from .exchange import EXCHANGE_THREADS, PUSH_MERGE_TYPES, PUSH_SOURCE, push_merge_source
 from .family import DecodeFamily, KernelConfig
 from .halves import PROBE_SOURCE
 from .planner import PLAN_SOURCE, PLAN_THREADS
-from .push import PUSH_SOURCE, PUSH_THREADS
 from .slots import LOCAL_SLOTS_SOURCE, LOCAL_SLOTS_THREADS, SLOTS_SOURCE, SLOTS_THREADS
 
 
@@ -81,7 +81,11 @@ def all_kernels() -> list[NamedKernel]:
         *(NamedKernel(f"copy_pages_{unit_bytes}", copy_pages_source(unit_bytes)) for unit_bytes in UNIT_TYPES),
         NamedKernel("slots", SLOTS_SOURCE, SLOTS_THREADS),
         NamedKernel("local_slots", LOCAL_SLOTS_SOURCE, LOCAL_SLOTS_THREADS),
-        NamedKernel("push", PUSH_SOURCE, PUSH_THREADS),
+        NamedKernel("push", PUSH_SOURCE, EXCHANGE_THREADS),
+        *(
+            NamedKernel(f"push_merge_{dtype}", push_merge_source(dtype), EXCHANGE_THREADS)
+            for dtype in PUSH_MERGE_TYPES
+        ),
         NamedKernel("probe_latency", PROBE_SOURCE),
     ]
     return [*decode, *combine, *merge, *others]

@@ -4,8 +4,8 @@ DecodeParams is in kernels_cu/decode/params.h, Fp8Params in decode/fp8/params.h,
 decode/gathered/params.h, PlanParams in plan/params.h, the parameters of merges in combine/params.h, the records of a
 plan in core/plan_format.h, AppendParams in cache/append.cu, its parts in cache/places.h, BlocksParams in
 cache/blocks.h, CopyPagesParams in cache/copy_pages.cu, SlotsParams in cache/slots.h, LocalSlotsParams in
-cache/local_slots.cu; tests compare the two sides. Strides are in elements unless said, those of segments, of scales and
-of copied pages in bytes.
+cache/local_slots.cu, PushParams in exchange/push.cu, PushMergeParams in exchange/merge.cu; tests compare the two sides.
+Strides are in elements unless said, those of segments, of scales, of copied pages and of pushed rows in bytes.
 """
 
 from __future__ import annotations
@@ -210,25 +210,41 @@ MERGE_STATES_PARAMS = np.dtype(
         ("aligned", np.int32),
     ]
 )
-PUSH_ROWS = np.dtype(
+MEETINGS = np.dtype(
+    [
+        ("memories", _POINTER),
+        ("flags", np.int64),
+        ("calls", _POINTER),
+        ("world", np.int32),
+        ("rank", np.int32),
+    ]
+)
+PUSH_PARAMS = np.dtype(
     [
         ("from", _POINTER),
-        ("rank_step", np.int64),
         ("from_strides", np.int64, 3),
         ("to", np.int64),
         ("to_strides", np.int64, 3),
         ("sizes", np.int32, 3),
         ("chunks", np.int32),
+        ("meetings", MEETINGS),
     ]
 )
-PUSH_PARAMS = np.dtype(
+PUSH_MERGE_PARAMS = np.dtype(
     [
-        ("values", PUSH_ROWS),
-        ("words", PUSH_ROWS),
-        ("memories", _POINTER),
-        ("meetings", _POINTER),
-        ("world", np.int32),
-        ("rank", np.int32),
+        ("outs", _POINTER),
+        ("lses", _POINTER),
+        ("received_outs", np.int64),
+        ("received_lses", np.int64),
+        ("out", _POINTER),
+        ("out_strides", np.int64, 3),
+        ("lse", _POINTER),
+        ("lse_strides", np.int64, 3),
+        ("sizes", np.int32, 3),
+        ("d_v", np.int32),
+        ("places", np.int32),
+        ("aligned", np.int32),
+        ("meetings", MEETINGS),
     ]
 )
 APPEND_SEGMENT = np.dtype(

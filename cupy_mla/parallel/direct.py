@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import warnings
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -14,19 +15,27 @@ from ..arrays.exchange import empty_like
 from ..arrays.frameworks import current_stream
 from ..call.problem import LSE_DTYPE
 from ..errors import InvalidArgumentError
-from ..gpu.device import describe_device
+from ..gpu.hopper import MAX_SMS
 from ..gpu.jit.module import load
-from ..gpu.launch import launch_kernel
-from ..kernels.push import PUSH_SOURCE, VALUE_BYTES, WORD_BYTES, push_geometry
-from ..kernels.structs import PUSH_PARAMS
+from ..gpu.jit.source import KernelSource
+from ..gpu.launch import Geometry, Launch
+from ..kernels.combine import STORE_ALIGNMENT
+from ..kernels.exchange import (
+    CHUNK_BYTES,
+    PUSH_SOURCE,
+    WORD_BYTES,
+    push_geometry,
+    push_merge_geometry,
+    push_merge_source,
+)
+from ..kernels.structs import PUSH_MERGE_PARAMS, PUSH_PARAMS
 from ..schedule.pieces import ceil_div
-from .exchange import ALL_TO_ALL, DIRECT, HeadExchange, merge_received
+from .exchange import ALL_TO_ALL, DIRECT, HeadExchange
 from .group import CupyGroup, TorchGroup
 from .heads import Heads
 from .host_memory import HostMemory, share_memory
 
 _ALIGNMENT = 128  # bytes, of arrays in the memory
-_MEETING_WORDS = 2
 
 
 def exchange_of(
@@ -53,27 +62,37 @@ def exchange_of(
 
 
 class _Places:
-    """Where things lie in a rank's memory, in bytes: the last meeting of each rank, the rank's own count of meetings,
-    queries of all heads, and what the ranks send, out [world, *rows, heads, head_dim_v] and lse [world, (batch,) heads,
-    tokens].
+    """Where things lie in a rank's memory, in bytes: of meetings over queries and over results each rank's flags and
+    the rank's own counts, one for each CTA; queries of all heads; and what the ranks send, out [turns, world, *rows,
+    heads, head_dim_v] and lse [turns, world, *rows, heads].
+
+    Attributes
+    ----------
+    turns
+        Calls whose results have places of their own. A rank may be a call ahead of another that still merges, unless
+        all meet over queries between.
     """
 
     def __init__(self, heads: Heads) -> None:
-        out_shape, lse_shape = heads.result_shapes
-        item_size, queries = ITEM_SIZES[heads.dtype], 0 if heads.gathered else math.prod(heads.every) * heads.width
-        self.meetings = _aligned(heads.world * WORD_BYTES)
-        self.queries = self.meetings + _aligned(_MEETING_WORDS * WORD_BYTES)
+        self.turns = 2 if heads.gathered else 1
+        results, item_size = self.turns * heads.world * math.prod((*heads.rows, heads.own)), ITEM_SIZES[heads.dtype]
+        queries = 0 if heads.gathered else math.prod(heads.every) * heads.width
+        self.query_flags = 0
+        self.query_calls = self.query_flags + _aligned(MAX_SMS * heads.world * WORD_BYTES)
+        self.result_flags = self.query_calls + _aligned(MAX_SMS * WORD_BYTES)
+        self.result_calls = self.result_flags + _aligned(MAX_SMS * heads.world * WORD_BYTES)
+        self.queries = self.result_calls + _aligned(MAX_SMS * WORD_BYTES)
         self.outs = self.queries + _aligned(queries * item_size)
-        self.lses = self.outs + _aligned(heads.world * math.prod(out_shape) * item_size)
-        self.total = self.lses + _aligned(heads.world * math.prod(lse_shape) * ITEM_SIZES[LSE_DTYPE])
+        self.lses = self.outs + _aligned(results * heads.head_dim_v * item_size)
+        self.total = self.lses + _aligned(results * ITEM_SIZES[LSE_DTYPE])
 
 
 class DirectExchange:
-    """As `HeadExchange`, of ranks that have memory which all of them can store to (kernels_cu/exchange/push.cu).
+    """As `HeadExchange`, of ranks that have memory which all of them can store to (kernels_cu/exchange).
 
-    A call is two meetings, after the queries and after the results: each begins when all ranks have read what came at
-    the one before, so everything has one place. Nothing is copied but what is sent: queries and results go from where
-    they lie, to where they are wanted.
+    A call is two kernels: one that stores queries where all want them, and one that stores results where the ranks of
+    their heads want them, and merges those that come. Queries that are gathered already need the second only. Nothing
+    is copied but what is sent: from where it lies, to where it is wanted.
 
     Attributes
     ----------
@@ -93,85 +112,75 @@ class DirectExchange:
 
     def __init__(self, q: Any, heads: Heads, memory: HostMemory) -> None:
         self.heads, self._memory, self._places = heads, memory, _Places(heads)
-        rows, dtype = heads.rows, heads.dtype
-
-        def part(begin: int, shape: tuple[int, ...], element: Any) -> Any:
-            whole = memory.own[begin:].view(element)
-            return whole[: math.prod(shape)].view(shape)
-
-        type_of_lse = empty_like(q, (0,), LSE_DTYPE).dtype
-        self.queries = q if heads.gathered else part(self._places.queries, (*heads.every, heads.width), q.dtype)
-        self.out = empty_like(q, (*heads.every, heads.head_dim_v), dtype)
+        self._device_id, rows, own = memory.own.device.index, heads.rows, memory.own
+        self.queries = q
+        if not heads.gathered:
+            queries = own[self._places.queries :].view(q.dtype)
+            self.queries = queries[: math.prod(heads.every) * heads.width].view(*heads.every, heads.width)
+        self.out = empty_like(q, (*heads.every, heads.head_dim_v), heads.dtype)
         self.lse = empty_like(q, (*rows[:-1], heads.every[-1], rows[-1]), LSE_DTYPE)
-        out_shape, lse_shape = heads.result_shapes
-        self._received = (
-            part(self._places.outs, (heads.world, *out_shape), q.dtype),
-            part(self._places.lses, (heads.world, *lse_shape), type_of_lse),
-        )
-        self._own_meetings = memory.own.data_ptr() + self._places.meetings
-        self._device_id = memory.own.device.index
-        self._kernel = load(PUSH_SOURCE, self._device_id)
-        self._send_results = self._params()
-        self._fill_results(self._send_results[0])
+        num_rows, self._push = math.prod((*rows, heads.own)), None
+        if not heads.gathered:
+            self._push_params = self._for_push()
+            chunks = num_rows * int(self._push_params["chunks"][0])
+            self._push = self._launch(PUSH_SOURCE, push_geometry(memory.num_sms, chunks), self._push_params)
+        self._merge_params, geometry = self._for_merge(), push_merge_geometry(memory.num_sms, num_rows)
+        self._push_merge = self._launch(push_merge_source(heads.dtype), geometry, self._merge_params)
 
     def gather(self, q: Any) -> Any:
-        """Queries for a call, of all ranks; what others still read, nobody writes to before they are there."""
-        params, heads = self._params(), self.heads
-        if not heads.gathered:
-            item_size = ITEM_SIZES[heads.dtype]
-            if q.stride(-1) != 1 or any(stride * item_size % VALUE_BYTES for stride in q.stride()[:-1]):
-                q = q.contiguous()
-            row_bytes = heads.width * item_size
-            begin = self._places.queries + heads.rank * heads.own * row_bytes
-            _fill(params[0]["values"], q, self.queries, begin, row_bytes // VALUE_BYTES, rank_step=0)
-        self._push(params)
-        return self.queries if not heads.gathered else q
+        """Queries for a call, of all ranks."""
+        if self._push is None:
+            return q
+        item_size, params = ITEM_SIZES[self.heads.dtype], self._push_params
+        if q.stride(-1) != 1 or any(stride * item_size % CHUNK_BYTES for stride in q.stride()[:-1]):
+            q = q.contiguous()
+        params["from"] = q.data_ptr()
+        params["from_strides"] = _three([stride * item_size for stride in q.stride()[:-1]], 0)
+        self._push(current_stream(q, self._device_id))
+        return self.queries
 
     def finish(self, out: Any, lse: Any) -> None:
         """As `HeadExchange.finish`."""
-        self._push(self._send_results)
-        merge_received(*self._received, out, lse)
+        params, step = self._merge_params, STORE_ALIGNMENT // ITEM_SIZES[self.heads.dtype]
+        strides = out.stride()[:-1]
+        params["out"], params["lse"] = out.data_ptr(), lse.data_ptr()
+        params["out_strides"] = _three(strides, 0)
+        *of_batch, of_head, of_token = lse.stride()
+        params["lse_strides"] = _three([*of_batch, of_token, of_head], 0)
+        params["aligned"] = not any(stride % step for stride in strides) and not out.data_ptr() % STORE_ALIGNMENT
+        self._push_merge(current_stream(out, self._device_id))
 
-    def _params(self) -> npt.NDArray[Any]:
-        """Of a meeting at which nothing is handed over."""
-        params = np.zeros(1, PUSH_PARAMS)
-        params["memories"], params["meetings"] = self._memory.addresses.data_ptr(), self._own_meetings
-        params["world"], params["rank"] = self.heads.world, self.heads.rank
-        params["values"]["chunks"] = params["words"]["chunks"] = 1  # no rows have any number
+    def _for_push(self) -> npt.NDArray[Any]:
+        heads, params = self.heads, np.zeros(1, PUSH_PARAMS)
+        row_bytes, item_size = heads.width * ITEM_SIZES[heads.dtype], ITEM_SIZES[heads.dtype]
+        params["to"] = self._places.queries + heads.rank * heads.own * row_bytes
+        params["to_strides"] = _three([stride * item_size for stride in self.queries.stride()[:-1]], 0)
+        params["sizes"], params["chunks"] = _three([*heads.rows, heads.own], 1), row_bytes // CHUNK_BYTES
+        self._say_where_to_meet(params, self._places.query_flags, self._places.query_calls)
         return params
 
-    def _fill_results(self, params: Any) -> None:
-        heads, (outs, lses) = self.heads, self._received
-        out_row, lse_row = heads.head_dim_v * ITEM_SIZES[heads.dtype], heads.rows[-1] * ITEM_SIZES[LSE_DTYPE]
-        of_rank = self._places.outs + heads.rank * outs.stride(0) * outs.element_size()
-        chunks = out_row // VALUE_BYTES
-        _fill(params["values"], self._own(self.out), outs[0], of_rank, chunks, rank_step=heads.own * out_row)
-        of_rank = self._places.lses + heads.rank * lses.stride(0) * lses.element_size()
-        chunks = lse_row // WORD_BYTES
-        _fill(params["words"], self._own(self.lse), lses[0], of_rank, chunks, rank_step=heads.own * lse_row)
+    def _for_merge(self) -> npt.NDArray[Any]:
+        heads, places, params = self.heads, self._places, np.zeros(1, PUSH_MERGE_PARAMS)
+        params["outs"], params["lses"] = self.out.data_ptr(), self.lse.data_ptr()
+        params["received_outs"], params["received_lses"], params["places"] = places.outs, places.lses, places.turns
+        params["sizes"], params["d_v"] = _three([*heads.rows, heads.own], 1), heads.head_dim_v
+        self._say_where_to_meet(params, places.result_flags, places.result_calls)
+        return params
 
-    def _own(self, array: Any) -> Any:
-        """The first rank's part of [..., world * heads, n]."""
-        return array[..., : self.heads.own, :]
+    def _say_where_to_meet(self, params: npt.NDArray[Any], flags: int, calls: int) -> None:
+        meetings = params["meetings"]
+        meetings["memories"], meetings["flags"] = self._memory.addresses.data_ptr(), flags
+        meetings["calls"] = self._memory.own.data_ptr() + calls
+        meetings["world"], meetings["rank"] = self.heads.world, self.heads.rank
 
-    def _push(self, params: npt.NDArray[Any]) -> None:
-        parts = params[0]["values"], params[0]["words"]
-        most = max(math.prod(map(int, rows["sizes"])) * int(rows["chunks"]) for rows in parts)
-        geometry = push_geometry(describe_device(self._device_id).num_sms, most)
-        stream = current_stream(self.out, self._device_id)
-        launch_kernel(self._kernel, geometry.grid, geometry.block, geometry.shared_memory, stream, (params,))
+    def _launch(self, source: KernelSource, geometry: Geometry, params: npt.NDArray[Any]) -> Launch:
+        kernel, shape = load(source, self._device_id), (geometry.grid, geometry.block, geometry.shared_memory)
+        return Launch(kernel, *shape, (params,), programmatic=True)
 
 
-def _fill(rows: Any, source: Any, target: Any, begin: int, chunks: int, *, rank_step: int) -> None:
-    """A PUSH_ROWS, from a tensor [..., n] to where an equal part of one lies; ``begin`` is that part's place."""
-    sizes, steps = tuple(source.shape[:-1]), tuple(source.stride()[:-1])
-    to_steps = tuple(target.stride()[:-1])
-    missing = 3 - len(sizes)
-    rows["from"], rows["rank_step"], rows["to"] = source.data_ptr(), rank_step, begin
-    rows["sizes"] = (*[1] * missing, *sizes)
-    rows["from_strides"] = (*[0] * missing, *(step * source.element_size() for step in steps))
-    rows["to_strides"] = (*[0] * missing, *(step * target.element_size() for step in to_steps))
-    rows["chunks"] = chunks
+def _three(values: Sequence[int], missing: int) -> tuple[int, ...]:
+    """Of (batch, token, head), of which ragged queries have no batch."""
+    return (*[missing] * (3 - len(values)), *values)
 
 
 def _aligned(size: int) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import socket
+from collections import Counter
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,11 +23,15 @@ class HostMemory:
         [world] int64, a tensor on the device.
     handle
         What keeps the memory of the others mapped.
+    num_sms
+        SMs that a kernel of each rank may wait on for the others: all of the smallest GPU, or, where several ranks are
+        on one, so many of its SMs that the others still have some when all but one wait.
     """
 
     own: Any
     addresses: Any
     handle: Any
+    num_sms: int
 
 
 def share_memory(ranks: TorchGroup, size: int, like: Any) -> HostMemory | str:
@@ -34,10 +39,17 @@ def share_memory(ranks: TorchGroup, size: int, like: Any) -> HostMemory | str:
 
     A collective of all ranks, which waits for the device.
     """
-    problem = _agree(ranks, _why_not(ranks, like))
+    problem = _agree(ranks, None if like.is_cuda else f"tensors are on {like.device.type}")
     if problem is not None:
         return problem
     torch = torch_module(FEATURE)
+    gpu = torch.cuda.get_device_properties(like.device)
+    uuid = str(getattr(gpu, "uuid", None))  # torch that does not say it has no symmetric memory either
+    gpus = ranks.gather_objects((socket.gethostname(), uuid, gpu.multi_processor_count))
+    num_hosts = len({host for host, _, _ in gpus})
+    if num_hosts > 1:
+        return f"ranks are on {num_hosts} hosts"
+    num_sms = min(sms // ranks_on_gpu for (*_, sms), ranks_on_gpu in Counter(gpus).items())
     memory: HostMemory | None = None
     try:
         import torch.distributed._symmetric_memory as symmetric_memory
@@ -46,21 +58,14 @@ def share_memory(ranks: TorchGroup, size: int, like: Any) -> HostMemory | str:
         own.zero_()
         torch.cuda.synchronize(like.device)
         handle = symmetric_memory.rendezvous(own, ranks.process_group)
-        memory = HostMemory(own, torch.tensor(handle.buffer_ptrs, dtype=torch.int64, device=like.device), handle)
+        addresses = torch.tensor(handle.buffer_ptrs, dtype=torch.int64, device=like.device)
+        memory = HostMemory(own, addresses, handle, num_sms)
         mine = None
     except (AttributeError, ImportError, RuntimeError) as error:  # an old torch does not have it, or not all of it
         mine = f"torch's symmetric memory: {error}"
     # Also: nobody stores to what another has not cleared yet.
     problem = _agree(ranks, mine)
     return memory if problem is None and memory is not None else str(problem)
-
-
-def _why_not(ranks: TorchGroup, like: Any) -> str | None:
-    """Why this rank shares no memory with the others, as far as it can tell alone."""
-    if not like.is_cuda:
-        return f"tensors are on {like.device.type}"
-    hosts = ranks.gather_objects(socket.gethostname())
-    return f"ranks are on {len(set(hosts))} hosts" if len(set(hosts)) > 1 else None
 
 
 def _agree(ranks: TorchGroup, problem: str | None) -> str | None:

@@ -135,6 +135,7 @@ struct RowStates {
     bool aligned;
     i32 second = 0;
     static constexpr bool kHasSink = false;
+    MLA_DEVICE const u8* out_of(i32 state) const { return outs + state * out_stride; }
     MLA_DEVICE f32 lse_of(i32 state) const { return lses[state * lse_stride]; }
     // Which octets of the row the caller's first and second are.
     MLA_DEVICE void select(i32, i32) {}
@@ -182,7 +183,7 @@ struct PartialMerge {
             lses[i] = states.lse_of(state);
 #pragma unroll
             for (i32 j = 0; j < kOctets; ++j)
-                octets[i][j].load(states.outs + state * states.out_stride + j * states.second, states.aligned);
+                octets[i][j].load(states.out_of(state) + j * states.second, states.aligned);
         }
 #pragma unroll
         for (i32 i = 0; i < kBatch; ++i) {

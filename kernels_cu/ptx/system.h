@@ -4,9 +4,6 @@
 
 namespace mla {
 
-// What this thread wrote before, and what it knows that others have written, is there for whoever sees what it writes after.
-MLA_DEVICE void fence_system() { asm volatile("fence.acq_rel.sys;" ::: "memory"); }
-
 MLA_DEVICE void store_release_system(u32* address, u32 value) {
     asm volatile("st.release.sys.global.u32 [%0], %1;" ::"l"(address), "r"(value) : "memory");
 }

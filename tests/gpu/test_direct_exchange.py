@@ -12,6 +12,8 @@ from cases_dense import DenseCase, frobenius_error
 from direct_ranks import LENGTHS, SHORTER, TOPK, Call, on_rank
 from gloo_ranks import Ranks
 
+from cupy_mla.gpu.hopper import MAX_SMS
+from cupy_mla.kernels.exchange import WORD_BYTES
 from cupy_mla.lab.shards import shards_of
 from cupy_mla.parallel import cp_decode, direct, plan_cp_decode
 from cupy_mla.parallel.group import TorchGroup
@@ -37,13 +39,15 @@ class SharedMemory:
             self.memories = [torch.zeros(size, dtype=torch.uint8, device="cuda") for _ in range(self.world)]
             pointers = [memory.data_ptr() for memory in self.memories]
             self.addresses = torch.tensor(pointers, dtype=torch.int64, device="cuda")
-        return HostMemory(self.memories[ranks.rank], self.addresses, None)
+        num_sms = torch.cuda.get_device_properties(like.device).multi_processor_count // self.world
+        return HostMemory(self.memories[ranks.rank], self.addresses, None, num_sms)
 
-    def fill(self, meeting: int) -> None:
+    def fill(self, meeting: int, places: direct._Places) -> None:
         """As if all had come to so many meetings; and this process to none."""
         for memory in self.memories:
             memory.zero_()
-            memory[: self.world * 4].view(torch.int32).fill_(meeting)
+            for flags in (places.query_flags, places.result_flags):
+                memory[flags:][: MAX_SMS * self.world * WORD_BYTES].view(torch.int32).fill_(meeting)
         torch.cuda.synchronize()
 
 
@@ -84,7 +88,8 @@ def test_ranks_on_streams(
                 cp_decode(*inputs, **named, plan=plan, out=results[0], lse=results[1])
 
         ranks.append((work, results))
-    shared.fill(COME)
+    places = plan._exchange._places
+    shared.fill(COME, places)
     for work, _ in ranks:  # kernels are loaded while nobody waits for another
         work()
     torch.cuda.synchronize()
@@ -92,7 +97,7 @@ def test_ranks_on_streams(
     for graph, (work, _) in zip(graphs, ranks, strict=True):
         with torch.cuda.graph(graph, capture_error_mode="relaxed"):
             work()
-    shared.fill(0)
+    shared.fill(0, places)
     for lengths in (LENGTHS, SHORTER, LENGTHS):
         gpu.assign(total, gpu.upload(np.array(lengths, np.int32)))
         torch.cuda.synchronize()

@@ -18,6 +18,7 @@
 #include "decode/gathered/params.h"
 #include "decode/fp8/params.h"
 #include "decode/params.h"
+#include "exchange/merge.cu"
 #include "exchange/push.cu"
 #include "plan/plan.cu"
 
@@ -61,6 +62,12 @@ void host_local_slots(const mla::LocalSlotsParams* params, unsigned grid, unsign
 void host_push(const mla::PushParams* params, unsigned grid, unsigned block, bool reverse) {
     host_cuda::launch(grid, block, reverse, [=] { mla_push(*params); });
 }
+
+void host_push_merge(const mla::PushMergeParams* params, unsigned grid, unsigned block, bool reverse) {
+    host_cuda::launch(grid, block, reverse, [=] { mla_push_merge(*params); });
+}
+
+void host_wait_slowly(unsigned microseconds) { mla::load_microseconds = microseconds; }
 
 int host_claimed_part(bool second, int half_parts, int other_parts, int spare, int half_before, int other_before) {
     return mla::claimed_part(second, half_parts, other_parts, spare, half_before, other_before);
@@ -170,12 +177,19 @@ int struct_layout(const char* name, int index) {
           offsetof(GatherParams, extra_kv), offsetof(GatherParams, extra_kv_stride_head),
           offsetof(GatherParams, extra_indices), offsetof(GatherParams, extra_indices_stride_batch),
           offsetof(GatherParams, extra_kv_stride_page), offsetof(GatherParams, extra_kv_stride_token)}},
-        {"PUSH_ROWS",
-         {sizeof(PushRows), offsetof(PushRows, from), offsetof(PushRows, rank_step), offsetof(PushRows, from_stride0),
-          offsetof(PushRows, to), offsetof(PushRows, to_stride0), offsetof(PushRows, size0), offsetof(PushRows, chunks)}},
+        {"MEETINGS",
+         {sizeof(Meetings), offsetof(Meetings, memories), offsetof(Meetings, flags), offsetof(Meetings, calls),
+          offsetof(Meetings, world), offsetof(Meetings, rank)}},
         {"PUSH_PARAMS",
-         {sizeof(PushParams), offsetof(PushParams, values), offsetof(PushParams, words), offsetof(PushParams, memories),
-          offsetof(PushParams, meetings), offsetof(PushParams, world), offsetof(PushParams, rank)}},
+         {sizeof(PushParams), offsetof(PushParams, from), offsetof(PushParams, from_stride0), offsetof(PushParams, to),
+          offsetof(PushParams, to_stride0), offsetof(PushParams, size0), offsetof(PushParams, chunks),
+          offsetof(PushParams, meetings)}},
+        {"PUSH_MERGE_PARAMS",
+         {sizeof(PushMergeParams), offsetof(PushMergeParams, outs), offsetof(PushMergeParams, lses),
+          offsetof(PushMergeParams, received_outs), offsetof(PushMergeParams, received_lses),
+          offsetof(PushMergeParams, out), offsetof(PushMergeParams, out_stride0), offsetof(PushMergeParams, lse),
+          offsetof(PushMergeParams, lse_stride0), offsetof(PushMergeParams, size0), offsetof(PushMergeParams, d_v),
+          offsetof(PushMergeParams, places), offsetof(PushMergeParams, aligned), offsetof(PushMergeParams, meetings)}},
         {"MERGE_STATES_PARAMS",
          {sizeof(MergeStatesParams), offsetof(MergeStatesParams, outs), offsetof(MergeStatesParams, outs_stride_state),
           offsetof(MergeStatesParams, lses), offsetof(MergeStatesParams, lses_stride_state),
@@ -196,7 +210,7 @@ int kernel_constant(const char* name) {
     const std::vector<std::pair<const char*, int>> constants = {
         {"PLAN_THREADS", kPlanThreads},
         {"MERGE_STATES_THREADS", kMergeStatesThreads},
-        {"PUSH_THREADS", kPushThreads},
+        {"EXCHANGE_THREADS", kExchangeThreads},
         {"TILE_TOKENS", kTileTokens},
         {"TILE_COST", kTileCost},
         {"_WHOLE_SHARE", kWholeShare},

@@ -1,0 +1,168 @@
+// Hands each rank what this one computed for its heads, and merges what comes for its own. A CTA has the same rows on all
+// ranks: it stores a round of them in the others' memories, tells the others' CTAs, and while that is on its way merges the
+// round before. So what is merged has just come, and nobody waits for more than that.
+#include "combine/merge_octets.h"
+#include "exchange/meetings.h"
+#include "ptx/launch.h"
+
+namespace mla {
+
+using Element = MLA_DTYPE;  // Bf16 or Fp16
+constexpr i32 kOctetQuads = kOctet * Element::kBytes / static_cast<i32>(sizeof(uint4));
+constexpr i32 kExchangeWarps = kExchangeThreads / kWarpThreads;
+constexpr i32 kRoundTasks = 2 * kExchangeWarps;  // chunks of rows in a round
+
+// Rows are [size0, size1, heads]: (batch, token, head), or of ragged queries (0, token, head). T is the kernel's type.
+// Strides in elements. cupy_mla/kernels/structs.py mirrors it; a test compares the two.
+struct PushMergeParams {
+    const u8* outs;     // T [size0, size1, world * heads, d_v]: of all heads, over this rank's tokens
+    const f32* lses;    // [size0, world * heads, size1]
+    i64 received_outs;  // bytes from the start of a rank's memory: T [places, world, rows, d_v], by the rank that sent it
+    i64 received_lses;  // f32 [places, world, rows]
+    u8* out;            // T [size0, size1, heads, d_v]
+    i64 out_stride0, out_stride1, out_stride2;
+    f32* lse;  // [size0, size1, heads]
+    i64 lse_stride0, lse_stride1, lse_stride2;
+    i32 size0, size1, heads;
+    i32 d_v;      // a multiple of 8
+    i32 places;   // that calls take in turn
+    i32 aligned;  // 1: every row of out begins at a multiple of 16 bytes
+    Meetings meetings;
+};
+
+static_assert(sizeof(PushMergeParams) == 12 * sizeof(i64) + 6 * sizeof(i32) + sizeof(Meetings), "no padding");
+
+// States of one row, one of each rank: this rank's own lies where it was computed.
+struct RankStates : RowStates {
+    i64 own_offset;  // bytes from outs
+    f32 own_lse;
+    i32 rank;
+    MLA_DEVICE const u8* out_of(i32 state) const { return state == rank ? outs + own_offset : RowStates::out_of(state); }
+    MLA_DEVICE f32 lse_of(i32 state) const { return state == rank ? own_lse : RowStates::lse_of(state); }
+};
+
+// What comes to a rank's memory for one call.
+struct Received {
+    u8* outs;
+    f32* lses;
+    i64 rows, row_bytes;
+
+    MLA_DEVICE u8* out_of(i32 rank, i64 row) const { return outs + (rank * rows + row) * row_bytes; }
+    MLA_DEVICE f32* lse_of(i32 rank, i64 row) const { return lses + rank * rows + row; }
+};
+
+// A call of one CTA.
+struct CtaExchange {
+    const PushMergeParams& params;
+    i64 rows, row_bytes;
+    RowChunks chunks;
+    i64 first_row;
+    i32 tasks;  // chunks of its rows
+
+    MLA_DEVICE CtaExchange(const PushMergeParams& params)
+        : params(params),
+          rows(static_cast<i64>(params.size0) * params.size1 * params.heads),
+          row_bytes(params.d_v * Element::kBytes),
+          chunks(rows, params.d_v, static_cast<i64>(gridDim.x) * kExchangeWarps, kSectorOctets<Element>),
+          first_row(rows * blockIdx.x / gridDim.x),
+          tasks(static_cast<i32>(rows * (blockIdx.x + 1) / gridDim.x - first_row) * chunks.chunks_of_row) {}
+
+    MLA_DEVICE Received received_by(i32 rank, u32 place) const {
+        u8* const memory = params.meetings.memory_of(rank);
+        const i64 first = static_cast<i64>(place) * params.meetings.world * rows;
+        return {memory + params.received_outs + first * row_bytes,
+                reinterpret_cast<f32*>(memory + params.received_lses) + first, rows, row_bytes};
+    }
+};
+
+// A warp's task: a chunk of a row.
+struct RowChunk {
+    i64 row;
+    i32 index0, index1, head;
+    i32 chunk;
+
+    MLA_DEVICE RowChunk(const CtaExchange& cta, i32 task) {
+        const i32 row_of_cta = task / cta.chunks.chunks_of_row;
+        chunk = task - row_of_cta * cta.chunks.chunks_of_row;
+        row = cta.first_row + row_of_cta;
+        const i64 token = row / cta.params.heads;
+        head = static_cast<i32>(row - token * cta.params.heads);
+        index0 = static_cast<i32>(token / cta.params.size1);
+        index1 = static_cast<i32>(token - static_cast<i64>(index0) * cta.params.size1);
+    }
+
+    // The same row of a rank's heads, among those of all heads.
+    MLA_DEVICE const u8* out_for(const CtaExchange& cta, i32 rank) const {
+        const i64 token = static_cast<i64>(index0) * cta.params.size1 + index1;
+        return cta.params.outs + ((token * cta.params.meetings.world + rank) * cta.params.heads + head) * cta.row_bytes;
+    }
+
+    MLA_DEVICE f32 lse_for(const CtaExchange& cta, i32 rank) const {
+        const i64 of_all = (static_cast<i64>(index0) * cta.params.meetings.world + rank) * cta.params.heads + head;
+        return cta.params.lses[of_all * cta.params.size1 + index1];
+    }
+
+    // Quads of all ranks are dealt out to the lanes, so that short chunks go to many ranks at once. The first chunk of a row
+    // brings its lse.
+    MLA_DEVICE void push(const CtaExchange& cta, u32 place, i32 lane) const {
+        const Meetings& meetings = cta.params.meetings;
+        const i32 width = cta.chunks.octets_of_chunk * kOctetQuads;
+        const i32 begin = chunk * width, end = min_i32(begin + width, cta.params.d_v / kOctet * kOctetQuads);
+        for (i32 i = lane; i < (meetings.world - 1) * width; i += kWarpThreads) {
+            const i32 turn = i / width, quad = begin + i - turn * width;
+            if (quad >= end) continue;
+            const i32 rank = meetings.rank_after(turn + 1);
+            const Received received = cta.received_by(rank, place);
+            const uint4* const from = reinterpret_cast<const uint4*>(out_for(cta, rank));
+            reinterpret_cast<uint4*>(received.out_of(meetings.rank, row))[quad] = from[quad];
+            if (quad == 0) *received.lse_of(meetings.rank, row) = lse_for(cta, rank);
+        }
+    }
+
+    MLA_DEVICE void merge(const CtaExchange& cta, const Received& received, i32 lane) const {
+        const PushMergeParams& params = cta.params;
+        const i32 rank = params.meetings.rank;
+        const u8* const outs = received.out_of(0, row);
+        const RowStates all{outs, cta.rows * cta.row_bytes, received.lse_of(0, row), cta.rows, params.meetings.world, true};
+        const RankStates states{all, out_for(cta, rank) - outs, lse_for(cta, rank), rank};
+        merge_chunk<Element, Element>(states, cta.chunks, chunk, params.d_v, lane, [&] {
+            const i64 out = index0 * params.out_stride0 + index1 * params.out_stride1 + head * params.out_stride2;
+            const i64 lse = index0 * params.lse_stride0 + index1 * params.lse_stride1 + head * params.lse_stride2;
+            u8* const to = params.out + out * Element::kBytes;
+            return RowTarget{to, params.lse + lse, params.aligned != 0, minus_infinity()};
+        });
+    }
+};
+
+}  // namespace mla
+
+// grid: no more CTAs than there are rows, and than there is room for at once; block: kExchangeThreads; no dynamic shared
+// memory.
+extern "C" __global__ void __launch_bounds__(mla::kExchangeThreads)
+mla_push_merge(const __grid_constant__ mla::PushMergeParams params) {
+    using namespace mla;
+    const Meetings& meetings = params.meetings;
+    const i32 lane = threadIdx.x % kWarpThreads;
+    const i32 warp = threadIdx.x / kWarpThreads;
+    const CtaExchange cta(params);
+    const i32 rounds = ceil_div(cta.tasks, kRoundTasks);
+    const u32 call = meetings.calls[blockIdx.x];
+    const u32 before = call * rounds;  // meetings
+    const u32 place = call % params.places;
+    const Received received = cta.received_by(meetings.rank, place);
+    pdl_wait();
+    for (i32 round = 0; round <= rounds; ++round) {
+        const i32 end = min_i32((round + 1) * kRoundTasks, cta.tasks), begin = round * kRoundTasks + warp;
+        if (round < rounds) {
+            for (i32 task = begin; task < end; task += kExchangeWarps) RowChunk(cta, task).push(cta, place, lane);
+            meetings.tell(before + round + 1);
+        }
+        if (round > 0) {
+            meetings.wait(before + round);
+            const i32 end_before = min_i32(round * kRoundTasks, cta.tasks);
+            for (i32 task = begin - kRoundTasks; task < end_before; task += kExchangeWarps)
+                RowChunk(cta, task).merge(cta, received, lane);
+        }
+    }
+    meetings.count_call();
+}
