@@ -69,23 +69,23 @@ def family_of(unit: str) -> DecodeFamily:
     return next(family for family in ALL_FAMILIES if family.name == unit)
 
 
-def run_unit(unit: str, every: bool, share: tuple[int, int]) -> None:
+def run_unit(unit: str, every: bool, share: tuple[int, int], calls: int) -> None:
     """What the tool watches."""
     index, of = share
-    for problem in problems_of(unit, every)[index::of]:
+    for problem in problems_of(unit, every, calls)[index::of]:
         problem()
     CUPY.synchronize()
 
 
-def problems_of(unit: str, every: bool) -> list[Callable[[], None]]:
-    """What a unit runs, one after the other; each knows nothing of the others."""
+def problems_of(unit: str, every: bool, calls: int = 1) -> list[Callable[[], None]]:
+    """What a unit runs, one after the other; each knows nothing of the others. ``calls`` are made with each plan."""
     if unit == AROUND:
         return [run_around, run_exchange]
     if unit == CACHE:
         return [run_cache]
     if unit == SHARDS:
         return [
-            partial(run_gathered_shard if config.family in GATHERED_FAMILIES else run_shard, config)
+            partial(run_gathered_shard if config.family in GATHERED_FAMILIES else run_shard, config, calls)
             for config in all_sharded_configs()
         ]
     if unit == HAZARDS:
@@ -94,7 +94,7 @@ def problems_of(unit: str, every: bool) -> list[Callable[[], None]]:
         ]
     family = family_of(unit)
     run = run_gathered if family in GATHERED_FAMILIES else run_dense
-    return [partial(run, config) for config in (distinct_configs if every else typical_configs)(family)]
+    return [partial(run, config, calls) for config in (distinct_configs if every else typical_configs)(family)]
 
 
 def typical_configs(family: DecodeFamily) -> Iterator[KernelConfig]:
@@ -188,12 +188,12 @@ def dense_arrays(config: KernelConfig, lengths: tuple[int, ...] = LENGTHS) -> tu
     return arrays, options
 
 
-def run_dense(config: KernelConfig) -> None:
+def run_dense(config: KernelConfig, calls: int = 1) -> None:
     arrays, options = dense_arrays(config)
     for split in (None, 64):
         plan = plan_decode(*arrays, **options, kernel=config.family.name, fixed_split_tokens=split)
         check_config(plan, config)
-        for _ in range(2):
+        for _ in range(calls):
             mla_decode(*arrays, **options, plan=plan)
 
 
@@ -206,7 +206,7 @@ def check_config(plan: Any, config: KernelConfig) -> None:
         raise RuntimeError(f"{config.name} was wanted, {runs.name} runs")
 
 
-def run_shard(config: KernelConfig) -> None:
+def run_shard(config: KernelConfig, calls: int = 1) -> None:
     lengths = np.array(LENGTHS, np.int32)
     shares = local_lengths(lengths, *SHARDING.values())
     arrays, options = dense_arrays(config, tuple(map(int, shares)))
@@ -214,7 +214,7 @@ def run_shard(config: KernelConfig) -> None:
     for split in (None, 64):
         plan = plan_decode(*arrays, **options, kernel=config.family.name, fixed_split_tokens=split)
         check_config(plan, config)
-        for _ in range(2):
+        for _ in range(calls):
             mla_decode(*arrays, **options, plan=plan)
 
 
@@ -251,24 +251,24 @@ def without(options: dict[str, Any], beginning: str) -> dict[str, Any]:
     return {name: value for name, value in options.items() if not name.startswith(beginning)}
 
 
-def run_gathered(config: KernelConfig) -> None:
+def run_gathered(config: KernelConfig, calls: int = 1) -> None:
     arrays, options = gathered_arrays(config)
-    run_planned(config, arrays, options)
+    run_planned(config, arrays, options, calls)
     run_prefill(config.family, arrays, options)
 
 
-def run_gathered_shard(config: KernelConfig) -> None:
+def run_gathered_shard(config: KernelConfig, calls: int = 1) -> None:
     arrays, options = gathered_arrays(config)
-    run_planned(config, arrays, options | {"cp_world": SHARDING["cp_world"]})
+    run_planned(config, arrays, options | {"cp_world": SHARDING["cp_world"]}, calls)
 
 
-def run_planned(config: KernelConfig, arrays: list[Any], options: dict[str, Any]) -> None:
+def run_planned(config: KernelConfig, arrays: list[Any], options: dict[str, Any], calls: int) -> None:
     for split in (None, 64):
         plan = plan_sparse_decode(
             *arrays, **without(options, "attn_sink"), kernel=config.family.name, fixed_split_tokens=split
         )
         check_config(plan, config)
-        for _ in range(2):
+        for _ in range(calls):
             mla_sparse_decode(*arrays, **options, plan=plan)
 
 

@@ -18,7 +18,6 @@ import sys
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor, as_completed
-from contextlib import nullcontext
 from dataclasses import replace
 from typing import Any
 
@@ -53,8 +52,8 @@ SUMMARY = re.compile(
     r"(?:ERROR SUMMARY: (\d+) error|RACECHECK SUMMARY: .*\((\d+) errors?, (\d+) warning)"
 )
 SANITIZER_SECONDS = 300
-SHARE_PROBLEMS = 16  # that a process runs one after the other
-RACECHECK_BYTES = 50 << 30  # of the host, at most, for one unit; without them Linux kills it
+SHARE_PROBLEMS, RACECHECK_PROBLEMS = 16, 2  # that a process runs one after the other; racecheck takes 3 GB for each
+CALLS, RACECHECK_CALLS = 2, 1  # with each plan; racecheck, which looks at launches one by one, takes seconds for each
 THREADS, BYSTANDER, SWITCH_SECONDS = 4, 8192, 1e-5
 WORD_BYTES, BLOCKS, BLOCK_THREADS = 4, 64, 256
 COUNT_DIFFERENT = r"""
@@ -75,16 +74,17 @@ WHERE = ("host", "pool", "device")
 @click.option("--every", is_flag=True, help="All standard configurations, not one a family; memcheck by default.")
 @click.option(
     "--jobs", type=click.IntRange(min=1), default=4, show_default=True,
-    help="Families at once; racecheck has as many as there is memory for.",
+    help="Processes at once; each of racecheck's takes up to 8 GB of host memory, and two cores.",
 )
 @click.option("--repeats", type=click.IntRange(min=1), help="Without a tool: equal bits of one problem.")
 @click.option("--calls", type=click.IntRange(min=1), help="Without a tool: memory over so many calls.")
 @click.option("--work", type=click.Choice(UNITS), hidden=True, help="What runs under the tool.")
 @click.option("--share", type=(int, int), default=(0, 1), hidden=True, help="Which share of it, and of how many.")
+@click.option("--calls-each", type=click.IntRange(min=1), default=1, hidden=True, help="Of its calls with each plan.")
 @click.pass_context
 def main(
     ctx: click.Context, families: tuple[str, ...], tools: tuple[str, ...], every: bool, jobs: int,
-    repeats: int | None, calls: int | None, work: str | None, share: tuple[int, int],
+    repeats: int | None, calls: int | None, work: str | None, share: tuple[int, int], calls_each: int,
 ) -> None:  # fmt: skip
     if calls and families:
         raise click.UsageError("--calls takes no families: it has calls of its own.")
@@ -92,7 +92,7 @@ def main(
         import cupy
 
         cupy.cuda.set_allocator(None)  # arrays with memory of their own: the tools see what lies beyond one's end
-        run_unit(work, every, share)
+        run_unit(work, every, share, calls_each)
         return
     found = 0
     if repeats or calls:
@@ -111,19 +111,17 @@ def run_tools(tools: tuple[str, ...], units: list[str], every: bool, jobs: int) 
     """Print a line for each unit and tool, and return how many have errors or did not run."""
     sanitizer = shutil.which("compute-sanitizer") or "/usr/local/cuda/bin/compute-sanitizer"
     compile_for(units, every)
-    memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    racechecks = threading.BoundedSemaphore(max(1, memory // RACECHECK_BYTES))
     found = 0
 
     def run(tool: str, unit: str, share: tuple[int, int]) -> tuple[int, str]:
         """How many errors, -1 if it did not run; and what there is to say."""
         command = [sanitizer, "--tool", tool, "--target-processes", "all", sys.executable, __file__, "--work", unit]
-        command += ["--every"] * every + ["--share", *map(str, share)]
-        with racechecks if tool == "racecheck" else nullcontext():
-            try:
-                done = subprocess.run(command, capture_output=True, text=True, timeout=SANITIZER_SECONDS)
-            except subprocess.TimeoutExpired:
-                return -1, f"not done after {SANITIZER_SECONDS} s"
+        calls = RACECHECK_CALLS if tool == "racecheck" else CALLS
+        command += ["--every"] * every + ["--share", *map(str, share), "--calls-each", str(calls)]
+        try:
+            done = subprocess.run(command, capture_output=True, text=True, timeout=SANITIZER_SECONDS)
+        except subprocess.TimeoutExpired:
+            return -1, f"not done after {SANITIZER_SECONDS} s"
         summary = SUMMARY.findall(done.stdout)
         if done.returncode or not summary:
             return -1, f"exit code {done.returncode}\n{(done.stdout + done.stderr)[-600:]}"
@@ -135,7 +133,7 @@ def run_tools(tools: tuple[str, ...], units: list[str], every: bool, jobs: int) 
             pool.submit(run, tool, unit, share): (tool, unit, share)
             for tool in tools
             for unit in units
-            for share in shares_of(unit, every)
+            for share in shares_of(unit, every, tool)
         }
         for future in as_completed(work):
             (tool, unit, (index, of)), (count, text) = work[future], future.result()
@@ -149,9 +147,10 @@ def run_tools(tools: tuple[str, ...], units: list[str], every: bool, jobs: int) 
     return found
 
 
-def shares_of(unit: str, every: bool) -> list[tuple[int, int]]:
+def shares_of(unit: str, every: bool, tool: str) -> list[tuple[int, int]]:
     """Which share of how many each process runs of a unit."""
-    count = ceil_div(len(problems_of(unit, every)), SHARE_PROBLEMS)
+    most = RACECHECK_PROBLEMS if tool == "racecheck" else SHARE_PROBLEMS
+    count = ceil_div(len(problems_of(unit, every)), most)
     return [(index, count) for index in range(count)]
 
 

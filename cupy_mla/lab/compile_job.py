@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from ..errors import CompilationError, InvalidArgumentError
 from ..gpu.jit import compiler
-from ..gpu.jit.module import get_cubin
+from ..gpu.jit.module import find_cubin, get_cubin
 from ..kernels.catalogue import NamedKernel, all_kernels
 from .processes import new_processes
 
@@ -58,14 +58,14 @@ def select_kernels(patterns: Sequence[str]) -> list[NamedKernel]:
 
 
 def compile_all(kernels: Sequence[NamedKernel], jobs: int, *, fresh: bool = False) -> Iterator[KernelReport]:
-    """Compile kernels, or find them in the cache, and report on each as it is done.
+    """Find kernels in the cache, compile the others, and report on each as it is done.
 
     Parameters
     ----------
     kernels
         What to compile.
     jobs
-        How many processes; 1 compiles in this one.
+        How many processes compile; 1: this one.
     fresh
         Compile also what the cache has. The result is only reported on, not kept.
 
@@ -75,21 +75,31 @@ def compile_all(kernels: Sequence[NamedKernel], jobs: int, *, fresh: bool = Fals
         There is no compiler.
     """
     compiler.compiler_version()  # without a compiler, fail once and not for each kernel
-    jobs = min(jobs, len(kernels))
+    missing = []
+    for kernel in kernels:
+        found = None if fresh else find_cubin(kernel.source)
+        if found is None:
+            missing.append(kernel)
+        else:
+            yield _report(kernel, found)
+    jobs = min(jobs, len(missing))
     if jobs <= 1:
-        yield from (_compile(kernel, fresh) for kernel in kernels)
+        yield from (_compile(kernel, fresh) for kernel in missing)
         return
     with new_processes(jobs) as pool:
-        futures = [pool.submit(_compile, kernel, fresh) for kernel in kernels]
+        futures = [pool.submit(_compile, kernel, fresh) for kernel in missing]
         for future in as_completed(futures):
             yield future.result()
 
 
 def _compile(kernel: NamedKernel, fresh: bool) -> KernelReport:
     try:
-        compiled = compiler.compile_source(kernel.source) if fresh else get_cubin(kernel.source)
+        return _report(kernel, compiler.compile_source(kernel.source) if fresh else get_cubin(kernel.source))
     except CompilationError as error:
         return KernelReport(kernel, problems=(str(error),))
+
+
+def _report(kernel: NamedKernel, compiled: compiler.CompiledKernel) -> KernelReport:
     usage = compiled.usage
     return KernelReport(
         kernel,

@@ -89,6 +89,21 @@ def get_cubin(source: KernelSource, *, cache_dir: Path | None = None, root: Path
             return cache.fetch(key, build, cache_dir, lambda: _describe(source, version, root))
 
 
+def find_cubin(source: KernelSource) -> CompiledKernel | None:
+    """Return a kernel's cubin if the disk cache has it; compiles nothing.
+
+    Raises
+    ------
+    CompilationError
+        The entry file cannot be read, or NVRTC is too old.
+    MissingDependencyError
+        cuda-bindings or the NVRTC library is not installed.
+    """
+    from . import cache, compiler
+
+    return cache.read_entry(get_settings().cache_dir, digest(source, compiler.compiler_version()))
+
+
 def load(source: KernelSource, device_id: int) -> LoadedKernel:
     """Return a kernel loaded on a GPU; the same object whenever it is asked for again.
 
