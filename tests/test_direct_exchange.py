@@ -24,7 +24,7 @@ from cupy_mla.decode import merge  # noqa: E402
 from cupy_mla.parallel import cp_decode, direct, plan_cp_decode  # noqa: E402
 from cupy_mla.parallel.group import TorchGroup  # noqa: E402
 from cupy_mla.parallel.heads import Heads  # noqa: E402
-from cupy_mla.parallel.host_memory import HostMemory  # noqa: E402
+from cupy_mla.parallel.host_memory import HostMemory, sms_to_wait_on  # noqa: E402
 
 pytestmark = pytest.mark.timeout(120)  # of ranks that wait for each other
 WIDTH, HEAD_DIM_V = 128, 64
@@ -242,6 +242,21 @@ def test_queries_that_do_not_lie_in_whole_chunks_are_copied(monkeypatch: pytest.
 
     for queries in ranks.together(work):
         torch.testing.assert_close(queries, q, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize(
+    ("gpus", "expected"),
+    [
+        (["a"], 132),
+        (["a", "b"], 132),
+        (["a", "small"], 114),
+        (["a", "a"], 66),
+        (["a", "b", "b", "b"], 44),
+    ],
+    ids=str,
+)
+def test_all_ranks_have_as_many_ctas_and_leave_others_on_their_gpu_some_sms(gpus: list[str], expected: int) -> None:
+    assert sms_to_wait_on([("host", gpu, 114 if gpu == "small" else 132) for gpu in gpus]) == expected
 
 
 def test_without_gpus_results_go_by_an_all_to_all() -> None:

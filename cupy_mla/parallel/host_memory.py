@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import socket
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -49,7 +50,7 @@ def share_memory(ranks: TorchGroup, size: int, like: Any) -> HostMemory | str:
     num_hosts = len({host for host, _, _ in gpus})
     if num_hosts > 1:
         return f"ranks are on {num_hosts} hosts"
-    num_sms = min(sms // ranks_on_gpu for (*_, sms), ranks_on_gpu in Counter(gpus).items())
+    num_sms = sms_to_wait_on(gpus)
     memory: HostMemory | None = None
     try:
         import torch.distributed._symmetric_memory as symmetric_memory
@@ -66,6 +67,11 @@ def share_memory(ranks: TorchGroup, size: int, like: Any) -> HostMemory | str:
     # Also: nobody stores to what another has not cleared yet.
     problem = _agree(ranks, mine)
     return memory if problem is None and memory is not None else str(problem)
+
+
+def sms_to_wait_on(gpus: Sequence[tuple[Any, Any, int]]) -> int:
+    """`HostMemory.num_sms`, of each rank's host, GPU and that GPU's SMs."""
+    return min(sms // ranks_on_gpu for (*_, sms), ranks_on_gpu in Counter(gpus).items())
 
 
 def _agree(ranks: TorchGroup, problem: str | None) -> str | None:
