@@ -253,6 +253,38 @@ def test_equal_lengths(batch: int, tiles: int, items: int, tiles_of_piece: int) 
     assert set((plan.items[:, 3] - plan.items[:, 2]).tolist()) == {tiles_of_piece}
 
 
+@settings(deadline=None)
+@given(
+    *(st.integers(0, 70), st.integers(0, 70), st.integers(1, 40)),
+    *(st.integers(1, 60), st.integers(0, 60), st.integers(0, 40), st.booleans()),
+)
+def test_where_no_length_varies_a_shape_knows_that_nothing_is_cut(
+    batch: int, tiles: int, num_parts: int, piece: int, more: int, merge: int, packs: bool
+) -> None:
+    cost = PieceCosts(piece, piece + more, merge, packs)
+    shape = ScheduleShape(num_parts, 1, 16, 16, 1, batch, 1, tiles * TILE_TOKENS, cost=cost, lengths_vary=False)
+    plan = make_schedule(shape, None)
+    assert len(plan.merges) <= shape.max_merges
+    assert len(plan.items) <= shape.max_items
+    assert plan.num_slots <= shape.max_slots
+
+
+@pytest.mark.parametrize("batch", [0, 1, 126, 128, 131, 132, 250, 256, 1024])
+def test_shapes_that_know_that_nothing_is_cut(batch: int) -> None:
+    tiles = 1 if batch == 1 else 32
+    known = dense(batch, max_seqlen_k=tiles * TILE_TOKENS, lengths_vary=False)
+    assert (known.max_merges, known.max_items, known.max_slots) == (0, batch, 0)
+    assert len(make_schedule(known, None).items) == batch
+    varying = dense(batch, max_seqlen_k=32 * TILE_TOKENS)
+    assert (varying.max_merges > 0) == (batch > 0)
+
+
+def test_half_as_many_requests_as_parts_may_be_cut_though_no_length_varies() -> None:
+    shape = dense(64, max_seqlen_k=32 * TILE_TOKENS, lengths_vary=False)
+    assert len(make_schedule(shape, None).merges) == 64
+    assert shape.max_merges == 64
+
+
 @pytest.mark.parametrize(("batch", "tiles", "items"), [(1, 2, 1), (1, 3, 3), (32, 3, 96), (64, 2, 64), (64, 3, 64)])
 def test_short_requests_are_cut_for_16_rows_where_that_is_faster(batch: int, tiles: int, items: int) -> None:
     """Measured; kernels_cu/TRIED.md has the times."""

@@ -407,3 +407,20 @@ def test_topk_0_needs_no_merge(gpu: FakeGpu) -> None:
     arrays = {**without(decode_arrays(gpu), "topk_length"), "indices": gpu.array((4, 2, 0), "int32")}
     mla_sparse_decode(**arrays)
     assert [launched.kernel for launched in gpu.take()] == ["plan", "gathered"]
+
+
+def test_requests_that_surely_stay_whole_need_no_merge(gpu: FakeGpu) -> None:
+    """As many as 128 of 2048 tokens each do, on 132 SMs; with lengths, which nobody knows, they may not."""
+    q, kv_cache = gpu.array((128, 1, 16, 576)), gpu.array((9, 64, 1, 576))
+    indices, lengths = gpu.array((128, 1, 2048), "int32"), gpu.array((128,), "int32")
+    plan = plan_sparse_decode(q, kv_cache, indices)
+    assert plan.shape is not None
+    assert plan.shape.num_parts == 132
+    assert plan.shape.max_slots == 0
+    mla_sparse_decode(q, kv_cache, indices, plan=plan)
+    assert [launched.kernel for launched in gpu.take()] == ["plan", "gathered"]
+    mla_sparse_decode(q, kv_cache, indices, topk_length=lengths)
+    assert [launched.kernel for launched in gpu.take()] == ["plan", "gathered", "combine_gathered"]
+    half = [gpu.array((64, *array.shape[1:]), array.dtype) for array in (q, indices)]
+    mla_sparse_decode(half[0], kv_cache, half[1])
+    assert [launched.kernel for launched in gpu.take()] == ["plan", "gathered", "combine_gathered"]

@@ -47,6 +47,7 @@ def sparse_schedule_shape(
         requests_per_length=keys.tokens_per_length or 1,
         max_extra_k=keys.extra_topk,
         requests_per_extra_length=keys.extra_tokens_per_length or 1,
+        lengths_vary=keys.tokens_per_length is not None or keys.extra_tokens_per_length is not None,
     )
 
 

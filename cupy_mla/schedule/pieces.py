@@ -111,6 +111,19 @@ def divide(tiles: list[int], fixed_tiles: int, num_parts: int, cost: PieceCosts)
     return _place_fixed([[count] for count in tiles], budget, cost), budget
 
 
+def stay_whole(num_jobs: int, tiles: int, num_parts: int, cost: PieceCosts) -> bool:
+    """Whether `divide` surely cuts none of so many jobs of so many tiles each: even if cuts left every part equally
+    full, whole jobs would not be much worse. Found without a search, so it may cut none where this is False.
+    """
+    whole = tiles * TILE_COST + cost.piece_overhead
+    return ceil_div(num_jobs, num_parts) * whole <= _most_whole(ceil_div(num_jobs * whole, num_parts), cost)
+
+
+def _most_whole(best_cut: int, cost: PieceCosts) -> int:
+    """The largest budget with which jobs are left whole, if with cuts they would need this one."""
+    return best_cut + cost.merge_overhead + best_cut // _WHOLE_SHARE
+
+
 def _place(tiles: list[int], budget: int, cost: PieceCosts) -> list[Piece]:
     """Fill part after part with jobs in their order; they may be cut where a budget ends."""
     part, left = 0, budget
@@ -245,7 +258,7 @@ def _budget(tiles: Int64Array, num_parts: int, cost: PieceCosts) -> tuple[int, b
     else:
         best_cut = int(with_cuts[_parts_with_cuts(tiles, with_cuts, cost) <= num_parts].min())
     lowest_whole = max(mean, int(whole_costs.max(initial=0)))
-    highest_whole = best_cut + cost.merge_overhead + best_cut // _WHOLE_SHARE
+    highest_whole = _most_whole(best_cut, cost)
     if lowest_whole <= highest_whole and _parts_whole(whole_costs, np.array([highest_whole]))[0] <= num_parts:
         return _smallest_whole(whole_costs, lowest_whole, highest_whole, num_parts), False
     return best_cut, True

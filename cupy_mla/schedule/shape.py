@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from ..call.shard import Shard
 from ..errors import InvalidArgumentError
-from .pieces import MAX_OVERHEAD, TILE_COST, TILE_TOKENS, PieceCosts, ceil_div
+from .pieces import MAX_OVERHEAD, TILE_COST, TILE_TOKENS, PieceCosts, ceil_div, stay_whole
 
 MAX_BLOCKS_PER_JOB = 8
 HEAD_BLOCK_SHIFT = 16
@@ -58,6 +58,8 @@ class ScheduleShape:
         What pieces cost besides their tiles.
     requests_per_length, requests_per_extra_length
         Requests, one after the other, that share a length, and that share a length of the second list.
+    lengths_vary
+        Whether requests may be shorter than ``max_seqlen_k`` and ``max_extra_k``.
     shard
         Which tokens of whole requests the keys are, if a causal mask goes by places in these: lengths are those of
         whole requests then, but not ``max_seqlen_k``. None: the keys are all there are.
@@ -84,6 +86,7 @@ class ScheduleShape:
     requests_per_length: int = 1
     max_extra_k: int | None = None
     requests_per_extra_length: int = 1
+    lengths_vary: bool = True
     shard: Shard | None = None
 
     def __post_init__(self) -> None:
@@ -156,6 +159,9 @@ class ScheduleShape:
     @property
     def _max_cuts(self) -> int:
         """Most cuts, when jobs are cut only where one part ends and the next begins."""
+        is_known = not self.lengths_vary and not self._has_mask
+        if is_known and stay_whole(self.max_jobs, self.max_tiles, self.num_parts, self.cost):
+            return 0
         return min(self.num_parts - 1, self.max_jobs * max(self.max_tiles - 1, 0))
 
     @property
