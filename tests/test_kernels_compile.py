@@ -24,6 +24,7 @@ from cupy_mla.kernels.catalogue import all_kernels, standard_configs
 from cupy_mla.kernels.choose import FAMILIES
 from cupy_mla.kernels.combine import combine_source, gathered_combine_source
 from cupy_mla.kernels.family import ColumnParts, KernelConfig
+from cupy_mla.kernels.fp8 import FP8_SPLIT64
 from cupy_mla.kernels.gathered import GATHERED_WIDE64, GatheredConfig
 from cupy_mla.kernels.gathered_fp8 import GATHERED_FP8_NARROW16, GATHERED_FP8_NARROW32
 from cupy_mla.kernels.gathered_fp8_wide import GATHERED_FP8_WIDE64
@@ -118,6 +119,12 @@ OTHER_CONFIGS += SCALED_CONFIGS
 # Masks that go by places in whole requests, of which the cache has a shard: in every kernel of dense decode.
 OTHER_CONFIGS += [
     replace(next(config for config in family.standard_configs() if config.causal), sharded=True) for family in FAMILIES
+]
+# These have no register to spare.
+OTHER_CONFIGS += [
+    KernelConfig(WIDE64, 512, 64, "bfloat16", 64, True, sharded=True),
+    KernelConfig(WIDE64, 512, 64, "bfloat16", 64, True, scale_parts=ColumnParts(256, 2), refined=True, sharded=True),
+    KernelConfig(FP8_SPLIT64, 512, 64, "bfloat16", 64, True, sharded=True),
 ]
 # What the narrow kernels have of a shard: partial results with powers of two.
 SHARE_CONFIGS = [

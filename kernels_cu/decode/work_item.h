@@ -2,7 +2,6 @@
 #pragma once
 #include "decode/config.h"
 #include "decode/params.h"
-#include "ptx/warp.h"
 
 namespace mla {
 
@@ -34,6 +33,10 @@ struct BlockWork {
 // so share them in L2. The number comes from a special register, not from one that the accumulators need.
 MLA_DEVICE i32 block_in_job() { return blockIdx.x; }
 
+// core/shard.h; a kernel whose registers the plan's address would cost says it otherwise.
+template <class Params>
+MLA_DEVICE u32 shard_of(const Params& params) { return plan_header(params.plan)->shard; }
+
 // The planner leaves out tiles that the whole job may not see; a row block of a causal job may still be given a tile that
 // is hidden from all its rows, and masks it.
 template <class Params>
@@ -50,9 +53,7 @@ MLA_DEVICE BlockWork planned_block_work(const Params& params, i32 item_index) {
     work.seqlen_k = b.x;
     if constexpr (kSharded) {
         work.total_k = b.x;
-        i32 begin = 0;
-        pin_register(begin);  // else some kernels keep the address, in two registers that they do not have
-        work.shard = plan_header(params.plan + begin)->shard;
+        work.shard = shard_of(params);
         work.seqlen_k = unpack_shard(work.shard).count(b.x);
     }
     work.seqlen_q = b.y;
@@ -62,7 +63,8 @@ MLA_DEVICE BlockWork planned_block_work(const Params& params, i32 item_index) {
     return work;
 }
 
-MLA_DEVICE BlockWork load_block_work(const DecodeParams& params, i32 item_index) {
+template <class Params>
+MLA_DEVICE BlockWork load_block_work(const Params& params, i32 item_index) {
     return planned_block_work(params, item_index);
 }
 
