@@ -1,9 +1,7 @@
 // The by-value parameters of the kernel for e4m3 caches: those of every decode kernel, and the scales of the cache.
 // cupy_mla/kernels/structs.py mirrors Fp8Params; a test compares the two.
 #pragma once
-#include "core/plan_format.h"
 #include "decode/params.h"
-#include "ptx/warp.h"
 
 namespace mla {
 
@@ -18,13 +16,5 @@ struct Fp8Params : DecodeParams {
     MLA_DEVICE f32 rope_scale() const { return rope_scale_at ? *rope_scale_at : rope_scale_value; }
     MLA_DEVICE f32 rope_ratio() const { return rope_scale() / latent_scale(); }
 };
-
-// As of every kernel (decode/work_item.h), but with the plan's address worked out anew each time: kept, it takes two registers
-// that the kernel for 64 rows does not have.
-MLA_DEVICE u32 shard_of(const Fp8Params& params) {
-    i32 begin = 0;
-    pin_register(begin);
-    return plan_header(params.plan + begin)->shard;
-}
 
 }  // namespace mla

@@ -2,6 +2,7 @@
 #pragma once
 #include "core/row_power.h"
 #include "decode/fp8/params.h"
+#include "decode/fp8/shard.h"
 #include "decode/fp8/smem.h"
 #include "decode/narrow/store.h"
 #include "ptx/convert_fp8.h"
