@@ -44,6 +44,7 @@ _TURN_REGISTERS = (128, 152, 104)
 _TURN_ROWS = 16
 _MAX_LATENT_DIM = 512  # of the output, in the registers of the values warpgroup
 _MAX_GROUP_BOXES = 4
+_RING_BOXES = 18  # with a plan, where two tiles are not more
 _BUFFERS = 2  # of P and of what goes with it
 _WARPS = 4  # of a warpgroup
 _WORD_BYTES = 4
@@ -77,13 +78,13 @@ class GatheredNarrowFamily(DecodeFamily):
         if widths[0] > _MAX_LATENT_DIM:
             return f"takes latent widths up to {_MAX_LATENT_DIM}, not {widths[0]}"
         boxes = sum(widths) // BOX_COLUMNS
-        if any(self._groups(boxes, turns) * _group_boxes(boxes) < boxes for turns in {False, self.rows == _TURN_ROWS}):
+        if any(self._groups(boxes, planned) * _group_boxes(boxes) < boxes for planned in (False, True)):
             return f"has no room for a tile of widths {widths[0]} and {widths[1]}"
         return why_not_dense(problem)
 
     def roles(self, config: KernelConfig) -> tuple[Role, ...]:
         """Three warpgroups, or four."""
-        takes_turns = self._takes_turns(config)
+        takes_turns = self._takes_turns(_is_planned(config))
         warpgroups = _TURN_WARPGROUPS if takes_turns else _WARPGROUPS
         registers = _TURN_REGISTERS if takes_turns else self.registers
         return tuple(
@@ -93,7 +94,7 @@ class GatheredNarrowFamily(DecodeFamily):
 
     def source(self, config: KernelConfig) -> KernelSource:
         """One of two kernels."""
-        if not self._takes_turns(config):
+        if not self._takes_turns(_is_planned(config)):
             return DecodeFamily.source(self, config)
         return KernelSource(_PREFILL_ENTRY, _PREFILL_FUNCTION, self.defines(config))
 
@@ -108,8 +109,8 @@ class GatheredNarrowFamily(DecodeFamily):
     def shared_memory(self, config: KernelConfig) -> int:
         """The total of decode/gathered/narrow_smem.h: as many groups of KV boxes as fit, most beside a merge."""
         boxes = (config.latent_dim + config.rope_dim) // BOX_COLUMNS
-        takes_turns = self._takes_turns(config)
-        return self._fixed_bytes(boxes, takes_turns) + self._groups(boxes, takes_turns) * _group_bytes(boxes)
+        planned = _is_planned(config)
+        return self._fixed_bytes(boxes, self._takes_turns(planned)) + self._groups(boxes, planned) * _group_bytes(boxes)
 
     def defines(self, config: KernelConfig) -> tuple[tuple[str, str], ...]:
         """The macros of decode/config.h and decode/gathered/work.h."""
@@ -127,9 +128,8 @@ class GatheredNarrowFamily(DecodeFamily):
             if planned or not float_partials
         ] + dense_extra_configs(self)  # fmt: skip
 
-    def _takes_turns(self, config: KernelConfig) -> bool:
-        assert isinstance(config, GatheredConfig)
-        return not config.planned and self.rows == _TURN_ROWS
+    def _takes_turns(self, planned: bool) -> bool:
+        return not planned and self.rows == _TURN_ROWS
 
     def _fixed_bytes(self, boxes: int, takes_turns: bool) -> int:
         """All but the ring: queries, P, what goes between warps and between warpgroups."""
@@ -143,11 +143,19 @@ class GatheredNarrowFamily(DecodeFamily):
         # The second warpgroup's own exchange; two barriers for turns and two for queries; maxima; what is handed over.
         return fixed + exchange + 4 * BARRIER_BYTES + of_rows + _HANDED_ITEMS * (2 * exchange + of_rows)
 
-    def _groups(self, boxes: int, takes_turns: bool) -> int:
+    def _groups(self, boxes: int, planned: bool) -> int:
         """Groups in the ring."""
+        takes_turns = self._takes_turns(planned)
         spared = 0 if takes_turns else hopper.CTA_SHARED_BYTES
         room = hopper.MAX_SHARED_BYTES - spared - self._fixed_bytes(boxes, takes_turns)
-        return max(room, 0) // _group_bytes(boxes)
+        groups = max(room, 0) // _group_bytes(boxes)
+        wanted = max(_RING_BOXES, 2 * boxes) // _group_boxes(boxes)
+        return min(groups, wanted) if planned else groups
+
+
+def _is_planned(config: KernelConfig) -> bool:
+    assert isinstance(config, GatheredConfig)
+    return config.planned
 
 
 def _group_boxes(boxes: int) -> int:

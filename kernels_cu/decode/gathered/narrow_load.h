@@ -24,8 +24,32 @@ MLA_DEVICE u32 read_valid(u32 smem, const GroupRing& ring, u32 warp, u32 lane) {
     return __shfl_sync(kFullWarp, valid, 0);
 }
 
+// Whether the first item is what was read ahead of the wait for the kernel ahead.
+constexpr bool kOpensEarly = kIsPlanned && kRows == 16;
+
+// `next_work` from the CTA's first item on.
+MLA_DEVICE BlockWork first_work(const GatherParams& params, const Items& items, i32& item) {
+    item = items.first();
+    if (!kOpensEarly || !items.opened().has_tiles()) return next_work(params, items, item);
+    item += items.step();
+    return items.opened();
+}
+
 class TokenLoader {
 public:
+    static constexpr bool kOpensEarly = mla::kOpensEarly;
+
+    // While the kernel ahead may still run: indices and Q of the first item to L2, as a hint.
+    static MLA_DEVICE void prefetch_first(const GatherParams& params, const BlockWork& work, u32 thread) {
+        if (!work.has_tiles()) return;
+        prefetch_query(params, work, thread);
+        if (kHasBlockTable) return;
+        constexpr i32 kLineIndices = 128 / sizeof(i32);
+        const TokenRun tokens = tokens_from(params, work, work.tile_begin);
+        for (i32 place = thread * kLineIndices; place < tokens.left; place += kLoaderWarps * kWarpThreads * kLineIndices)
+            prefetch_to_l2(tokens.indices + place);
+    }
+
     // `thread` counts the loader threads.
     MLA_DEVICE TokenLoader(const GatherParams& params, const Items& items, u32 smem, u32 thread)
         : params_(params), items_(items), smem_(smem), warp_(thread / kWarpThreads), lane_(thread % kWarpThreads) {
@@ -36,15 +60,15 @@ public:
 
     // Indices are read one tile ahead, also across items: their latency hides behind the copies of a tile.
     MLA_DEVICE void run() {
-        i32 item = items_.first();
-        BlockWork work = next_work(params_, items_, item);
+        i32 item;
+        BlockWork work = first_work(params_, items_, item);
         i32 slot = read(work, work.tile_begin);
         while (work.has_tiles()) {
             const BlockWork next = next_work(params_, items_, item);
             if (kTakesTurns)
                 load_query(work);
             else if (next.has_tiles())
-                prefetch_query(next);
+                prefetch_query(params_, next, warp_ * kWarpThreads + lane_);
             for (i32 tile = work.tile_begin; tile < work.tile_end; ++tile) {
                 const bool is_last = tile + 1 == work.tile_end;
                 const i32 next_slot = is_last ? read(next, next.tile_begin) : read(work, tile + 1);
@@ -61,11 +85,11 @@ private:
     static constexpr u32 kPasses = kWarpTokens / kPassTokens;
     static_assert(2 * kPassTokens == kAtomRows, "the swizzle of a lane's rows is one of two");
 
-    // A hint: Q of the next item to L2, which the scores warpgroup waits for between two items.
-    MLA_DEVICE void prefetch_query(const BlockWork& work) const {
-        for (u32 line = warp_ * kWarpThreads + lane_; line < kRows * kTileBoxes; line += kLoaderWarps * kWarpThreads) {
+    // A hint: Q of an item to L2, which the scores warpgroup waits for.
+    static MLA_DEVICE void prefetch_query(const GatherParams& params, const BlockWork& work, u32 thread) {
+        for (u32 line = thread; line < kRows * kTileBoxes; line += kLoaderWarps * kWarpThreads) {
             const u32 box = line % kTileBoxes;
-            const QueryRow row = query_row(params_, work, line / kTileBoxes, 0);
+            const QueryRow row = query_row(params, work, line / kTileBoxes, 0);
             if (row.exists)
                 prefetch_to_l2(box < kLatentBoxes ? row.latent + box * kBoxColumns
                                                   : row.rope + (box - kLatentBoxes) * kBoxColumns);

@@ -38,4 +38,9 @@ constexpr u32 kGroupBytes = kGroupBoxes * kBoxBytes;
 constexpr u32 kTileGroups = kTileBoxes / kGroupBoxes;
 static_assert(kTileGroups <= kWarpThreads, "one lane per group of a tile releases it");
 
+// Groups in the ring, if there is room. With a plan no more than two tiles of 576 columns: what a decode reads comes from HBM,
+// which is the slower the more is on its way. TRIED_GATHERED_DECODE.md: up to 2%.
+constexpr u32 kRingBoxes = 18;
+constexpr u32 kRingGroups = kTileBoxes > kRingBoxes / 2 ? 2 * kTileGroups : kRingBoxes / kGroupBoxes;
+
 }  // namespace mla

@@ -13,8 +13,8 @@ public:
 
     // Items that have tiles. Q of the next is on its way once QK of an item's last tile is done.
     MLA_DEVICE void run(const Items& items) {
-        i32 item = items.first();
-        BlockWork work = next_work(params_, items, item);
+        i32 item;
+        BlockWork work = first_work(params_, items, item);
         if (work.has_tiles()) copy_query(work);
         while (work.has_tiles()) {
             const BlockWork next = next_work(params_, items, item);

@@ -26,7 +26,8 @@ struct GatheredNarrowSmem {
                                        turn_bytes + kClaimBytes;
     static constexpr u32 valid_bytes = kLoaderWarps * sizeof(u32);
     static constexpr u32 group_bytes = kGroupBytes + 2 * sizeof(u64) + valid_bytes;
-    static constexpr u32 groups = (kSharedBytes - fixed_bytes) / group_bytes;
+    static constexpr u32 fitting_groups = (kSharedBytes - fixed_bytes) / group_bytes;
+    static constexpr u32 groups = MLA_PLANNED && kRingGroups < fitting_groups ? kRingGroups : fitting_groups;
 
     static constexpr u32 ring = 0;
     static constexpr u32 query = ring + groups * kGroupBytes;

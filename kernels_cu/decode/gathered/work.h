@@ -83,19 +83,30 @@ MLA_DEVICE QueryRow query_row(const GatherParams& params, const BlockWork& work,
 // left to keep them in.
 class Items {
 public:
-    // All threads call this, once; the first one runs `prepare`. decode/entry.h
     template <class Prepare>
     MLA_DEVICE Items(const GatherParams& params, u8* slot, Prepare prepare)
+        : Items(params, slot, prepare, [](const BlockWork&) {}) {}
+
+    // All threads call this, once; the first one runs `prepare`. decode/entry.h. With a plan that is settled all run `ahead` of the
+    // first item while the kernel ahead of this one may still run.
+    template <class Prepare, class Ahead>
+    MLA_DEVICE Items(const GatherParams& params, u8* slot, Prepare prepare, Ahead ahead)
         : params_(params), part_(reinterpret_cast<volatile i32*>(slot) + 1) {
         if constexpr (kIsPlanned) {
             const i32 part = enter(params, slot, prepare) - plan_part_begin(params.plan);
             if (threadIdx.x == 0) *part_ = part;
+            const i32 item = plan_part_begin(params.plan)[part];
+            if (item < plan_part_begin(params.plan)[part + 1]) opened_ = load_block_work(params, item);
+            if (params.plan_is_settled) ahead(opened_);
             pdl_wait();
         } else {
             if (threadIdx.x == 0) prepare();
         }
         __syncthreads();
     }
+
+    // With a plan the first item, read ahead of the wait. It lies in registers: roles ask for it as they begin, or not at all.
+    MLA_DEVICE const BlockWork& opened() const { return opened_; }
 
     MLA_DEVICE i32 first() const { return kIsPlanned ? plan_part_begin(params_.plan)[*part_] : blockIdx.y; }
     MLA_DEVICE i32 end() const { return kIsPlanned ? plan_part_begin(params_.plan)[*part_ + 1] : params_.num_tokens; }
@@ -104,6 +115,7 @@ public:
 private:
     const GatherParams& params_;
     volatile i32* part_;
+    BlockWork opened_{};
 };
 
 }  // namespace mla
