@@ -1,7 +1,8 @@
 """The speed of what writes, copies and converts pages of a KV cache on one Hopper GPU, beside its memory's bandwidth.
 
-Bytes are those that must be read and written, each once. The target is 80% of the bandwidth on large batches; one
-decode step's append for 128 requests is to take less than 5 us. Exits with 1 if one of them is missed.
+Bytes are those that must be read and written, each once. Tokens are appended in pages that lie anywhere, as those of
+prompts are; "scattered", each to a place of its own, is the worst that can come. The target is 80% of the bandwidth on
+large batches; one decode step's append for 128 requests is to take less than 5 us. Exits with 1 if one is missed.
 """
 
 from __future__ import annotations
@@ -82,6 +83,7 @@ def operations(layout: CacheLayout) -> list[tuple[str, Callable[[Any], object], 
     value_bytes = width * values.element_size()
     slots = torch.randperm(LARGE_TOKENS, device="cuda")
     order = torch.randperm(num_pages, device="cuda", dtype=torch.int32)
+    in_pages = (order.long()[:, None] * PAGE_SIZE + torch.arange(PAGE_SIZE, device="cuda")).view(-1)
     some = slots[:STEP_TOKENS].contiguous()
     other = new_cache()
     made: list[tuple[str, Callable[[Any], object], Any, int]] = [
@@ -93,6 +95,12 @@ def operations(layout: CacheLayout) -> list[tuple[str, Callable[[Any], object], 
         ),
         (
             "append",
+            lambda rows: append_tokens(cache, rows, in_pages, **named),
+            values.view(-1, width),
+            LARGE_TOKENS * (token + value_bytes),
+        ),
+        (
+            "append scattered",
             lambda rows: append_tokens(cache, rows, slots, **named),
             values.view(-1, width),
             LARGE_TOKENS * (token + value_bytes),

@@ -57,6 +57,7 @@ OTHER_UNITS = (AROUND, CACHE, SHARDS, HAZARDS)
 ALL_FAMILIES = (*FAMILIES, *GATHERED_FAMILIES)
 UNITS = (*(family.name for family in ALL_FAMILIES), *OTHER_UNITS)
 LENGTHS = (0, 5, 64, 130, 700)
+MANY_PAGES = 65  # of 64 tokens
 SHARDING = {"cp_world": 3, "cp_rank": 1, "cp_interleave": 5}
 INT32 = np.iinfo(np.int32)
 WRONG = np.array([-1, INT32.min, INT32.max, 701, 1 << 20], np.int32)  # lengths, and indices
@@ -352,12 +353,31 @@ def run_cache() -> None:
             wanted = trial.upload(trial.values((count, 64, 1, width), dtype))
             quantise_cache(cache, wanted, pages=chosen, validate=False, **options)
             dequantise_cache(cache, wanted, pages=chosen, validate=False, **options)
+    for layout in LAYOUTS.values():
+        run_cache_of_many(trial, layout)
     # Of 16 bytes and of 1; whole, from page to page, and every other page.
     for shape in ((8, 64, 1, 1152), (8, 5, 3, 7)):
         cache, other = (trial.upload(trial.rng.integers(0, 256, shape, np.uint8)) for _ in range(2))
         copy_pages(cache, source=other)
         copy_pages(cache, pages, trial.upload(np.array([7, 6, 5, 2, 2, -1, 2], np.int32)), validate=False)
         copy_pages(cache[::2], pages, pages, source=other[1::2], validate=False)
+
+
+def run_cache_of_many(trial: Trial, layout: CacheLayout) -> None:
+    """So many tokens that each warp takes all of its own: neighbours, scattered ones, and some that go nowhere."""
+    width, count = 576 if layout.supports(512, 64) else 512, MANY_PAGES * 64
+    dense = layout in DENSE_LAYOUTS.values()
+    values = trial.values((MANY_PAGES, 64, 1, width), layout.dtype if dense else "bfloat16")
+    rows = trial.upload(values.reshape(count, 1, width))
+    scale = 0.5 if layout.needs_scale else None
+    stored = values if dense else layout.with_page_starts(layout.quantise(np.asarray(values, np.float32), scale))
+    cache, options = trial.upload(stored), {"kv_scale": scale, "layout": layout}
+    for slots in (np.arange(-3, count - 3), trial.rng.permutation(count)):
+        append_tokens(cache, rows, trial.upload(slots.astype(np.int64)), **options)
+    if not dense:
+        given = trial.upload(values)
+        quantise_cache(cache, given, **options)
+        dequantise_cache(cache, given, **options)
 
 
 def run_hazards(family: DecodeFamily) -> None:

@@ -12,6 +12,7 @@ from fake_gpu import FakeArray, FakeGpu, fake_gpu
 from cupy_mla.cache import append as append_module
 from cupy_mla.cache.append import append_tokens
 from cupy_mla.errors import InvalidArgumentError
+from cupy_mla.kernels.catalogue import all_kernels
 from cupy_mla.settings import reload_settings
 
 PAGES, PAGE_SIZE, BATCH, TOKENS = 12, 64, 3, 6
@@ -106,6 +107,20 @@ def test_a_call_made_again_differs_by_its_addresses(gpu: FakeGpu, make: Any, mon
     expected = launched(gpu)
     assert again.tobytes() == expected.tobytes()
     assert again.tobytes() != first.tobytes()
+
+
+@kinds
+def test_usual_widths_have_a_kernel_made_ahead(gpu: FakeGpu, make: Any) -> None:
+    append_tokens(**make(gpu))
+    [launch] = gpu.take()
+    assert launch.source in {kernel.source for kernel in all_kernels()}
+
+
+def test_few_tokens_are_shared_by_several_warps(gpu: FakeGpu) -> None:
+    for count, warps_of_a_token in ((1, 9), (4095, 9), (4096, 1), (100_003, 1)):
+        append_tokens(cache_of(gpu, 576), gpu.array((count, 576)), gpu.array((count,), "int64"))
+        [launch] = gpu.take()
+        assert launch.grid == (-(-count // 16), warps_of_a_token, 1)
 
 
 def test_addresses_stand_where_the_kernel_reads_them(gpu: FakeGpu) -> None:

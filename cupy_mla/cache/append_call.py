@@ -10,14 +10,14 @@ import numpy.typing as npt
 
 from ..arrays.view import ArrayView
 from ..gpu.jit.module import load
+from ..gpu.jit.source import KernelSource
 from ..gpu.launch import Launch
 from ..kernels.append import (
-    APPEND_SOURCE,
     CHUNK_BYTES,
     append_geometry,
+    append_source,
     dequantise_source,
     quantise_source,
-    tokens_per_warp,
 )
 from ..kernels.structs import APPEND_PARAMS, BLOCKS_PARAMS
 from .new_tokens import Append, Places
@@ -43,11 +43,7 @@ class AppendCall:
 
     def __init__(self, append: Append) -> None:
         self.device_id = append.location[1]
-        geometry = append_geometry(append.num_tokens, _tokens_per_warp(append))
-        source = APPEND_SOURCE
-        if append.quantiser is not None:
-            make_source = dequantise_source if append.reads else quantise_source
-            source = make_source(append.rows[0].dtype, append.quantiser.layout)
+        geometry, source = append_geometry(append.num_tokens), _source(append)
         params, self._addresses = pack_append(append)
         self._words = params.view(_POINTER).data
         self._lock = threading.Lock()  # the packed arguments are shared by all threads
@@ -70,8 +66,14 @@ class AppendCall:
             self._launch(stream)
 
 
-def _tokens_per_warp(append: Append) -> int:
-    return tokens_per_warp(append.num_tokens, rounds=append.quantiser is not None)
+def _source(append: Append) -> KernelSource:
+    dtype, quantiser = append.rows[0].dtype, append.quantiser
+    widths = [segment.width * segment.rows.itemsize for segment in append.segments]
+    first, second = (width // CHUNK_BYTES for width in (*widths, 0)[:2])
+    if quantiser is None:
+        return append_source((first, second))
+    make_source = dequantise_source if append.reads else quantise_source
+    return make_source(dtype, quantiser.layout, (first, second))
 
 
 def pack_append(append: Append) -> tuple[npt.NDArray[np.void], list[tuple[int, int, int]]]:
@@ -89,7 +91,6 @@ def pack_append(append: Append) -> tuple[npt.NDArray[np.void], list[tuple[int, i
     for packed, segment in zip(fields["segments"], append.segments, strict=False):
         _pack_segment(packed, segment)
     _pack_places(fields["places"], append.places, append.caches[0], append.num_tokens)
-    fields["places"]["tokens_per_warp"] = _tokens_per_warp(append)
     if append.quantiser is not None:
         pack_quantiser(fields, append.quantiser, append.segments)
     in_parts: dict[str, ArrayView | None] = {}
@@ -132,7 +133,6 @@ def _pack_segment(packed: Any, segment: Segment) -> None:
     packed["cache_head_stride"] = cache.strides[2] * cache.itemsize
     for name, stride in zip(("token", "head"), rows.strides[:2], strict=True):
         packed[f"rows_{name}_stride"] = stride * rows.itemsize
-    packed["chunks"] = segment.width * rows.itemsize // CHUNK_BYTES
 
 
 def _pack_places(packed: Any, places: Places, cache: ArrayView, num_tokens: int) -> None:

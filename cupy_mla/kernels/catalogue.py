@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from ..arrays.dtypes import KERNEL_TYPES
 from ..gpu.jit.source import KernelSource
 from ..layouts import DENSE_LAYOUTS, LAYOUTS
-from .append import APPEND_SOURCE, dequantise_source, quantise_source
+from .append import USUAL_CHUNKS, append_source, chunks_of, dequantise_source, quantise_source
 from .choose import FAMILIES, GATHERED_FAMILIES
 from .combine import MERGE_STATES_THREADS, combine_source, gathered_combine_source, merge_states_source
 from .copy_pages import UNIT_TYPES, copy_pages_source
@@ -70,13 +70,14 @@ def all_kernels() -> list[NamedKernel]:
     ]
     others = [
         NamedKernel("plan", PLAN_SOURCE, PLAN_THREADS),
-        NamedKernel("append", APPEND_SOURCE),
+        *(NamedKernel(f"append{end}", append_source(chunks)) for end, chunks in USUAL_CHUNKS.items()),
         *(
-            NamedKernel(f"{name}_{dtype}_{layout.name}", source(dtype, layout))
+            NamedKernel(f"{name}_{dtype}_{layout.name}{end}", source(dtype, layout, chunks))
             for name, source in (("quantise", quantise_source), ("dequantise", dequantise_source))
             for layout in LAYOUTS.values()
             for dtype in DENSE_LAYOUTS
             if layout.dtype not in DENSE_LAYOUTS
+            for end, chunks in chunks_of(layout).items()
         ),
         *(NamedKernel(f"copy_pages_{unit_bytes}", copy_pages_source(unit_bytes)) for unit_bytes in UNIT_TYPES),
         NamedKernel("slots", SLOTS_SOURCE, SLOTS_THREADS),

@@ -256,8 +256,6 @@ APPEND_SEGMENT = np.dtype(
         ("cache_head_stride", np.int64),
         ("rows_token_stride", np.int64),
         ("rows_head_stride", np.int64),
-        ("chunks", np.int32),
-        ("reserved", np.int32),
     ]
 )
 APPEND_PLACES = np.dtype(
@@ -274,7 +272,7 @@ APPEND_PLACES = np.dtype(
         ("num_requests", np.int32),
         ("max_pages_per_seq", np.int32),
         ("tokens_per_request", np.int32),
-        ("tokens_per_warp", np.int32),
+        ("reserved", np.int32),
     ]
 )
 APPEND_PARAMS = np.dtype([("segments", APPEND_SEGMENT, 2), ("places", APPEND_PLACES)])

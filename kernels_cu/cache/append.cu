@@ -1,11 +1,10 @@
-// Writes new KV rows of many requests to their places in the paged cache, one warp per token.
+// Writes new KV rows of many requests to their places in the paged cache, eight lanes per token.
 // A token moves as 16-byte chunks, whatever its element type: 72 of them at 512 + 64 16-bit values.
 #include "cache/places.h"
 
 namespace mla {
 
-// Chunks a lane has in flight: 4 x 32 lanes = 2 KB, so that a 1152-byte token is one round of loads and one of stores.
-constexpr i32 kChunksInFlight = 4;
+constexpr i32 kMostInFlight = 9;  // rounds of 128 bytes of a token: one of 1152 bytes at once
 
 struct AppendParams {
     AppendSegment segments[2];
@@ -13,62 +12,57 @@ struct AppendParams {
 };
 
 // cupy_mla/kernels/structs.py mirrors it; a test compares the sizes.
-static_assert(sizeof(AppendParams) == 200, "AppendParams is packed by the host");
+static_assert(sizeof(AppendParams) == 184, "AppendParams is packed by the host");
 
-// A 16-byte chunk of a token: of which segment and head, and where in that row.
-struct Chunk {
-    const AppendSegment& segment;
-    i32 head;
-    i32 index;
+using Units = TokenUnits<1, 1>;
 
-    static MLA_DEVICE Chunk of(const AppendParams& params, i32 chunk) {
-        const i32 chunks_per_head = params.segments[0].chunks + params.segments[1].chunks;
-        const i32 head = params.places.num_heads_kv == 1 ? 0 : chunk / chunks_per_head;
-        const i32 in_head = chunk - head * chunks_per_head;
-        const bool second = in_head >= params.segments[0].chunks;
-        return {params.segments[second ? 1 : 0], head, in_head - (second ? params.segments[0].chunks : 0)};
-    }
-
-    MLA_DEVICE uint4 load(i32 token) const { return reinterpret_cast<const uint4*>(token_row(segment, token, head))[index]; }
-
-    MLA_DEVICE void store(CachePlace place, uint4 value) const {
-        reinterpret_cast<uint4*>(cache_row(segment, place, head))[index] = value;
-    }
-};
-
-}  // namespace mla
-
-// Grid: ceil(num_tokens / blockDim.y) blocks of (32 lanes, blockDim.y warps).
-extern "C" __global__ void mla_append(const __grid_constant__ mla::AppendParams params) {
-    using namespace mla;
-    const i32 lanes = static_cast<i32>(blockDim.x);
-    const i64 token_index = static_cast<i64>(blockIdx.x) * blockDim.y + threadIdx.y;
-    if (token_index >= params.places.num_tokens) return;
-    const i32 token = static_cast<i32>(token_index);
-    const i32 chunks = params.places.num_heads_kv * (params.segments[0].chunks + params.segments[1].chunks);
+// Of the four tokens of a warp, rounds from `begin` on, several at a time, `step` rounds from those to the next ones.
+template <i32 kInFlight>
+MLA_DEVICE void append(const AppendParams& params, i32 begin, i32 step) {
+    const TokenLane at(params.places);
+    if (!at.exists) return;
 
     // All loads before all stores: the compiler cannot know that the two sides do not overlap. The first ones do not wait
     // for where the token goes.
-    uint4 values[kChunksInFlight];
-    const auto load = [&](i32 first) {
+    uint4 values[kInFlight];
+    const auto load = [&](i32 head, i32 first) {
+        const LaneUnits<Units> mine(first, at.lane);
+        const uint4* const sources[2] = {
+            reinterpret_cast<const uint4*>(token_row(params.segments[0], at.token, head)) + mine.first[0],
+            reinterpret_cast<const uint4*>(token_row(params.segments[1], at.token, head)) + mine.first[1]};
 #pragma unroll
-        for (i32 i = 0; i < kChunksInFlight; ++i) {
-            const i32 chunk = first + i * lanes;
-            if (chunk < chunks) values[i] = Chunk::of(params, chunk).load(token);
-        }
+        for (i32 i = 0; i < kInFlight; ++i)
+            if (mine.chunks(i) > 0) values[i] = (mine.second(i) ? sources[1] : sources[0])[i * kTokenLanes];
     };
-    i32 first = static_cast<i32>(threadIdx.x);
-    load(first);
-    const CachePlace place = find_place(params.places, token);
+    i32 head = 0, first = begin;
+    load(head, first);
+    const CachePlace place = find_place(params.places, at.token);
     if (place.page == kNoPage) return;
+#pragma unroll 1
     while (true) {
+        const LaneUnits<Units> mine(first, at.lane);
+        uint4* const targets[2] = {reinterpret_cast<uint4*>(cache_row(params.segments[0], place, head)) + mine.first[0],
+                                   reinterpret_cast<uint4*>(cache_row(params.segments[1], place, head)) + mine.first[1]};
 #pragma unroll
-        for (i32 i = 0; i < kChunksInFlight; ++i) {
-            const i32 chunk = first + i * lanes;
-            if (chunk < chunks) Chunk::of(params, chunk).store(place, values[i]);
+        for (i32 i = 0; i < kInFlight; ++i)
+            if (mine.chunks(i) > 0) (mine.second(i) ? targets[1] : targets[0])[i * kTokenLanes] = values[i];
+        first += step;
+        if (first >= Units::kRounds) {
+            first = begin;
+            if (++head >= params.places.num_heads_kv) return;
         }
-        first += lanes * kChunksInFlight;
-        if (first >= chunks) return;
-        load(first);
+        load(head, first);
     }
+}
+
+}  // namespace mla
+
+// Grid: (blocks of four tokens a warp, 1; or so many that share their rounds); blocks of (32 lanes, kBlockWarps).
+extern "C" __global__ void mla_append(const __grid_constant__ mla::AppendParams params) {
+    using namespace mla;
+    constexpr i32 kInFlight = Units::rounds_in_flight(kMostInFlight);
+    if (gridDim.y == 1)
+        append<kInFlight>(params, 0, kInFlight);
+    else if (blockIdx.y < Units::kRounds)
+        append<1>(params, blockIdx.y, gridDim.y);
 }

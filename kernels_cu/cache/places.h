@@ -1,6 +1,6 @@
 // What kernels that move tokens to or from a paged cache share: the columns they move, and where each token lies.
 #pragma once
-#include "core/types.h"
+#include "core/hopper.h"
 
 namespace mla {
 
@@ -16,8 +16,6 @@ struct AppendSegment {
     i64 cache_head_stride;
     i64 rows_token_stride;
     i64 rows_head_stride;
-    i32 chunks;      // 16-byte chunks of one head's row in `rows`; 0: the segment is not used
-    i32 reserved;
 };
 
 struct AppendPlaces {
@@ -33,11 +31,11 @@ struct AppendPlaces {
     i32 num_requests;
     i32 max_pages_per_seq;
     i32 tokens_per_request;
-    i32 tokens_per_warp;      // of kernels that have WarpTokens
+    i32 reserved;
 };
 
 // cupy_mla/kernels/structs.py mirrors them; a test compares the sizes.
-static_assert(sizeof(AppendSegment) == 64, "AppendSegment is packed by the host");
+static_assert(sizeof(AppendSegment) == 56, "AppendSegment is packed by the host");
 static_assert(sizeof(AppendPlaces) == 72, "AppendPlaces is packed by the host");
 
 // Where a token lies in the cache.
@@ -70,33 +68,60 @@ MLA_DEVICE CachePlace find_place(const AppendPlaces& places, i32 token) {
     return {page, position - page_index * places.page_size};
 }
 
-// The tokens of a warp, one behind the other, at most a lane for each. Each lane looks up where one of them goes, all at once.
-class WarpTokens {
-public:
-    MLA_DEVICE explicit WarpTokens(const AppendPlaces& places) {
-        const i64 warp = static_cast<i64>(blockIdx.x) * blockDim.y + threadIdx.y;
-        const i64 first = warp * places.tokens_per_warp;
-        first_ = static_cast<i32>(first);
-        count_ = static_cast<i32>(min(static_cast<i64>(places.tokens_per_warp), places.num_tokens - first));
+// Lanes that share a token; a warp has four tokens, side by side. Eight times 16 bytes are a line of 128.
+constexpr i32 kTokenLanes = 8;
+constexpr i32 kWarpTokens = kWarpThreads / kTokenLanes;
+constexpr i32 kBlockWarps = 4;
+constexpr i32 kChunkBytes = 16;
+
+// What a lane of a warp works on.
+struct TokenLane {
+    i32 token;  // one that exists, if any of the warp's do
+    bool exists;
+    i32 lane;   // of the token's
+
+    MLA_DEVICE explicit TokenLane(const AppendPlaces& places) {
+        const i64 warp = static_cast<i64>(blockIdx.x) * kBlockWarps + threadIdx.y;
+        const i64 number = warp * kWarpTokens + threadIdx.x / kTokenLanes;
+        exists = number < places.num_tokens;
+        token = static_cast<i32>(min(number, static_cast<i64>(places.num_tokens) - 1));
+        lane = static_cast<i32>(threadIdx.x % kTokenLanes);
     }
 
-    // 0 or less: this warp has none.
-    MLA_DEVICE i32 count() const { return count_; }
-    MLA_DEVICE i32 token(i32 index) const { return first_ + index; }
+    MLA_DEVICE bool none_of_warp() const { return __all_sync(kFullWarp, !exists); }
+};
 
-    MLA_DEVICE void find(const AppendPlaces& places) {
-        const i32 lane = static_cast<i32>(threadIdx.x);
-        own_ = find_place(places, first_ + min(lane, count_ - 1));
+// Chunks of 16 bytes of one head's row in `rows`, of each segment.
+constexpr i32 kChunks[2] = {MLA_CHUNKS, MLA_SECOND_CHUNKS};
+
+// A token's two segments in units of so many chunks, one for each of its lanes in a round; no round has units of both segments.
+template <i32 kFirstUnit, i32 kSecondUnit>
+struct TokenUnits {
+    static constexpr i32 kUnit[2] = {kFirstUnit, kSecondUnit};
+    static constexpr i32 kFirstRounds = (kChunks[0] + kFirstUnit * kTokenLanes - 1) / (kFirstUnit * kTokenLanes);
+    static constexpr i32 kRounds = kFirstRounds + (kChunks[1] + kSecondUnit * kTokenLanes - 1) / (kSecondUnit * kTokenLanes);
+
+    static constexpr MLA_DEVICE i32 rounds_in_flight(i32 most) { return min_i32(kRounds, most); }
+};
+
+// Of some rounds, the units of a lane.
+template <class Units>
+struct LaneUnits {
+    i32 first_round;
+    i32 first[2];  // unit of the first of these rounds, if it were one of this segment
+
+    MLA_DEVICE LaneUnits(i32 first_round, i32 lane)
+        : first_round(first_round),
+          first{first_round * kTokenLanes + lane, (first_round - Units::kFirstRounds) * kTokenLanes + lane} {}
+
+    MLA_DEVICE bool second(i32 round) const { return first_round + round >= Units::kFirstRounds; }
+
+    // How many chunks there are, from the unit of a round on; none: the lane has no unit in it.
+    MLA_DEVICE i32 chunks(i32 round) const {
+        const i32 of_second = kChunks[1] - (first[1] + round * kTokenLanes) * Units::kUnit[1];
+        const i32 of_first = kChunks[0] - (first[0] + round * kTokenLanes) * Units::kUnit[0];
+        return first_round + round >= Units::kRounds ? 0 : second(round) ? of_second : of_first;
     }
-    MLA_DEVICE CachePlace place(i32 index) const {
-        return {__shfl_sync(kAllLanes, own_.page, index), __shfl_sync(kAllLanes, own_.offset, index)};
-    }
-
-private:
-    static constexpr u32 kAllLanes = 0xFFFFFFFFu;
-
-    i32 first_, count_;
-    CachePlace own_;
 };
 
 // A head's row of a token, on both sides.

@@ -11,7 +11,7 @@ from test_convert import layouts, make_values, quantised
 from test_quantise import PAGE_SIZE, PAGES, SCALE, empty_cache, rows_types, scale_of, width_of
 
 from cupy_mla import InvalidArgumentError, append_tokens, copy_pages, dequantise_cache, quantise_cache
-from cupy_mla.layouts import FP8_DS_MLA, FP8_E4M3, LAYOUTS, CacheLayout
+from cupy_mla.layouts import FP4_V41, FP8_DS_MLA, FP8_E4M3, LAYOUTS, CacheLayout
 
 cupy = pytest.importorskip("cupy")
 
@@ -186,6 +186,21 @@ def test_every_quotient_is_rounded_as_by_numpy() -> None:
         quantise_cache(cache, upload(rows), kv_scale=scale)
         got = FP8_E4M3.dequantise(download(cache), scale)
         np.testing.assert_array_equal(got, FP8_E4M3.dequantise(FP8_E4M3.quantise(rows, scale), scale))
+
+
+@pytest.mark.parametrize("code", [0x01, 0x03, 0x07, *range(0x38, 0x40), 0x7E])
+def test_every_quotient_of_e2m1_is_rounded_as_by_numpy(code: int) -> None:
+    """All fp16 values that an e4m3 scale allows, in blocks whose first value leads to that scale."""
+    largest = 6 * np.array(code, np.uint8).view(ml_dtypes.float8_e4m3fn).astype(np.float32)
+    every = np.arange(2**16, dtype=np.uint16).view(np.float16)
+    allowed = every[np.abs(every) <= largest]
+    tokens = -(-allowed.size // (15 * 32) // PAGE_SIZE) * PAGE_SIZE
+    rows = np.full((tokens // PAGE_SIZE, PAGE_SIZE, 1, 32, 16), largest, np.float16)
+    rows[..., 1:] = np.resize(allowed, rows[..., 1:].shape)
+    rows = rows.reshape(*rows.shape[:3], 512)
+    cache = upload(np.zeros((*rows.shape[:3], 288), np.uint8))
+    quantise_cache(cache, upload(rows), layout=FP4_V41)
+    np.testing.assert_array_equal(download(cache), FP4_V41.quantise(rows))
 
 
 def test_a_dequantised_cache_is_what_was_appended() -> None:
