@@ -6,6 +6,7 @@ import multiprocessing
 import traceback
 from collections.abc import Callable
 from datetime import timedelta
+from multiprocessing.connection import wait
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -19,29 +20,60 @@ class Ranks:
     """
 
     def __init__(self, worlds: tuple[int, ...], folder: Path) -> None:
+        self._worlds, self._folder, self._starts = worlds, folder, 0
+        self._connections: list[Any] = []
+        self._processes: list[Any] = []
+
+    def run(self, world: int, function: Callable[..., Any], *arguments: Any) -> list[Any]:
+        """What the function returned on each rank of a group. Where it fails on one, the others may wait for that one
+        for ever: all are killed, and started anew for the next call.
+        """
+        if not self._processes:
+            self._start()
+        try:
+            for connection in self._connections[:world]:
+                connection.send((world, function, arguments))
+            return self._answers(world)
+        except BaseException:
+            self._stop(0)
+            raise
+
+    def _answers(self, world: int) -> list[Any]:
+        results: dict[int, Any] = {}
+        ranks = {connection: rank for rank, connection in enumerate(self._connections[:world])}
+        while len(results) < world:
+            silent = {connection: rank for connection, rank in ranks.items() if rank not in results}
+            answers = wait(list(silent), SECONDS)
+            assert answers, f"of {world} ranks {list(silent.values())} do not answer"
+            for connection in answers:
+                rank = ranks[connection]
+                results[rank], error = connection.recv()
+                assert error is None, f"rank {rank} of {world}:\n{error}"
+        return [results[rank] for rank in range(world)]
+
+    def _start(self) -> None:
         context = multiprocessing.get_context("forkserver")
         context.set_forkserver_preload(["torch", "gloo_ranks"])
-        self._connections, self._processes = [], []
-        for rank in range(max(worlds)):
+        self._starts += 1
+        rendezvous = str(self._folder / f"rendezvous{self._starts}")
+        for rank in range(max(self._worlds)):
             here, there = context.Pipe()
-            arguments = (rank, worlds, str(folder / "rendezvous"), there)
-            self._processes.append(context.Process(target=_serve, args=arguments, daemon=True))
+            self._processes.append(
+                context.Process(target=_serve, args=(rank, self._worlds, rendezvous, there), daemon=True)
+            )
             self._processes[-1].start()
             self._connections.append(here)
 
-    def run(self, world: int, function: Callable[..., Any], *arguments: Any) -> list[Any]:
-        """What the function returned on each rank of a group."""
-        for connection in self._connections[:world]:
-            connection.send((world, function, arguments))
-        results = []
-        for rank, connection in enumerate(self._connections[:world]):
-            assert connection.poll(SECONDS), f"rank {rank} of {world} does not answer"
-            result, error = connection.recv()
-            assert error is None, f"rank {rank} of {world}:\n{error}"
-            results.append(result)
-        return results
+    def _stop(self, seconds: float) -> None:
+        """Kill those that have not ended after so long."""
+        for process in self._processes:
+            process.join(seconds)
+            if process.is_alive():
+                process.kill()
+        self._connections, self._processes = [], []
 
     def __enter__(self) -> Ranks:
+        self._start()
         return self
 
     def __exit__(
@@ -49,10 +81,7 @@ class Ranks:
     ) -> None:
         for connection in self._connections:
             connection.send(None)
-        for process in self._processes:
-            process.join(10)
-            if process.is_alive():
-                process.kill()
+        self._stop(10)
 
 
 def _serve(rank: int, worlds: tuple[int, ...], rendezvous: str, connection: Any) -> None:
