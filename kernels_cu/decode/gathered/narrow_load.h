@@ -1,6 +1,7 @@
 // The loader warps of the narrow kernel for gathered tokens: they walk the items tile by tile, ahead of the arithmetic and
 // across items, and ask for the rows of each tile's tokens with cp.async, eight lanes to 128 bytes of a row.
 #pragma once
+#include "decode/gathered/narrow_query.h"
 #include "decode/gathered/narrow_smem.h"
 #include "decode/gathered/narrow_work.h"
 #include "decode/narrow/store.h"
@@ -104,15 +105,7 @@ private:
 #pragma unroll
         for (u32 first = 0; first < kRows; first += kLoaderWarps * kPassTokens) {
             const u32 row_in_block = first + warp_ * kPassTokens + lane_ / kLineLanes;
-            const QueryRow row = query_row(params_, work, row_in_block, chunk * kChunkColumns);
-            const u32 destination = smem_ + Smem::query + box_chunk_offset(row_in_block, chunk);
-            const u32 bytes = row.exists ? 16 : 0;
-#pragma unroll
-            for (u32 box = 0; box < kTileBoxes; ++box)
-                copy_async_16b<false>(destination + box * kRowBoxBytes,
-                                      box < kLatentBoxes ? row.latent + box * kBoxColumns
-                                                         : row.rope + (box - kLatentBoxes) * kBoxColumns,
-                                      bytes);
+            copy_query_chunks(params_, work, smem_, row_in_block, chunk);
         }
         copy_async_arrive(query_full_barrier(smem_));
     }

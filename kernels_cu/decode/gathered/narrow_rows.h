@@ -18,6 +18,17 @@ constexpr u32 kScoresBarrier = 1;
 constexpr u32 kValuesBarrier = 2;
 constexpr u32 kSecondScoresBarrier = 3;
 
+// The statistics, and the largest score that this thread has seen of each row: the maximum may lag behind.
+struct SoftmaxRows : RowStatistics {
+    float largest[kThreadRows];
+    bool is_refined;  // decode/work_item.h
+
+    explicit MLA_DEVICE SoftmaxRows(const BlockWork& work) : is_refined(work.is_refined()) {
+#pragma unroll
+        for (u32 i = 0; i < kThreadRows; ++i) largest[i] = minus_infinity();
+    }
+};
+
 // What is no token: bits of this warp's 16. Its values are zeros already.
 MLA_DEVICE void hide_absent_tokens(u32 valid, u32 lane, float (&scores)[kFragment]) {
     const bool has_upper = valid >> (lane / 4) & 1;

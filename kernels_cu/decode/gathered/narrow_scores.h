@@ -1,6 +1,7 @@
 // The scores warpgroup of the narrow kernel for gathered tokens: S^T = K Q^T, softmax, P; it is up to two tiles ahead of PV.
 #pragma once
 #include "decode/gathered/narrow_load.h"
+#include "decode/gathered/narrow_query.h"
 #include "decode/gathered/narrow_softmax.h"
 
 namespace mla {
@@ -32,15 +33,7 @@ private:
 #pragma unroll
         for (u32 pass = 0; pass < kRowPasses; ++pass) {
             const u32 row_in_block = thread_ / kChunksPerBoxRow + pass * kRowsPerPass;
-            const QueryRow row = query_row(params_, work, row_in_block, chunk * kChunkColumns);
-            const u32 destination = smem_ + Smem::query + box_chunk_offset(row_in_block, chunk);
-            const u32 bytes = row.exists ? 16 : 0;
-#pragma unroll
-            for (u32 box = 0; box < kTileBoxes; ++box)
-                copy_async_16b<false>(destination + box * kRowBoxBytes,
-                                      box < kLatentBoxes ? row.latent + box * kBoxColumns
-                                                         : row.rope + (box - kLatentBoxes) * kBoxColumns,
-                                      bytes);
+            copy_query_chunks(params_, work, smem_, row_in_block, chunk);
         }
     }
 
@@ -51,7 +44,7 @@ private:
         Softmax::Rows rows(work);
         for (i32 tile = work.tile_begin; tile < work.tile_end; ++tile) {
             float scores[kFragment];
-            multiply(scores);
+            multiply_tile(smem_, ring_, scores);
             const u32 valid = kByRequest ? kAllValid : read_valid(smem_, ring_, warp_, lane_);  // while QK runs
             wgmma_wait<0>();
             wgmma_pin(scores);
@@ -67,23 +60,6 @@ private:
             if (next.has_tiles()) copy_query(next);
             softmax_.finish(work, rows);
         }
-    }
-
-    // S^T of the tile at ring_, group by group as they land.
-    MLA_DEVICE void multiply(float (&scores)[kFragment]) const {
-        const u64 query = descriptor_at(kBoxKMajor, smem_ + Smem::query);
-        wgmma_pin(scores);
-#pragma unroll
-        for (u32 group = 0; group < kTileGroups; ++group) {
-            const GroupRing::Place place = ring_.place(group);
-            mbarrier_wait(full_barrier(smem_, place.index), place.parity);
-            fence_async_proxy();  // cp.async writes as ordinary stores do
-            wgmma_fence();
-#pragma unroll
-            for (u32 box = group * kGroupBoxes; box < (group + 1) * kGroupBoxes; ++box)
-                multiply_box(box, box_address(smem_, ring_, box), query, scores);
-        }
-        wgmma_commit();
     }
 
     const GatherParams& params_;

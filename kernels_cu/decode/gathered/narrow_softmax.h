@@ -37,18 +37,12 @@ struct TokenUnits {
 template <class Smem, bool kHasUnits = false>
 class NarrowSoftmax {
 public:
-    // The statistics, and the largest score that this thread has seen of each row: the maximum may lag behind.
-    struct Rows : RowStatistics {
-        float largest[kThreadRows];
+    struct Rows : SoftmaxRows {
         float unit[kThreadRows];  // a power of two by which O of the row is to be multiplied
-        bool is_refined;          // decode/work_item.h
 
-        explicit MLA_DEVICE Rows(const BlockWork& work) : is_refined(work.is_refined()) {
+        explicit MLA_DEVICE Rows(const BlockWork& work) : SoftmaxRows(work) {
 #pragma unroll
-            for (u32 i = 0; i < kThreadRows; ++i) {
-                largest[i] = minus_infinity();
-                unit[i] = 1.0f;
-            }
+            for (u32 i = 0; i < kThreadRows; ++i) unit[i] = 1.0f;
         }
 
         MLA_DEVICE bool have_units() const {

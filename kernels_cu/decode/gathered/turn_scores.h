@@ -2,6 +2,7 @@
 // of a tile runs beside the softmax of the tile before.
 #pragma once
 #include "decode/gathered/narrow_load.h"
+#include "decode/gathered/narrow_query.h"
 #include "decode/gathered/turn_softmax.h"
 
 namespace mla {
@@ -34,7 +35,7 @@ private:
             for (u32 tile = first; tile < tiles; tile += 2) {
                 const bool is_own_last = tile + 2 >= tiles;
                 float scores[kFragment];
-                multiply(scores);
+                multiply_tile(smem_, ring_, scores);
                 const u32 valid = read_valid(smem_, ring_, warp_, threadIdx.x % kWarpThreads);  // while QK runs
                 wgmma_wait<0>();
                 wgmma_pin(scores);
@@ -57,23 +58,6 @@ private:
     MLA_DEVICE void release_query() const {
         __syncwarp();
         if (threadIdx.x % kWarpThreads == 0) mbarrier_arrive(query_empty_barrier(smem_));
-    }
-
-    // S^T of the tile at ring_, group by group as they land.
-    MLA_DEVICE void multiply(float (&scores)[kFragment]) const {
-        const u64 query = descriptor_at(kBoxKMajor, smem_ + Smem::query);
-        wgmma_pin(scores);
-#pragma unroll
-        for (u32 group = 0; group < kTileGroups; ++group) {
-            const GroupRing::Place place = ring_.place(group);
-            mbarrier_wait(full_barrier(smem_, place.index), place.parity);
-            fence_async_proxy();  // cp.async writes as ordinary stores do, of Q too
-            wgmma_fence();
-#pragma unroll
-            for (u32 box = group * kGroupBoxes; box < (group + 1) * kGroupBoxes; ++box)
-                multiply_box(box, box_address(smem_, ring_, box), query, scores);
-        }
-        wgmma_commit();
     }
 
     const GatherParams& params_;

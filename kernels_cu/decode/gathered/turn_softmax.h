@@ -8,16 +8,7 @@ namespace mla {
 
 class TurnSoftmax {
 public:
-    // The statistics, and the largest score that this thread has seen of each row: the maximum may lag behind.
-    struct Rows : RowStatistics {
-        float largest[kThreadRows];
-        bool is_refined;  // decode/work_item.h
-
-        explicit MLA_DEVICE Rows(const BlockWork& work) : is_refined(work.is_refined()) {
-#pragma unroll
-            for (u32 i = 0; i < kThreadRows; ++i) largest[i] = minus_infinity();
-        }
-    };
+    using Rows = SoftmaxRows;
 
     // `which`: of the two warpgroups; it has the buffer of that number. `thread` counts its threads.
     MLA_DEVICE TurnSoftmax(const GatherParams& params, u32 smem, u32 thread, u32 which)
