@@ -63,6 +63,7 @@ INT32 = np.iinfo(np.int32)
 WRONG = np.array([-1, INT32.min, INT32.max, 701, 1 << 20], np.int32)  # lengths, and indices
 AHEAD = 2**30  # a meeting of ranks that nobody waits for
 CALLS = 2  # in which results take other places
+PLAN_CALLS = 2  # with each plan: the second may read its work ahead of the kernel before it
 ELEMENT_BYTES = 2
 
 
@@ -70,23 +71,23 @@ def family_of(unit: str) -> DecodeFamily:
     return next(family for family in ALL_FAMILIES if family.name == unit)
 
 
-def run_unit(unit: str, every: bool, share: tuple[int, int], calls: int) -> None:
+def run_unit(unit: str, every: bool, share: tuple[int, int]) -> None:
     """What the tool watches."""
     index, of = share
-    for problem in problems_of(unit, every, calls)[index::of]:
+    for problem in problems_of(unit, every)[index::of]:
         problem()
     CUPY.synchronize()
 
 
-def problems_of(unit: str, every: bool, calls: int = 1) -> list[Callable[[], None]]:
-    """What a unit runs, one after the other; each knows nothing of the others. ``calls`` are made with each plan."""
+def problems_of(unit: str, every: bool) -> list[Callable[[], None]]:
+    """What a unit runs, one after the other; each knows nothing of the others."""
     if unit == AROUND:
         return [run_around, run_exchange]
     if unit == CACHE:
         return [run_cache]
     if unit == SHARDS:
         return [
-            partial(run_gathered_shard if config.family in GATHERED_FAMILIES else run_shard, config, calls)
+            partial(run_gathered_shard if config.family in GATHERED_FAMILIES else run_shard, config)
             for config in all_sharded_configs()
         ]
     if unit == HAZARDS:
@@ -95,7 +96,7 @@ def problems_of(unit: str, every: bool, calls: int = 1) -> list[Callable[[], Non
         ]
     family = family_of(unit)
     run = run_gathered if family in GATHERED_FAMILIES else run_dense
-    return [partial(run, config, calls) for config in (distinct_configs if every else typical_configs)(family)]
+    return [partial(run, config) for config in (distinct_configs if every else typical_configs)(family)]
 
 
 def typical_configs(family: DecodeFamily) -> Iterator[KernelConfig]:
@@ -189,12 +190,12 @@ def dense_arrays(config: KernelConfig, lengths: tuple[int, ...] = LENGTHS) -> tu
     return arrays, options
 
 
-def run_dense(config: KernelConfig, calls: int = 1) -> None:
+def run_dense(config: KernelConfig) -> None:
     arrays, options = dense_arrays(config)
     for split in (None, 64):
         plan = plan_decode(*arrays, **options, kernel=config.family.name, fixed_split_tokens=split)
         check_config(plan, config)
-        for _ in range(calls):
+        for _ in range(PLAN_CALLS):
             mla_decode(*arrays, **options, plan=plan)
 
 
@@ -207,7 +208,7 @@ def check_config(plan: Any, config: KernelConfig) -> None:
         raise RuntimeError(f"{config.name} was wanted, {runs.name} runs")
 
 
-def run_shard(config: KernelConfig, calls: int = 1) -> None:
+def run_shard(config: KernelConfig) -> None:
     lengths = np.array(LENGTHS, np.int32)
     shares = local_lengths(lengths, *SHARDING.values())
     arrays, options = dense_arrays(config, tuple(map(int, shares)))
@@ -215,7 +216,7 @@ def run_shard(config: KernelConfig, calls: int = 1) -> None:
     for split in (None, 64):
         plan = plan_decode(*arrays, **options, kernel=config.family.name, fixed_split_tokens=split)
         check_config(plan, config)
-        for _ in range(calls):
+        for _ in range(PLAN_CALLS):
             mla_decode(*arrays, **options, plan=plan)
 
 
@@ -252,24 +253,24 @@ def without(options: dict[str, Any], beginning: str) -> dict[str, Any]:
     return {name: value for name, value in options.items() if not name.startswith(beginning)}
 
 
-def run_gathered(config: KernelConfig, calls: int = 1) -> None:
+def run_gathered(config: KernelConfig) -> None:
     arrays, options = gathered_arrays(config)
-    run_planned(config, arrays, options, calls)
+    run_planned(config, arrays, options)
     run_prefill(config.family, arrays, options)
 
 
-def run_gathered_shard(config: KernelConfig, calls: int = 1) -> None:
+def run_gathered_shard(config: KernelConfig) -> None:
     arrays, options = gathered_arrays(config)
-    run_planned(config, arrays, options | {"cp_world": SHARDING["cp_world"]}, calls)
+    run_planned(config, arrays, options | {"cp_world": SHARDING["cp_world"]})
 
 
-def run_planned(config: KernelConfig, arrays: list[Any], options: dict[str, Any], calls: int) -> None:
+def run_planned(config: KernelConfig, arrays: list[Any], options: dict[str, Any]) -> None:
     for split in (None, 64):
         plan = plan_sparse_decode(
             *arrays, **without(options, "attn_sink"), kernel=config.family.name, fixed_split_tokens=split
         )
         check_config(plan, config)
-        for _ in range(calls):
+        for _ in range(PLAN_CALLS):
             mla_sparse_decode(*arrays, **options, plan=plan)
 
 

@@ -52,8 +52,7 @@ SUMMARY = re.compile(
     r"(?:ERROR SUMMARY: (\d+) error|RACECHECK SUMMARY: .*\((\d+) errors?, (\d+) warning)"
 )
 SANITIZER_SECONDS = 300
-SHARE_PROBLEMS, RACECHECK_PROBLEMS = 16, 2  # that a process runs one after the other; racecheck takes 3 GB for each
-CALLS, RACECHECK_CALLS = 2, 1  # with each plan; racecheck, which looks at launches one by one, takes seconds for each
+SHARE_PROBLEMS, RACECHECK_PROBLEMS = 16, 1  # that a process runs one after the other; racecheck takes GBs for each
 THREADS, BYSTANDER, SWITCH_SECONDS = 4, 8192, 1e-5
 WORD_BYTES, BLOCKS, BLOCK_THREADS = 4, 64, 256
 COUNT_DIFFERENT = r"""
@@ -80,11 +79,10 @@ WHERE = ("host", "pool", "device")
 @click.option("--calls", type=click.IntRange(min=1), help="Without a tool: memory over so many calls.")
 @click.option("--work", type=click.Choice(UNITS), hidden=True, help="What runs under the tool.")
 @click.option("--share", type=(int, int), default=(0, 1), hidden=True, help="Which share of it, and of how many.")
-@click.option("--calls-each", type=click.IntRange(min=1), default=1, hidden=True, help="Of its calls with each plan.")
 @click.pass_context
 def main(
     ctx: click.Context, families: tuple[str, ...], tools: tuple[str, ...], every: bool, jobs: int,
-    repeats: int | None, calls: int | None, work: str | None, share: tuple[int, int], calls_each: int,
+    repeats: int | None, calls: int | None, work: str | None, share: tuple[int, int],
 ) -> None:  # fmt: skip
     if calls and families:
         raise click.UsageError("--calls takes no families: it has calls of its own.")
@@ -92,7 +90,7 @@ def main(
         import cupy
 
         cupy.cuda.set_allocator(None)  # arrays with memory of their own: the tools see what lies beyond one's end
-        run_unit(work, every, share, calls_each)
+        run_unit(work, every, share)
         return
     found = 0
     if repeats or calls:
@@ -116,8 +114,7 @@ def run_tools(tools: tuple[str, ...], units: list[str], every: bool, jobs: int) 
     def run(tool: str, unit: str, share: tuple[int, int]) -> tuple[int, str]:
         """How many errors, -1 if it did not run; and what there is to say."""
         command = [sanitizer, "--tool", tool, "--target-processes", "all", sys.executable, __file__, "--work", unit]
-        calls = RACECHECK_CALLS if tool == "racecheck" else CALLS
-        command += ["--every"] * every + ["--share", *map(str, share), "--calls-each", str(calls)]
+        command += ["--every"] * every + ["--share", *map(str, share)]
         try:
             done = subprocess.run(command, capture_output=True, text=True, timeout=SANITIZER_SECONDS)
         except subprocess.TimeoutExpired:
