@@ -12,6 +12,7 @@ import numpy as np
 from cases_chosen import choose_tokens
 from cases_dense import DenseCase
 
+os.environ["TORCH_SYMM_MEM_ALLOW_OVERLAPPING_DEVICES"] = "1"  # the ranks of these tests share one GPU
 LENGTHS = (900, 64, 3, 0, 1, 129)
 SHORTER = (7, 64, 2, 0, 0, 128)
 TOPK = 70
@@ -33,9 +34,20 @@ class Call:
         return DenseCase(LENGTHS, num_heads_q=self.heads, seqlens_q=self.seqlens_q, causal=causal)
 
 
+def planned_exchange(rank: int, group: Any) -> str:
+    """How the results of ranks go that ask for the direct exchange."""
+    import torch
+
+    from cupy_mla.parallel import plan_cp_decode
+
+    q = torch.zeros(1, 1, 1, 576, dtype=torch.bfloat16, device="cuda")
+    cache = torch.zeros(1, 64, 1, 576, dtype=torch.bfloat16, device="cuda")
+    table, total = torch.zeros(1, 1, dtype=torch.int32, device="cuda"), torch.ones(1, dtype=torch.int32, device="cuda")
+    return plan_cp_decode(q, cache, table, total, group=group, exchange="direct").exchange
+
+
 def on_rank(rank: int, group: Any, call: Call) -> list[tuple[np.ndarray, np.ndarray]]:
     """out and lse of a rank's heads: of a call, and of replays of a graph with these lengths and with shorter ones."""
-    os.environ["TORCH_SYMM_MEM_ALLOW_OVERLAPPING_DEVICES"] = "1"
     import torch
 
     from cupy_mla.lab.libraries import TorchLibrary

@@ -7,6 +7,7 @@ import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from types import SimpleNamespace
 from typing import Any
 
 import ml_dtypes
@@ -21,10 +22,10 @@ torch = pytest.importorskip("torch")
 
 from cupy_mla.arrays.view import view  # noqa: E402
 from cupy_mla.decode import merge  # noqa: E402
-from cupy_mla.parallel import cp_decode, direct, plan_cp_decode  # noqa: E402
+from cupy_mla.parallel import cp_decode, direct, host_memory, plan_cp_decode  # noqa: E402
 from cupy_mla.parallel.group import TorchGroup  # noqa: E402
 from cupy_mla.parallel.heads import Heads  # noqa: E402
-from cupy_mla.parallel.host_memory import HostMemory, sms_to_wait_on  # noqa: E402
+from cupy_mla.parallel.host_memory import HostMemory, share_memory, sms_to_wait_on  # noqa: E402
 
 pytestmark = pytest.mark.timeout(120)  # of ranks that wait for each other
 WIDTH, HEAD_DIM_V = 128, 64
@@ -257,6 +258,19 @@ def test_queries_that_do_not_lie_in_whole_chunks_are_copied(monkeypatch: pytest.
 )
 def test_all_ranks_have_as_many_ctas_and_leave_others_on_their_gpu_some_sms(gpus: list[str], expected: int) -> None:
     assert sms_to_wait_on([("host", gpu, 114 if gpu == "small" else 132) for gpu in gpus]) == expected
+
+
+def test_ranks_that_would_wait_for_ever_share_no_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch counts how often a process has shared memory, whatever the group; one rank was in another group before."""
+
+    class Group(TorchGroup):
+        def gather_objects(self, mine: Any) -> list[Any]:
+            return [mine, mine + 1 if isinstance(mine, int) else mine]
+
+    monkeypatch.setattr(host_memory, "_shared", 3)
+    tensor = SimpleNamespace(is_cuda=True, device=torch.device("cuda:0"))
+    problem = share_memory(Group(None, 2, 0), 16, tensor)
+    assert problem == "ranks have shared memory 3 to 4 times before, and torch wants all as often"
 
 
 def test_without_gpus_results_go_by_an_all_to_all() -> None:

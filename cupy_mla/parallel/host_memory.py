@@ -11,6 +11,10 @@ from typing import Any
 from ..arrays.frameworks import torch_module
 from .group import FEATURE, TorchGroup
 
+# How often this process has shared memory with others. torch names what ranks tell each other then by such a count, of
+# the process and not of the group: those that do not agree would wait for each other for ever.
+_shared = 0
+
 
 @dataclass(frozen=True)
 class HostMemory:
@@ -40,9 +44,13 @@ def share_memory(ranks: TorchGroup, size: int, like: Any) -> HostMemory | str:
 
     A collective of all ranks, which waits for the device.
     """
+    global _shared
     problem = _agree(ranks, None if like.is_cuda else f"tensors are on {like.device.type}")
     if problem is not None:
         return problem
+    counts = set(ranks.gather_objects(_shared))
+    if len(counts) > 1:
+        return f"ranks have shared memory {min(counts)} to {max(counts)} times before, and torch wants all as often"
     torch = torch_module(FEATURE)
     gpu = torch.cuda.get_device_properties(like.device)
     uuid = str(getattr(gpu, "uuid", None))  # torch that does not say it has no symmetric memory either
@@ -58,6 +66,7 @@ def share_memory(ranks: TorchGroup, size: int, like: Any) -> HostMemory | str:
         own = symmetric_memory.empty(size, dtype=torch.uint8, device=like.device)
         own.zero_()
         torch.cuda.synchronize(like.device)
+        _shared += 1
         handle = symmetric_memory.rendezvous(own, ranks.process_group)
         addresses = torch.tensor(handle.buffer_ptrs, dtype=torch.int64, device=like.device)
         memory = HostMemory(own, addresses, handle, num_sms)

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import contextlib
+import functools
+from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 from cases_chosen import attend_to_chosen, choose_tokens
 from cases_dense import DenseCase, frobenius_error
-from direct_ranks import LENGTHS, SHORTER, TOPK, Call, on_rank
+from direct_ranks import LENGTHS, SHORTER, TOPK, Call, on_rank, planned_exchange
 from gloo_ranks import Ranks
 
 from cupy_mla.gpu.hopper import MAX_SMS
@@ -110,13 +113,11 @@ def test_ranks_on_streams(
         check(case, torch.cat(outs, -2), torch.cat(lses, -2), lengths)
 
 
-WORLDS = (2, 3)
-
-
 @pytest.fixture(scope="module")
-def ranks(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Ranks]:
-    with Ranks(WORLDS, tmp_path_factory.mktemp("ranks")) as started:
-        yield started
+def ranks_of(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[int], Ranks]]:
+    """Ranks by their number, in processes that belong to no other group."""
+    with contextlib.ExitStack() as started:
+        yield functools.cache(lambda world: started.enter_context(Ranks((world,), tmp_path_factory.mktemp("ranks"))))
 
 
 @pytest.mark.parametrize(
@@ -130,9 +131,9 @@ def ranks(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Ranks]:
     ],
     ids=str,
 )
-def test_ranks_in_processes(world: int, call: Call, ranks: Ranks) -> None:
+def test_ranks_in_processes(world: int, call: Call, ranks_of: Callable[[int], Ranks]) -> None:
     """Through torch's symmetric memory; without NCCL, which takes one process a GPU."""
-    of_ranks = ranks.run(world, on_rank, call)
+    of_ranks = ranks_of(world).run(world, on_rank, call)
     for results, lengths in zip(zip(*of_ranks, strict=True), (LENGTHS, LENGTHS, SHORTER, LENGTHS), strict=True):
         out, lse = (np.concatenate(parts, axis=-2) for parts in zip(*results, strict=True))
         arrays = call.case.build()
@@ -144,3 +145,11 @@ def test_ranks_in_processes(world: int, call: Call, ranks: Ranks) -> None:
             exact_out, exact_lse = arrays.exact()
         assert frobenius_error(out.astype(np.float64), exact_out) < MAX_ERROR
         np.testing.assert_allclose(lse, exact_lse, rtol=LSE_TOLERANCE, atol=LSE_TOLERANCE)
+
+
+def test_ranks_of_a_second_group_that_not_all_come_to_alike(tmp_path: Path) -> None:
+    """torch would have them wait for each other for ever."""
+    with Ranks((2, 3), tmp_path) as ranks:
+        assert ranks.run(2, planned_exchange) == ["direct"] * 2
+        assert ranks.run(3, planned_exchange) == ["a2a"] * 3
+        assert ranks.run(2, planned_exchange) == ["direct"] * 2
