@@ -31,6 +31,17 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(pytest.mark.skip(reason=f"needs a Hopper GPU: {reason}"))
 
 
+@pytest.fixture(autouse=True)
+def first_gpu(request: pytest.FixtureRequest) -> None:
+    """Each test on a GPU begins with the first one current. JAX leaves current the last that it has set up, and torch,
+    whose streams for captures are of the GPU that was current at the first, then captures nothing of what runs there.
+    """
+    if request.node.get_closest_marker("gpu") is not None:
+        from cupy.cuda import runtime
+
+        runtime.setDevice(0)
+
+
 @pytest.fixture
 def set_environment(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., settings.Settings]]:
     """Function that sets environment variables (None removes one) and re-reads the settings; undone at the end."""
