@@ -47,6 +47,7 @@ from cupy_mla.lab.libraries import CUPY
 from cupy_mla.lab.trial import Settings, Trial
 from cupy_mla.layouts import DENSE_LAYOUTS, LAYOUTS, CacheLayout
 from cupy_mla.parallel import local_lengths, local_slots
+from cupy_mla.schedule import waves
 from cupy_mla.schedule.pieces import ceil_div
 
 AROUND = "around"  # merges, slots, what ranks of one host hand to each other
@@ -120,11 +121,12 @@ def all_sharded_configs() -> Iterator[KernelConfig]:
     return itertools.chain.from_iterable(map(sharded_configs, ALL_FAMILIES))
 
 
-def prefill_config(config: GatheredConfig) -> GatheredConfig:
-    """What the same family has for a prefill: without a plan, a second cache, partial results."""
-    return replace(
+def prefill_configs(config: GatheredConfig) -> list[GatheredConfig]:
+    """What the same family has for a prefill: without a plan, a second cache, partial results. In clusters and not."""
+    whole = replace(
         config, planned=False, float_partials=False, scale_parts=None, extra_page_size=NO_EXTRA, extra_layout=None
     )
+    return [*([replace(whole, clustered=True)] if whole.family.shares_tokens(whole) else []), whole]
 
 
 def is_typical(config: KernelConfig) -> bool:
@@ -275,11 +277,17 @@ def run_planned(config: KernelConfig, arrays: list[Any], options: dict[str, Any]
 
 
 def run_prefill(family: DecodeFamily, arrays: list[Any], options: dict[str, Any], **others: Any) -> None:
-    """By this family, which so small a problem would not be given to, or was another's before."""
+    """By this family, which so small a problem would not be given to, or was another's before. Clusters share the query
+    tokens, where it can; then nobody does.
+    """
     q, cache, indices = arrays
-    forget()
-    with mock.patch.object(choose, "GATHERED_FAMILIES", (family,)):
-        mla_sparse_prefill(q[:, 0], cache, indices[:, 0], **without(options, "extra"), **others)
+    for clusters in (waves.CLUSTERS, ()):
+        forget()
+        with (
+            mock.patch.object(choose, "GATHERED_FAMILIES", (family,)),
+            mock.patch.multiple(waves, CLUSTERS=clusters, MERGE_TILES=0),
+        ):
+            mla_sparse_prefill(q[:, 0], cache, indices[:, 0], **without(options, "extra"), **others)
 
 
 def run_around() -> None:

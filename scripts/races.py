@@ -32,7 +32,7 @@ from race_units import (
     dense_arrays,
     distinct_configs,
     gathered_arrays,
-    prefill_config,
+    prefill_configs,
     problems_of,
     run_unit,
     typical_configs,
@@ -155,7 +155,8 @@ def compile_for(units: list[str], every: bool) -> None:
     """What the units run, in all processes that there is room for: under a tool it would be one after the other."""
     families = [family for family in ALL_FAMILIES if family.name in units or HAZARDS in units]
     configs = list(itertools.chain.from_iterable(map(distinct_configs if every else typical_configs, families)))
-    configs += [prefill_config(config) for config in configs if config.family in GATHERED_FAMILIES]
+    gathered = [config for config in configs if config.family in GATHERED_FAMILIES]
+    configs += itertools.chain.from_iterable(map(prefill_configs, gathered))
     configs += all_sharded_configs() if SHARDS in units else ()
     decode = {config.name for config in standard_configs()}
     kernels = [kernel for kernel in all_kernels() if kernel.name not in decode]

@@ -85,6 +85,21 @@ OTHER_CONFIGS += [
         by_request=True,
     ),
 ]
+# Query tokens that clusters share.
+OTHER_CONFIGS += [
+    GatheredConfig(family, latent, rope, dtype, page_size, causal=False, planned=False, clustered=True, refined=refined)
+    for family, latent, rope, dtype, page_size, refined in (
+        (GATHERED_NARROW16, 64, 0, "bfloat16", 1, True),
+        (GATHERED_NARROW16, 512, 256, "float16", 64, False),
+        (GATHERED_NARROW32, 384, 64, "bfloat16", 2, True),
+        (GATHERED_NARROW32, 512, 128, "float16", 256, False),
+        (GATHERED_WIDE64, 512, 64, "bfloat16", 61, False),
+        (GATHERED_WIDE64, 512, 0, "float16", 64, False),
+        (GATHERED_WIDE64, 128, 64, "float16", 1, False),
+        (GATHERED_WIDE64, 256, 0, "bfloat16", 61, False),
+        (GATHERED_WIDE64, 128, 0, "bfloat16", 1, False),
+    )
+]
 # FP8 caches of other widths and with gaps between pages.
 OTHER_CONFIGS += [
     GatheredConfig(family, latent, rope, "bfloat16", page_size, causal=False, planned=planned, layout=layout)

@@ -18,6 +18,7 @@ from cupy_mla import (
     mla_sparse_prefill,
     plan_sparse_decode,
 )
+from cupy_mla.arrays.dtypes import ITEM_SIZES
 from cupy_mla.call.arguments import CUDA_MAX_LATENT, CUDA_MAX_WIDTH, CUDA_WIDTH_MULTIPLE
 from cupy_mla.call.memo import forget
 from cupy_mla.decode import prefill as prefill_module
@@ -104,11 +105,56 @@ def test_outputs_are_made(gpu: FakeGpu) -> None:
 
 @pytest.mark.parametrize(
     ("tokens", "heads", "grid"),
-    [(300, 128, (2, NUM_SMS // 2, 1)), (300, 64, (1, NUM_SMS, 1)), (5, 128, (4, 5, 1)), (300, 16, (1, NUM_SMS, 1))],
+    [(300, 128, (2, NUM_SMS // 2, 1)), (300, 64, (1, NUM_SMS, 1)), (70, 64, (1, 70, 1)), (300, 16, (1, NUM_SMS, 1))],
 )
 def test_query_tokens_are_dealt_out_to_all_sms(gpu: FakeGpu, tokens: int, heads: int, grid: Any) -> None:
     mla_sparse_prefill(**plain(gpu, tokens, heads))
     assert gpu.take()[0].grid == grid
+
+
+def test_clusters_share_what_is_left_of_the_last_wave(gpu: FakeGpu) -> None:
+    parts, over = NUM_SMS // 2, 20
+    arrays = {
+        "q": gpu.array((2 * parts + over, 16, 576), strides=(20000, 640, 1)),
+        "kv": gpu.array((40, 64, 2, 576)),
+        "indices": gpu.array((2 * parts + over, 2, 1100), "int32", strides=(2300, 1150, 1)),
+        "topk_length": gpu.array((2 * parts + over,), "int32"),
+        "attn_sink": gpu.array((16,), "float32"),
+        "out": gpu.array((2 * parts + over, 16, 512), strides=(16 * 528, 528, 1)),
+        "max_logits": gpu.array((2 * parts + over, 16), "float32", strides=(1, 400)),
+        "lse": gpu.array((2 * parts + over, 16), "float32", strides=(32, 2)),
+    }
+    mla_sparse_prefill(**arrays)
+    whole, rest = gpu.take()
+    assert (whole.grid, whole.cluster, whole.programmatic) == ((1, parts, 2), (1, 1, 1), False)
+    assert (rest.grid, rest.cluster, rest.programmatic) == ((2, over, 2), (2, 1, 1), True)
+    assert ("MLA_CLUSTERED", "0") in whole.source.defines
+    assert ("MLA_CLUSTERED", "1") in rest.source.defines
+    params, others = whole.arguments[0][0], rest.arguments[0][0]
+    assert (params["num_tokens"], others["num_tokens"]) == (2 * parts, over)
+    for name, array in arrays.items():
+        of_token = {"kv": 0, "attn_sink": 0}.get(name, array.strides[0]) * ITEM_SIZES[array.dtype]
+        assert params[name] == array.pointer, name
+        assert others[name] == array.pointer + 2 * parts * of_token, name
+
+
+@pytest.mark.parametrize(
+    ("tokens", "heads", "topk", "grid", "cluster"),
+    [
+        (5, 128, 2048, (4 * 4, 5, 1), 4),
+        (3, 16, 640, (4, 3, 1), 4),
+        (1, 8, 2048, (8, 1, 1), 8),
+        (60, 16, 2048, (2, 60, 1), 2),
+    ],
+)
+def test_few_query_tokens_are_all_shared(
+    gpu: FakeGpu, tokens: int, heads: int, topk: int, grid: Any, cluster: int
+) -> None:
+    mla_sparse_prefill(**{**plain(gpu, tokens, heads), "indices": gpu.array((tokens, 1, topk), "int32")})
+    [launched] = gpu.take()
+    assert launched.grid == grid
+    assert launched.cluster == (cluster, 1, 1)
+    assert not launched.programmatic  # no kernel of the same call is ahead
 
 
 def test_kv_heads_have_ctas_of_their_own(gpu: FakeGpu) -> None:

@@ -17,19 +17,31 @@ from ..call.sparse_options import SPARSE_PREFILL_ARRAYS
 from ..call.sparse_problem import SparseInputs, SparseProblem
 from ..gpu.device import describe_device
 from ..gpu.jit.module import load
-from ..gpu.launch import Launch
+from ..gpu.launch import Grid, Launch
 from ..kernels.choose import choose_gathered_config
+from ..kernels.gathered import GatheredConfig
 from ..kernels.structs import GATHER_PARAMS, KV_UNIT, MAX_SLOTS, words_of
 from ..layouts import CacheLayout
 from ..schedule.pieces import ceil_div
+from ..schedule.waves import deal_out
 from .prepared import CALLS_KEPT
 
 _LOG2_E = math.log2(math.e)
+# Of prefill's arrays: the field whose first stride leads from query token to query token, and bytes of an element.
+_TOKEN_STRIDES = {
+    "q": ("q_strides", 2),
+    "indices": ("indices_strides", 4),
+    "topk_length": ("topk_length_stride", 4),
+    "out": ("out_strides", 2),
+    "max_logits": ("max_logits_strides", 4),
+    "lse": ("lse_strides", 4),
+}
 _PREFILL_WORDS = words_of(
     GATHER_PARAMS, *("kv_scale_at" if name == "kv_scale" else name for name in SPARSE_PREFILL_ARRAYS)
 )
 
 Strides = tuple[int, ...]
+Offsets = tuple[int, ...]  # bytes from each of SPARSE_PREFILL_ARRAYS to what a launch is given
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,7 +133,7 @@ def gather_params(
 
 
 class PrefillCall:
-    """The launch of one kind of prefill call: CTAs take the query tokens in turn.
+    """The launches of one kind of prefill call: CTAs take the query tokens in turn, clusters of them share the rest.
 
     Attributes
     ----------
@@ -155,36 +167,60 @@ class PrefillCall:
         queries = problem.queries
         num_sms = describe_device(device_id).num_sms
         config = choose_gathered_config(problem, num_sms, planned=False)
+        assert isinstance(config, GatheredConfig)
         params = gather_params(problem, softmax_scale, empty_lse, strides, kv_scale)
         params["topk_length_stride"] = 1
         params["max_logits_strides"] = strides.max_logits
-        params["num_tokens"] = queries.total_q
-        self.params = params
-        self._words = params.view(np.uint64).data
         self._lock = threading.Lock()  # the packed arguments are shared by all threads
-        row_blocks = ceil_div(queries.group_heads, config.rows)
-        parts = min(max(num_sms // (row_blocks * queries.num_heads_kv), 1), queries.total_q)
-        self._launch = Launch(
-            load(config.source(), device_id),
-            (row_blocks, parts, queries.num_heads_kv),
+        row_blocks, kv_heads = ceil_div(queries.group_heads, config.rows), queries.num_heads_kv
+        may_share = config.family.shares_tokens(config)
+        waves = deal_out(queries.total_q, problem.keys.topk, row_blocks * kv_heads, num_sms, may_share=may_share)
+        self._launches: list[tuple[Launch, memoryview, Offsets]] = []
+        if waves.whole:
+            self._add(config, params, (row_blocks, waves.parts, kv_heads), waves.whole)
+        if waves.rest:
+            grid = row_blocks * waves.cluster, waves.rest, kv_heads
+            self._add(replace(config, clustered=True), params, grid, waves.rest, waves.whole, waves.cluster)
+
+    def _add(
+        self,
+        config: GatheredConfig,
+        params: npt.NDArray[Any],
+        grid: Grid,
+        tokens: int,
+        first: int = 0,
+        cluster: int = 1,
+    ) -> None:
+        """A launch for so many query tokens from one on; beside the one for those before it."""
+        own = params.copy()
+        own["num_tokens"] = tokens
+        launch = Launch(
+            load(config.source(), self.device_id),
+            grid,
             (config.threads, 1, 1),
             config.shared_memory,
-            (params,),
+            (own,),
+            programmatic=first > 0,
+            cluster=cluster,
         )
+        offsets = dict.fromkeys(SPARSE_PREFILL_ARRAYS, 0)
+        for name, (strides, item_bytes) in _TOKEN_STRIDES.items():
+            offsets[name] = first * int(own[strides].flat[0]) * item_bytes
+        self._launches.append((launch, own.view(np.uint64).data, tuple(offsets.values())))
 
     def __call__(self, addresses: tuple[int, ...], stream: int) -> None:
-        """Queue the kernel, given the address of each array of `SparsePrefillArrays`; 0 for one that is not there.
+        """Queue the kernels, given the address of each array of `SparsePrefillArrays`; 0 for one that is not there.
 
         Raises
         ------
         DriverError
             The driver refused the launch.
         """
-        words = self._words
         with self._lock:
-            for word, address in zip(_PREFILL_WORDS, addresses, strict=True):
-                words[word] = address
-            self._launch(stream)
+            for launch, words, offsets in self._launches:
+                for word, address, offset in zip(_PREFILL_WORDS, addresses, offsets, strict=True):
+                    words[word] = address and address + offset
+                launch(stream)
 
 
 @remembered(CALLS_KEPT)

@@ -119,6 +119,10 @@ class DecodeFamily(ABC):
         """Whether one copy of a chunk brings all latent columns; else it brings one box."""
         return False
 
+    def shares_tokens(self, config: KernelConfig) -> bool:
+        """Of gathered tokens without a plan, whether a cluster of CTAs can share a query token."""
+        return False
+
     def has_float_partials(self, rows: int) -> bool:
         """Whether partial results are float32 when so many query rows share a kv head: decode/config.h says why."""
         return False

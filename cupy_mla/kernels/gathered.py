@@ -1,9 +1,10 @@
 """The kernels of gathered tokens: every query token attends to tokens of its own, which indices name.
 
-One kernel file serves two schedules. *Planned*: query tokens are requests of a plan, as for sparse decode, cut where
-the load asks for it and merged (`combine.gathered_combine_source`). *Static*: a CTA takes every so many-th query token,
-as for sparse prefill; the grid is (row blocks of a kv head, parts, kv heads), and any number of parts is right. A third
-schedule, *by request*, makes them kernels of dense decode: token_pages.py.
+One kernel file serves several schedules. *Planned*: query tokens are requests of a plan, as for sparse decode, cut
+where the load asks for it and merged (`combine.gathered_combine_source`). *Static*: a CTA takes every so many-th query
+token, as for sparse prefill; the grid is (row blocks of a kv head, parts, kv heads), and any number of parts is right.
+*Clustered*: a cluster of CTAs shares each query token, as for those that would keep few SMs busy in a prefill's last
+wave (`schedule.waves`). *By request*: they are kernels of dense decode (token_pages.py).
 """
 
 from __future__ import annotations
@@ -62,6 +63,8 @@ class GatheredConfig(KernelConfig):
     ----------
     planned : bool
         Whether it takes its work from a plan.
+    clustered : bool
+        Without a plan, whether the CTAs of a cluster share a query token.
     layout : CacheLayout
         Of the cache.
     by_request : bool
@@ -73,6 +76,7 @@ class GatheredConfig(KernelConfig):
     """
 
     planned: bool = True
+    clustered: bool = False
     layout: CacheLayout = BF16
     by_request: bool = False
     extra_page_size: int = NO_EXTRA
@@ -88,7 +92,7 @@ class GatheredConfig(KernelConfig):
         if self.extra_layout is not None:
             other = f"_{self.extra_layout.name}" if self.extra_layout is not self.layout else ""
             extra = f"_extra{self.extra_page_size}{other}"
-        planned = "_planned" if self.planned else "_static"
+        planned = "_planned" if self.planned else "_clustered" if self.clustered else "_static"
         return layout + extra + planned + self.partial_suffix + self.refined_suffix
 
 
@@ -121,10 +125,16 @@ def gathered_defines(family: DecodeFamily, config: KernelConfig) -> tuple[tuple[
     own = {
         "GATHERED": True,
         "PLANNED": config.planned,
+        "CLUSTERED": config.clustered,
         "BY_REQUEST": config.by_request,
         "EXTRA_PAGE_SIZE": config.extra_page_size,
     }
     return tuple({**defines, **{f"MLA_{name}": str(int(value)) for name, value in own.items()}}.items())
+
+
+def with_clustered(configs: list[GatheredConfig]) -> list[KernelConfig]:
+    """Configurations, and of those without a plan the same for clusters."""
+    return [*configs, *(replace(config, clustered=True) for config in configs if not config.planned)]
 
 
 def dense_extra_configs(family: DecodeFamily) -> list[KernelConfig]:
@@ -140,6 +150,10 @@ def dense_extra_configs(family: DecodeFamily) -> list[KernelConfig]:
 @dataclass(frozen=True, slots=True)
 class GatheredWideFamily(WideFamily):
     """The family of the wide kernel of gathered tokens (kernels_cu/decode/gathered/wide.cu)."""
+
+    def shares_tokens(self, config: KernelConfig) -> bool:
+        """But where probabilities are refined: no register is left (decode/gathered/cluster.h)."""
+        return not config.refined
 
     def roles(self, config: KernelConfig) -> tuple[Role, ...]:
         """Those of the wide kernel; in its prefill without a rope part, a warpgroup that gathers besides."""
@@ -188,12 +202,13 @@ class GatheredWideFamily(WideFamily):
 
     def standard_configs(self) -> list[KernelConfig]:
         """What `cupy-mla compile` prepares ahead of time and the tests compile."""
-        return [
+        configs = [
             GatheredConfig(self, latent, rope, dtype, page_size, causal=False, planned=planned)
             for (latent, rope), dtype, (page_size, planned) in itertools.product(
                 STANDARD_DIMS, DENSE_LAYOUTS, STANDARD_PAGES
             )
-        ] + dense_extra_configs(self)
+        ]
+        return with_clustered(configs) + dense_extra_configs(self)
 
 
 def _is_latent_prefill(config: KernelConfig) -> bool:

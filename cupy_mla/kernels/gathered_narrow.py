@@ -28,7 +28,7 @@ from .family import (
     Role,
     why_not_dense,
 )
-from .gathered import GatheredConfig, dense_extra_configs, gathered_defines
+from .gathered import GatheredConfig, dense_extra_configs, gathered_defines, with_clustered
 from .narrow import narrow_scale_parts
 
 if TYPE_CHECKING:
@@ -82,6 +82,10 @@ class GatheredNarrowFamily(DecodeFamily):
             return f"has no room for a tile of widths {widths[0]} and {widths[1]}"
         return why_not_dense(problem)
 
+    def shares_tokens(self, config: KernelConfig) -> bool:
+        """Yes: decode/gathered/cluster.h."""
+        return True
+
     def roles(self, config: KernelConfig) -> tuple[Role, ...]:
         """Three warpgroups, or four."""
         takes_turns = self._takes_turns(_is_planned(config))
@@ -118,7 +122,7 @@ class GatheredNarrowFamily(DecodeFamily):
 
     def standard_configs(self) -> list[KernelConfig]:
         """What `cupy-mla compile` prepares ahead of time and the tests compile."""
-        return [
+        configs = [
             GatheredConfig(
                 self, latent, rope, dtype, 1, causal=False, planned=planned, float_partials=float_partials,
                 refined=refined,
@@ -126,7 +130,8 @@ class GatheredNarrowFamily(DecodeFamily):
             for (latent, rope), dtype, planned in itertools.product(STANDARD_DIMS, DENSE_LAYOUTS, (False, True))
             for float_partials, refined in self.standard_forms(dtype)
             if planned or not float_partials
-        ] + dense_extra_configs(self)  # fmt: skip
+        ]  # fmt: skip
+        return with_clustered(configs) + dense_extra_configs(self)
 
     def _takes_turns(self, planned: bool) -> bool:
         return not planned and self.rows == _TURN_ROWS

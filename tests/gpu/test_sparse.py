@@ -24,7 +24,9 @@ from cupy_mla import (
     slots_of,
 )
 from cupy_mla.call.options import AUTO
+from cupy_mla.decode import gathered
 from cupy_mla.kernels.choose import GATHERED_DENSE_FAMILIES
+from cupy_mla.schedule import waves
 
 from . import gpu_arrays as gpu
 
@@ -210,6 +212,40 @@ def test_prefill_of_many_query_tokens_of_few_tiles(heads: int) -> None:
     on_gpu = OnGpu(replace(PREFILL, batch=700, num_heads_q=heads, num_pages=500, topk=150, lengths="token", sinks=True))
     on_gpu.exact = exact_sparse(on_gpu.host, scale)
     on_gpu.check_prefill(*on_gpu.prefill(softmax_scale=scale))
+
+
+@pytest.mark.parametrize("cluster", [2, 8])
+@pytest.mark.parametrize("tokens", [3, 133])
+@pytest.mark.parametrize(
+    ("heads", "kv_heads", "latent_dim", "rope_dim"),
+    [(16, 1, 512, 64), (8, 1, 512, 64), (64, 1, 512, 64), (40, 2, 256, 0), (64, 1, 512, 0), (20, 1, 128, 64)],
+)
+def test_query_tokens_that_clusters_share(
+    cluster: int, tokens: int, heads: int, kv_heads: int, latent_dim: int, rope_dim: int, kernel: str,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    """All of few, and what is over of many; tiles of each from none to eleven."""
+    monkeypatch.setattr(waves, "CLUSTERS", (cluster,))
+    monkeypatch.setattr(waves, "CTA_TILES", 1)
+    monkeypatch.setattr(waves, "MERGE_TILES", 0)
+    dealt = []
+
+    def deal_out(*given: Any, **options: Any) -> waves.Waves:
+        dealt.append(waves.deal_out(*given, **options))
+        return dealt[-1]
+
+    monkeypatch.setattr(gathered, "deal_out", deal_out)
+    case = replace(PREFILL, batch=tokens, num_heads_q=heads, num_heads_kv=kv_heads, latent_dim=latent_dim)
+    case = replace(case, rope_dim=rope_dim, topk=700, lengths="token", sinks=True)
+    on_gpu = OnGpu(case)
+    results = on_gpu.prefill()
+    on_gpu.check_prefill(*results)
+    first = [gpu.bits_of(result) for result in results]
+    for _ in range(RUNS):
+        for result, bits in zip(on_gpu.prefill(), first, strict=True):
+            np.testing.assert_array_equal(gpu.bits_of(result), bits)
+    is_refined_wide = kernel == "gathered_wide64" and heads // kv_heads <= 8
+    assert [made.cluster for made in dealt] == [1 if is_refined_wide else cluster]
 
 
 @pytest.mark.parametrize("tokens", [1, 131, 300])
@@ -399,7 +435,7 @@ def test_a_plan_of_other_shapes_is_refused() -> None:
 @pytest.mark.parametrize("batch", [1, 70])
 def test_same_bits_every_run(heads: int, batch: int) -> None:
     decode = OnGpu(replace(DECODE, num_heads_q=heads, batch=batch, lengths="token", sinks=True, topk=700))
-    prefill = OnGpu(replace(PREFILL, num_heads_q=heads, batch=2 * batch, lengths="token", sinks=True))
+    prefill = OnGpu(replace(PREFILL, num_heads_q=heads, batch=2 * batch, lengths="token", sinks=True, topk=700))
     for call in (decode.decode, prefill.prefill):
         first = [gpu.bits_of(result) for result in call()]
         for _ in range(RUNS):
@@ -451,8 +487,9 @@ def test_graph_replayed_after_lengths_changed(heads: int, lengths: str) -> None:
 
 
 @pytest.mark.parametrize("heads", [8, 128])
-def test_graph_of_prefill_replayed_after_lengths_changed(heads: int) -> None:
-    case = replace(PREFILL, num_heads_q=heads, lengths="token", sinks=True)
+@pytest.mark.parametrize("topk", [300, 1100])  # of the second clusters share some query tokens
+def test_graph_of_prefill_replayed_after_lengths_changed(heads: int, topk: int) -> None:
+    case = replace(PREFILL, num_heads_q=heads, lengths="token", sinks=True, topk=topk)
     on_gpu = OnGpu(case)
     clean = np.where(np.isnan(on_gpu.host.kv), on_gpu.host.kv.dtype.type(0.5), on_gpu.host.kv)
     on_gpu.kv = gpu.upload(clean)
@@ -468,7 +505,7 @@ def test_graph_of_prefill_replayed_after_lengths_changed(heads: int) -> None:
 
 
 def test_work_waits_for_what_is_queued_before_it() -> None:
-    on_gpu = OnGpu(replace(PREFILL, lengths="token", sinks=True))
+    on_gpu = OnGpu(replace(PREFILL, lengths="token", sinks=True, topk=700))
     decode = OnGpu(replace(DECODE, lengths="token", sinks=True))
     gpu.synchronize()
     with gpu.delayed_stream() as stream:

@@ -1,6 +1,7 @@
 // What a CTA of a narrow kernel for gathered tokens does, whatever brings the tokens: the roles of its warpgroups (scores,
 // values, loaders), which the headers before this one have, with their registers.
 #pragma once
+#include "decode/gathered/cluster.h"
 #include "decode/gathered/params.h"
 #include "ptx/warp.h"
 
@@ -28,13 +29,16 @@ MLA_DEVICE void run_narrow_roles(const GatherParams& params, u8* shared) {
     if (warpgroup < kValuesWarpgroup) {
         take_registers<kScoresRegisters>();
         ScoresRole(params, smem, thread).run(items);
+        if (kIsClustered) cluster_sync();
     } else if (warpgroup == kValuesWarpgroup) {
         take_registers<kValuesRegisters>();
         ValuesRole(params, smem, thread).run(items);
     } else {
         take_registers<kLoadersRegisters>();
         Loader(params, items, smem, thread).run();
+        if (kIsClustered) cluster_sync();
     }
+    if (kIsClustered) leave_cluster();
 }
 
 }  // namespace mla

@@ -1,6 +1,7 @@
 // Shared memory of the narrow kernel for gathered tokens. cupy_mla/kernels adds up the same sizes.
 #pragma once
 #include "decode/claim.h"
+#include "decode/gathered/cluster.h"
 #include "decode/gathered/narrow_schedule.h"
 #include "decode/gathered/narrow_softmax.h"
 #include "ptx/mbarrier.h"
@@ -56,7 +57,13 @@ static_assert(Smem::turns % sizeof(u64) == 0, "barriers are aligned");
 static_assert(Smem::total <= kSharedBytes && Smem::groups >= kTileGroups, "a tile must fit in the ring");
 static_assert(Smem::query % kSwizzleAtomBytes == 0 && Smem::probabilities % kSwizzleAtomBytes == 0,
               "the swizzle is a function of the address: boxes start at its period");
+static_assert(!kIsClustered || kSharedRowsBytes <= Smem::query, "the output lies where the ring was");
 static_assert(Smem::total == MLA_SHARED_BYTES, "cupy_mla/kernels adds up other sizes");
+
+// In a cluster, where Q was: all QK is done when they are known.
+MLA_DEVICE f32* row_value(u32 which, i32 row_in_block) {
+    return reinterpret_cast<f32*>(shared_begin() + Smem::query) + which * kRows + row_in_block;
+}
 
 // Position in the ring of groups. All roles walk the same sequence of tiles; a tile's groups follow one another and may wrap
 // round.

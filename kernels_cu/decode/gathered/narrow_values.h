@@ -18,11 +18,19 @@ public:
             const BlockWork work = load_block_work(params_, item);
             if (work.exists()) run_item(work, item);
         }
+        if constexpr (kIsClustered) {
+            cluster_sync();
+            merge_cluster<kWarpgroupWarps>(params_, warp_, lane_);
+        }
     }
 
 private:
     MLA_DEVICE void run_item(const BlockWork& work, i32 item) {
         if (work.tile_begin >= work.tile_end) {
+            if constexpr (kIsClustered) {
+                if (thread_ < kRows * kRowValues) *row_value(0, thread_) = minus_infinity();
+                return;
+            }
             store_empty(params_, work, thread_);
             if (thread_ < kRows) store_max_logit(params_, work, thread_, minus_infinity());
             return;
@@ -125,6 +133,10 @@ private:
             return;
         }
         barrier();  // PV of all warps has read the boxes that the output goes to
+        if constexpr (kIsClustered) {
+            store_shared(output);
+            return;
+        }
         if constexpr (kPartialIsScaled) {
             const auto place = [this](u32 box) { return staged_box(box); };
             const u32 exponent = stage_normalised(work, place, warp_, lane_, inverse, output);
@@ -143,6 +155,19 @@ private:
             return load_shared_16b(staged_box(box) + box_chunk_offset(row, index));
         });
         release_staged();
+    }
+
+    // The whole output, for the cluster.
+    MLA_DEVICE void store_shared(const float (&output)[kLatentBoxes][kFragment]) const {
+#pragma unroll
+        for (u32 i = 0; i < kThreadRows; ++i) {
+            const u32 place = shared_output(smem_, row_of_lane(lane_, i), warp_ * kWarpTokens + lane_ / 4);
+#pragma unroll
+            for (u32 box = 0; box < kLatentBoxes; ++box) {
+                store_shared_f32(place + box * kBoxColumns * sizeof(f32), output[box][row_element(i)]);
+                store_shared_f32(place + (box * kBoxColumns + 8) * sizeof(f32), output[box][row_element(i) + 2]);
+            }
+        }
     }
 
     const GatherParams& params_;

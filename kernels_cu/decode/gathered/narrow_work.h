@@ -17,8 +17,7 @@ MLA_DEVICE BlockWork next_work(const GatherParams& params, const Items& items, i
 // Of a row that exists or not. Natural logarithm; -inf: no token.
 MLA_DEVICE void store_max_logit(const GatherParams& params, const BlockWork& work, i32 row_in_block, f32 logit) {
     if (kIsPlanned || params.max_logits == nullptr || !row_exists(work, row_in_block)) return;
-    const RowPlace place = locate_row(params, work, row_in_block);
-    params.max_logits[work.request * params.max_logits_stride_token + place.head * params.max_logits_stride_head] = logit;
+    *max_logit(params, work, row_in_block) = logit;
 }
 
 }  // namespace mla

@@ -19,12 +19,16 @@ mla_gathered_prefill(const __grid_constant__ mla::GatherParams params) {
         registers_increase<kScoresRegisters>();
         ScoresRole scores(params, smem);
         for (i32 item = items.first(); item < items.end(); item += items.step()) scores.run_item(item);
+        if (kIsClustered) cluster_sync();
     } else if (warpgroup <= kValueWarpgroups) {
         registers_increase<kValuesRegisters>();
         ValuesRole values(params, smem);
         for (i32 item = items.first(); item < items.end(); item += items.step()) values.run_item(item);
+        if constexpr (kIsClustered) merge_outputs(params);
     } else {
         registers_decrease<kLoadersRegisters>();
         TokenLoader(params, items, smem).run();
+        if (kIsClustered) cluster_sync();
     }
+    if (kIsClustered) leave_cluster();
 }

@@ -1,5 +1,6 @@
 // The scores warpgroup of the wide prefill kernel: S = Q K^T for one tile after the other, online softmax, P to shared memory.
 #pragma once
+#include "decode/gathered/output.h"
 #include "decode/gathered/prefill_smem.h"
 #include "decode/gathered/results.h"
 #include "decode/gathered/valid_mask.h"
@@ -241,6 +242,7 @@ private:
     MLA_DEVICE void store_results(const BlockWork& work, u32 row, const float (&maximum)[2], const float (&sum)[2],
                                   Results& results) {
         results.finish();
+        GatheredOutput::wait_for_room();
         if (lane() % 4 != 0) return;
 #pragma unroll
         for (int half = 0; half < 2; ++half) {

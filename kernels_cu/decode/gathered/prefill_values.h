@@ -1,5 +1,6 @@
 // A values warpgroup of the wide prefill kernel: O += P V for half of the latent columns; rescales O when the running maximum moved; stores O.
 #pragma once
+#include "decode/gathered/output.h"
 #include "decode/gathered/prefill_smem.h"
 #include "decode/gathered/work.h"
 #include "ptx/warp.h"
@@ -8,7 +9,7 @@
 namespace mla {
 
 class ValuesRole {
-    using Out = WideOutput<GatherParams, true>;
+    using Out = GatheredOutput;
 
 public:
     MLA_DEVICE ValuesRole(const GatherParams& params, u32 smem) : params_(params), smem_(smem) {}

@@ -49,9 +49,7 @@ public:
     // Of a row that exists.
     MLA_DEVICE void store(const GatherParams& params, const BlockWork& work, i32 row_in_block, int half) const {
         if (kIsPlanned || params.max_logits == nullptr) return;
-        const RowPlace place = locate_row(params, work, row_in_block);
-        params.max_logits[work.request * params.max_logits_stride_token + place.head * params.max_logits_stride_head] =
-            largest_[half] * kLn2;
+        *max_logit(params, work, row_in_block) = largest_[half] * kLn2;
     }
 
 private:

@@ -2,6 +2,7 @@
 //   0    scores: S = Q K^T, softmax, P
 //   1, 2 values: O += P V, half of the columns each; and all of their warps gather queries and KV tiles
 #include "decode/gathered/gatherer.h"
+#include "decode/gathered/output.h"
 #include "decode/gathered/request_mask.h"
 #include "decode/gathered/results.h"
 #include "decode/gathered/valid_mask.h"
@@ -22,7 +23,7 @@ struct GatheredWide {
     using Params = GatherParams;
     using Mask = TokenMask;
     using Results = SinkAndLargest;
-    static constexpr bool kStreamsOutput = !kIsPlanned;
+    using Out = GatheredOutput;
 };
 
 }  // namespace mla
@@ -39,6 +40,7 @@ mla_gathered_wide(const __grid_constant__ mla::GatherParams params) {
         registers_increase<kScoresRegisters>();
         ScoresRole<GatheredWide> scores(params, smem);
         for (i32 item = items.first(); item < items.end(); item += items.step()) scores.run_item(item);
+        if (kIsClustered) cluster_sync();
     } else {
         registers_decrease<kValuesRegisters>();
         ValuesRole<GatheredWide> values(params, smem);
@@ -51,5 +53,7 @@ mla_gathered_wide(const __grid_constant__ mla::GatherParams params) {
                 gatherer.load_next(done.stage);
             });
         }
+        if constexpr (kIsClustered) merge_outputs(params);
     }
+    if (kIsClustered) leave_cluster();
 }

@@ -4,6 +4,7 @@
 #include "decode/entry.h"
 #include "decode/gathered/params.h"
 #include "decode/rows.h"
+#include "ptx/cluster.h"
 
 namespace mla {
 
@@ -12,15 +13,19 @@ constexpr bool kByRequest = MLA_BY_REQUEST;  // decode/gathered/params.h
 static_assert(!kByRequest || kIsPlanned, "requests are planned");
 constexpr bool kHasExtra = MLA_EXTRA_PAGE_SIZE > 0;  // whether there is a second cache, with a list of tokens of its own
 constexpr u32 kExtraPageSize = kHasExtra ? MLA_EXTRA_PAGE_SIZE : 1;
+// Whether a static item is shared by the CTAs of a cluster: decode/gathered/cluster.h.
+constexpr bool kIsClustered = MLA_CLUSTERED;
+static_assert(!kIsClustered || !kIsPlanned, "a plan cuts its own jobs");
 static_assert(!kHasExtra || (kIsPlanned && !kByRequest), "only sparse decode has two lists");
 
-// A static item is a query token. The grid is (row blocks of a kv head, parts, kv heads): the CTAs of a token are neighbours.
+// A static item is a query token. The grid is (row blocks of a kv head, parts, kv heads): the CTAs of a token are neighbours. In
+// clusters there is one for each row block, whose CTAs take as many of the item's tiles each.
 MLA_DEVICE BlockWork static_block_work(const GatherParams& params, i32 token) {
     BlockWork work;
     work.request = token;
     work.q_begin = 0;
     work.kv_head = blockIdx.z;
-    work.first_row = block_in_job() * static_cast<i32>(kRows);
+    work.first_row = static_cast<i32>((kIsClustered ? cluster_index() : block_in_job()) * kRows);
     // Else the compiler computes the rows' addresses once and keeps them, for which no registers are left.
     pin_register(work.request);
     pin_register(work.first_row);
@@ -32,6 +37,12 @@ MLA_DEVICE BlockWork static_block_work(const GatherParams& params, i32 token) {
     work.tile_begin = 0;
     work.tile_end = ceil_div(work.seqlen_k, kTileTokens);
     work.slot = kWholeJob;
+    if constexpr (kIsClustered) {
+        const i32 tiles = work.tile_end, rank = cluster_rank(), ctas = cluster_size();
+        work.tile_begin = tiles * rank / ctas;
+        work.tile_end = tiles * (rank + 1) / ctas;
+        work.slot = 0;  // of the only job, in shared memory
+    }
     return work;
 }
 
@@ -79,6 +90,26 @@ MLA_DEVICE QueryRow query_row(const GatherParams& params, const BlockWork& work,
     return row;
 }
 
+// In a cluster, what a CTA leaves there of a row besides its output. decode/gathered/cluster.h and the kernels say where.
+constexpr u32 kLseOfRow = 0, kLargestOfRow = 1, kRowValues = 2;
+MLA_DEVICE f32* row_value(u32 which, i32 row_in_block);
+
+MLA_DEVICE f32* lse_row(const GatherParams& params, const BlockWork& work, i32 row_in_block) {
+#if MLA_CLUSTERED  // other kernels need not say where
+    if (work.is_partial()) return row_value(kLseOfRow, row_in_block);
+#endif
+    return lse_row<GatherParams>(params, work, row_in_block);
+}
+
+// Where the largest score of a row that exists goes.
+MLA_DEVICE f32* max_logit(const GatherParams& params, const BlockWork& work, i32 row_in_block) {
+#if MLA_CLUSTERED
+    if (work.is_partial()) return row_value(kLargestOfRow, row_in_block);
+#endif
+    const RowPlace place = locate_row(params, work, row_in_block);
+    return params.max_logits + work.request * params.max_logits_stride_token + place.head * params.max_logits_stride_head;
+}
+
 // The items of this CTA: first(), first() + step(), ... below end(). From where they are written each time: no registers are
 // left to keep them in.
 class Items {
@@ -101,6 +132,8 @@ public:
             pdl_wait();
         } else {
             if (threadIdx.x == 0) prepare();
+            // Clusters with the query tokens after these may start on SMs that have no more work.
+            if constexpr (!kIsClustered && kSameType<Stored, Output>) pdl_launch_dependents();
         }
         __syncthreads();
     }

@@ -48,6 +48,9 @@ public:
         }
     }
 
+    // Before a row's results besides O are stored.
+    static MLA_DEVICE void wait_for_room() {}
+
     static MLA_DEVICE void store(const Params& params, i32 item, float (&output)[kAccumulators]) {
         if (kPartialIsScaled) pin_register(item);  // looked up after the last tile: there are no registers to keep it in
         // Packing first frees the registers that the addresses below need.

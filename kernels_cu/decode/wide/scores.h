@@ -25,7 +25,7 @@ struct NoResults {
 //   Params
 //   Mask      which keys the rows may see; it stands at one tile after the other
 //   Results   what rows are asked for besides their output and lse
-//   kStreamsOutput  whether the output is the first to leave L2, in favour of tokens that are read again
+//   Out       what O is held, scaled and stored by
 template <class Kernel>
 class ScoresRole {
     using Params = typename Kernel::Params;
@@ -188,6 +188,7 @@ private:
 
     MLA_DEVICE void store_results(const BlockWork& work, u32 row, const float (&maximum)[2], const float (&sum)[2],
                                   const Results& results) {
+        Kernel::Out::wait_for_room();
         if (lane() % 4 != 0) return;
 #pragma unroll
         for (int half = 0; half < 2; ++half) {

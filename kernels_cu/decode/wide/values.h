@@ -12,7 +12,7 @@ namespace mla {
 template <class Kernel>
 class ValuesRole {
     using Params = typename Kernel::Params;
-    using Out = WideOutput<Params, Kernel::kStreamsOutput>;
+    using Out = typename Kernel::Out;
 
 public:
     MLA_DEVICE ValuesRole(const Params& params, u32 smem)

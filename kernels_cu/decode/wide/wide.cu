@@ -14,7 +14,7 @@ struct DenseWide {
     using Params = DecodeParams;
     using Mask = EndMask;
     using Results = NoResults;
-    static constexpr bool kStreamsOutput = false;
+    using Out = WideOutput<DecodeParams, false>;
 };
 
 // The first warps of the first values warpgroup. From the special register each time: no register is left to keep it in.
