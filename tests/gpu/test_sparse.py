@@ -26,6 +26,7 @@ from cupy_mla import (
 from cupy_mla.call.options import AUTO
 from cupy_mla.decode import gathered
 from cupy_mla.kernels.choose import GATHERED_DENSE_FAMILIES
+from cupy_mla.kernels.gathered import GATHERED_WIDE64
 from cupy_mla.schedule import waves
 
 from . import gpu_arrays as gpu
@@ -244,8 +245,8 @@ def test_query_tokens_that_clusters_share(
     for _ in range(RUNS):
         for result, bits in zip(on_gpu.prefill(), first, strict=True):
             np.testing.assert_array_equal(gpu.bits_of(result), bits)
-    is_refined_wide = kernel == "gathered_wide64" and heads // kv_heads <= 8
-    assert [made.cluster for made in dealt] == [1 if is_refined_wide else cluster]
+    has_no_registers = kernel == GATHERED_WIDE64.name and GATHERED_WIDE64.refines(case.dtype, heads // kv_heads)
+    assert [made.cluster for made in dealt] == [1 if has_no_registers else cluster]
 
 
 @pytest.mark.parametrize("tokens", [1, 131, 300])
