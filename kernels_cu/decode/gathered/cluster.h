@@ -27,7 +27,7 @@ struct ClusterStates : SinkStates {
     MLA_DEVICE f32 lse_of(i32 rank) const { return *in_cta(lses, rank); }
 };
 
-// By the `warps` warps that have stored the output, once all of the cluster have: each CTA merges every so many-th row.
+// By the kWarps warps that have stored the output, once all of the cluster have: each CTA merges every so many-th row.
 template <i32 kWarps>
 MLA_DEVICE void merge_cluster(const GatherParams& params, i32 warp, i32 lane) {
     BlockWork work = load_block_work(params, blockIdx.y);
