@@ -18,6 +18,7 @@ from cupy_mla.lab.cases import Case  # noqa: E402
 from cupy_mla.lab.libraries import TorchLibrary  # noqa: E402
 from cupy_mla.lab.shards import shards_of  # noqa: E402
 from cupy_mla.parallel import cp_decode, plan_cp_decode  # noqa: E402
+from cupy_mla.parallel.group import TorchGroup  # noqa: E402
 
 WORLDS = (2, 4)
 LENGTHS = (300, 64, 3, 0, 1, 129)
@@ -170,6 +171,18 @@ def test_a_group_of_one(seqlens_q: int, exchange: str) -> None:
     exact_out, exact_lse = case.build().exact()
     assert frobenius_error(out.float().numpy(), exact_out) < MAX_ERROR["bfloat16"]
     np.testing.assert_allclose(lse.numpy(), exact_lse, rtol=LSE_TOLERANCE, atol=LSE_TOLERANCE)
+
+
+@pytest.mark.parametrize("width", [64, 12, 3])
+@pytest.mark.parametrize("begin", [0, 8, 1])
+def test_copies_are_of_all_that_is_there(begin: int, width: int) -> None:
+    """Whether rows are whole numbers of 16 bytes or not."""
+    source = torch.randn(2, 3, 4, begin + width + 8).to(torch.bfloat16)[..., begin : begin + width]
+    source[0, 1, 2, :2] = torch.tensor([torch.nan, -0.0])
+    target = torch.zeros(4, 2, 3, width, dtype=torch.bfloat16)
+    TorchGroup(None, 1, 0).copy(target.permute(1, 2, 0, 3), source)
+    bits = target.permute(1, 2, 0, 3).contiguous().view(torch.int16)
+    torch.testing.assert_close(bits, source.contiguous().view(torch.int16), rtol=0, atol=0)
 
 
 def test_no_group() -> None:

@@ -18,6 +18,7 @@ from ..call.shard import Shard
 from ..errors import InvalidArgumentError
 
 FEATURE = "cupy_mla.parallel.cp_decode"
+_QUAD_BYTES = 16
 # What torch called them before 2.13.
 _FORMER_NAMES = {"all_gather_single": "all_gather_into_tensor", "reduce_scatter_single": "reduce_scatter_tensor"}
 
@@ -48,7 +49,10 @@ class TorchGroup:
             raise InvalidArgumentError(name, f"a tensor {wanted}", type(array).__name__)
 
     def copy(self, target: Any, source: Any) -> None:
-        """``target[...] = source``."""
+        """``target[...] = source``, 16 bytes at once where both have them, which takes less than half as long."""
+        if _has_quads(target) and _has_quads(source):
+            widest = torch_module(FEATURE).complex128
+            target, source = target.view(widest), source.view(widest)
         target.copy_(source)
 
     def count(self, shard: Shard, tokens: Any, counted: Any) -> None:
@@ -166,6 +170,13 @@ def ranks_of(group: Any) -> TorchGroup | CupyGroup:
     if rank < 0:
         raise InvalidArgumentError("group", "a process group that this process is in", "another")
     return TorchGroup(group, world, rank)
+
+
+def _has_quads(tensor: Any) -> bool:
+    """Whether the rows of a tensor are whole numbers of 16 bytes, as torch and a GPU want them."""
+    steps = *tensor.stride()[:-1], tensor.shape[-1], tensor.storage_offset()
+    is_whole = all(step * tensor.element_size() % _QUAD_BYTES == 0 for step in steps)
+    return bool(is_whole and tensor.stride(-1) == 1 and tensor.data_ptr() % _QUAD_BYTES == 0)
 
 
 def _as_bits(array: Any) -> Any:

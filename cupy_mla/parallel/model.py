@@ -26,7 +26,7 @@ _REQUESTS = np.array([1, 16, 128])
 _GATHER_BYTES, _GATHER_US = _REQUESTS * 64 * 576 * 2, (9.5, 26.5, 61.5)
 _EXCHANGE_BYTES, _EXCHANGE_US = _REQUESTS * 64 * 512 * 2, (11.5, 18.4, 58.2)
 # us of a copy that makes heads of several ranks lie together, and of a merge by its rows and the rows that it reads.
-_COPY_START, _COPY_BYTES_PER_US = 3.0, 0.77e6
+_COPY_START, _COPY_BYTES_PER_US = 3.0, 1.9e6
 _MERGE_START, _MERGE_PER_ROW, _MERGE_PER_ROW_READ = 3.0, 1.5e-3, 1.2e-4
 
 
