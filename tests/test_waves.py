@@ -20,6 +20,7 @@ NUM_SMS = 132
         (4092, 1, Waves(132, 4092)),
         (256, 1, Waves(132, 256)),  # most SMs are busy in the last wave
         (132 + 20, 1, Waves(132, 132, 20, 4)),
+        (132 + 38, 1, Waves(132, 132, 38, 3)),
         (132 + 66, 1, Waves(132, 132, 66, 2)),
         (132 + 67, 1, Waves(132, 132 + 67)),
         (1, 1, Waves(0, 0, 1, 8)),
@@ -31,8 +32,8 @@ def test_long_query_tokens(tokens: int, blocks: int, waves: Waves) -> None:
 
 
 def test_short_query_tokens_are_shared_by_fewer_or_not_at_all() -> None:
-    clusters = [deal_out(1, tiles * TILE_TOKENS, 1, NUM_SMS).cluster for tiles in (32, 16, 15, 10, 9, 1, 0)]
-    assert clusters == [8, 8, 4, 4, 1, 1, 1]
+    clusters = [deal_out(1, tiles * TILE_TOKENS, 1, NUM_SMS).cluster for tiles in (32, 16, 15, 10, 9, 8, 1, 0)]
+    assert clusters == [8, 8, 4, 4, 1, 1, 1, 1]
 
 
 def test_what_no_kernel_shares_stays_whole() -> None:

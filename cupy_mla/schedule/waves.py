@@ -6,13 +6,14 @@ from dataclasses import dataclass
 
 from .pieces import TILE_TOKENS, ceil_div
 
-CLUSTERS = (8, 4, 2)  # of CTAs; 8 is the most that every GPU with clusters takes
+# CTAs of a cluster: 8 are the most that every GPU with clusters takes. 5 and 6 are slower than 4; where 7 fit, so do 8.
+CLUSTERS = (8, 4, 3, 2)
 # Measured on an H200 (kernels_cu/TRIED_GATHERED.md): tiles that take as long as a launch for clusters and the merge of
 # what their CTAs find; and tiles that each CTA should have.
 MERGE_TILES = 7
 CTA_TILES = 2
 # Of all SMs, those that clusters of more than two CTAs can count on: a cluster's are all in one part of the chip, which
-# has 18 or fewer. 120 of 132 on the one at hand.
+# has 18 or fewer. Of 132 at hand clusters of 8 and 4 filled 120, those of 3 117.
 _SHARE_OF_SMS = 7 / 8
 
 
@@ -61,8 +62,8 @@ def deal_out(tokens: int, topk: int, blocks: int, num_sms: int, *, may_share: bo
     rest, tiles = tokens % parts, ceil_div(topk, TILE_TOKENS)
     for cluster in CLUSTERS if may_share and rest else ():
         room = num_sms if cluster == min(CLUSTERS) else int(num_sms * _SHARE_OF_SMS)
-        saved = tiles - ceil_div(tiles, cluster)
-        if rest * blocks * cluster <= room and saved >= MERGE_TILES and tiles >= CTA_TILES * cluster:
+        fits = rest * blocks * cluster <= room
+        if fits and tiles >= CTA_TILES * cluster and tiles - ceil_div(tiles, cluster) >= MERGE_TILES:
             whole = tokens - rest
             return Waves(min(parts, whole), whole, rest, cluster)
     return Waves(min(parts, tokens), tokens)
