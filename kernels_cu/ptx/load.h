@@ -1,5 +1,5 @@
 // Loads from global memory that stay where they are in the program; of those through the read-only path (.nc) the compiler moves
-// all together.
+// all together. PTX ISA, "ld".
 #pragma once
 #include "core/types.h"
 
@@ -31,6 +31,13 @@ MLA_DEVICE void load_global_16b(const void* source, u32 exists, u32 (&words)[4],
         : "=&r"(words[0]), "=&r"(words[1]), "=&r"(words[2]), "=&r"(words[3])
         : "l"(source), "r"(exists), "r"(otherwise)
         : "memory");
+}
+
+// A word that another kernel may be about to write: past L1, so that a later load finds what was written.
+MLA_DEVICE i32 load_global_relaxed(const i32* source) {
+    i32 word;
+    asm volatile("ld.relaxed.gpu.global.s32 %0, [%1];" : "=r"(word) : "l"(source) : "memory");
+    return word;
 }
 
 }  // namespace mla

@@ -43,6 +43,11 @@ MLA_DEVICE void tma_store_wait_read() {
     asm volatile("cp.async.bulk.commit_group;\ncp.async.bulk.wait_group.read 0;" ::: "memory");
 }
 
+// A hint: brings to L2 what tma_load_bytes would load.
+MLA_DEVICE void tma_prefetch_bytes(const void* source, u32 bytes) {
+    asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(source), "r"(bytes) : "memory");
+}
+
 // A hint: brings to L2 what tma_load_5d would load.
 MLA_DEVICE void tma_prefetch_5d(const TensorMap* map, i32 c0, i32 c1, i32 c2, i32 c3, i32 c4) {
     asm volatile("cp.async.bulk.prefetch.tensor.5d.L2.global.tile [%0, {%1, %2, %3, %4, %5}];" ::"l"(map), "r"(c0), "r"(c1),

@@ -7,6 +7,8 @@
 #include "decode/narrow/store.h"
 #include "decode/rows.h"
 #include "ptx/copy_async.h"
+#include "ptx/load.h"
+#include "ptx/tma.h"
 #include "ptx/warp.h"
 #include "source/gathered.h"
 
@@ -38,17 +40,18 @@ MLA_DEVICE BlockWork first_work(const GatherParams& params, const Items& items, 
 
 class TokenLoader {
 public:
-    static constexpr bool kOpensEarly = mla::kOpensEarly;
-
-    // While the kernel ahead may still run: indices and Q of the first item to L2, as a hint.
-    static MLA_DEVICE void prefetch_first(const GatherParams& params, const BlockWork& work, u32 thread) {
-        if (!work.has_tiles()) return;
-        prefetch_query(params, work, thread);
-        if (kHasBlockTable) return;
-        constexpr i32 kLineIndices = 128 / sizeof(i32);
-        const TokenRun tokens = tokens_from(params, work, work.tile_begin);
-        for (i32 place = thread * kLineIndices; place < tokens.left; place += kLoaderWarps * kWarpThreads * kLineIndices)
-            prefetch_to_l2(tokens.indices + place);
+    // What is done with the first item while the kernel ahead may still run: hints, of what to bring to L2.
+    static MLA_DEVICE auto ahead(const GatherParams& params) {
+        if constexpr (kOpensEarly)
+            return [&params](const BlockWork& work) {
+                const u32 warpgroup = threadIdx.x / kWarpgroupThreads, thread = threadIdx.x % kWarpgroupThreads;
+                if (warpgroup > kValuesWarpgroup)
+                    prefetch_first(params, work, thread);
+                else if (warpgroup == kValuesWarpgroup)
+                    prefetch_first_rows(params, work, thread);
+            };
+        else
+            return NothingAhead{};
     }
 
     // `thread` counts the loader threads.
@@ -85,6 +88,33 @@ private:
     static constexpr u32 kPassTokens = kWarpThreads / kLineLanes;
     static constexpr u32 kPasses = kWarpTokens / kPassTokens;
     static_assert(2 * kPassTokens == kAtomRows, "the swizzle of a lane's rows is one of two");
+
+    // Indices and Q.
+    static MLA_DEVICE void prefetch_first(const GatherParams& params, const BlockWork& work, u32 thread) {
+        if (!work.has_tiles()) return;
+        prefetch_query(params, work, thread);
+        if (kHasBlockTable) return;
+        constexpr i32 kLineIndices = 128 / sizeof(i32);
+        const TokenRun tokens = tokens_from(params, work, work.tile_begin);
+        for (i32 place = thread * kLineIndices; place < tokens.left; place += kLoaderWarps * kWarpThreads * kLineIndices)
+            prefetch_to_l2(tokens.indices + place);
+    }
+
+    // The rows of the first tile, and no more: the merge ahead reads, too. By the values warps, which are idle yet. Indices may be
+    // about to be written: then other rows are asked for, or none.
+    static MLA_DEVICE void prefetch_first_rows(const GatherParams& params, const BlockWork& work, u32 thread) {
+        static_assert(kTileTokens <= kWarpgroupThreads, "a thread for each token");
+        if (kHasBlockTable || !work.has_tiles()) return;
+        const TokenRun tokens = tokens_from(params, work, work.tile_begin);
+        if (static_cast<i32>(thread) >= min_i32(tokens.left, kTileTokens)) return;
+        const i32 slot = load_global_relaxed(tokens.indices + thread);
+        if (!is_token(params, slot, tokens.is_extra)) return;
+        const u8* const row = token_address(params, slot, tokens.is_extra) + work.kv_head * head_stride(params, tokens.is_extra);
+        tma_prefetch_bytes(row, (kByRequest ? kLatentBoxes : kTileBoxes) * kBoxRowBytes);
+        if (kByRequest && kRopeBoxes > 0)
+            tma_prefetch_bytes(token_rope_address(params, slot) + work.kv_head * params.kv_rope_stride_head,
+                               kRopeBoxes * kBoxRowBytes);
+    }
 
     // A hint: Q of an item to L2, which the scores warpgroup waits for.
     static MLA_DEVICE void prefetch_query(const GatherParams& params, const BlockWork& work, u32 thread) {

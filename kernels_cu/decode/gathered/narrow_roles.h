@@ -18,11 +18,7 @@ MLA_DEVICE void take_registers() {
 template <class Loader>
 MLA_DEVICE void run_narrow_roles(const GatherParams& params, u8* shared) {
     const u32 smem = shared_address(shared);
-    const Items items(params, shared + Smem::claim, [&] { initialise_barriers(smem); }, [&](const BlockWork& work) {
-        if constexpr (Loader::kOpensEarly)
-            if (threadIdx.x / kWarpgroupThreads > kValuesWarpgroup)
-                Loader::prefetch_first(params, work, threadIdx.x % kWarpgroupThreads);
-    });
+    const Items items(params, shared + Smem::claim, [&] { initialise_barriers(smem); }, Loader::ahead(params));
     const u32 warpgroup = __shfl_sync(kFullWarp, threadIdx.x / kWarpgroupThreads, 0);
     const u32 thread = threadIdx.x % kWarpgroupThreads;
 

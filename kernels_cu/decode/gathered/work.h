@@ -110,25 +110,28 @@ MLA_DEVICE f32* max_logit(const GatherParams& params, const BlockWork& work, i32
     return params.max_logits + work.request * params.max_logits_stride_token + place.head * params.max_logits_stride_head;
 }
 
+struct NothingAhead {};
+
 // The items of this CTA: first(), first() + step(), ... below end(). From where they are written each time: no registers are
 // left to keep them in.
 class Items {
 public:
-    template <class Prepare>
-    MLA_DEVICE Items(const GatherParams& params, u8* slot, Prepare prepare)
-        : Items(params, slot, prepare, [](const BlockWork&) {}) {}
-
-    // All threads call this, once; the first one runs `prepare`. decode/entry.h. With a plan that is settled all run `ahead` of the
-    // first item while the kernel ahead of this one may still run.
-    template <class Prepare, class Ahead>
-    MLA_DEVICE Items(const GatherParams& params, u8* slot, Prepare prepare, Ahead ahead)
+    // All threads call this, once; the first one runs `prepare`. decode/entry.h. With a plan that is settled all run `ahead`, if there
+    // is something to do, with the first item, while the kernel ahead of this one may still run.
+    template <class Prepare, class Ahead = NothingAhead>
+    MLA_DEVICE Items(const GatherParams& params, u8* slot, Prepare prepare, Ahead ahead = {})
         : params_(params), part_(reinterpret_cast<volatile i32*>(slot) + 1) {
         if constexpr (kIsPlanned) {
             const i32 part = enter(params, slot, prepare) - plan_part_begin(params.plan);
             if (threadIdx.x == 0) *part_ = part;
-            const i32 item = plan_part_begin(params.plan)[part];
-            if (item < plan_part_begin(params.plan)[part + 1]) opened_ = load_block_work(params, item);
-            if (params.plan_is_settled) ahead(opened_);
+            if constexpr (!kSameType<Ahead, NothingAhead>) {
+                const i32 item = plan_part_begin(params.plan)[part];
+                if (item < plan_part_begin(params.plan)[part + 1]) opened_ = load_block_work(params, item);
+                __syncthreads();
+                if (params.plan_is_settled) ahead(opened_);
+                pdl_wait();
+                return;
+            }
             pdl_wait();
         } else {
             if (threadIdx.x == 0) prepare();
@@ -138,7 +141,7 @@ public:
         __syncthreads();
     }
 
-    // With a plan the first item, read ahead of the wait. It lies in registers: roles ask for it as they begin, or not at all.
+    // The first item, if there was something to do ahead. It lies in registers: roles ask for it as they begin, or not at all.
     MLA_DEVICE const BlockWork& opened() const { return opened_; }
 
     MLA_DEVICE i32 first() const { return kIsPlanned ? plan_part_begin(params_.plan)[*part_] : blockIdx.y; }
