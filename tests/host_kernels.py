@@ -14,6 +14,7 @@ import pytest
 
 from cupy_mla.gpu.jit.source import kernels_root
 from cupy_mla.kernels.combine import MERGE_STATES_THREADS
+from cupy_mla.kernels.family import ALL_COLUMNS
 from cupy_mla.kernels.planner import plan_params, plan_sections, read_plan
 from cupy_mla.schedule.make import Schedule
 from cupy_mla.schedule.shape import ScheduleShape
@@ -24,9 +25,11 @@ OPTIONS = ("-std=c++17", "-O2", "-Wall", "-Wextra", "-Werror", "-Wno-unknown-pra
 needs_compiler = pytest.mark.skipif(shutil.which("g++") is None, reason="no g++ to compile kernels for the CPU")
 
 
-# fp16 partial results with a power of two for each part of a row's columns (kernels_cu/core/partial_format.h).
-SCALED = "Scaled"
+# fp16 partial results with a power of two for each part of a row's columns, and with one for all, which is in the row's
+# lse (kernels_cu/core/partial_format.h).
+SCALED, MARKED = "Scaled", "Marked"
 SCALE_COLUMNS, SCALE_PARTS = 16, 3
+_SCALES = {SCALED: (SCALE_COLUMNS, SCALE_PARTS), MARKED: (ALL_COLUMNS.columns, ALL_COLUMNS.count)}
 
 
 @functools.cache
@@ -36,7 +39,8 @@ def _folder() -> tempfile.TemporaryDirectory[str]:
 
 @functools.cache
 def library(tag: str = "Bf16", copy: int = 0) -> ctypes.CDLL:
-    """The kernels; mla_merge_states is for the type of this tag, mla_combine for bf16, or for `SCALED`.
+    """The kernels; mla_merge_states is for the type of this tag, mla_combine for bf16, or for `SCALED` or
+    `MARKED`.
 
     Threads that run kernels at the same time each need a copy of their own.
     """
@@ -45,12 +49,9 @@ def library(tag: str = "Bf16", copy: int = 0) -> ctypes.CDLL:
     path = Path(_folder().name) / f"kernels_{tag}.so"
     includes = ("-I", str(HOST_CUDA), "-I", str(kernels_root()), "-include", str(HOST_CUDA / "cuda_on_host.h"))
     defines = [f"-DMERGE_STATES_DTYPE={tag}"]
-    if tag == SCALED:
-        defines = [
-            "-DMERGE_STATES_DTYPE=Fp16",
-            f"-DMLA_SCALE_COLUMNS={SCALE_COLUMNS}",
-            f"-DMLA_SCALE_PARTS={SCALE_PARTS}",
-        ]
+    if tag in _SCALES:
+        columns, parts = _SCALES[tag]
+        defines = ["-DMERGE_STATES_DTYPE=Fp16", f"-DMLA_SCALE_COLUMNS={columns}", f"-DMLA_SCALE_PARTS={parts}"]
     command = ["g++", *OPTIONS, *defines, *includes, str(HOST_CUDA / "kernels.cpp"), "-o", str(path)]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
@@ -79,6 +80,23 @@ def _address(array: np.ndarray | None) -> ctypes.c_void_p:
 
 GUARD_INTS = 64
 GUARD = 0x5A5A5A5A
+
+
+def mark_for(exponent: int) -> tuple[int, float]:
+    """The mark of a row's lse for partial results of half of which no thread's sum reaches 2^(exponent - 126), and what
+    they are multiplied by.
+    """
+    kernels = library(MARKED)
+    kernels.host_factor_of.restype = ctypes.c_float
+    mark = int(kernels.host_mark_for(exponent))
+    return mark, float(kernels.host_factor_of(mark))
+
+
+def power_in_lse(lse: float) -> float:
+    """What the merge multiplies partial results by."""
+    function = library(MARKED).host_power_in_lse
+    function.restype = ctypes.c_float
+    return float(function(ctypes.c_float(lse)))
 
 
 def run_plan(

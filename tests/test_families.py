@@ -30,7 +30,7 @@ from cupy_mla.kernels.choose import (
     load_of,
 )
 from cupy_mla.kernels.combine import combine_source, gathered_combine_source
-from cupy_mla.kernels.family import STANDARD_DIMS, ColumnParts, DecodeFamily, KernelConfig
+from cupy_mla.kernels.family import ALL_COLUMNS, STANDARD_DIMS, ColumnParts, DecodeFamily, KernelConfig
 from cupy_mla.kernels.fp8 import FP8_SPLIT16, Fp8Family
 from cupy_mla.kernels.gathered import GATHERED_WIDE64, gathered_config
 from cupy_mla.kernels.gathered_narrow import GATHERED_NARROW16, GATHERED_NARROW32
@@ -151,7 +151,7 @@ def test_partial_results_of_four_rows_and_fewer_are_float32(
 ) -> None:
     config = choose_config(problem(8, 1024, heads, **changes), NUM_SMS, None, split)
     assert config.float_partials == expected
-    assert config.partial_dtype == ("float32" if expected else "bfloat16")
+    assert config.partial_dtype == ("float32" if expected else "float16")
     assert config.refined == (expected or heads == 5 or changes.get("seqlen_q") == 3)
 
 
@@ -181,17 +181,17 @@ def test_partial_results_of_few_rows_of_the_wide_kernel_are_scaled(heads: int, d
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 @pytest.mark.parametrize("heads", [1, 4, 5, 16, 128])
 @pytest.mark.parametrize("of_share", [False, True])
-def test_partial_results_of_a_share_are_not_bf16_in_the_narrow_kernels(
+def test_partial_results_are_not_bf16_in_the_narrow_kernels(
     kernel: str, dtype: str, heads: int, of_share: bool
 ) -> None:
     call = problem(8, 1024, heads, dtype=dtype)
     call = replace(call, keys=replace(call.keys, cp_share=of_share))
     config = choose_config(call, NUM_SMS, None, None, kernel)
     is_float = heads <= 4 and kernel == "narrow16"
-    assert config.partial_dtype == ("float32" if is_float else "float16" if of_share else dtype)
-    is_scaled = of_share and dtype == "bfloat16" and not is_float
-    assert config.scale_parts == (ColumnParts(16, 4) if is_scaled else None)
-    assert config.partial_lse_bytes == (8 if is_scaled else 4)
+    assert config.partial_dtype == ("float32" if is_float else "float16")
+    is_scaled = dtype == "bfloat16" and not is_float
+    assert config.scale_parts == ((ColumnParts(16, 4) if of_share else ALL_COLUMNS) if is_scaled else None)
+    assert config.partial_lse_bytes == (8 if is_scaled and of_share else 4)
 
 
 GATHERED_PARTS = {

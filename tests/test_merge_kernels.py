@@ -8,10 +8,13 @@ import ml_dtypes
 import numpy as np
 import pytest
 from host_kernels import (
+    MARKED,
     SCALE_COLUMNS,
     SCALE_PARTS,
     SCALED,
+    mark_for,
     needs_compiler,
+    power_in_lse,
     run_combine,
     run_combine_gathered,
     run_merge_states,
@@ -67,10 +70,16 @@ def random_partials(
     rng: np.random.Generator, tag: str, *shape: int
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
     """Partial results [slots, rows, d_v] and their lse as a decode kernel leaves them, and what they stand for."""
-    if tag != SCALED:
+    if tag in TYPES:
         states = random_states(rng, TYPES[tag][0], *shape)
         return *states, *states
     outs, lses = random_states(rng, np.dtype(np.float16), *shape)
+    if tag == MARKED:
+        marks = rng.integers(5, 12, shape[:2], dtype=np.uint32)  # of 2^-47 to 2^49
+        bits = lses.view(np.uint32)
+        bits[:] = np.where(np.isfinite(lses), bits & ~np.uint32(15) | marks, bits)
+        powers = 16 * marks[..., None].astype(int) - 127
+        return outs, lses, np.ldexp(outs.astype(np.float64), powers), lses
     exponents = rng.integers(60, 190, (*shape[:2], SCALE_PARTS), dtype=np.uint8)
     is_scaled = (rng.random(shape[:2]) < 0.5) & np.isfinite(lses)
     bits = lses.view(np.uint32) & np.where(np.isfinite(lses), ~np.uint32(1), ~np.uint32(0)) | is_scaled
@@ -151,6 +160,21 @@ def test_bits_do_not_depend_on_the_grid_or_on_other_rows() -> None:
     assert merge(slice(0, 6), 1) == merge(slice(5, 6), 1) == merge(slice(5, 6), 7) == merge(slice(2, 6), 2)
 
 
+def test_a_mark_says_by_what_values_were_divided() -> None:
+    """Whatever the lse; and fp16 holds what is stored, with eleven bits where float32 has them."""
+    for exponent in range(255):
+        mark, factor = mark_for(exponent)
+        for lse in (0.0, 1.0, -3.7, 88.25, 1e4, -1e-30):
+            bits = np.float32(lse).view(np.uint32) & ~np.uint32(15) | np.uint32(mark)
+            assert power_in_lse(float(bits.view(np.float32))) * factor == 1
+            assert bits.view(np.float32) == pytest.approx(lse, rel=2e-6, abs=1e-37)
+        largest = np.ldexp(1.0, min(exponent - 125, 128)) * factor  # no float32 reaches 2^128
+        assert largest <= 2**15
+        assert largest > 0.5 or exponent < 14
+        assert (mark == 8) == (126 <= exponent <= 141)
+    assert mark_for(255)[0] == 15  # of sums that are infinite
+
+
 COMBINE_SHAPES = {
     "one request": dense(1, num_parts=40),
     "rows past the end": ScheduleShape(12, 2, 16, 12, 1, 3, 3, 4096),
@@ -163,7 +187,7 @@ COMBINE_SHAPES = {
 
 @pytest.mark.parametrize("name", COMBINE_SHAPES)
 @pytest.mark.parametrize("out_padding", [0, 1])
-@pytest.mark.parametrize("tag", [*TYPES, SCALED])
+@pytest.mark.parametrize("tag", [*TYPES, SCALED, MARKED])
 def test_combine(name: str, out_padding: int, tag: str) -> None:
     shape = dataclasses.replace(COMBINE_SHAPES[name], max_seqlen_k=4096)
     d_v = 8 * OCTET
@@ -214,7 +238,7 @@ def test_combine(name: str, out_padding: int, tag: str) -> None:
 
 
 @pytest.mark.parametrize("has_sinks", [False, True])
-@pytest.mark.parametrize("tag", [*TYPES, SCALED])
+@pytest.mark.parametrize("tag", [*TYPES, SCALED, MARKED])
 def test_combine_of_gathered_tokens(tag: str, has_sinks: bool) -> None:
     """Requests are query tokens, two of a batch entry; a sink divides the output and is not in the lse."""
     batch, seqlen_q, d_v = 3, 2, 8 * OCTET

@@ -99,7 +99,7 @@ def is_supported(
     Examples
     --------
     >>> print(is_supported(num_heads_q=16))
-    supported: kernel narrow16_bfloat16_512+64_page64
+    supported: kernel narrow16_bfloat16_512+64_page64_scaled
     >>> bool(is_supported(latent_dim=100))
     False
     """

@@ -12,18 +12,16 @@ MERGE_STATES_THREADS = 256
 OCTET = 8  # columns that a lane merges: d_v is a multiple of this
 STORE_ALIGNMENT = 16  # bytes; rows of the output that begin at multiples of it are stored faster
 
-# Most of a thread, as a CTA of the 16-row kernel leaves room for; with float32 partial results that takes 176 registers
-# a thread, without 144. Fewer would be spilled.
-_REGISTERS, _FLOAT_REGISTERS = 96, 80
+# Most of a thread, as a CTA of the 16-row kernel, of 144 registers a thread, leaves room for. Fewer would be spilled.
+_REGISTERS = 96
 
 
 def combine_source(config: KernelConfig) -> KernelSource:
     """The kernel that merges partial results of a plan whose decode kernel is this one."""
-    registers = _FLOAT_REGISTERS if config.float_partials else _REGISTERS
     defines = (
         ("MLA_DTYPE", KERNEL_TYPES[config.dtype]),
         ("MLA_PARTIAL", KERNEL_TYPES[config.partial_dtype]),
-        ("MLA_REGISTERS", str(registers)),
+        ("MLA_REGISTERS", str(_REGISTERS)),
         *scale_defines(config),
     )
     return KernelSource("combine/combine.cu", "mla_combine", defines)

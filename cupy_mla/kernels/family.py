@@ -58,6 +58,9 @@ class ColumnParts:
     count: int
 
 
+ALL_COLUMNS = ColumnParts(columns=1, count=1)  # one part, whose power of two is in the lse: core/partial_format.h
+
+
 @dataclass(frozen=True, slots=True)
 class DecodeFamily(ABC):
     """A decode kernel: what it serves, what it takes of an SM, and what its work costs.
@@ -185,12 +188,15 @@ class DecodeFamily(ABC):
     def standard_configs(self) -> list[KernelConfig]:
         """What `cupy-mla compile` prepares ahead of time and the tests compile."""
         return [
-            KernelConfig(self, latent, rope, dtype, page_size, causal, float_partials, refined=refined)
+            KernelConfig(
+                self, latent, rope, dtype, page_size, causal, float_partials, refined=refined,
+                scale_parts=None if float_partials else self.scale_parts(latent, dtype, self.rows),
+            )
             for (latent, rope), dtype, page_size, causal in itertools.product(
                 STANDARD_DIMS, DENSE_LAYOUTS, STANDARD_PAGE_SIZES, (False, True)
             )
             for float_partials, refined in self.standard_forms(dtype)
-        ]
+        ]  # fmt: skip
 
     def standard_forms(self, dtype: str) -> list[tuple[bool, bool]]:
         """``float_partials`` and ``refined`` of standard configurations: of many rows, and of few where the family is
@@ -287,7 +293,8 @@ class KernelConfig:
     def partial_suffix(self) -> str:
         """What the name of a kernel says of partial results that are not of ``dtype``."""
         if self.scale_parts is not None:
-            return f"_scaled{self.scale_parts.columns}x{self.scale_parts.count}"
+            parts = self.scale_parts
+            return "_scaled" if parts == ALL_COLUMNS else f"_scaled{parts.columns}x{parts.count}"
         return "_float" if self.float_partials else ""
 
     @property
@@ -298,7 +305,8 @@ class KernelConfig:
     @property
     def partial_lse_bytes(self) -> int:
         """Of a row of partial results: its lse, and the exponents of its parts."""
-        return FLOAT_BYTES if self.scale_parts is None else FLOAT_BYTES + _EXPONENTS_BYTES
+        has_exponents = self.scale_parts is not None and self.scale_parts != ALL_COLUMNS
+        return FLOAT_BYTES + (_EXPONENTS_BYTES if has_exponents else 0)
 
     @property
     def chunk_tokens(self) -> int:

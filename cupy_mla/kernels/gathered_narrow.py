@@ -107,8 +107,10 @@ class GatheredNarrowFamily(DecodeFamily):
         return self.float_partials and rows <= _FLOAT_PARTIAL_ROWS
 
     def scale_parts(self, latent_dim: int, dtype: str, rows: int, *, of_share: bool = False) -> ColumnParts | None:
-        """Of shares, as in the dense narrow kernel."""
-        return narrow_scale_parts(dtype, of_share=of_share, is_float=self.has_float_partials(rows))
+        """Of shares: with the merge of the ranks, partial results of bf16 would be one rounding too many for the
+        promised error.
+        """
+        return narrow_scale_parts(dtype, is_float=self.has_float_partials(rows)) if of_share else None
 
     def shared_memory(self, config: KernelConfig) -> int:
         """The total of decode/gathered/narrow_smem.h: as many groups of KV boxes as fit, most beside a merge."""

@@ -9,6 +9,7 @@ from ..gpu import hopper
 from ..schedule.pieces import TILE_COST, PieceCosts
 from .cost import CostModel
 from .family import (
+    ALL_COLUMNS,
     BARRIER_BYTES,
     BOX_BYTES,
     BOX_COLUMNS,
@@ -40,12 +41,11 @@ _FLOAT_PARTIAL_ROWS = 4
 _COMBINE_THREADS = 256
 
 
-def narrow_scale_parts(dtype: str, *, of_share: bool, is_float: bool) -> ColumnParts | None:
-    """``DecodeFamily.scale_parts`` where a warp has as many columns of each box as tokens. Of bf16 that is not float32,
-    for shares: with the merge of the ranks, partial results of bf16 would be one rounding too many for the promised
-    error.
+def narrow_scale_parts(dtype: str, *, is_float: bool) -> ColumnParts | None:
+    """``DecodeFamily.scale_parts`` of a share where a warp has as many columns of each box as tokens: of bf16 that is
+    not float32.
     """
-    if not of_share or dtype != "bfloat16" or is_float:
+    if dtype != "bfloat16" or is_float:
         return None
     return ColumnParts(BOX_COLUMNS // _CONSUMER_WARPS, _CONSUMER_WARPS)
 
@@ -58,12 +58,12 @@ class NarrowFamily(DecodeFamily):
     ----------
     registers : int
         Most of a thread, at the standard widths; of a rope part of 512, 24 more.
-    float_registers : int or None
-        The same where partial results are float32, for which there are two ways to store; None: they never are.
+    float_partials : bool
+        Whether partial results of few rows are float32.
     """
 
     registers: int
-    float_registers: int | None
+    float_partials: bool
 
     def why_unsupported(self, problem: DecodeProblem | SparseProblem) -> str | None:
         """Widths not of whole boxes, or of more boxes than there is room for; other layouts than the dense ones."""
@@ -79,22 +79,19 @@ class NarrowFamily(DecodeFamily):
 
     def roles(self, config: KernelConfig) -> tuple[Role, ...]:
         """A consumer warpgroup and a producer warp, which share the registers evenly."""
-        registers = self.registers
-        if config.float_partials:
-            assert self.float_registers is not None  # `has_float_partials` says when
-            registers = self.float_registers
         return (
-            Role("consumers", _CONSUMER_WARPS * hopper.WARP_THREADS, registers),
-            Role("producer", hopper.WARP_THREADS, registers),
+            Role("consumers", _CONSUMER_WARPS * hopper.WARP_THREADS, self.registers),
+            Role("producer", hopper.WARP_THREADS, self.registers),
         )
 
     def has_float_partials(self, rows: int) -> bool:
         """For few rows, where the kernel has registers for it."""
-        return self.float_registers is not None and rows <= _FLOAT_PARTIAL_ROWS
+        return self.float_partials and rows <= _FLOAT_PARTIAL_ROWS
 
     def scale_parts(self, latent_dim: int, dtype: str, rows: int, *, of_share: bool = False) -> ColumnParts | None:
-        """Of shares."""
-        return narrow_scale_parts(dtype, of_share=of_share, is_float=self.has_float_partials(rows))
+        """Always, so that split results are as accurate as whole ones."""
+        parts = narrow_scale_parts(dtype, is_float=self.has_float_partials(rows))
+        return ALL_COLUMNS if parts is not None and not of_share else parts
 
     def shared_memory(self, config: KernelConfig) -> int:
         """The total of decode/narrow/smem.h: as many KV boxes as fit beside a CTA of the merge."""
@@ -133,7 +130,7 @@ NARROW16 = NarrowFamily(
     ),
     combine_threads=_COMBINE_THREADS,
     registers=144,
-    float_registers=176,
+    float_partials=True,
 )
 NARROW32 = NarrowFamily(
     name="narrow32",
@@ -150,5 +147,5 @@ NARROW32 = NarrowFamily(
     ),
     combine_threads=_COMBINE_THREADS,
     registers=240,
-    float_registers=None,
+    float_partials=False,
 )

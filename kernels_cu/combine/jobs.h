@@ -47,11 +47,13 @@ struct ScaledStates : States {
     }
 
     MLA_DEVICE u32 scales_of(i32 state, f32 lse) const {
-        if ((__float_as_uint(lse) & kScaledBit) == 0) return kExponentsOfOne;
+        if constexpr (kPowerIsInLse) return __float_as_uint(power_in_lse(lse));
+        if ((__float_as_uint(lse) & kScaledMark) == 0) return kExponentsOfOne;
         return __float_as_uint(States::lses[state * States::lse_stride + slot_rows]);
     }
 
     MLA_DEVICE f32 scale_of(u32 exponents, i32 octet) const {
+        if constexpr (kPowerIsInLse) return __uint_as_float(exponents);
         return power_of_exponent(exponents >> shifts[octet] & kExponentMask);
     }
 

@@ -256,7 +256,7 @@ MLA_DEVICE f32 merge_octets(const States& states, i32 lane, LaneGroups groups, O
     merge.join_lanes(groups.lanes());
     f32 denominator = merge.weights;
     if constexpr (States::kHasSink) denominator += fast_exp2((states.sink - merge.largest) * kLog2e);
-    const f32 scale = merge.weights == 0.0f ? 0.0f : 1.0f / denominator;
+    const f32 scale = merge.weights == 0.0f ? 0.0f : fast_reciprocal(denominator);
 #pragma unroll
     for (i32 j = 0; j < kOctets; ++j) {
 #pragma unroll

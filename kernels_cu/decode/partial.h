@@ -8,20 +8,13 @@ namespace mla {
 
 // A bound on the magnitude of values by the sum of their magnitudes, which takes half the time of a maximum. What is not a
 // number asks for nothing: it is stored as it is.
-MLA_DEVICE f32 bound_of(f32 sum) { return sum == sum ? sum : 1.0f; }
+MLA_DEVICE f32 bound_of(f32 sum) { return sum == sum ? sum : 0.0f; }
 
-// The exponent of what the values of a warp, below these bounds, are divided by to be stored as fp16.
-MLA_DEVICE u32 choose_exponent(f32 bound) {
-    // Stored values stay below 2^15. With a sum of 2^-7, of at most 64 values, all errors of fp16's smallest ones together
-    // are below the rounding of the others: the usual case, in which nothing is multiplied.
-    constexpr u32 kRoom = 14, kLeastOfOne = kExponentOfOne - 7, kMostOfOne = kExponentOfOne + kRoom;
-    const u32 exponent = __reduce_max_sync(kFullWarp, __float_as_uint(bound)) >> kExponentShift;
-    if (exponent >= kLeastOfOne && exponent <= kMostOfOne) return kExponentOfOne;
-    return exponent > kRoom ? exponent - kRoom : 1;
-}
+// Of the largest of a warp's bounds.
+MLA_DEVICE u32 exponent_of(f32 bound) { return __reduce_max_sync(kFullWarp, __float_as_uint(bound)) >> kExponentShift; }
 
-// What such values are multiplied by.
-MLA_DEVICE f32 inverse_power(u32 exponent) { return power_of_exponent(2 * kExponentOfOne - exponent); }
+// divisor_for a warp's values below these bounds.
+MLA_DEVICE u32 choose_exponent(f32 bound) { return divisor_for(exponent_of(bound)); }
 
 template <class Params>
 MLA_DEVICE u8* partial_exponents(const Params& params, const BlockWork& work, i32 row_in_block) {

@@ -92,12 +92,11 @@ MLA_DEVICE f32 empty_lse(const Params& params, const BlockWork& work) {
     return work.is_partial() ? minus_infinity() : params.empty_lse;
 }
 
-// An lse as it is stored: of a partial result, it says whether the values are scaled (core/partial_format.h). -inf is left as
+// An lse as it is stored: of a partial result, it says by what the values are divided (core/partial_format.h). -inf is left as
 // it is: its values count for nothing.
-MLA_DEVICE f32 mark_scaled(const BlockWork& work, f32 lse, bool is_scaled) {
+MLA_DEVICE f32 mark_lse(const BlockWork& work, f32 lse, u32 mark) {
     if (!kPartialIsScaled || !work.is_partial() || lse == minus_infinity()) return lse;
-    const u32 bits = __float_as_uint(lse);
-    return __uint_as_float(is_scaled ? bits | kScaledBit : bits & ~kScaledBit);
+    return __uint_as_float((__float_as_uint(lse) & ~kMarkMask) | mark);
 }
 
 // From a row's running maximum, in log2 units, and its sum of 2^(score - maximum).

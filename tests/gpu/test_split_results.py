@@ -1,5 +1,5 @@
-"""Split results are as accurate as whole ones, whatever the magnitude of the values: of a rank's share of a cache in
-the narrow kernels and in those of chosen tokens, of few rows in the wide one.
+"""Split results are as accurate as whole ones, whatever the magnitude of the values: in the narrow kernels, of few rows
+in the wide one, and of a rank's share of a cache in those of chosen tokens, too.
 """
 
 from __future__ import annotations
@@ -28,6 +28,10 @@ COLUMNS = np.arange(LATENT)
 PARTS = {kernel: COLUMNS // 256 if kernel.endswith("wide64") else COLUMNS // 16 % 4 for kernel in HEADS}
 FIFTH = 1.2
 SHARE = {"cp_world": 2}  # of which the arrays are one rank's
+CALLS: list[tuple[str, dict[str, int]]] = [
+    *((kernel, SHARE) for kernel in HEADS),
+    *((kernel, {}) for kernel in HEADS if not kernel.startswith("gathered")),
+]
 
 
 def column_factors(magnitude: float, columns: np.ndarray) -> np.ndarray:
@@ -48,8 +52,8 @@ def inputs(heads: int, factors: np.ndarray) -> tuple[np.ndarray, ...]:
     return q.astype(ml_dtypes.bfloat16), cache.astype(ml_dtypes.bfloat16), table, np.array(LENGTHS, np.int32)
 
 
-def decode(arrays: tuple[np.ndarray, ...], kernel: str, split: int | None) -> np.ndarray:
-    on_gpu, options = [gpu.upload(array) for array in arrays], dict[str, Any](SHARE)
+def decode(arrays: tuple[np.ndarray, ...], kernel: str, share: dict[str, int], split: int | None) -> np.ndarray:
+    on_gpu, options = [gpu.upload(array) for array in arrays], dict[str, Any](share)
     plan_for, call = plan_decode, mla_decode
     if kernel.startswith("gathered"):
         plan_for, call = plan_sparse_decode, mla_sparse_decode
@@ -76,26 +80,30 @@ def exact(arrays: tuple[np.ndarray, ...]) -> np.ndarray:
 
 @pytest.mark.parametrize("one_part", [False, True])
 @pytest.mark.parametrize("exponent", [-60, -20, -12, 0, 15, 20, 60])
-@pytest.mark.parametrize("kernel", HEADS)
-def test_split_results_are_as_accurate_as_whole_ones(kernel: str, exponent: int, one_part: bool) -> None:
+@pytest.mark.parametrize(("kernel", "share"), CALLS)
+def test_split_results_are_as_accurate_as_whole_ones(
+    kernel: str, share: dict[str, int], exponent: int, one_part: bool
+) -> None:
     parts = PARTS[kernel]
     arrays = inputs(HEADS[kernel], column_factors(2.0**exponent, parts == 1 if one_part else COLUMNS >= 0))
     wanted = exact(arrays)
-    split, whole = (decode(arrays, kernel, tokens) for tokens in (64, PAGE_SIZE * arrays[2].shape[1]))
+    split, whole = (decode(arrays, kernel, share, tokens) for tokens in (64, PAGE_SIZE * arrays[2].shape[1]))
+    judged = np.zeros_like(parts) if kernel.startswith("narrow") and not share else parts  # one power for all columns
     for request in range(len(LENGTHS)):
-        for part in range(parts.max() + 1):  # together, the large ones would hide the others
-            columns = np.flatnonzero(parts == part)
+        for part in range(judged.max() + 1):  # together, the large ones would hide the others
+            columns = np.flatnonzero(judged == part)
             errors = [
                 frobenius_error(out[request][..., columns], wanted[request][..., columns]) for out in (split, whole)
             ]
             assert errors[0] < FIFTH * errors[1], (request, part)
 
 
-@pytest.mark.parametrize("kernel", HEADS)
-def test_a_head_that_is_no_number_is_alone_in_it(kernel: str) -> None:
-    arrays = inputs(HEADS[kernel], np.ones(WIDTH))
-    expected = decode(arrays, kernel, 64)
+@pytest.mark.parametrize("magnitude", [1.0, 2.0**-20])  # of values; divided by powers of two, or not
+@pytest.mark.parametrize(("kernel", "share"), CALLS)
+def test_a_head_that_is_no_number_is_alone_in_it(kernel: str, share: dict[str, int], magnitude: float) -> None:
+    arrays = inputs(HEADS[kernel], column_factors(magnitude, COLUMNS >= 0))
+    expected = decode(arrays, kernel, share, 64)
     arrays[0][:, :, : HEADS[kernel] // 2] = np.nan
-    got: Any = decode(arrays, kernel, 64)
+    got: Any = decode(arrays, kernel, share, 64)
     assert np.isnan(got[:, :, : HEADS[kernel] // 2]).all()
     np.testing.assert_array_equal(got[:, :, HEADS[kernel] // 2 :], expected[:, :, HEADS[kernel] // 2 :])

@@ -73,6 +73,10 @@ int host_claimed_part(bool second, int half_parts, int other_parts, int spare, i
     return mla::claimed_part(second, half_parts, other_parts, spare, half_before, other_before);
 }
 
+unsigned host_mark_for(unsigned exponent) { return mla::mark_for(exponent); }
+float host_factor_of(unsigned mark) { return mla::kUsualFactor * mla::factor_of(mark); }
+float host_power_in_lse(float lse) { return mla::power_in_lse(lse); }
+
 // sizeof, then the offset of each field that Python knows by name.
 int struct_layout(const char* name, int index) {
     using namespace mla;

@@ -140,7 +140,7 @@ public:
             if (i % kWarpgroupWarps != warp_ || lane_ >= kRowLanes) continue;  // all warps know all rows: each writes some
             // Whether values are scaled, the values warps know, which leave exponents in any case.
             const f32 lse = lse_of(params_, work, rows.maximum[i], rows.sum[i]);
-            store_lse(params_, work, row_of_lane(lane_, i), lse, kPartialIsScaled);
+            store_lse(params_, work, row_of_lane(lane_, i), lse, kScaledMark);
         }
         if (kIsPlanned || params_.max_logits == nullptr) return;
         barrier();  // all have read the sums

@@ -270,7 +270,7 @@ private:
             const i32 row = first + half * 8;
             if (!row_exists(work, row)) continue;
             const f32 lse = lse_of(params_, work, rows.maximum[half], rows.sum[half]);
-            *lse_row(params_, work, row) = mark_scaled(work, lse, true);  // as the wide kernel's scores warps do
+            *lse_row(params_, work, row) = mark_lse(work, lse, kScaledMark);  // as the wide kernel's scores warps do
             results.store(params_, work, row, half);
         }
     }

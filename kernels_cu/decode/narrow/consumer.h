@@ -189,34 +189,82 @@ private:
         for (u32 i = 0; i < kThreadRows; ++i) sum[i] = rows.sum[i];
         across_warps(sum, [](float a, float b) { return a + b; });
 #pragma unroll
-        for (u32 i = 0; i < kThreadRows; ++i) inverse[i] = sum[i] == 0.0f ? 0.0f : 1.0f / sum[i];
+        for (u32 i = 0; i < kThreadRows; ++i) inverse[i] = sum[i] == 0.0f ? 0.0f : fast_reciprocal(sum[i]);
         if (work.is_refined()) add_refinement(output);
-        if (!kPartialIsScaled) rescale(inverse, output);
-        bool is_scaled = false;
         if (kPartialIsFloat && work.is_partial()) {
+            rescale(inverse, output);
             store_float_partial(params_, work, warp_, lane_, output);
+            store_lses(work, rows, sum, kUsualMark);
             barrier();  // all have read the sums of across_warps
         } else {
-            // At the barrier all of the output is staged; and all have read the sums of across_warps.
-            const u32 staged = smem_ + NarrowSmem::query;
-            if constexpr (kPartialIsScaled) {
-                const auto place = [staged](u32 box) { return staged + box * kRowBoxBytes; };
-                const u32 exponent = stage_normalised(work, place, warp_, lane_, inverse, output);
-                is_scaled = named_barrier_or(kConsumerBarrier, kConsumerThreads, exponent != kExponentOfOne);
-                if (is_scaled && lane_ < kRows && row_exists(work, lane_))
-                    partial_exponents(params_, work, lane_)[warp_] = exponent;
-            } else {
-#pragma unroll
-                for (u32 box = 0; box < kLatentBoxes; ++box)
-                    store_fragment_transposed<Output>(staged + box * kRowBoxBytes, warp_, lane_, output[box]);
-                barrier();
-            }
-            store_staged_output(params_, work, staged, thread_);
+            store_rows(work, rows, sum, inverse, output);
         }
+    }
+
+    // Whether fp16 holds a partial result well is looked at when it is on its way already; where it does not, which is rare, it is
+    // divided by other powers of two and stored once more.
+    MLA_DEVICE void store_rows(const BlockWork& work, const RowStatistics& rows, const float (&sum)[kThreadRows],
+                               float (&inverse)[kThreadRows], const float (&output)[kLatentBoxes][kFragment]) const {
+        const u32 staged = smem_ + NarrowSmem::query;
+        const auto place = [staged](u32 box) { return staged + box * kRowBoxBytes; };
+        if (kPowerIsInLse) multiply(inverse, work.is_partial() ? kUsualFactor : 1.0f);
+        u32 mark = kUsualMark;
+        for (bool is_again = false;; is_again = true) {
+            if (kPartialIsScaled && __any_sync(kFullWarp, work.is_partial()))  // as the compiler sees, all lanes or none
+                stage_product<Fp16>(place, warp_, lane_, inverse, output);
+            else
+                stage_product<Output>(place, warp_, lane_, inverse, output);
+            store_lses(work, rows, sum, mark);
+            barrier();  // all of the output is staged; and all have read the sums of across_warps
+            store_staged_output(params_, work, staged, thread_);
+            if (!kPartialIsScaled || !work.is_partial() || is_again) return;
+            const u32 exponent = exponent_of(bound_of_product(inverse, output));
+            if (fits(exponent)) return;
+            if constexpr (kPowerIsInLse) {
+                mark = mark_for(largest_exponent(exponent));
+                multiply(inverse, factor_of(mark));
+            } else {
+                mark = kScaledMark;
+                const u32 divisor = divisor_for(exponent);
+                if (lane_ < kRows && row_exists(work, lane_)) partial_exponents(params_, work, lane_)[warp_] = divisor;
+                multiply(inverse, inverse_power(divisor));
+            }
+        }
+    }
+
+    // Whether fp16 holds well what all warps have, of these exponents; all of them have read what is staged. Of one power for all,
+    // no warp needs another if what it has is small beside others'.
+    MLA_DEVICE bool fits(u32 exponent) const {
+        const bool is_unfit = is_too_large(exponent) || (!kPowerIsInLse && is_too_small(exponent));
+        if (named_barrier_or(kConsumerBarrier, kConsumerThreads, is_unfit)) return false;
+        return !kPowerIsInLse || named_barrier_or(kConsumerBarrier, kConsumerThreads, !is_too_small(exponent));
+    }
+
+    MLA_DEVICE u32 largest_exponent(u32 exponent) const {
+        const u32 exchange = smem_ + NarrowSmem::exchange;
+        if (lane_ == 0) store_shared_u32(exchange + warp_ * sizeof(u32), exponent);
+        barrier();  // that of every warp is there; the next item's use of the space is behind more of them
 #pragma unroll
-        for (u32 i = 0; i < kThreadRows; ++i) {
-            if (i % kConsumerWarps != warp_ || lane_ >= 4) continue;  // all warps know all rows: each writes some
-            store_lse(params_, work, row_of_lane(lane_, i), lse_of(params_, work, rows.maximum[i], sum[i]), is_scaled);
+        for (u32 warp = 0; warp < kConsumerWarps; ++warp) {
+            const u32 other = load_shared_u32(exchange + warp * sizeof(u32));
+            exponent = exponent > other ? exponent : other;
+        }
+        return exponent;
+    }
+
+    // All warps know all rows: each writes some. Chosen, not branched to: code that runs once waits for each line of it.
+    MLA_DEVICE void store_lses(const BlockWork& work, const RowStatistics& rows, const float (&sum)[kThreadRows],
+                               u32 mark) const {
+#pragma unroll
+        for (u32 first = 0; first < kThreadRows; first += kConsumerWarps) {
+            float maximum = rows.maximum[first], own = sum[first];
+#pragma unroll
+            for (u32 warp = 1; warp < kConsumerWarps; ++warp) {
+                maximum = warp_ == warp ? rows.maximum[first + warp] : maximum;
+                own = warp_ == warp ? sum[first + warp] : own;
+            }
+            if (lane_ < 4)
+                store_lse(params_, work, row_of_lane(lane_, first + warp_), lse_of(params_, work, maximum, own), mark);
         }
     }
 

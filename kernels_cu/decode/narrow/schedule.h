@@ -1,6 +1,5 @@
 // The narrow kernel's schedule in numbers: roles, buffers, how far it looks ahead. DESIGN.md says why. No register budgets:
-// 160 threads leave every thread what it wants, 137 at 16 rows (allotted in eights: 144), 170 (176) with float32 partial
-// results, 237 (240) at 32 rows.
+// 160 threads leave every thread what it wants, up to 139 at 16 rows (allotted in eights: 144), 237 (240) at 32 rows.
 #pragma once
 #include "decode/config.h"
 

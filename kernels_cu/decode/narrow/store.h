@@ -97,8 +97,8 @@ MLA_DEVICE void store_staged_output(const Params& params, const BlockWork& work,
 }
 
 template <class Params>
-MLA_DEVICE void store_lse(const Params& params, const BlockWork& work, i32 row, float lse, bool is_scaled = false) {
-    if (row_exists(work, row)) *lse_row(params, work, row) = mark_scaled(work, lse, is_scaled);
+MLA_DEVICE void store_lse(const Params& params, const BlockWork& work, i32 row, float lse, u32 mark = kUsualMark) {
+    if (row_exists(work, row)) *lse_row(params, work, row) = mark_lse(work, lse, mark);
 }
 
 // Straight from the fragments into a float32 partial result: eight lanes write 32 bytes of a row.

@@ -195,7 +195,7 @@ private:
             const i32 in_block = row_at(work, row + half * 8);
             if (!row_exists(work, in_block)) continue;
             // Only the values warps know whether: so there are always exponents, nearly always of 1.
-            *lse_row(params_, work, in_block) = mark_scaled(work, lse_of(params_, work, maximum[half], sum[half]), true);
+            *lse_row(params_, work, in_block) = mark_lse(work, lse_of(params_, work, maximum[half], sum[half]), kScaledMark);
             results.store(params_, work, in_block, half);
         }
     }

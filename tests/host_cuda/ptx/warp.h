@@ -6,5 +6,6 @@ namespace mla {
 
 inline float fast_exp2(float x) { return std::exp2(x); }
 inline float fast_log2(float x) { return std::log2(x); }
+inline float fast_reciprocal(float x) { return 1.0f / x; }
 
 }  // namespace mla
