@@ -32,8 +32,10 @@ from cupy_mla.kernels import choose
 from cupy_mla.kernels.choose import FAMILIES, GATHERED_FAMILIES
 from cupy_mla.kernels.exchange import (
     CHUNK_BYTES,
+    PACKET_BYTES,
     PUSH_SOURCE,
     WORD_BYTES,
+    packets_of_row,
     push_geometry,
     push_merge_geometry,
     push_merge_source,
@@ -83,7 +85,7 @@ def run_unit(unit: str, every: bool, share: tuple[int, int]) -> None:
 def problems_of(unit: str, every: bool) -> list[Callable[[], None]]:
     """What a unit runs, one after the other; each knows nothing of the others."""
     if unit == AROUND:
-        return [run_around, run_exchange]
+        return [run_around, run_exchange, partial(run_exchange, in_packets=True)]
     if unit == CACHE:
         return [run_cache]
     if unit == SHARDS:
@@ -301,19 +303,22 @@ def run_around() -> None:
     local_slots(trial.upload(tokens), trial.upload(table), 64, **SHARDING)
 
 
-def run_exchange() -> None:
-    """One of two ranks hands queries to both, and results to the other, which is always ahead of it; twice, with so few
-    CTAs that they have several rounds.
+def run_exchange(*, in_packets: bool = False) -> None:
+    """One of two ranks hands queries to both, and results to the other, which is always ahead of it, or finds them
+    stored there; each twice, with so few CTAs that they have several rounds. In packets there is a CTA for each row.
     """
     trial = Trial(0, CUPY)
     world, rank, num_ctas, (steps, tokens, own), width, d_v = 2, 1, 2, (3, 5, 7), 576, 512
     row, rows = width * ELEMENT_BYTES, steps * tokens * own
-    # In a rank's memory: flags of the meetings, queries of all heads, and results of two calls from each rank.
-    queries_at = num_ctas * world * WORD_BYTES
+    # In a rank's memory: flags of the meetings, queries of all heads, results of two calls from each rank, and packets.
+    queries_at, chunks = num_ctas * world * WORD_BYTES, rows * row // CHUNK_BYTES
     outs_at = queries_at + world * rows * row
     lses_at = outs_at + CALLS * world * rows * d_v * ELEMENT_BYTES
-    memory = np.zeros(lses_at // WORD_BYTES + CALLS * world * rows, np.uint32)
-    memory[: num_ctas * world] = AHEAD
+    packets_at = lses_at + CALLS * world * rows * WORD_BYTES
+    result_packets_at = packets_at + world * chunks * PACKET_BYTES
+    end = result_packets_at + CALLS * world * rows * packets_of_row(d_v * ELEMENT_BYTES) * PACKET_BYTES
+    memory = np.zeros((end if in_packets else packets_at) // WORD_BYTES, np.uint32)
+    memory[: num_ctas * world] = memory[packets_at // WORD_BYTES :] = AHEAD
     memories = [trial.upload(memory.copy()) for _ in range(world)]
     addresses = trial.upload(np.array([view(memory, "memory").pointer for memory in memories], np.uint64))
     q = trial.upload(trial.values((steps, tokens, own, width), "bfloat16"))
@@ -330,11 +335,18 @@ def run_exchange() -> None:
     merge["received_outs"], merge["received_lses"], merge["places"] = outs_at, lses_at, CALLS
     merge["out"], merge["lse"], merge["aligned"] = view(out, "out").pointer, view(lse, "lse").pointer, 1
     merge["out_strides"], merge["lse_strides"] = (tokens * own * d_v, own * d_v, d_v), (own * tokens, 1, tokens)
-    push_grid = push_geometry(num_ctas, rows * row // CHUNK_BYTES)
-    merge_grid = push_merge_geometry(num_ctas, rows)
-    kernels = (PUSH_SOURCE, push, push_grid), (push_merge_source("bfloat16"), merge, merge_grid)
+    merge_source, merge_geometry = push_merge_source("bfloat16"), push_merge_geometry(num_ctas, rows)
+    stored = merge.copy()
+    stored["outs"] = 0
+    merges = stored, merge
+    if in_packets:
+        push["packets"], merge["packets"] = packets_at, result_packets_at
+        merge_geometry = push_merge_geometry(rows, rows, world * (d_v * ELEMENT_BYTES + WORD_BYTES))
+        merges = (merge,)
+    kernels = [(PUSH_SOURCE, push, push_geometry(num_ctas, chunks))]
+    kernels += [(merge_source, params, merge_geometry) for params in merges]
     for source, params, geometry in kernels:
-        calls = trial.upload(np.zeros(num_ctas, np.uint32))
+        calls = trial.upload(np.zeros(geometry.grid[0], np.uint32))
         params["sizes"], meetings = (steps, tokens, own), params["meetings"]
         meetings["memories"], meetings["calls"] = view(addresses, "memories").pointer, view(calls, "calls").pointer
         meetings["world"], meetings["rank"] = world, rank

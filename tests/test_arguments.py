@@ -32,6 +32,9 @@ def test_good_outputs():
     check_output(view(out, "out"), "out", (4, 2, 16, 512), "bfloat16", location, contiguous_rows=True)
     strided = GpuArray((4, 16, 512), strides=(16 * 520, 520, 1))
     check_output(gpu_view(strided), "out", (4, 16, 512), "bfloat16", ("cuda", 0), contiguous_rows=True)
+    for apart in (-(16 * 520), 2**44):  # in whichever direction, and however far
+        anywhere = GpuArray((4, 16, 512), strides=(apart, 520, 1))
+        check_output(gpu_view(anywhere), "out", (4, 16, 512), "bfloat16", ("cuda", 0), contiguous_rows=True)
     check_output(gpu_view(GpuArray((4, 16), "float32", pointer=BASE + 4)), "lse", (4, 16), "float32", ("cuda", 0))
 
 

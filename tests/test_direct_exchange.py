@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import random
 import threading
 import time
@@ -16,11 +17,11 @@ import pytest
 from host_kernels import library, needs_compiler, run_merge_states, run_push, run_push_merge
 
 from cupy_mla.arrays.dtypes import KERNEL_TYPES
-from cupy_mla.kernels.exchange import PUSH_SOURCE
+from cupy_mla.kernels.exchange import PUSH_SOURCE, merges_packets
 
 torch = pytest.importorskip("torch")
 
-from cupy_mla.arrays.view import view  # noqa: E402
+from cupy_mla.arrays.view import ArrayView, view  # noqa: E402
 from cupy_mla.decode import merge  # noqa: E402
 from cupy_mla.parallel import cp_decode, direct, host_memory, plan_cp_decode  # noqa: E402
 from cupy_mla.parallel.group import TorchGroup  # noqa: E402
@@ -31,6 +32,7 @@ pytestmark = pytest.mark.timeout(120)  # of ranks that wait for each other
 WIDTH, HEAD_DIM_V = 128, 64
 NUM_SMS = 3  # so few that CTAs have several rounds
 MAX_PAUSE = 2e-3  # seconds
+ASCENDING, DESCENDING = "ascending", "descending"
 
 
 class HostLaunch:
@@ -64,22 +66,29 @@ class Ranks:
         dtype: Any,
         patch: pytest.MonkeyPatch,
         num_sms: int = NUM_SMS,
+        *,
+        mapped: str | None = None,  # in which order, if ranks may be query tokens
+        in_packets: bool = False,  # queries and, of at most NUM_SMS rows, results
     ) -> None:
         self.of_thread, self.world, self.own, self.gathered, self.dtype = threading.local(), world, own, gathered, dtype
         patch.setattr(direct, "load", lambda source, device_id: source)
         patch.setattr(direct, "current_stream", lambda array, device_id: self.of_thread.rank)
         patch.setattr(direct, "Launch", HostLaunch)
+        patch.setattr(direct, "goes_in_packets", lambda num_bytes: in_packets)
+        patch.setattr(direct, "merges_packets", lambda *sizes: in_packets and merges_packets(*sizes))
         self.every = (*rows, world * own)
         q = torch.zeros(*rows, world * own if gathered else own, WIDTH, dtype=dtype)
         heads = [
             Heads.of(q, TorchGroup(None, world, rank), gathered=gathered, head_dim_v=HEAD_DIM_V)
             for rank in range(world)
         ]
-        size = direct._Places(heads[0]).total
-        self.memories = [torch.zeros(size, dtype=torch.uint8) for _ in range(world)]
-        addresses = torch.tensor([memory.data_ptr() for memory in self.memories], dtype=torch.int64)
+        self.memories = list(torch.zeros(world, direct._Places(heads[0]).total, dtype=torch.uint8))
+        if mapped == DESCENDING:
+            self.memories.reverse()
+        pointers = [memory.data_ptr() for memory in self.memories]
+        of_host = torch.tensor(pointers, dtype=torch.int64), None, num_sms
         self.exchanges = [
-            direct.DirectExchange(q, of_rank, HostMemory(memory, addresses, None, num_sms))
+            direct.DirectExchange(q, of_rank, HostMemory(memory, *of_host), may_be_tokens=mapped is not None)
             for of_rank, memory in zip(heads, self.memories, strict=True)
         ]
         for rank in range(world):  # copies are made before threads ask for them
@@ -88,6 +97,17 @@ class Ranks:
 
     def own_heads(self, array: Any, rank: int) -> Any:
         return array[..., rank * self.own : (rank + 1) * self.own, :]
+
+    def store_results(self, rank: int, out: Any, lse: Any) -> None:
+        """What a decode does: results of all heads to where the exchange of a rank says."""
+        exchange = self.exchanges[rank]
+        if not exchange.as_tokens:
+            exchange.out.copy_(out)
+            exchange.lse.copy_(lse)
+            return
+        batch = len(out)
+        store(exchange.out, out.view(batch, self.world, self.own, HEAD_DIM_V).view(torch.int16).numpy())
+        store(exchange.lse, lse.view(batch, self.world, self.own).swapaxes(1, 2).numpy())
 
     def together(self, work: Callable[[int], Any]) -> list[Any]:
         """What a function of a rank returns, of all ranks at the same time."""
@@ -123,12 +143,20 @@ def merged(monkeypatch: pytest.MonkeyPatch) -> Callable[[Any, Any], tuple[Any, A
     return merge_states
 
 
+def store(view: ArrayView, values: np.ndarray) -> None:
+    first = np.ctypeslib.as_array((ctypes.c_uint8 * view.itemsize).from_address(view.pointer)).view(values.dtype)
+    assert view.shape == values.shape
+    strides = [stride * view.itemsize for stride in view.strides]
+    np.lib.stride_tricks.as_strided(first, view.shape, strides)[...] = values
+
+
 def normal(rng: np.random.Generator, shape: tuple[int, ...], dtype: Any) -> Any:
     return torch.from_numpy(rng.standard_normal(shape, np.float32)).to(dtype)
 
 
 @needs_compiler
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("in_packets", [False, True])
 @pytest.mark.parametrize("gathered", [False, True])
 @pytest.mark.parametrize("rows", [(1, 1), (5, 3), (7,), (40, 2), (0, 1)], ids=str)
 @pytest.mark.parametrize(("world", "own"), [(1, 2), (2, 4), (3, 1)])
@@ -137,12 +165,47 @@ def test_queries_and_results_come_to_whom_they_are_for(
     own: int,
     rows: tuple[int, ...],
     gathered: bool,
+    in_packets: bool,
     dtype: Any,
     merged: Callable[[Any, Any], tuple[Any, Any]],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    ranks = Ranks(world, rows, own, gathered, dtype, monkeypatch, in_packets=in_packets)
+    check_calls(ranks, rows, merged)
+
+
+@needs_compiler
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize(("batch", "in_packets"), [(1, False), (2, True), (40, False)])
+@pytest.mark.parametrize(("world", "own"), [(1, 2), (2, 4), (3, 2)])
+@pytest.mark.parametrize("mapped", [ASCENDING, DESCENDING])
+def test_the_decode_may_store_results_itself(
+    mapped: str,
+    world: int,
+    own: int,
+    batch: int,
+    in_packets: bool,
+    dtype: Any,
+    merged: Callable[[Any, Any], tuple[Any, Any]],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """With the ranks of their heads, in whichever direction their memories are mapped."""
+    ranks = Ranks(world, (batch, 1), own, False, dtype, monkeypatch, mapped=mapped, in_packets=in_packets)
+    assert all(exchange.as_tokens for exchange in ranks.exchanges)
+    check_calls(ranks, (batch, 1), merged)
+
+
+@pytest.mark.parametrize(("gathered", "rows"), [(True, (4, 1)), (False, (4, 2)), (False, (4,))])
+def test_of_other_queries_the_decode_stores_none_itself(
+    gathered: bool, rows: tuple[int, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ranks = Ranks(2, rows, 2, gathered, torch.bfloat16, monkeypatch, mapped=ASCENDING)
+    assert not any(exchange.as_tokens for exchange in ranks.exchanges)
+
+
+def check_calls(ranks: Ranks, rows: tuple[int, ...], merged: Callable[[Any, Any], tuple[Any, Any]]) -> None:
     """Calls one after the other, of which each has values of its own; ranks wait for nobody but each other."""
-    ranks, calls = Ranks(world, rows, own, gathered, dtype, monkeypatch), range(4)
+    world, gathered, dtype, calls = ranks.world, ranks.gathered, ranks.dtype, range(4)
     rng = np.random.default_rng(0)
     q = [normal(rng, (*ranks.every, WIDTH), dtype) for _ in calls]
     outs = normal(rng, (len(calls), world, *ranks.every, HEAD_DIM_V), dtype)
@@ -155,9 +218,8 @@ def test_queries_and_results_come_to_whom_they_are_for(
         for call in calls:
             time.sleep(pauses.choice([0, 1]) * MAX_PAUSE)
             queries = exchange.gather(q[call] if gathered else ranks.own_heads(q[call], rank))
-            torch.testing.assert_close(queries, q[call], rtol=0, atol=0)
-            exchange.out.copy_(outs[call, rank])
-            exchange.lse.copy_(lses[call, rank])
+            torch.testing.assert_close(queries.view(q[call].shape), q[call], rtol=0, atol=0)
+            ranks.store_results(rank, outs[call, rank], lses[call, rank])
             time.sleep(pauses.choice([0, 1]) * MAX_PAUSE)
             out_shape, lse_shape = exchange.heads.result_shapes
             out, lse = torch.full(out_shape, torch.nan, dtype=dtype), torch.full(lse_shape, torch.nan)
@@ -173,25 +235,37 @@ def test_queries_and_results_come_to_whom_they_are_for(
 
 
 @needs_compiler
-@pytest.mark.parametrize("gathered", [False, True])
+@pytest.mark.parametrize(("batch", "own"), [(4, 2), (1, 1)])  # of one row, which may go in packets
+@pytest.mark.parametrize(
+    ("gathered", "mapped", "in_packets"),
+    [
+        (False, None, False),
+        (False, None, True),
+        (False, DESCENDING, False),
+        (True, None, False),
+        (True, None, True),
+    ],
+)
 def test_a_quick_rank_spoils_nothing_that_a_slow_one_reads(
-    gathered: bool, monkeypatch: pytest.MonkeyPatch
+    gathered: bool, mapped: str | None, in_packets: bool, batch: int, own: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The slow one sees that all have come, and goes on only when the others have long gone on to the next call. Of one
     CTA each, as here one begins when the one before it has ended.
     """
-    world, own, rows = 3, 2, (4, 1)
-    ranks = Ranks(world, rows, own, gathered, torch.bfloat16, monkeypatch, num_sms=1)
+    world, rows = 3, (batch, 1)
+    options: dict[str, Any] = {"num_sms": 1, "mapped": mapped, "in_packets": in_packets}
+    ranks = Ranks(world, rows, own, gathered, torch.bfloat16, monkeypatch, **options)
     slow = library("Bf16", 1)
     q = torch.zeros(*rows, world * own if gathered else own, WIDTH, dtype=torch.bfloat16)
 
     def work(rank: int) -> list[tuple[float, ...]]:
         exchange, found = ranks.exchanges[rank], []
-        out, lse = (torch.empty_like(ranks.own_heads(array, rank)) for array in (exchange.out, exchange.lse))
+        out_shape, lse_shape = exchange.heads.result_shapes
+        out, lse = torch.empty(out_shape, dtype=q.dtype), torch.empty(lse_shape)
+        no_lse = torch.zeros(rows[0], world * own, rows[1])
         for call in range(1, 9):
-            queries = exchange.gather(torch.full_like(q, call))
-            exchange.out.copy_(queries[..., :HEAD_DIM_V])
-            exchange.lse.zero_()
+            queries = exchange.gather(torch.full_like(q, call)).view(*ranks.every, WIDTH)
+            ranks.store_results(rank, queries[..., :HEAD_DIM_V], no_lse)
             exchange.finish(out, lse)
             found.append((call, *(float(value) for value in (out.min(), out.max(), lse.min(), lse.max()))))
         return found

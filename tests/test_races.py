@@ -117,11 +117,10 @@ def test_shares_have_every_problem_of_a_unit_once(
     assert 1 < counts[0] < counts[1]  # of racecheck a process runs fewer
 
 
-@needs_compiler
-def test_rows_that_ranks_hand_to_each_other_come_where_they_are_wanted(
-    units: ModuleType, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """By the kernels themselves, on the CPU."""
+def run_exchange(
+    units: ModuleType, patch: pytest.MonkeyPatch, *, in_packets: bool
+) -> tuple[list[np.ndarray], list[int]]:
+    """By the kernels themselves, on the CPU: what was uploaded, which they have changed, and their grids."""
     uploaded: list[np.ndarray] = []
     grids = []
 
@@ -136,13 +135,28 @@ def test_rows_that_ranks_hand_to_each_other_come_where_they_are_wanted(
         else:
             run_push_merge("Bf16", arguments[0], grid[0], block[0], 1)
 
-    monkeypatch.setattr(trial, "_upload", upload)
-    monkeypatch.setattr(units, "load", lambda source, device_id: source)
-    monkeypatch.setattr(units, "launch_kernel", launch)
-    units.run_exchange()
-    other, mine, _, q, outs, lses, out, lse, *calls = uploaded
-    assert grids == [2] * 4
-    assert [counts.tolist() for counts in calls] == [[2, 2]] * 2
+    patch.setattr(trial, "_upload", upload)
+    patch.setattr(units, "load", lambda source, device_id: source)
+    patch.setattr(units, "launch_kernel", launch)
+    units.run_exchange(in_packets=in_packets)
+    return uploaded, grids
+
+
+def merged_with(outs: np.ndarray, lses: np.ndarray, other: np.ndarray, other_lse: float) -> tuple[np.ndarray, ...]:
+    """out and lse of the second half of the heads, where all rows of the other rank are the same."""
+    own, own_lse = outs[:, :, 7:].astype(np.float64), lses[:, 7:].astype(np.float64)
+    lse = np.logaddexp(own_lse, other_lse)
+    weights = np.exp(own_lse - lse).swapaxes(1, 2)[..., None]
+    return weights * own + (1 - weights) * other, lse
+
+
+@needs_compiler
+def test_rows_that_ranks_hand_to_each_other_come_where_they_are_wanted(
+    units: ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (other, mine, _, q, outs, lses, out, lse, *calls), grids = run_exchange(units, monkeypatch, in_packets=False)
+    assert grids == [2] * 6
+    assert [counts.tolist() for counts in calls] == [[2, 2]] * 3
     queries_end = 4 + q.nbytes // 4 * 2
     for memory in (other, mine):
         queries = memory[4:queries_end].view(q.dtype).reshape(3, 5, 14, 576)
@@ -154,10 +168,34 @@ def test_rows_that_ranks_hand_to_each_other_come_where_they_are_wanted(
         assert sent[call, 1].tobytes() == outs[:, :, :7].tobytes()
         assert sent_lses[call, 1].tobytes() == np.ascontiguousarray(lses[:, :7].swapaxes(1, 2)).tobytes()
     # The other's results are 0, with an lse of 0.
-    own = lses[:, 7:].astype(np.float64)
-    np.testing.assert_allclose(lse, np.logaddexp(own, 0), 1e-5, 1e-5)
-    weights = (1 / (1 + np.exp(-own))).swapaxes(1, 2)[..., None]
-    np.testing.assert_allclose(out.astype(np.float64), weights * outs[:, :, 7:].astype(np.float64), 1e-2, 1e-6)
+    wanted, wanted_lse = merged_with(outs, lses, np.zeros(512), 0)
+    np.testing.assert_allclose(lse, wanted_lse, 1e-5, 1e-5)
+    np.testing.assert_allclose(out.astype(np.float64), wanted, 1e-2, 1e-6)
+
+
+@needs_compiler
+def test_so_do_those_that_go_in_packets(units: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    (other, mine, _, q, outs, lses, out, lse, *calls), grids = run_exchange(units, monkeypatch, in_packets=True)
+    chunks = q.nbytes // 16
+    assert grids == [2] * 2 + [105] * 2
+    assert [counts.tolist() for counts in calls] == [[2] * 2, [2] * 105]
+    queries = mine[4:][: q.nbytes // 4 * 2].view(q.dtype).reshape(3, 5, 14, 576)
+    assert queries[:, :, 7:].tobytes() == q.tobytes()
+    ahead = np.tile(np.array([units.AHEAD], np.uint32).view(q.dtype), 288)  # what came from the other rank
+    assert (queries[:, :, :7] == ahead).all()
+    pairs = other[4 + q.nbytes // 4 * 2 + 4 * 105 * (512 // 2 + 1) :].reshape(-1, 4, 2)  # of a value and a mark
+    sent = pairs[: 2 * chunks].reshape(2, chunks, 4, 2)[1]
+    assert sent[..., 0].tobytes() == q.tobytes()
+    assert (sent[..., 1] == 2).all()
+    results = pairs[2 * chunks :].reshape(2, 2, 3, 5, 7, 65, 4, 2)[:, 1]
+    for call, of_call in enumerate(results):
+        assert of_call[..., :64, :, 0].tobytes() == outs[:, :, :7].tobytes()
+        assert of_call[..., 64, 0, 0].tobytes() == np.ascontiguousarray(lses[:, :7].swapaxes(1, 2)).tobytes()
+        assert (of_call[..., 1] == call + 1).all()
+    other_lse = float(np.array(units.AHEAD, np.uint32).view(np.float32))
+    wanted, wanted_lse = merged_with(outs, lses, ahead[:512].astype(np.float64), other_lse)
+    np.testing.assert_allclose(lse, wanted_lse, 1e-5, 1e-5)
+    np.testing.assert_allclose(out.astype(np.float64), wanted, 1e-2, 1e-2)
 
 
 def test_another_configuration_is_refused(units: ModuleType, gpu: FakeGpu, monkeypatch: pytest.MonkeyPatch) -> None:

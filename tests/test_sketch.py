@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -54,6 +55,17 @@ def test_layouts_are_equal_when_views_are() -> None:
             assert (found[0][2] == found[1][2]) == (described[0] == described[1])
             assert (found[0][1] is found[1][1]) == same_type
             assert found[0][0] == (first.data_ptr(),) == (pointer_of(first),)
+
+
+def test_views_are_sketched_as_well() -> None:
+    views = [_view(tensor) for tensor in tensors().values()]
+    views.append(replace(views[0], device="cuda"))
+    for first in views:
+        for second in views:
+            described = [(v.shape, v.strides, v.dtype, v.location) for v in (first, second)]
+            (pointers, _, form), (_, _, other) = (sketch((array,)) for array in (first, second))
+            assert pointers == (first.pointer,)
+            assert (form == other) == (described[0] == described[1])
 
 
 def _view(tensor: Any) -> Any:

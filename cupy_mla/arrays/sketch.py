@@ -26,6 +26,7 @@ _TORCH = (
 _EXPRESSIONS: dict[tuple[str, str], tuple[str, str]] = {
     ("torch", "Tensor"): _TORCH,
     ("torch.nn.parameter", "Parameter"): _TORCH,
+    ("cupy_mla.arrays.view", "ArrayView"): ("{a}.pointer", "{a}.shape, {a}.strides, {a}.dtype, {a}.location"),
     ("cupy", "ndarray"): ("{a}.data.ptr", "{a}.shape, {a}.strides, {a}.dtype, {a}.data.device_id"),
     ("builtins", "NoneType"): ("0", "None"),
     # A number in the place of an array has no address, and is part of what a call is.

@@ -154,7 +154,8 @@ def check_output(
     location
         Device and number that q is on (`DecodeInputs.location`).
     contiguous_rows
-        Whether the last dimension has to be contiguous and, on CUDA, the rows aligned for 16-byte stores.
+        Whether the last dimension has to be contiguous and, on CUDA, the rows aligned for 16-byte stores, in whichever
+        direction and how far apart they may lie.
 
     Raises
     ------
@@ -175,8 +176,17 @@ def check_output(
     elif type(owner).__module__.startswith("jax"):
         raise InvalidArgumentError(name, "a writable array", "a JAX array, which is immutable")
     if contiguous_rows:
-        check_rows(array.shape, array.strides, array.itemsize, array.device == CUDA, name)
-        if array.device == CUDA and array.pointer % COPY_ALIGNMENT:
+        check_rows(array.shape, array.strides, array.itemsize, False, name)
+        if array.device != CUDA or 0 in array.shape:
+            return
+        if any(
+            extent > 1 and step * array.itemsize % COPY_ALIGNMENT
+            for extent, step in zip(array.shape[:-1], array.strides[:-1], strict=True)
+        ):
+            elements = COPY_ALIGNMENT // array.itemsize
+            expected = f"strides that are multiples of {elements} elements ({COPY_ALIGNMENT} bytes)"
+            raise InvalidArgumentError(name, expected, f"strides {array.strides}")
+        if array.pointer % COPY_ALIGNMENT:
             raise misaligned(name, array.pointer, COPY_ALIGNMENT)
     elif array.device == CUDA and array.pointer % array.itemsize:
         raise misaligned(name, array.pointer, array.itemsize)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from ..arrays.dtypes import KERNEL_TYPES
 from ..gpu.jit.source import KernelSource
 from ..gpu.launch import Geometry
@@ -9,7 +11,10 @@ from ..schedule.pieces import ceil_div
 
 PUSH_SOURCE = KernelSource(entry="exchange/push.cu", function="mla_push")
 EXCHANGE_THREADS = 512
-CHUNK_BYTES, WORD_BYTES = 16, 4
+CHUNK_BYTES, WORD_BYTES, PACKET_BYTES = 16, 4, 32
+# Bytes to a rank that take no longer over NVLink than a flag that sets out behind them.
+_MOST_IN_PACKETS = 2**18
+_MOST_SHARED = 48 * 1024  # bytes that a CTA gets without asking
 PUSH_MERGE_TYPES = ("bfloat16", "float16")
 
 
@@ -23,9 +28,35 @@ def push_geometry(num_sms: int, chunks: int) -> Geometry:
     return _geometry(num_sms, ceil_div(chunks, EXCHANGE_THREADS))
 
 
-def push_merge_geometry(num_sms: int, rows: int) -> Geometry:
-    """How mla_push_merge is launched for so many rows of one rank's heads."""
-    return _geometry(num_sms, rows)
+def goes_in_packets(num_bytes: int) -> bool:
+    """Whether mla_push had better send so many bytes to each rank in packets, which take twice as many."""
+    return num_bytes <= _MOST_IN_PACKETS
+
+
+def packets_of_row(row_bytes: int) -> int:
+    """Packets in which mla_push_merge sends a row and its lse."""
+    return row_bytes // CHUNK_BYTES + 1
+
+
+def merges_packets(num_sms: int, rows: int, world: int, row_bytes: int) -> bool:
+    """Whether mla_push_merge had better send so many rows to each rank in packets: of one row a CTA, which has room for
+    that of each rank.
+    """
+    return 0 < rows <= num_sms and world * (row_bytes + WORD_BYTES) <= _MOST_SHARED
+
+
+def push_merge_geometry(num_sms: int, rows: int, shared_memory: int = 0) -> Geometry:
+    """How mla_push_merge is launched for so many rows of one rank's heads.
+
+    Of a row a CTA half as many threads do, for which there is room beside a CTA of the merge ahead: so it is in place.
+
+    Parameters
+    ----------
+    shared_memory
+        Of results in packets, ``world * (row_bytes + WORD_BYTES)``.
+    """
+    geometry = replace(_geometry(num_sms, rows), shared_memory=shared_memory)
+    return replace(geometry, block=(EXCHANGE_THREADS // 2, 1, 1)) if rows <= num_sms else geometry
 
 
 def _geometry(num_sms: int, most: int) -> Geometry:

@@ -5,7 +5,7 @@
 
 namespace mla {
 
-constexpr i32 kExchangeThreads = 512;  // no fewer than there may be ranks
+constexpr i32 kExchangeThreads = 512;  // at most, and no fewer than there are ranks
 
 // cupy_mla/kernels/structs.py mirrors it; a test compares the two.
 struct Meetings {
@@ -54,6 +54,13 @@ struct Meetings {
         if (threadIdx.x == 0) ++calls[blockIdx.x];
     }
 };
+
+MLA_DEVICE uint4 wait_for_packet(const Packet* packet, u32 meeting) {
+    uint4 values;
+    while (!load_packet(packet, values, meeting)) {
+    }
+    return values;
+}
 
 static_assert(sizeof(Meetings) == 3 * sizeof(i64) + 2 * sizeof(i32), "no padding");
 

@@ -1,6 +1,7 @@
 // Hands each rank what this one computed for its heads, and merges what comes for its own. A CTA has the same rows on all
 // ranks: it stores a round of them in the others' memories, tells the others' CTAs, and while that is on its way merges the
-// round before. So what is merged has just come, and nobody waits for more than that.
+// round before. So what is merged has just come, and nobody waits for more than that. Where the kernel ahead has stored results
+// with the ranks of their heads, all that is left is to tell that they are there, and to merge. Few rows go in packets instead.
 #include "combine/merge_octets.h"
 #include "exchange/meetings.h"
 #include "ptx/launch.h"
@@ -9,13 +10,13 @@ namespace mla {
 
 using Element = MLA_DTYPE;  // Bf16 or Fp16
 constexpr i32 kOctetQuads = kOctet * Element::kBytes / static_cast<i32>(sizeof(uint4));
-constexpr i32 kExchangeWarps = kExchangeThreads / kWarpThreads;
-constexpr i32 kRoundTasks = 2 * kExchangeWarps;  // chunks of rows in a round
+constexpr i32 kRoundTasks = 2;  // of a warp: chunks of rows in a round
 
 // Rows are [size0, size1, heads]: (batch, token, head), or of ragged queries (0, token, head). T is the kernel's type.
 // Strides in elements. cupy_mla/kernels/structs.py mirrors it; a test compares the two.
 struct PushMergeParams {
-    const u8* outs;     // T [size0, size1, world * heads, d_v]: of all heads, over this rank's tokens
+    const u8* outs;     // T [size0, size1, world * heads, d_v]: of all heads, over this rank's tokens. Null: they were stored
+                        // with the ranks of their heads already, and lses are not looked at
     const f32* lses;    // [size0, world * heads, size1]
     i64 received_outs;  // bytes from the start of a rank's memory: T [places, world, rows, d_v], by the rank that sent it
     i64 received_lses;  // f32 [places, world, rows]
@@ -23,6 +24,8 @@ struct PushMergeParams {
     i64 out_stride0, out_stride1, out_stride2;
     f32* lse;  // [size0, size1, heads]
     i64 lse_stride0, lse_stride1, lse_stride2;
+    // Bytes from the start of a rank's memory: [places, world, rows, packets of a row], by the rank that sent them. 0: none.
+    i64 packets;
     i32 size0, size1, heads;
     i32 d_v;      // a multiple of 8
     i32 places;   // that calls take in turn
@@ -30,7 +33,7 @@ struct PushMergeParams {
     Meetings meetings;
 };
 
-static_assert(sizeof(PushMergeParams) == 12 * sizeof(i64) + 6 * sizeof(i32) + sizeof(Meetings), "no padding");
+static_assert(sizeof(PushMergeParams) == 13 * sizeof(i64) + 6 * sizeof(i32) + sizeof(Meetings), "no padding");
 
 // States of one row, one of each rank: this rank's own lies where it was computed.
 struct RankStates : RowStates {
@@ -39,6 +42,24 @@ struct RankStates : RowStates {
     i32 rank;
     MLA_DEVICE const u8* out_of(i32 state) const { return state == rank ? outs + own_offset : RowStates::out_of(state); }
     MLA_DEVICE f32 lse_of(i32 state) const { return state == rank ? own_lse : RowStates::lse_of(state); }
+};
+
+// A row of each rank in shared memory, [world] each.
+struct SharedRows {
+    uint4* outs;
+    f32* lses;
+    i32 quads;  // of a row
+
+    MLA_DEVICE SharedRows(u8* shared, i32 world, i32 quads)
+        : outs(reinterpret_cast<uint4*>(shared)), lses(reinterpret_cast<f32*>(outs + world * quads)), quads(quads) {}
+
+    // The quads of a row, then what holds its lse.
+    MLA_DEVICE void set(i32 rank, i32 part, const uint4& values) const {
+        if (part < quads)
+            outs[rank * quads + part] = values;
+        else
+            lses[rank] = __uint_as_float(values.x);
+    }
 };
 
 // What comes to a rank's memory for one call.
@@ -55,17 +76,21 @@ struct Received {
 struct CtaExchange {
     const PushMergeParams& params;
     i64 rows, row_bytes;
+    i32 warps;
     RowChunks chunks;
     i64 first_row;
     i32 tasks;  // chunks of its rows
+    bool is_stored;
 
     MLA_DEVICE CtaExchange(const PushMergeParams& params)
         : params(params),
           rows(static_cast<i64>(params.size0) * params.size1 * params.heads),
           row_bytes(params.d_v * Element::kBytes),
-          chunks(rows, params.d_v, static_cast<i64>(gridDim.x) * kExchangeWarps, kSectorOctets<Element>),
+          warps(static_cast<i32>(blockDim.x) / kWarpThreads),
+          chunks(rows, params.d_v, static_cast<i64>(gridDim.x) * warps, kSectorOctets<Element>),
           first_row(rows * blockIdx.x / gridDim.x),
-          tasks(static_cast<i32>(rows * (blockIdx.x + 1) / gridDim.x - first_row) * chunks.chunks_of_row) {}
+          tasks(static_cast<i32>(rows * (blockIdx.x + 1) / gridDim.x - first_row) * chunks.chunks_of_row),
+          is_stored(params.outs == nullptr) {}
 
     MLA_DEVICE Received received_by(i32 rank, u32 place) const {
         u8* const memory = params.meetings.memory_of(rank);
@@ -119,12 +144,52 @@ struct RowChunk {
         }
     }
 
-    MLA_DEVICE void merge(const CtaExchange& cta, const Received& received, i32 lane) const {
-        const PushMergeParams& params = cta.params;
-        const i32 rank = params.meetings.rank;
+    MLA_DEVICE uint4 part_for(const CtaExchange& cta, i32 rank, i32 part, i32 quads) const {
+        if (part < quads) return reinterpret_cast<const uint4*>(out_for(cta, rank))[part];
+        return {__float_as_uint(lse_for(cta, rank)), 0, 0, 0};
+    }
+
+    // As mla_push does with few rows: results come sooner as packets, whose words each say by themselves that they have come.
+    // All threads call it for the only row of a CTA; afterwards they see it of all ranks. What came is not stored to be read again.
+    MLA_DEVICE void exchange_packets(const CtaExchange& cta, const SharedRows& of_ranks, u32 place, u32 meeting) const {
+        const Meetings& meetings = cta.params.meetings;
+        const i32 parts = of_ranks.quads + 1, step = static_cast<i32>(blockDim.x);
+        const auto packet = [&](i32 in, i32 of, i32 part) {
+            const i64 index = ((static_cast<i64>(place) * meetings.world + of) * cta.rows + row) * parts + part;
+            return reinterpret_cast<Packet*>(meetings.memory_of(in) + cta.params.packets) + index;
+        };
+        const i32 first = static_cast<i32>(threadIdx.x), of_others = (meetings.world - 1) * parts;
+        for (i32 i = first; i < of_others; i += step) {
+            const i32 turn = i / parts, part = i - turn * parts, other = meetings.rank_after(turn + 1);
+            store_packet(packet(other, meetings.rank, part), part_for(cta, other, part, of_ranks.quads), meeting);
+        }
+        for (i32 part = first; part < parts; part += step)
+            of_ranks.set(meetings.rank, part, part_for(cta, meetings.rank, part, of_ranks.quads));
+        for (i32 i = first; i < of_others; i += step) {
+            const i32 turn = i / parts, part = i - turn * parts, other = meetings.rank_after(turn + 1);
+            of_ranks.set(other, part, wait_for_packet(packet(meetings.rank, other, part), meeting));
+        }
+        __syncthreads();
+    }
+
+    // Of states in this rank's memory.
+    MLA_DEVICE RankStates received_states(const CtaExchange& cta, const Received& received) const {
+        const i32 world = cta.params.meetings.world, rank = cta.params.meetings.rank;
         const u8* const outs = received.out_of(0, row);
-        const RowStates all{outs, cta.rows * cta.row_bytes, received.lse_of(0, row), cta.rows, params.meetings.world, true};
-        const RankStates states{all, out_for(cta, rank) - outs, lse_for(cta, rank), rank};
+        const RowStates all{outs, cta.rows * cta.row_bytes, received.lse_of(0, row), cta.rows, world, true};
+        const u8* const own_out = cta.is_stored ? received.out_of(rank, row) : out_for(cta, rank);
+        const f32 own_lse = cta.is_stored ? *received.lse_of(rank, row) : lse_for(cta, rank);
+        return {all, own_out - outs, own_lse, rank};
+    }
+
+    MLA_DEVICE RankStates shared_states(const CtaExchange& cta, const SharedRows& of_ranks) const {
+        const i32 world = cta.params.meetings.world, rank = cta.params.meetings.rank;
+        const RowStates all{reinterpret_cast<const u8*>(of_ranks.outs), cta.row_bytes, of_ranks.lses, 1, world, true};
+        return {all, rank * cta.row_bytes, of_ranks.lses[rank], rank};
+    }
+
+    MLA_DEVICE void merge(const CtaExchange& cta, const RankStates& states, i32 chunk, i32 lane) const {
+        const PushMergeParams& params = cta.params;
         merge_chunk<Element, Element>(states, cta.chunks, chunk, params.d_v, lane, [&] {
             const i64 out = index0 * params.out_stride0 + index1 * params.out_stride1 + head * params.out_stride2;
             const i64 lse = index0 * params.lse_stride0 + index1 * params.lse_stride1 + head * params.lse_stride2;
@@ -136,8 +201,8 @@ struct RowChunk {
 
 }  // namespace mla
 
-// grid: no more CTAs than there are rows, and than there is room for at once; block: kExchangeThreads; no dynamic shared
-// memory.
+// grid: no more CTAs than there are rows, and than there is room for at once; as many as rows where these go in packets. block:
+// kExchangeThreads, or half of them. Dynamic shared memory: of packets SharedRows, else none.
 extern "C" __global__ void __launch_bounds__(mla::kExchangeThreads)
 mla_push_merge(const __grid_constant__ mla::PushMergeParams params) {
     using namespace mla;
@@ -145,23 +210,37 @@ mla_push_merge(const __grid_constant__ mla::PushMergeParams params) {
     const i32 lane = threadIdx.x % kWarpThreads;
     const i32 warp = threadIdx.x / kWarpThreads;
     const CtaExchange cta(params);
-    const i32 rounds = ceil_div(cta.tasks, kRoundTasks);
+    const i32 tasks_of_round = kRoundTasks * cta.warps;
+    const i32 rounds = ceil_div(cta.tasks, tasks_of_round);
     const u32 call = meetings.calls[blockIdx.x];
     const u32 before = call * rounds;  // meetings
     const u32 place = call % params.places;
     const Received received = cta.received_by(meetings.rank, place);
+    const RowChunk first(cta, 0);  // of a row that goes in packets
     pdl_wait();
+    if (params.packets != 0) {
+        extern __shared__ __align__(16) u8 shared[];
+        const SharedRows of_ranks(shared, meetings.world, params.d_v / kOctet * kOctetQuads);
+        first.exchange_packets(cta, of_ranks, place, call + 1);
+        const RankStates states = first.shared_states(cta, of_ranks);
+        for (i32 chunk = warp; chunk < cta.chunks.chunks_of_row; chunk += cta.warps) first.merge(cta, states, chunk, lane);
+        meetings.count_call();
+        return;
+    }
+    if (cta.is_stored) meetings.tell(before + rounds);
     for (i32 round = 0; round <= rounds; ++round) {
-        const i32 end = min_i32((round + 1) * kRoundTasks, cta.tasks), begin = round * kRoundTasks + warp;
-        if (round < rounds) {
-            for (i32 task = begin; task < end; task += kExchangeWarps) RowChunk(cta, task).push(cta, place, lane);
+        const i32 end = min_i32((round + 1) * tasks_of_round, cta.tasks), begin = round * tasks_of_round + warp;
+        if (!cta.is_stored && round < rounds) {
+            for (i32 task = begin; task < end; task += cta.warps) RowChunk(cta, task).push(cta, place, lane);
             meetings.tell(before + round + 1);
         }
         if (round > 0) {
             meetings.wait(before + round);
-            const i32 end_before = min_i32(round * kRoundTasks, cta.tasks);
-            for (i32 task = begin - kRoundTasks; task < end_before; task += kExchangeWarps)
-                RowChunk(cta, task).merge(cta, received, lane);
+            const i32 end_before = min_i32(round * tasks_of_round, cta.tasks);
+            for (i32 task = begin - tasks_of_round; task < end_before; task += cta.warps) {
+                const RowChunk part(cta, task);
+                part.merge(cta, part.received_states(cta, received), part.chunk, lane);
+            }
         }
     }
     meetings.count_call();

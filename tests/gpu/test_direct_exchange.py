@@ -51,6 +51,7 @@ class SharedMemory:
             memory.zero_()
             for flags in (places.query_flags, places.result_flags):
                 memory[flags:][: MAX_SMS * self.world * WORD_BYTES].view(torch.int32).fill_(meeting)
+            memory[places.packets : places.outs].view(torch.int32).fill_(meeting)  # each with its mark
         torch.cuda.synchronize()
 
 
