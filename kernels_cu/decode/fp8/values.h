@@ -1,22 +1,12 @@
 // A values warpgroup: O^T += V^T P^T for half of the latent columns. V^T is made in registers: bytes of two tokens are
 // interleaved, which transposes them into pairs along the tokens, and converted to fp16.
-//
-// A warp has 64 columns (32 of a latent part of 256), of which lanes with lane / 4 = g have a run of eight (four). M block
-// 2 j + i holds columns 4 j + 2 i (accumulator rows g) and 4 j + 2 i + 1 (rows g + 8) of each run: a thread ends up with
-// neighbouring columns of each of its query rows.
 #pragma once
+#include "decode/fp8/columns.h"
 #include "decode/fp8/query.h"
-#include "ptx/convert_fp8.h"
 #include "ptx/mbarrier.h"
 
 namespace mla {
 
-constexpr u32 kValueColumns = kLatent / kValueWarpgroups;
-constexpr u32 kWarpColumns = kValueColumns / kWarpgroupWarps;
-constexpr u32 kMBlocks = kValueColumns / 64;
-constexpr u32 kLaneColumns = kWarpColumns / 8;  // neighbouring columns of a thread
-constexpr u32 kLaneWords = kLaneColumns / 4;    // of four e4m3 values
-static_assert(kMBlocks == 2 * kLaneWords, "a word of four columns makes two M blocks");
 // A is made for so many M blocks of one k16 step at a time, in so many sets of registers in turn. Made for two at 64 rows, in as
 // many registers, ptxas serialises wgmma.
 constexpr u32 kUnitBlocks = kWide ? 1 : 2;
@@ -78,11 +68,7 @@ private:
     }
     static MLA_DEVICE u32 lane() { return thread() % kWarpThreads; }
     // The first of this thread's columns.
-    static MLA_DEVICE u32 column() {
-        const u32 thread = ValuesRole::thread();
-        return (thread / kWarpgroupThreads - 1) * kValueColumns + thread % kWarpgroupThreads / kWarpThreads * kWarpColumns +
-               thread % kWarpThreads / 4 * kLaneColumns;
-    }
+    static MLA_DEVICE u32 column() { return first_column(thread()); }
 
     MLA_DEVICE void rescale(float (&output)[kMBlocks][kFragment]) const {
         u32 moved[kMovedWords];
@@ -123,7 +109,7 @@ private:
                 u32(&unit)[kUnitBlocks][4] = a[index % kUnits];
                 if (index >= kUnits) wgmma_wait<kUnits - 1>();
 #pragma unroll
-                for (u32 i = 0; i < kUnitBlocks; ++i) transpose(raw, first + i, unit[i]);
+                for (u32 i = 0; i < kUnitBlocks; ++i) transpose_codes(raw, first + i, unit[i]);
                 wgmma_fence();
 #pragma unroll
                 for (u32 i = 0; i < kUnitBlocks; ++i)
@@ -141,18 +127,6 @@ private:
     MLA_DEVICE u32 token_address(u32 e) const {
         return stage_address(smem_, stage_.index()) + column() % 16 +
                latent_chunk_offset(lane() % 4 * 2 + e, column() / kByteBoxColumns, column() % kByteBoxColumns / 16);
-    }
-
-    // Two columns of the four tokens to the A registers of an M block.
-    static MLA_DEVICE void transpose(const u32 (&raw)[4][kLaneWords], u32 block, u32 (&unit)[4]) {
-        constexpr u32 kFrontBytes = 0x5140, kBackBytes = 0x7362;  // bytes 0, 1 (2, 3) of two words in turn
-#pragma unroll
-        for (u32 pair = 0; pair < 2; ++pair) {
-            const u32 first = raw[pair * 2][block / 2], second = raw[pair * 2 + 1][block / 2];
-            const u32 columns = __byte_perm(first, second, block % 2 ? kBackBytes : kFrontBytes);
-            unit[pair * 2] = e4m3_pair_low(columns);
-            unit[pair * 2 + 1] = e4m3_pair_high(columns);
-        }
     }
 
     // Where this lane's rows (of 64, two) begin in the result: the whole warp asks it.
@@ -182,32 +156,9 @@ private:
         if (lane() == 0) mbarrier_arrive(smem_ + Fp8Smem::sums_empty);
     }
 
-    // Where a row of the result begins; 0: it does not exist. kIsFloat: of a float32 partial result, added.
-    static constexpr u64 kIsFloat = 1;
-    MLA_DEVICE u64 row_address(const BlockWork& work, u32 row) const {
-        if (!row_exists(work, row)) return 0;
-        return kPartialIsFloat && work.is_partial() ? reinterpret_cast<u64>(partial_row<f32>(params_, work, row)) + kIsFloat
-                                                    : reinterpret_cast<u64>(output_row(params_, work, row));
-    }
-
-    // This thread's columns of a row, if the row exists.
-    MLA_DEVICE void store_row(u64 address, const float (&columns)[kLaneColumns]) const {
-        if (address == 0) return;
-        if (kPartialIsFloat && (address & kIsFloat) != 0) {
-            f32* const destination = reinterpret_cast<f32*>(address - kIsFloat) + column();
-#pragma unroll
-            for (u32 c = 0; c < kLaneColumns; c += 4)
-                *reinterpret_cast<float4*>(destination + c) = float4{columns[c], columns[c + 1], columns[c + 2], columns[c + 3]};
-            return;
-        }
-        u32 words[kLaneColumns / 2];
-#pragma unroll
-        for (u32 i = 0; i < kLaneColumns / 2; ++i) words[i] = pack2<Output>(columns[2 * i], columns[2 * i + 1]);
-        u16* const destination = reinterpret_cast<u16*>(address) + column();
-        if constexpr (kLaneColumns == 8)
-            *reinterpret_cast<uint4*>(destination) = uint4{words[0], words[1], words[2], words[3]};
-        else
-            *reinterpret_cast<uint2*>(destination) = uint2{words[0], words[1]};
+    MLA_DEVICE u64 row_address(const BlockWork& work, u32 row) const { return result_address(params_, work, row); }
+    static MLA_DEVICE void store_row(u64 address, const float (&columns)[kLaneColumns]) {
+        store_columns(address, columns, [] { return column(); });
     }
 
     const Fp8Params& params_;

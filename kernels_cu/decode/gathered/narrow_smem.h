@@ -4,12 +4,10 @@
 #include "decode/gathered/cluster.h"
 #include "decode/gathered/narrow_schedule.h"
 #include "decode/gathered/narrow_softmax.h"
+#include "decode/gathered/turn_softmax.h"
 #include "ptx/mbarrier.h"
 
 namespace mla {
-
-// Items of which sums are handed over, each in a place of its own: who hands over an item's may be an item ahead.
-constexpr u32 kHandedItems = 2;
 
 struct GatheredNarrowSmem {
     static constexpr u32 query_bytes = kTileBoxes * kRowBoxBytes;
@@ -18,10 +16,9 @@ struct GatheredNarrowSmem {
     static constexpr u32 exchange_bytes = kWarpgroupWarps * rows_bytes;
     static constexpr u32 factor_bytes = kBuffers * kRows * sizeof(f32);
     static constexpr u32 buffer_barriers = 3 * kBuffers;
-    // What a scores warpgroup hands over to the other of one item: sums and largest scores of each warp, maxima.
-    static constexpr u32 handed_bytes = 2 * exchange_bytes + rows_bytes;
+    static constexpr u32 handed_bytes = kHandedItems * kHandedValues * rows_bytes;
     static constexpr u32 turn_barriers = kScoresWarpgroups + 2;
-    static constexpr u32 turn_bytes = kTakesTurns ? turn_barriers * sizeof(u64) + rows_bytes + kHandedItems * handed_bytes : 0;
+    static constexpr u32 turn_bytes = kTakesTurns ? turn_barriers * sizeof(u64) + rows_bytes + handed_bytes : 0;
     static constexpr u32 fixed_bytes = query_bytes + probability_bytes + kScoresWarpgroups * exchange_bytes +
                                        2 * factor_bytes + buffer_barriers * sizeof(u64) + kBuffers * sizeof(u32) +
                                        turn_bytes + kClaimBytes;
@@ -102,10 +99,8 @@ MLA_DEVICE u32 probabilities_empty_barrier(u32 smem, u32 buffer) {
     return smem + Smem::probabilities_empty + buffer * sizeof(u64);
 }
 MLA_DEVICE u32 sums_full_barrier(u32 smem, u32 buffer) { return smem + Smem::sums_full + buffer * sizeof(u64); }
-// Of prefill. A turn: kRowLanes threads of the other scores warpgroup, once P of the tile before is there, and the maxima;
-// whoever has the next tile. query_full: every loader thread's copies of an item's Q; scores. query_empty: one lane of each warp
+// Those of TurnSoftmax. Of prefill, query_full: every loader thread's copies of an item's Q; scores. query_empty: one lane of each warp
 // of both scores warpgroups, once its last QK of the item is done; loaders.
-MLA_DEVICE u32 turn_barrier(u32 smem, u32 which) { return smem + Smem::turns + which * sizeof(u64); }
 MLA_DEVICE u32 query_full_barrier(u32 smem) { return smem + Smem::query_full; }
 MLA_DEVICE u32 query_empty_barrier(u32 smem) { return smem + Smem::query_empty; }
 
@@ -120,7 +115,7 @@ MLA_DEVICE void initialise_barriers(u32 smem) {
         mbarrier_init(sums_full_barrier(smem, buffer), kRowLanes);
     }
     if constexpr (kTakesTurns) {
-        for (u32 which = 0; which < kScoresWarpgroups; ++which) mbarrier_init(turn_barrier(smem, which), kRowLanes);
+        for (u32 which = 0; which < kScoresWarpgroups; ++which) mbarrier_init(smem + Smem::turns + which * sizeof(u64), kRowLanes);
         mbarrier_init(query_full_barrier(smem), kLoaderWarps * kWarpThreads);
         mbarrier_init(query_empty_barrier(smem), kScoresWarpgroups * kWarpgroupWarps);
     }

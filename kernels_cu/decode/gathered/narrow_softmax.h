@@ -1,9 +1,7 @@
 // The softmax of the narrow kernels of gathered tokens, and what becomes of it: P, the factors by which O is rescaled, inverse
 // sums, lse and largest scores. By the scores warpgroup.
 #pragma once
-#include "core/row_power.h"
 #include "decode/gathered/narrow_rows.h"
-#include "decode/masks.h"
 
 namespace mla {
 
@@ -20,62 +18,26 @@ struct Buffers {
     }
 };
 
-// Powers of two that stay out of V: of a thread's two tokens, whose V is as much smaller than it should be.
-struct TokenUnits {
-    float of[2];
-
-    MLA_DEVICE bool are_one() const { return of[0] == 1.0f && of[1] == 1.0f; }
-};
-
 // Smem: the kernel's shared memory. It has, for each buffer, P, factors, inverse sums, the barriers
 //   probabilities_full   kProbabilityArrivals threads of the scores warpgroup, after a barrier of all of them: P is there, and the
 //                        factors
 //   probabilities_empty  one lane of each values warp: PV is done, and in an item's last tile its inverse sums have been read
 //   sums_full            kRowLanes threads: the inverse sums of the item that ended with this buffer's tile are there
 // and a word (`rescales`), whether any factor is not 1; and room for one value of each (scores warp, row).
-// kHasUnits: whether V may have units.
-template <class Smem, bool kHasUnits = false>
-class NarrowSoftmax {
+// kHasUnits: whether V may have units. kAllArrive: whether all threads arrive at probabilities_full, as the values warps read what
+// each has written or cleared besides.
+template <class Smem, bool kHasUnits = false, bool kAllArrive = false>
+class NarrowSoftmax : public RowSoftmax {
 public:
-    struct Rows : SoftmaxRows {
-        float unit[kThreadRows];  // a power of two by which O of the row is to be multiplied
-
-        explicit MLA_DEVICE Rows(const BlockWork& work) : SoftmaxRows(work) {
-#pragma unroll
-            for (u32 i = 0; i < kThreadRows; ++i) unit[i] = 1.0f;
-        }
-
-        MLA_DEVICE bool have_units() const {
-            bool any = false;
-#pragma unroll
-            for (u32 i = 0; i < kThreadRows; ++i) any |= unit[i] != 1.0f;
-            return kHasUnits && any;
-        }
-    };
+    using Rows = UnitRows<kHasUnits>;
 
     MLA_DEVICE NarrowSoftmax(const GatherParams& params, u32 smem, u32 thread)
-        : params_(params), smem_(smem), thread_(thread), warp_(thread / kWarpThreads), lane_(thread % kWarpThreads) {}
+        : RowSoftmax(params, smem, thread) {}
 
     MLA_DEVICE void barrier() const { named_barrier_sync(kScoresBarrier, kWarpgroupThreads); }
 
     // decode/gathered/narrow_rows.h
     MLA_DEVICE void hide(u32 valid, float (&scores)[kFragment]) const { hide_absent_tokens(valid, lane_, scores); }
-
-    // By request: what is past a row's end, as in decode/narrow/consumer.h. Nothing else is hidden; a page outside of the cache is
-    // zeros.
-    MLA_DEVICE void hide_unseen(const BlockWork& work, i32 tile, float (&scores)[kFragment]) const {
-        const i32 first_key = tile * kTileTokens;
-        if (first_key + static_cast<i32>(kTileTokens) <= block_visible_end(params_, work)) return;
-        const i32 key = first_key + static_cast<i32>(warp_ * kWarpTokens + lane_ / 4);
-#pragma unroll
-        for (u32 i = 0; i < kThreadRows; ++i) {
-            const i32 end = row_visible_end(params_, work, row_of_lane(lane_, i));
-            float& upper = scores[row_element(i)];
-            float& lower = scores[row_element(i) + 2];
-            upper = key < end ? upper : minus_infinity();
-            lower = key + 8 < end ? lower : minus_infinity();
-        }
-    }
 
     // P of a tile, of type T, to the buffer at hand, which it leaves. P is first made with the old maxima, which nearly always
     // stand; the one barrier that publishes it also tells whether any row outgrew its own, or any token or row has a unit.
@@ -114,7 +76,7 @@ public:
             barrier();  // all of P is written; and all have read the maxima
         }
         if (thread_ == 0) store_shared_u32(smem_ + Smem::rescales + buffers_.index * sizeof(u32), moves && !is_first);
-        if (lane_ == 0 || thread_ < kRowLanes) mbarrier_arrive(of_buffer(Smem::probabilities_full));
+        if (kAllArrive || lane_ == 0 || thread_ < kRowLanes) mbarrier_arrive(of_buffer(Smem::probabilities_full));
 #pragma unroll
         for (u32 i = 0; i < kThreadRows; ++i)
             rows.sum[i] += probabilities[row_element(i)] + probabilities[row_element(i) + 2];
@@ -155,26 +117,16 @@ public:
 private:
     MLA_DEVICE u32 of_buffer(u32 barriers) const { return smem_ + barriers + buffers_.index * sizeof(u64); }
 
-    // P of a tile where V or O have units: what V's rows lack is in P, in proportion to the row's largest, which O's unit is
-    // then. `factor` is that of the maxima, and becomes what O is multiplied by.
+    // P of a tile where V or O have units.
     template <class T>
     MLA_DEVICE void weigh(bool is_first, const float (&scores)[kFragment], const TokenUnits& units, Rows& rows,
                           float (&factor)[kThreadRows], float (&probabilities)[kFragment]) const {
         exponentiate(scores, rows, probabilities);
         float most[kThreadRows];
-#pragma unroll
-        for (u32 i = 0; i < kThreadRows; ++i)
-            most[i] = fmaxf(probabilities[row_element(i)] * units.of[0], probabilities[row_element(i) + 2] * units.of[1]);
+        weighted_maxima(probabilities, units, most);
         across_warps(most, [](float a, float b) { return fmaxf(a, b); });
         float weighted[kFragment];
-#pragma unroll
-        for (u32 i = 0; i < kThreadRows; ++i) {
-            const float unit = unit_for(is_first ? most[i] : fmaxf(most[i], rows.unit[i] * factor[i]));
-            factor[i] = factor[i] * rows.unit[i] / unit;  // in this order nothing overflows
-            rows.unit[i] = unit;
-            weighted[row_element(i)] = probabilities[row_element(i)] * units.of[0] / unit;
-            weighted[row_element(i) + 2] = probabilities[row_element(i) + 2] * units.of[1] / unit;
-        }
+        weigh_probabilities(is_first, probabilities, units, most, rows, factor, weighted);
         store_as_operand<T>(weighted);
     }
 
@@ -205,8 +157,6 @@ private:
             store_shared_f32(smem_ + place + (buffer * kRows + row_of_lane(lane_, i)) * sizeof(f32), values[i]);
     }
 
-    const GatherParams& params_;
-    u32 smem_, thread_, warp_, lane_;
     u32 last_ = 0;  // buffer of the tile before
     Buffers buffers_;
 };

@@ -8,6 +8,8 @@
 namespace mla {
 
 class ScoresRole {
+    using Softmax = TurnSoftmax<Smem>;
+
 public:
     // `thread` counts the warpgroup's threads.
     MLA_DEVICE ScoresRole(const GatherParams& params, u32 smem, u32 thread)
@@ -31,7 +33,7 @@ private:
         mbarrier_wait(query_full_barrier(smem_), query_parity_);  // also without a tile: no phase may be missed
         query_parity_ ^= 1;
         if (first < tiles) {
-            TurnSoftmax::Rows rows(work);
+            Softmax::Rows rows(work);
             for (u32 tile = first; tile < tiles; tile += 2) {
                 const bool is_own_last = tile + 2 >= tiles;
                 float scores[kFragment];
@@ -64,7 +66,7 @@ private:
     u32 smem_, warp_, which_;
     u32 turn_ = 0;  // whose the next tile is
     u32 query_parity_ = 0;
-    TurnSoftmax softmax_;
+    Softmax softmax_;
     GroupRing ring_;
 };
 

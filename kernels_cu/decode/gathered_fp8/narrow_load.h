@@ -2,6 +2,7 @@
 // arithmetic and across items, and ask for each token's row with one bulk copy.
 #pragma once
 #include "decode/gathered/narrow_work.h"
+#include "decode/gathered_fp8/narrow_query.h"
 #include "decode/gathered_fp8/narrow_smem.h"
 #include "ptx/copy_async.h"
 #include "ptx/tma.h"
@@ -44,19 +45,11 @@ private:
         return open_item();
     }
 
-    // The next item that has tiles for this CTA. Its Q is asked for into L2, a hint: the scores warpgroup waits for it between
-    // two items.
+    // The next item that has tiles for this CTA.
     MLA_DEVICE TokenRun open_item() {
         const BlockWork work = next_work(params_, items_, item_);
         if (!work.has_tiles()) return {nullptr, 0, false};
-#pragma unroll 1
-        for (u32 line = warp_ * kWarpThreads + lane_; line < kRows * kTileBoxes; line += kLoaderWarps * kWarpThreads) {
-            const QueryRow row = query_row(params_, work, line / kTileBoxes, 0);
-            const u32 box = line % kTileBoxes;
-            if (row.exists)
-                prefetch_to_l2(box < kLatentBoxes ? row.latent + box * kBoxColumns
-                                                  : row.rope + (box - kLatentBoxes) * kBoxColumns);
-        }
+        prefetch_query(params_, work, warp_ * kWarpThreads + lane_, kLoaderWarps * kWarpThreads);
         return tokens_from(params_, work, work.tile_begin);
     }
 

@@ -1,17 +1,31 @@
-// Q of a block, as S^T = K Q^T of the narrow kernel for FP8 caches wants it: a power of two is taken out of each row, so that
+// Q of a block, as S^T = K Q^T of the narrow kernels for FP8 rows wants it: a power of two is taken out of each row, so that
 // fp16 holds it; boxes that meet coded values are fp16, the others bf16. Columns are in the order in which a thread finds K's,
 // which takes 16 stored bytes of a token at once.
 #pragma once
+#include "codec/codec.h"
 #include "core/row_power.h"
 #include "decode/gathered/work.h"
-#include "decode/gathered_fp8/narrow_smem.h"
 #include "decode/narrow/store.h"
 #include "ptx/convert.h"
+#include "ptx/copy_async.h"
 
 namespace mla {
 
+// Asks for Q of an item into L2, by so many threads: a hint, as the scores warpgroup waits for it between two items.
+MLA_DEVICE void prefetch_query(const GatherParams& params, const BlockWork& work, u32 thread, u32 threads) {
+#pragma unroll 1
+    for (u32 line = thread; line < kRows * kTileBoxes; line += threads) {
+        const QueryRow row = query_row(params, work, line / kTileBoxes, 0);
+        const u32 box = line % kTileBoxes;
+        if (row.exists)
+            prefetch_to_l2(box < kLatentBoxes ? row.latent + box * kBoxColumns : row.rope + (box - kLatentBoxes) * kBoxColumns);
+    }
+}
+
 // Eight threads share a row. Each has chunk `chunk` of all its boxes: the columns of half a k16 step (positions 8 * (chunk % 2)
-// of step chunk / 2), as pairs.
+// of step chunk / 2), as pairs. Columns says which pair the i-th of a chunk is, that of the i-th lane of four,
+// counted from its box's first.
+template <class Columns>
 class QueryLoad {
 public:
     MLA_DEVICE void read(const GatherParams& params, const BlockWork& work, u32 thread) {
@@ -24,12 +38,13 @@ public:
                 const u32* const words = reinterpret_cast<const u32*>(
                     box < kLatentBoxes ? row.latent + box * kBoxColumns : row.rope + (box - kLatentBoxes) * kBoxColumns);
 #pragma unroll
-                for (u32 i = 0; i < 4; ++i) pairs_[pass][box][i] = row.exists ? __ldg(words + pair_of(box, chunk, i)) : 0;
+                for (u32 i = 0; i < 4; ++i) pairs_[pass][box][i] = row.exists ? __ldg(pair(words, box, chunk, i)) : 0;
             }
         }
     }
 
     // Writes the rows, and what turns their scores to log2 units.
+    template <class Smem>
     MLA_DEVICE void write(u32 smem, u32 thread, f32 scale_log2) const {
         const u32 chunk = thread % kChunksPerBoxRow;
 #pragma unroll
@@ -55,11 +70,8 @@ public:
     }
 
 private:
-    // Which pair of a box's 32 is the i-th of a chunk: those of the i-th lane of four. Coded: 16 bytes of a lane are 16
-    // columns, a word of them the lane's share of a step. Not coded: a lane has 16 bytes of each half of the box, two words of
-    // them for a step.
-    static MLA_DEVICE u32 pair_of(u32 box, u32 chunk, u32 i) {
-        return box < kCodedBoxes ? i * 8 + chunk : chunk / 4 * 16 + i * 4 + chunk % 4;
+    static MLA_DEVICE const u32* pair(const u32* words, u32 box, u32 chunk, u32 i) {
+        return box < kCodedBoxes ? words + Columns::coded(box, chunk, i) : words + Columns::uncoded(chunk, i);
     }
 
     MLA_DEVICE f32 largest(u32 pass) const {

@@ -3,6 +3,7 @@
 #pragma once
 #include "core/quad.h"
 #include "decode/gathered_fp8/narrow_query.h"
+#include "decode/gathered_fp8/narrow_smem.h"
 #include "decode/gathered_fp8/token_unit.h"
 #include "ptx/convert_fp8.h"
 #include "ptx/wgmma.h"
@@ -24,9 +25,9 @@ public:
         i32 item = items.first();
         BlockWork work = next_work(params_, items, item);
         if (work.has_tiles()) {
-            QueryLoad query;
+            Query query;
             query.read(params_, work, thread_);
-            query.write(smem_, thread_, params_.scale_log2 * cache_scale(params_));
+            query.write<Smem>(smem_, thread_, params_.scale_log2 * cache_scale(params_));
         }
         while (work.has_tiles()) {
             const i32 current = item - items.step();
@@ -37,6 +38,13 @@ public:
     }
 
 private:
+    // A box's pairs of columns as a lane of four finds them. Coded: 16 bytes of a lane are 16 columns, a word of them the
+    // lane's share of a step. Not coded: a lane has 16 bytes of each half of the box, two words of them for a step.
+    struct Columns {
+        static MLA_DEVICE u32 coded(u32, u32 chunk, u32 lane) { return lane * 8 + chunk; }
+        static MLA_DEVICE u32 uncoded(u32 chunk, u32 lane) { return chunk / 4 * 16 + lane * 4 + chunk % 4; }
+    };
+    using Query = QueryLoad<Columns>;
     using Softmax = NarrowSoftmax<Smem, Codec::kHasScales>;
     static_assert(Codec::kUncoded <= kBoxColumns, "there is one box at most that is not coded");
     static constexpr u32 kLaneColumns = 16;  // of a box; four in each k16 step
@@ -66,10 +74,10 @@ private:
         }
         // By request the work is read again, as no register is left to keep all of it in.
         if (next.has_tiles()) {
-            QueryLoad query;
+            Query query;
             query.read(params_, next, thread_);
             softmax_.finish(kByRequest ? load_block_work(params_, item) : work, rows, cache_scale(params_));
-            query.write(smem_, thread_, params_.scale_log2 * cache_scale(params_));
+            query.write<Smem>(smem_, thread_, params_.scale_log2 * cache_scale(params_));
         } else {
             softmax_.finish(kByRequest ? load_block_work(params_, item) : work, rows, cache_scale(params_));
         }
