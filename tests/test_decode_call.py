@@ -382,8 +382,11 @@ def test_pages_of_one_token_are_named_by_their_addresses(gpu: FakeGpu, kernel: s
         plan_decode(**packed(gpu), kernel=kernel)
 
 
-@pytest.mark.parametrize("page_size", [1, 16, 64])
-@pytest.mark.parametrize("kernel", ["row_pages16", "row_pages32", "row_pages64"])
+@pytest.mark.parametrize(
+    ("kernel", "page_size"),
+    [(f"row_pages{rows}", page_size) for rows in (16, 32, 64) for page_size in (1, 16, 64)]
+    + [(f"row_tiles{rows}", page_size) for rows in (16, 32) for page_size in (16, 64)],
+)
 def test_pages_of_rows_are_named_by_their_addresses(gpu: FakeGpu, kernel: str, page_size: int) -> None:
     arrays = packed(gpu, heads=128)
     pitch = page_size * 656 + 48

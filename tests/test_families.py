@@ -157,7 +157,7 @@ def test_partial_results_of_four_rows_and_fewer_are_float32(
 
 @pytest.mark.parametrize("family", [*FAMILIES, *GATHERED_FAMILIES], ids=lambda family: family.name)
 def test_probabilities_of_few_rows_are_refined_where_they_are_bf16(family: DecodeFamily) -> None:
-    is_fp8 = family.name.startswith(("fp8", "gathered_fp8", "row_pages"))
+    is_fp8 = family.name.startswith(("fp8", "gathered_fp8", "row_"))
     is_wide = not is_fp8 and family.rows == 64
     refined = [not is_fp8, not is_fp8, is_wide, is_wide, False]
     assert [family.refines("bfloat16", rows) for rows in (1, 8, 9, 16, 17)] == refined

@@ -94,9 +94,13 @@ def test_other_arrays_are_refused(changes: dict[str, Any], text: str) -> None:
 def test_a_hopper_gpu_takes_them(layout: str, heads: int, page_size: int) -> None:
     rope_dim = 64 if layout == "fp8_ds_mla" else 0
     support = is_supported(num_heads_q=heads, rope_dim=rope_dim, layout=layout, page_size=page_size)
-    assert str(support).startswith("supported: kernel row_pages")
+    assert str(support).startswith("supported: kernel row_")
     assert layout in str(support)
     assert not is_supported(num_heads_q=heads, rope_dim=rope_dim, layout=layout, page_size=24)
+    # Tiles as they are stored, where that is faster.
+    large = is_supported(batch=128, num_heads_q=heads, rope_dim=rope_dim, layout=layout, page_size=page_size)
+    has_tiles = heads <= 32 and page_size > 1 and layout in ("fp8_ds_mla", "fp8_ds_mla_no_rope")
+    assert str(large).startswith(f"supported: kernel row_{'tiles' if has_tiles else 'pages'}")
 
 
 @pytest.mark.parametrize("layout", ROW_LAYOUTS)

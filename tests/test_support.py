@@ -22,6 +22,8 @@ TAKEN: list[tuple[dict[str, Any], str]] = [
     ({"topk": 12, "extra_topk": 5, "extra_page_size": 2, "rope_dim": 0, "layout": "fp8_model1"}, "fp8_model1_extra2"),
     ({"topk": 1, "extra_topk": 1, "rope_dim": 0, "layout": "fp8_v41", "extra_layout": "fp4_v41"}, "extra1_fp4_v41"),
     ({"num_heads_q": 16, "layout": "fp8_ds_mla"}, "row_pages16"),
+    ({"num_heads_q": 16, "layout": "fp8_ds_mla", "batch": 64}, "row_tiles16"),
+    ({"num_heads_q": 16, "layout": "fp8_ds_mla", "batch": 64, "page_size": 1}, "row_pages16"),
     ({"layout": "fp8_model1", "rope_dim": 0}, "row_pages32"),
     ({"num_heads_q": 16, "batch": 0}, "narrow16"),
     ({"num_heads_q": 16, "max_seqlen_k": 0}, "narrow16"),

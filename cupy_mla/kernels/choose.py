@@ -24,6 +24,7 @@ from .gathered_fp8 import GATHERED_FP8_NARROW16, GATHERED_FP8_NARROW32
 from .gathered_fp8_wide import GATHERED_FP8_WIDE64
 from .gathered_narrow import GATHERED_NARROW16, GATHERED_NARROW32
 from .narrow import NARROW16, NARROW32
+from .row_tiles import ROW_TILES16, ROW_TILES32
 from .token_pages import (
     ROW_PAGES16,
     ROW_PAGES32,
@@ -47,6 +48,7 @@ FP8_FAMILIES: tuple[DecodeFamily, ...] = (
     *(FP8_SPLIT16, FP8_SPLIT32, FP8_SPLIT64, FP8_EXACT16, FP8_EXACT32),
     *(FP8_QUERY16, FP8_QUERY32, FP8_QUERY64),
     *(ROW_PAGES16, ROW_PAGES32, ROW_PAGES64),
+    *(ROW_TILES16, ROW_TILES32),
 )
 FAMILIES = (*DENSE_FAMILIES, *FP8_FAMILIES)
 # Of gathered tokens, by rows.

@@ -15,6 +15,7 @@ import numpy as np
 
 from ..layouts import DENSE_LAYOUTS, FP8_DS_MLA, FP8_DS_MLA_NO_ROPE, LAYOUTS
 from ..layouts.block_scaled import BlockScaled
+from ..schedule.pieces import TILE_TOKENS
 from .family import STANDARD_DIMS, DecodeFamily, KernelConfig
 from .gathered import GATHERED_WIDE64, GatheredConfig, GatheredWideFamily
 from .gathered_fp8 import GATHERED_FP8_NARROW16, GATHERED_FP8_NARROW32, GatheredFp8NarrowFamily, why_no_codec
@@ -98,6 +99,11 @@ class RowPagesFamily(_OfTokenPages):
         """Of the rows."""
         return _ROW_LAYOUTS
 
+    @property
+    def page_sizes(self) -> tuple[int, ...]:
+        """Of standard configurations."""
+        return _ROW_PAGE_SIZES
+
     def why_unsupported(self, problem: DecodeProblem | SparseProblem) -> str | None:
         """Other layouts."""
         return why_no_codec(problem, self.layouts)
@@ -120,8 +126,8 @@ class RowPagesFamily(_OfTokenPages):
         return [
             self._row_config(layout, _ROW_DTYPE, page_size, causal=causal, float_partials=float_partials)
             for layout in self.layouts
-            for float_partials, page_size, causal in itertools.product(partials, _ROW_PAGE_SIZES, (False, True))
-            if layout is FP8_DS_MLA or (page_size > 1 and not float_partials)
+            for float_partials, page_size, causal in itertools.product(partials, self.page_sizes, (False, True))
+            if layout is FP8_DS_MLA or (page_size == TILE_TOKENS and not float_partials)
         ]
 
     def _row_config(self, layout: BlockScaled, dtype: str, page_size: int, **options: Any) -> KernelConfig:
@@ -164,7 +170,7 @@ ROW_PAGES16 = RowPagesNarrowFamily(
     **_values(GATHERED_FP8_NARROW16, "row_pages16", start=6.5, tile=1.7, item=3.4, merge=2.2)
 )
 ROW_PAGES32 = RowPagesNarrowFamily(
-    **_values(GATHERED_FP8_NARROW32, "row_pages32", start=8.5, tile=1.9, item=5.6, merge=2.2)
+    **_values(GATHERED_FP8_NARROW32, "row_pages32", start=8.5, tile=1.9, item=5.6, merge=2.7)
 )
 ROW_PAGES64 = RowPagesWideFamily(
     **_values(GATHERED_FP8_WIDE64, "row_pages64", start=11.0, tile=2.45, item=5.0, merge=5.5)

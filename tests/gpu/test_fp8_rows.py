@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -11,6 +12,7 @@ from cases_fp8 import LATENT, Fp8Case, relative_error
 from cupy_mla import mla_decode, plan_decode
 from cupy_mla.arrays.exchange import as_numpy
 from cupy_mla.kernels.choose import FAMILIES
+from cupy_mla.kernels.row_tiles import RowTilesFamily
 from cupy_mla.kernels.token_pages import RowPagesFamily
 from cupy_mla.lab.selftest import CheckCase, run_checks
 from cupy_mla.layouts import LAYOUTS
@@ -20,7 +22,9 @@ from . import gpu_arrays as gpu
 pytestmark = pytest.mark.timeout(60)
 
 KERNELS = ["auto", *(family.name for family in FAMILIES if isinstance(family, RowPagesFamily))]
+TILES = [family.name for family in FAMILIES if isinstance(family, RowTilesFamily)]
 MAX_ERROR, LSE_ERROR = 3e-3, 1e-5
+ROUNDED_LSE_ERROR = 1e-3  # where keys are rounded to fp16, as their scales are no powers of two
 LENGTHS = (0, 1, 63, 64, 65, 140, 1000)
 
 
@@ -33,7 +37,10 @@ def upload(arrays: dict[str, Any]) -> dict[str, Any]:
 
 
 def check(case: Fp8Case, kernel: str) -> None:
-    host = case.build()
+    check_results(case, case.build(), kernel)
+
+
+def check_results(case: Fp8Case, host: dict[str, Any], kernel: str, lse_error: float = LSE_ERROR) -> None:
     arrays = upload(host)
     plan = plan_decode(**arrays, causal=case.causal, kernel=kernel)
     assert kernel in ("auto", plan.config.family.name)
@@ -49,7 +56,7 @@ def check(case: Fp8Case, kernel: str) -> None:
     out, lse = results[0]
     exact, exact_lse = case.exact(host)
     assert relative_error(out, exact) < MAX_ERROR
-    np.testing.assert_allclose(lse, exact_lse, rtol=LSE_ERROR, atol=LSE_ERROR)
+    np.testing.assert_allclose(lse, exact_lse, rtol=lse_error, atol=lse_error)
 
 
 @pytest.mark.parametrize("kernel", KERNELS)
@@ -74,7 +81,32 @@ def test_head_counts(kernel: str, heads: int) -> None:
     ids=str,
 )
 def test_shapes(kernel: str, case: Fp8Case) -> None:
+    if kernel in TILES and case.page_size == 1:
+        case = replace(case, page_size=48)  # chunks of 16 tokens
     check(case, kernel)
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+@pytest.mark.parametrize("kind", ["any", "tiny", "large", "mixed"])
+@pytest.mark.parametrize("lengths", [LENGTHS, (9000, 17)])
+def test_scales(kernel: str, kind: str, lengths: tuple[int, ...]) -> None:
+    """Scales that fp16 does not hold, in all tokens or in some, and of any significand."""
+    rng = np.random.default_rng(1)
+    case = case_of(lengths, 16)
+    host = case.build()
+    largest = {"any": 1.0, "tiny": 2.0**-30}.get(kind, 2.0**20)
+    rows = host["kv_cache"]
+    scales = rows[..., LATENT : LATENT + 16].copy().view(np.float32)
+    if kind == "any":
+        scales *= rng.uniform(0.5, 1.5, scales.shape).astype(np.float32)
+    elif kind == "mixed":
+        scales *= rng.choice(np.float32([largest, 1, 2.0**-24]), scales.shape[:3])[..., None]
+    else:
+        scales *= np.float32(largest)
+    rows[..., LATENT : LATENT + 16] = scales.view(np.uint8)
+    host["q"][..., :LATENT] /= largest
+    rounds = kind == "any" and kernel not in TILES
+    check_results(case, host, kernel, ROUNDED_LSE_ERROR if rounds else LSE_ERROR)
 
 
 @pytest.mark.parametrize("layout", list(LAYOUTS)[4:])
