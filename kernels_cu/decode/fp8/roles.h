@@ -9,14 +9,19 @@
 
 namespace mla {
 
-template <class Scores>
-MLA_DEVICE void run_fp8_roles(const TensorMap* kv_latent, const TensorMap* kv_rope, const Fp8Params& params, u8* shared) {
-    const u32 smem = shared_address(shared);
-    const i32* part_begin = enter(params, shared + Fp8Smem::claim, [&] {
-        initialise_barriers(smem);
-        prefetch_maps(kv_latent, kv_rope);
-    });
-    const PartBounds bound(params.plan, part_begin, shared + Fp8Smem::claim);
+// The part's items, read once.
+class KeptBounds {
+public:
+    MLA_DEVICE explicit KeptBounds(const i32* part_begin) : begin_(part_begin[0]), end_(part_begin[1]) {}
+    MLA_DEVICE i32 operator()(i32 side) const { return side == 0 ? begin_ : end_; }
+
+private:
+    i32 begin_, end_;
+};
+
+template <class Scores, class Bound>
+MLA_DEVICE void run_fp8_role(const TensorMap* kv_latent, const TensorMap* kv_rope, const Fp8Params& params, u32 smem,
+                             Bound bound) {
     const u32 warpgroup = __shfl_sync(kFullWarp, threadIdx.x / kWarpgroupThreads, 0);
 
     if (warpgroup == 0) {
@@ -38,6 +43,20 @@ MLA_DEVICE void run_fp8_roles(const TensorMap* kv_latent, const TensorMap* kv_ro
             if (work.has_tiles()) loader.load_item(work);
         });
     }
+}
+
+template <class Scores>
+MLA_DEVICE void run_fp8_roles(const TensorMap* kv_latent, const TensorMap* kv_rope, const Fp8Params& params, u8* shared) {
+    const u32 smem = shared_address(shared);
+    const i32* part_begin = enter(params, shared + Fp8Smem::claim, [&] {
+        initialise_barriers(smem);
+        prefetch_maps(kv_latent, kv_rope);
+    });
+    // Kept they cost registers, which 16 rows have.
+    if constexpr (kRows == 16)
+        run_fp8_role<Scores>(kv_latent, kv_rope, params, smem, KeptBounds(part_begin));
+    else
+        run_fp8_role<Scores>(kv_latent, kv_rope, params, smem, PartBounds(params.plan, part_begin, shared + Fp8Smem::claim));
 }
 
 }  // namespace mla
