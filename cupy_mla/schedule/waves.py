@@ -8,7 +8,7 @@ from .pieces import TILE_TOKENS, ceil_div
 
 # CTAs of a cluster: 8 are the most that every GPU with clusters takes. 5 and 6 are slower than 4; where 7 fit, so do 8.
 CLUSTERS = (8, 4, 3, 2)
-# Measured on an H200 (kernels_cu/TRIED_GATHERED.md): tiles that take as long as a launch for clusters and the merge of
+# Measured on an H200 (kernels_cu/TRIED_PREFILL.md): tiles that take as long as a launch for clusters and the merge of
 # what their CTAs find; and tiles that each CTA should have.
 MERGE_TILES = 7
 CTA_TILES = 2
