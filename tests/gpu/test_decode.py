@@ -24,6 +24,8 @@ pytestmark = [pytest.mark.timeout(60), pytest.mark.usefixtures("kernel")]
 
 MAX_ERROR = {"bfloat16": 3e-3, "float16": 1e-3}
 FEW_ROWS_ERROR = 2e-3
+ROUNDING_OF_OUTPUT = 2e-3  # bfloat16's, 2^-9 at most
+EQUAL_WEIGHTS = 1e-20  # a factor on the scores
 LSE_TOLERANCE = 1e-5  # relative, and absolute
 RUNS = 10
 LENGTHS = (0, 1, 63, 64, 65, 140, 4096)
@@ -148,6 +150,13 @@ def test_few_rows_that_see_few_keys(
     # Uncut, as partial results are rounded too.
     whole = plan_decode(*on_gpu.tensors, **on_gpu.plan_options, fixed_split_tokens=1024)
     on_gpu.check(*on_gpu.decode(plan=whole))
+
+
+@pytest.mark.parametrize("heads", [5, 47, 128])
+def test_tokens_that_weigh_the_same(kernel: str, heads: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What their weights lose by rounding is the same of all, and would not average out; here nothing is lost."""
+    monkeypatch.setitem(MAX_ERROR, "bfloat16", ROUNDING_OF_OUTPUT)
+    run(DenseCase(lengths=tuple(range(1, 65)), num_heads_q=heads, softmax_scale=EQUAL_WEIGHTS))
 
 
 @pytest.mark.parametrize(("heads", "kv_heads"), [(8, 8), (16, 2), (16, 8), (128, 2), (128, 8)])

@@ -33,6 +33,8 @@ from . import gpu_arrays as gpu
 
 MAX_ERROR = {"bfloat16": 3e-3, "float16": 1e-3}
 FEW_ROWS_ERROR = 2e-3
+ROUNDING_OF_OUTPUT = 2e-3  # bfloat16's, 2^-9 at most
+EQUAL_WEIGHTS = 1e-20  # a factor on the scores
 LSE_TOLERANCE = 1e-5  # relative, and absolute
 RUNS = 10
 KERNELS = (AUTO, *(family.name for family in GATHERED_DENSE_FAMILIES))
@@ -303,10 +305,24 @@ def test_empty_lse(heads: int, empty_lse: float) -> None:
     assert (gpu.download(lse)[0] == empty_lse).all()
 
 
+@pytest.mark.parametrize("heads", [5, 47, 128])
+@RUN
+def test_tokens_that_weigh_the_same(
+    run: Run, base: SparseCase, heads: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What their weights lose by rounding is the same of all, and would not average out; here nothing is lost."""
+    monkeypatch.setitem(MAX_ERROR, "bfloat16", ROUNDING_OF_OUTPUT)
+    check_scaled(run, replace(base, num_heads_q=heads, topk=43, lengths=None), EQUAL_WEIGHTS)
+
+
 @pytest.mark.parametrize("scale", [1e-3, 0.5])
 @RUN
 def test_softmax_scale(run: Run, base: SparseCase, scale: float) -> None:
-    on_gpu = OnGpu(base)
+    check_scaled(run, base, scale)
+
+
+def check_scaled(run: Run, case: SparseCase, scale: float) -> None:
+    on_gpu = OnGpu(case)
     on_gpu.exact = exact_sparse(on_gpu.host, scale)
     if run is run_decode:
         on_gpu.check_decode(*on_gpu.decode(softmax_scale=scale))

@@ -36,7 +36,7 @@ public:
         for (; tiles > 0; --tiles) {
             multiply(q, scores, !first);
             hide_absent(load_shared_8b(smem_ + WideSmem::valid + ring_.stage * kValidBytes), scores);
-            softmax(tiles == 1, item, scores, maximum, sum, results);
+            softmax(tiles == 1, !kRefines && first, item, scores, maximum, sum, results);
             store_probabilities(is_refined(maximum), scores);
             first = false;
             ring_.advance();
@@ -129,8 +129,8 @@ private:
 
     // As decode/wide/softmax.h has it, but that a quad's maximum is looked for only where some row of the warp may outgrow its own,
     // and that the factors by which rows of O must be rescaled first go to shared memory at once.
-    MLA_DEVICE void softmax(bool is_last, i32 item, float (&scores)[kThreadScores], float (&maximum)[2], float (&sum)[2],
-                            Results& results) {
+    MLA_DEVICE void softmax(bool is_last, bool is_first, i32 item, float (&scores)[kThreadScores], float (&maximum)[2],
+                            float (&sum)[2], Results& results) {
         float tile_maximum[2];
         bool outgrows = false;
 #pragma unroll
@@ -173,7 +173,7 @@ private:
         }
 #pragma unroll
         for (int half = 0; half < 2; ++half) sum[half] += tile_sum[half][0] + tile_sum[half][1];
-        if (is_last) normalise(item, scores, maximum, sum);
+        if (is_last) normalise(is_first, item, scores, maximum, sum);
     }
 
     MLA_DEVICE u32 factor_address() const {
@@ -186,8 +186,9 @@ private:
         store_shared_f32(factor_address() + 8 * sizeof(f32), factors[1]);
     }
 
-    // The division by the sum, in an item's last tile.
-    MLA_DEVICE void normalise(i32 item, float (&scores)[kThreadScores], const float (&maximum)[2], float (&sum)[2]) {
+    // The division by the sum, in an item's last tile; of its only one, of O.
+    MLA_DEVICE void normalise(bool is_only, i32 item, float (&scores)[kThreadScores], const float (&maximum)[2],
+                              float (&sum)[2]) {
         const auto sinks = Results::load_sinks(params_, true, item, first_row());
         float factors[2];
 #pragma unroll
@@ -196,6 +197,11 @@ private:
             factors[half] = sum[half] == 0.0f ? 0.0f : sinks.normalise(half, sum[half], maximum[half]);  // NaN stays NaN
         }
         if (is_refined(maximum)) factors[1] = factors[0];
+        if (is_only) {
+            factors[0] = -fabsf(factors[0]);
+            store_factors(factors);
+            return;
+        }
 #pragma unroll
         for (int i = 0; i < kThreadScores; ++i) scores[i] *= factors[i / 2 % 2];
         if (lane() % 4 != 0) return;

@@ -24,6 +24,7 @@ struct GatheredWide {
     using Mask = TokenMask;
     using Results = SinkAndLargest;
     using Out = GatheredOutput;
+    static constexpr bool kDividesOutput = !kRefines && !kIsClustered;  // warps that merge have no registers for it
 };
 
 }  // namespace mla

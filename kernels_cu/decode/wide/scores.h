@@ -26,6 +26,7 @@ struct NoResults {
 //   Mask      which keys the rows may see; it stands at one tile after the other
 //   Results   what rows are asked for besides their output and lse
 //   Out       what O is held, scaled and stored by
+//   kDividesOutput   whether O of an item's only tile is divided by the sum, and not P (decode/wide/softmax.h)
 template <class Kernel>
 class ScoresRole {
     using Params = typename Kernel::Params;
@@ -62,7 +63,9 @@ public:
             mask.apply(params_, item, tiles, smem_, ring_.stage, scores);
             mask.next_tile();
             const auto sinks = Results::load_sinks(params_, tiles == 1, item, row);
-            const RowFactors factors = softmax(tiles == 1, params_.scale_log2, scores, maximum, sum, results, sinks);
+            const bool divides_output = Kernel::kDividesOutput && first;
+            const RowFactors factors =
+                softmax(tiles == 1, divides_output, params_.scale_log2, scores, maximum, sum, results, sinks);
             store_probabilities(row, is_refined(maximum), scores, factors);
             first = false;
             ring_.advance();

@@ -28,9 +28,14 @@ MLA_DEVICE bool is_refined(const float (&maximum)[2]) { return kRefines && maxim
 // columns) of the thread's two rows: arrays, as a struct of the two gets other registers. The last tile carries the division
 // by the sum in P and in the rescale factor, so O comes out normalised; the quad then has the whole sum. `results` sees every
 // tile's maxima; `sinks` divides.
+//
+// Of an item's only tile O is divided by the sum, and not P. Where tokens weigh the same, all P of a row would be rounded alike, by
+// up to 2^-8 of the output; undivided they are 1. A first tile's rescale factor is for an O of zeros, so it has room for this one;
+// the sign of the first row's tells the values warps to take it when they have the tile's product, too. Refined P need none of it.
 template <class Results>
-MLA_DEVICE RowFactors softmax(bool is_last, float scale_log2, float (&scores)[kThreadScores], float (&maximum)[2],
-                              float (&sum)[2], Results& results, const typename Results::Sinks& sinks) {
+MLA_DEVICE RowFactors softmax(bool is_last, bool divides_output, float scale_log2, float (&scores)[kThreadScores],
+                              float (&maximum)[2], float (&sum)[2], Results& results,
+                              const typename Results::Sinks& sinks) {
     RowFactors factors;
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
@@ -55,8 +60,9 @@ MLA_DEVICE RowFactors softmax(bool is_last, float scale_log2, float (&scores)[kT
         sum[half] = sum[half] * factors.rescale[half] + tile_sum;
         if (is_last) {
             sum[half] = quad_sum(sum[half]);
-            factors.normalise[half] = sum[half] == 0.0f ? 0.0f : sinks.normalise(half, sum[half], maximum[half]);  // NaN stays NaN
-            factors.rescale[half] *= factors.normalise[half];
+            const float inverse = sum[half] == 0.0f ? 0.0f : sinks.normalise(half, sum[half], maximum[half]);  // NaN stays NaN
+            factors.normalise[half] = divides_output ? 1.0f : inverse;
+            factors.rescale[half] = divides_output ? (half == 0 ? -fabsf(inverse) : inverse) : factors.rescale[half] * inverse;
         }
     }
     return factors;

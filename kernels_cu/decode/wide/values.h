@@ -40,6 +40,7 @@ public:
             rescale(output);
             multiply(output);
             if (kRefines && tiles == 1 && is_refined()) Out::add_refinement(output);
+            if (Kernel::kDividesOutput && tiles == 1 && is_only()) rescale(output);
             __syncwarp();
             if (Out::lane() == 0) mbarrier_arrive(tile_empty(smem_, ring_.stage));
             after_tile(ring_);
@@ -49,16 +50,19 @@ public:
     }
 
 private:
-    // Of this thread's two rows. The sign of the second says whether the block is refined (decode/wide/softmax.h).
+    // Of this thread's two rows. Signs say whether the item has no other tile, and whether the block is refined
+    // (decode/wide/softmax.h).
     MLA_DEVICE u32 factors() const {
         return smem_ + WideSmem::factors + (ring_.stage * kRows + Out::warp() * 16 + Out::lane() / 4) * sizeof(f32);
     }
+    MLA_DEVICE bool is_only() const { return __float_as_int(load_shared_f32(factors())) < 0; }
     MLA_DEVICE bool is_refined() const { return __float_as_int(load_shared_f32(factors() + 8 * sizeof(f32))) < 0; }
 
     MLA_DEVICE void rescale(float (&output)[kAccumulators]) {
         const u32 address = factors();
-        const float upper = load_shared_f32(address);
+        float upper = load_shared_f32(address);
         float lower = load_shared_f32(address + 8 * sizeof(f32));
+        if (Kernel::kDividesOutput) upper = fabsf(upper);
         if (kRefines) lower = fabsf(lower);
         if (__any_sync(kFullWarp, upper != 1.0f || lower != 1.0f)) Out::scale(upper, lower, output);
     }

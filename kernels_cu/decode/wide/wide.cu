@@ -15,6 +15,7 @@ struct DenseWide {
     using Mask = EndMask;
     using Results = NoResults;
     using Out = WideOutput<DecodeParams, false>;
+    static constexpr bool kDividesOutput = !kRefines;
 };
 
 // The first warps of the first values warpgroup. From the special register each time: no register is left to keep it in.
