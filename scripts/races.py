@@ -52,7 +52,8 @@ SUMMARY = re.compile(
     r"(?:ERROR SUMMARY: (\d+) error|RACECHECK SUMMARY: .*\((\d+) errors?, (\d+) warning)"
 )
 SANITIZER_SECONDS = 300
-SHARE_PROBLEMS, RACECHECK_PROBLEMS = 16, 1  # that a process runs one after the other; racecheck takes GBs for each
+SHARE_PROBLEMS = 16  # that a process runs one after the other
+SINGLY = ("racecheck", "initcheck")  # one problem a process: GBs each in the first, up to half a minute in the second
 THREADS, BYSTANDER, SWITCH_SECONDS = 4, 8192, 1e-5
 WORD_BYTES, BLOCKS, BLOCK_THREADS = 4, 64, 256
 COUNT_DIFFERENT = r"""
@@ -146,7 +147,7 @@ def run_tools(tools: tuple[str, ...], units: list[str], every: bool, jobs: int) 
 
 def shares_of(unit: str, every: bool, tool: str) -> list[tuple[int, int]]:
     """Which share of how many each process runs of a unit."""
-    most = RACECHECK_PROBLEMS if tool == "racecheck" else SHARE_PROBLEMS
+    most = 1 if tool in SINGLY else SHARE_PROBLEMS
     count = ceil_div(len(problems_of(unit, every)), most)
     return [(index, count) for index in range(count)]
 
