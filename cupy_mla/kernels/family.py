@@ -30,6 +30,10 @@ BOX_COLUMNS = 64  # columns of one swizzled box that TMA writes
 ATOM_TOKENS = 8  # rows after which the 128-byte swizzle repeats
 ELEMENT_BYTES = 2
 FLOAT_BYTES = 4
+FEWEST_ROWS = 16  # query rows of a CTA of the smallest kernels
+# Partial results of so few rows of a kv head may be float32: no more bytes than 16 bits are for twice the rows. For 16
+# rows they would cost 0.7 to 2.3 us of 8 to 45 (1 x 4096 to 1 x 131072 tokens).
+FLOAT_PARTIAL_ROWS = 4
 BOX_BYTES = TILE_TOKENS * BOX_COLUMNS * ELEMENT_BYTES
 BARRIER_BYTES = 8
 CLAIM_BYTES = 8

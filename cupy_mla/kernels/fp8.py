@@ -20,7 +20,9 @@ from .family import (
     BOX_COLUMNS,
     CLAIM_BYTES,
     ELEMENT_BYTES,
+    FEWEST_ROWS,
     FLOAT_BYTES,
+    FLOAT_PARTIAL_ROWS,
     STANDARD_DIMS,
     STANDARD_PAGE_SIZES,
     DecodeFamily,
@@ -45,7 +47,6 @@ _WIDE_STAGES = {1: 4, 2: 3}  # at 64 rows, by parts of Q
 _PROBABILITY_BUFFERS = {16: 4, 32: 2, 64: 2}  # by rows
 _SCORES_WARPS = 4
 _FLAG_BYTES = 4
-_FLOAT_PARTIAL_ROWS = 4  # as of the narrow kernel
 _COMBINE_THREADS = 256
 _WIDE_COMBINE_THREADS = 640  # as of the wide kernel for 16-bit caches: none fits beside it
 
@@ -98,7 +99,7 @@ class Fp8Family(DecodeFamily):
 
     def has_float_partials(self, rows: int) -> bool:
         """For few rows, as the narrow kernel."""
-        return self.rows == BOX_COLUMNS // 4 and rows <= _FLOAT_PARTIAL_ROWS
+        return self.rows == FEWEST_ROWS and rows <= FLOAT_PARTIAL_ROWS
 
     def refines(self, dtype: str, rows: int) -> bool:
         """Never: probabilities are fp16."""

@@ -17,6 +17,7 @@ from .family import (
     CLAIM_BYTES,
     ELEMENT_BYTES,
     FLOAT_BYTES,
+    FLOAT_PARTIAL_ROWS,
     DecodeFamily,
     KernelConfig,
     Role,
@@ -50,7 +51,6 @@ _LINE_BYTES = 128  # rows of whole lines are padded by half a line
 _BUFFERS = 2  # of P and of what goes with it
 _WARPS = 4  # of a warpgroup
 _WORD_BYTES = 4
-_FLOAT_PARTIAL_ROWS = 4  # as in the dense narrow kernel
 # Of the merge, by rows: beside a CTA of 16 rows, 112 registers a thread on average, there is room for them; beside one
 # of 32 rows there is none.
 _COMBINE_THREADS = {16: 224, 32: 256}
@@ -132,7 +132,7 @@ class GatheredFp8NarrowFamily(DecodeFamily):
 
     def has_float_partials(self, rows: int) -> bool:
         """For few rows, where the kernel has registers for it."""
-        return self.float_partials and rows <= _FLOAT_PARTIAL_ROWS
+        return self.float_partials and rows <= FLOAT_PARTIAL_ROWS
 
     def refines(self, dtype: str, rows: int) -> bool:
         """Never: probabilities are fp16."""

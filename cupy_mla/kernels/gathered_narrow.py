@@ -21,6 +21,7 @@ from .family import (
     CLAIM_BYTES,
     ELEMENT_BYTES,
     FLOAT_BYTES,
+    FLOAT_PARTIAL_ROWS,
     STANDARD_DIMS,
     ColumnParts,
     DecodeFamily,
@@ -49,7 +50,6 @@ _BUFFERS = 2  # of P and of what goes with it
 _WARPS = 4  # of a warpgroup
 _WORD_BYTES = 4
 _HANDED_ITEMS = 2  # of which a scores warpgroup hands sums, largest scores and maxima to the other
-_FLOAT_PARTIAL_ROWS = 4  # as in the dense narrow kernel
 # Beside a CTA of 16 rows, 96 registers a thread on average, there is room for them; beside one of 32 rows there is not.
 _COMBINE_THREADS = 256
 
@@ -104,7 +104,7 @@ class GatheredNarrowFamily(DecodeFamily):
 
     def has_float_partials(self, rows: int) -> bool:
         """For few rows, where the kernel has registers for it."""
-        return self.float_partials and rows <= _FLOAT_PARTIAL_ROWS
+        return self.float_partials and rows <= FLOAT_PARTIAL_ROWS
 
     def scale_parts(self, latent_dim: int, dtype: str, rows: int, *, of_share: bool = False) -> ColumnParts | None:
         """Of shares: with the merge of the ranks, partial results of bf16 would be one rounding too many for the

@@ -16,6 +16,7 @@ from .family import (
     CLAIM_BYTES,
     ELEMENT_BYTES,
     FLOAT_BYTES,
+    FLOAT_PARTIAL_ROWS,
     ColumnParts,
     DecodeFamily,
     KernelConfig,
@@ -32,9 +33,6 @@ _CONSUMER_WARPS = 4
 _MAX_LATENT_DIM = 512  # of the output, in a consumer's registers
 _PROBABILITY_BUFFERS = 2
 _SLOT_BYTES = BOX_BYTES + 2 * BARRIER_BYTES  # a KV box and its two barriers
-# Partial results of so few rows are float32: no more bytes than 16 bits are for twice the rows. For 16 rows they would
-# cost 0.7 to 2.3 us of 8 to 45 (1 x 4096 to 1 x 131072 tokens).
-_FLOAT_PARTIAL_ROWS = 4
 # An SM has four register files of 16,384. One of them holds two of the 16-row kernel's five warps, 144 registers a
 # thread, and has room for two warps of the merge more: 384 threads do not fit, and cost 0.9 us at 1 x 4096 x 16 heads.
 # Beside the 32-row kernel there is no room.
@@ -86,7 +84,7 @@ class NarrowFamily(DecodeFamily):
 
     def has_float_partials(self, rows: int) -> bool:
         """For few rows, where the kernel has registers for it."""
-        return self.float_partials and rows <= _FLOAT_PARTIAL_ROWS
+        return self.float_partials and rows <= FLOAT_PARTIAL_ROWS
 
     def scale_parts(self, latent_dim: int, dtype: str, rows: int, *, of_share: bool = False) -> ColumnParts | None:
         """Always, so that split results are as accurate as whole ones."""

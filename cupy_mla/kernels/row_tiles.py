@@ -12,7 +12,17 @@ from ..layouts import FP8_DS_MLA, FP8_DS_MLA_NO_ROPE
 from ..layouts.block_scaled import BlockScaled
 from ..schedule.pieces import TILE_COST, TILE_TOKENS, PieceCosts
 from .cost import CostModel
-from .family import BARRIER_BYTES, BOX_COLUMNS, CLAIM_BYTES, ELEMENT_BYTES, FLOAT_BYTES, KernelConfig, Role
+from .family import (
+    BARRIER_BYTES,
+    BOX_COLUMNS,
+    CLAIM_BYTES,
+    ELEMENT_BYTES,
+    FEWEST_ROWS,
+    FLOAT_BYTES,
+    FLOAT_PARTIAL_ROWS,
+    KernelConfig,
+    Role,
+)
 from .gathered import GatheredConfig
 from .gathered_fp8 import fp8_defines
 from .token_pages import RowPagesFamily
@@ -33,7 +43,6 @@ _BUFFERS = 2  # of P and of what goes with it
 _WARPS = 4  # of a warpgroup
 _HANDED_ITEMS = 2  # decode/gathered/turn_softmax.h
 _WORD_BYTES = 4
-_FLOAT_PARTIAL_ROWS = 4  # as of the narrow kernel
 _COMBINE_THREADS = 256
 
 
@@ -74,7 +83,7 @@ class RowTilesFamily(RowPagesFamily):
 
     def has_float_partials(self, rows: int) -> bool:
         """For few rows, as the narrow kernel."""
-        return self.rows == BOX_COLUMNS // 4 and rows <= _FLOAT_PARTIAL_ROWS
+        return self.rows == FEWEST_ROWS and rows <= FLOAT_PARTIAL_ROWS
 
     def refines(self, dtype: str, rows: int) -> bool:
         """Never: probabilities are fp16."""
