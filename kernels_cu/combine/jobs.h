@@ -49,7 +49,9 @@ struct ScaledStates : States {
     MLA_DEVICE u32 scales_of(i32 state, f32 lse) const {
         if constexpr (kPowerIsInLse) return __float_as_uint(power_in_lse(lse));
         if ((__float_as_uint(lse) & kScaledMark) == 0) return kExponentsOfOne;
-        return __float_as_uint(States::lses[state * States::lse_stride + slot_rows]);
+        const f32* const word = &States::lses[state * States::lse_stride + slot_rows];
+        if constexpr (kScaleParts <= kHalfOfWord) return *reinterpret_cast<const u16*>(word);  // nobody wrote the rest
+        return __float_as_uint(*word);
     }
 
     MLA_DEVICE f32 scale_of(u32 exponents, i32 octet) const {
@@ -58,6 +60,7 @@ struct ScaledStates : States {
     }
 
 private:
+    static constexpr u32 kHalfOfWord = sizeof(u16);  // an exponent has a byte
     static MLA_DEVICE u32 shift_of(i32 octet) {
         constexpr u32 kParts = kPartialIsScaled ? kScaleParts : 1;  // this is compiled, not used, without
         return static_cast<u32>(octet * kOctet) / kScaleColumns % kParts * kExponentBits;
