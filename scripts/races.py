@@ -53,7 +53,7 @@ SUMMARY = re.compile(
 )
 SANITIZER_SECONDS = 300
 SHARE_PROBLEMS = 16  # that a process runs one after the other
-SINGLY = ("racecheck", "initcheck")  # one problem a process: GBs each in the first, up to half a minute in the second
+SINGLY = ("racecheck",)  # one problem a process: GBs each
 THREADS, BYSTANDER, SWITCH_SECONDS = 4, 8192, 1e-5
 WORD_BYTES, BLOCKS, BLOCK_THREADS = 4, 64, 256
 COUNT_DIFFERENT = r"""
