@@ -119,12 +119,30 @@ MLA_DEVICE void hide_absent_tokens(u32 valid, u32 lane, float (&scores)[kFragmen
     }
 }
 
-// What a row's sum is divided by: a sink is one more score, of a key without value. A partial result is without: the merge adds
-// it.
-MLA_DEVICE float with_sink(const GatherParams& params, const BlockWork& work, i32 row_in_block, float maximum, float sum) {
-    if (params.attn_sink == nullptr || work.is_partial()) return sum;
+// A sink is one more score of a row, of a key without value. A partial result is without: the merge adds it.
+MLA_DEVICE bool has_sinks(const GatherParams& params, const BlockWork& work) {
+    return params.attn_sink != nullptr && !work.is_partial();
+}
+
+MLA_DEVICE float sum_with_sink(const GatherParams& params, const BlockWork& work, i32 row_in_block, float maximum, float sum) {
     const RowPlace row = locate_row(params, work, row_in_block);
     return row.exists ? sum + fast_exp2(__ldg(params.attn_sink + row.head) * kLog2e - maximum) : sum;
+}
+
+// What a row's sum is divided by.
+MLA_DEVICE float with_sink(const GatherParams& params, const BlockWork& work, i32 row_in_block, float maximum, float sum) {
+    return has_sinks(params, work) ? sum_with_sink(params, work, row_in_block, maximum, sum) : sum;
+}
+
+// The same of all rows of a thread: one branch, as code that runs once waits for each line of it.
+MLA_DEVICE void with_sinks(const GatherParams& params, const BlockWork& work, u32 lane, const RowStatistics& rows,
+                           float (&sums)[kThreadRows]) {
+#pragma unroll
+    for (u32 i = 0; i < kThreadRows; ++i) sums[i] = rows.sum[i];
+    if (!has_sinks(params, work)) return;
+#pragma unroll
+    for (u32 i = 0; i < kThreadRows; ++i)
+        sums[i] = sum_with_sink(params, work, row_of_lane(lane, i), rows.maximum[i], rows.sum[i]);
 }
 
 }  // namespace mla

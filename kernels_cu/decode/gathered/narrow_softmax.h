@@ -87,23 +87,17 @@ public:
     // After an item's last tile: what O is multiplied by (the sums' inverses, times what V is to be multiplied by) to the values
     // warpgroup, then lse and largest scores.
     MLA_DEVICE void finish(const BlockWork& work, Rows& rows, float value_scale = 1.0f) const {
-        float inverse[kThreadRows];
+        float inverse[kThreadRows], sums[kThreadRows];
         across_warps(rows.sum, [](float a, float b) { return a + b; });
+        with_sinks(params_, work, lane_, rows, sums);
 #pragma unroll
         for (u32 i = 0; i < kThreadRows; ++i) {
             const float scale = kHasUnits ? value_scale * rows.unit[i] : value_scale;
-            const i32 row = row_of_lane(lane_, i);
-            inverse[i] = rows.sum[i] == 0.0f ? 0.0f : scale / with_sink(params_, work, row, rows.maximum[i], rows.sum[i]);
+            inverse[i] = rows.sum[i] == 0.0f ? 0.0f : scale * fast_reciprocal(sums[i]);
         }
         store_of_rows(Smem::inverse_sums, last_, inverse);
         if (thread_ < kRowLanes) mbarrier_arrive(smem_ + Smem::sums_full + last_ * sizeof(u64));
-#pragma unroll
-        for (u32 i = 0; i < kThreadRows; ++i) {
-            if (i % kWarpgroupWarps != warp_ || lane_ >= kRowLanes) continue;  // all warps know all rows: each writes some
-            // Whether values are scaled, the values warps know, which leave exponents in any case.
-            const f32 lse = lse_of(params_, work, rows.maximum[i], rows.sum[i]);
-            store_lse(params_, work, row_of_lane(lane_, i), lse, kScaledMark);
-        }
+        store_lses(work, rows);
         if (kIsPlanned || params_.max_logits == nullptr) return;
         barrier();  // all have read the sums
         across_warps(rows.largest, [](float a, float b) { return fmaxf(a, b); });
@@ -115,6 +109,22 @@ public:
     }
 
 private:
+    // All warps know all rows: each writes some. Chosen, not branched to: code that runs once waits for each line of it.
+    MLA_DEVICE void store_lses(const BlockWork& work, const Rows& rows) const {
+#pragma unroll
+        for (u32 first = 0; first < kThreadRows; first += kWarpgroupWarps) {
+            float maximum = rows.maximum[first], sum = rows.sum[first];
+#pragma unroll
+            for (u32 warp = 1; warp < kWarpgroupWarps; ++warp) {
+                maximum = warp_ == warp ? rows.maximum[first + warp] : maximum;
+                sum = warp_ == warp ? rows.sum[first + warp] : sum;
+            }
+            // Whether values are scaled, the values warps know, which leave exponents in any case.
+            if (lane_ < kRowLanes)
+                store_lse(params_, work, row_of_lane(lane_, first + warp_), lse_of(params_, work, maximum, sum), kScaledMark);
+        }
+    }
+
     MLA_DEVICE u32 of_buffer(u32 barriers) const { return smem_ + barriers + buffers_.index * sizeof(u64); }
 
     // P of a tile where V or O have units.
