@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from ..gpu import hopper
 from ..layouts import FP8_E4M3
 from ..layouts.block_scaled import BlockScaled
-from ..schedule.pieces import TILE_COST, TILE_TOKENS, PieceCosts
+from ..schedule.pieces import TILE_COST, TILE_TOKENS, PieceCosts, ceil_div
 from .cost import CostModel
 from .family import (
     BARRIER_BYTES,
@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 # Registers of a thread. All four warpgroups share what they have at entry, 128 each.
 _ENTRY_REGISTERS = 4 * 128
 _VALUES_REGISTERS = 160
-# Of the converters: of codes alone, and where they have more to do.
+# Of the converters: of codes of the latent part alone, and where they have more to do.
 _CONVERTERS_REGISTERS = {False: 104, True: 112}
 # A load of a warp is of one token; a stage has one rope box, which P replaces.
 _LATENT_DIM = 512
@@ -44,6 +44,11 @@ _WARPS = 4  # of the converters
 _PIECE_STEP = 256  # columns between the two pieces that a lane has of a token
 _WORD_BYTES = 4
 _ADDRESS_BYTES = 8
+# Items of a CTA's part that lie in shared memory, behind their bounds (decode/gathered/part_items.h).
+_MAX_PART_ITEMS = 16
+_ITEM_BYTES = 32
+_BOUNDS_BYTES = 16
+_ITEM_ALIGNMENT = 16
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,7 +68,8 @@ class GatheredFp8WideFamily(DecodeFamily):
         """One warpgroup for the scores, two for the values, one that converts tokens."""
         assert isinstance(config, GatheredConfig)
         mixes = config.extra_layout not in (None, config.layout)
-        converters = _CONVERTERS_REGISTERS[mixes or _has_uncoded_values(config)]
+        codes_rope = config.rope_dim > 0 and not isinstance(config.layout, BlockScaled)
+        converters = _CONVERTERS_REGISTERS[mixes or codes_rope or _has_uncoded_values(config)]
         scores = _ENTRY_REGISTERS - VALUES_WARPGROUPS * _VALUES_REGISTERS - converters
         return (
             Role("scores", hopper.WARPGROUP_THREADS, scores),
@@ -81,6 +87,19 @@ class GatheredFp8WideFamily(DecodeFamily):
 
     def shared_memory(self, config: KernelConfig) -> int:
         """The total of decode/gathered_fp8/wide_smem.h."""
+        items = self._part_items(config)
+        if items == 0:
+            return self._fixed_bytes(config)
+        return _aligned(self._fixed_bytes(config)) + _BOUNDS_BYTES + items * _ITEM_BYTES
+
+    def _part_items(self, config: KernelConfig) -> int:
+        """How many items of a part there is room for, up to a limit."""
+        assert isinstance(config, GatheredConfig)
+        room = hopper.MAX_SHARED_BYTES - _aligned(self._fixed_bytes(config)) - _BOUNDS_BYTES
+        return max(0, min(_MAX_PART_ITEMS, room // _ITEM_BYTES)) if config.planned else 0
+
+    def _fixed_bytes(self, config: KernelConfig) -> int:
+        """Without items of the plan."""
         assert isinstance(config, GatheredConfig)
         latent_boxes, rope_boxes = config.latent_dim // BOX_COLUMNS, config.rope_dim // BOX_COLUMNS
         layouts = [layout for layout in (config.layout, config.extra_layout) if isinstance(layout, BlockScaled)]
@@ -91,7 +110,7 @@ class GatheredFp8WideFamily(DecodeFamily):
         row_floats = 2 * _STAGES + 1  # factors and inverse sums, the scale of Q
         # Units, scales, an address.
         token_bytes = _STAGES * FLOAT_BYTES + scale_pairs * _WORD_BYTES + _ADDRESS_BYTES
-        barriers = _STAGES * (2 + _SLABS)
+        barriers = _STAGES * (2 + _SLABS) + 1  # and of Q
         return (
             boxes * BOX_BYTES
             + row_floats * self.rows * FLOAT_BYTES
@@ -102,8 +121,8 @@ class GatheredFp8WideFamily(DecodeFamily):
         )
 
     def defines(self, config: KernelConfig) -> tuple[tuple[str, str], ...]:
-        """The macros of decode/config.h, decode/gathered/work.h and codec/codec.h."""
-        return fp8_defines(self, config)
+        """The macros of decode/config.h, decode/gathered/work.h, decode/gathered/part_items.h and codec/codec.h."""
+        return (*fp8_defines(self, config), ("MLA_PART_ITEMS", str(self._part_items(config))))
 
     def standard_configs(self) -> list[KernelConfig]:
         """What `cupy-mla compile` prepares ahead of time and the tests compile."""
@@ -112,6 +131,10 @@ class GatheredFp8WideFamily(DecodeFamily):
             for (page_size, planned), (layout, latent, rope) in itertools.product(STANDARD_PAGES, STANDARD_LAYOUTS)
             for dtype in FP8_E4M3.query_dtypes
         ] + fp8_extra_configs(self)
+
+
+def _aligned(size: int) -> int:
+    return ceil_div(size, _ITEM_ALIGNMENT) * _ITEM_ALIGNMENT
 
 
 def _has_uncoded_values(config: GatheredConfig) -> bool:

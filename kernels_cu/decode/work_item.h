@@ -40,8 +40,7 @@ MLA_DEVICE u32 shard_of(const Params& params) { return plan_header(params.plan)-
 // The planner leaves out tiles that the whole job may not see; a row block of a causal job may still be given a tile that
 // is hidden from all its rows, and masks it.
 template <class Params>
-MLA_DEVICE BlockWork planned_block_work(const Params& params, i32 item_index) {
-    const int4* words = reinterpret_cast<const int4*>(plan_items(params.plan, params.num_parts) + item_index);
+MLA_DEVICE BlockWork planned_block_work(const Params& params, const int4* words) {
     const int4 a = words[0];
     const int4 b = words[1];
     BlockWork work;
@@ -63,9 +62,15 @@ MLA_DEVICE BlockWork planned_block_work(const Params& params, i32 item_index) {
     return work;
 }
 
+// The words of an item of the plan.
+template <class Params>
+MLA_DEVICE const int4* planned_words(const Params& params, i32 item_index) {
+    return reinterpret_cast<const int4*>(plan_items(params.plan, params.num_parts) + item_index);
+}
+
 template <class Params>
 MLA_DEVICE BlockWork load_block_work(const Params& params, i32 item_index) {
-    return planned_block_work(params, item_index);
+    return planned_block_work(params, planned_words(params, item_index));
 }
 
 }  // namespace mla

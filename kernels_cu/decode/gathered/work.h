@@ -3,6 +3,7 @@
 #pragma once
 #include "decode/entry.h"
 #include "decode/gathered/params.h"
+#include "decode/gathered/part_items.h"
 #include "decode/rows.h"
 #include "ptx/cluster.h"
 
@@ -49,7 +50,7 @@ MLA_DEVICE BlockWork static_block_work(const GatherParams& params, i32 token) {
 MLA_DEVICE BlockWork load_block_work(const GatherParams& params, i32 item) {
     if constexpr (kIsPlanned) {
         pin_register(item);
-        BlockWork work = planned_block_work(params, item);
+        BlockWork work = planned_block_work(params, item_words(params, item));
         if constexpr (kHasExtra) {
             work.first_list = work.q_begin;
             work.q_begin = 0;
@@ -121,7 +122,11 @@ public:
     template <class Prepare, class Ahead = NothingAhead>
     MLA_DEVICE Items(const GatherParams& params, u8* slot, Prepare prepare, Ahead ahead = {})
         : params_(params), part_(reinterpret_cast<volatile i32*>(slot) + 1) {
-        if constexpr (kIsPlanned) {
+        if constexpr (kIsPlanned && kPartItems > 0) {
+            static_assert(kSameType<Ahead, NothingAhead>, "kernels that keep items read none ahead");
+            keep_items(params, enter(params, slot, prepare));
+            pdl_wait();
+        } else if constexpr (kIsPlanned) {
             const i32 part = enter(params, slot, prepare) - plan_part_begin(params.plan);
             if (threadIdx.x == 0) *part_ = part;
             if constexpr (!kSameType<Ahead, NothingAhead>) {
@@ -144,8 +149,14 @@ public:
     // The first item, if there was something to do ahead. It lies in registers: roles ask for it as they begin, or not at all.
     MLA_DEVICE const BlockWork& opened() const { return opened_; }
 
-    MLA_DEVICE i32 first() const { return kIsPlanned ? plan_part_begin(params_.plan)[*part_] : blockIdx.y; }
-    MLA_DEVICE i32 end() const { return kIsPlanned ? plan_part_begin(params_.plan)[*part_ + 1] : params_.num_tokens; }
+    MLA_DEVICE i32 first() const {
+        if constexpr (kIsPlanned && kPartItems > 0) return kept_items()->begin;
+        return kIsPlanned ? plan_part_begin(params_.plan)[*part_] : blockIdx.y;
+    }
+    MLA_DEVICE i32 end() const {
+        if constexpr (kIsPlanned && kPartItems > 0) return kept_items()->end;
+        return kIsPlanned ? plan_part_begin(params_.plan)[*part_ + 1] : params_.num_tokens;
+    }
     MLA_DEVICE i32 step() const { return kIsPlanned ? 1 : gridDim.y; }
 
 private:

@@ -19,6 +19,7 @@ mla_gathered_fp8_wide(const __grid_constant__ mla::GatherParams params) {
         registers_decrease<kScoresRegisters>();
         ScoresRole scores(params, smem);
         for (i32 item = items.first(); item < items.end(); item += items.step()) scores.run_item(item);
+        scores.store_pending();
     } else if (warpgroup <= kValueWarpgroups) {
         registers_increase<kValuesRegisters>();
         ValuesRole values(params, smem);

@@ -20,9 +20,11 @@ public:
     // Rows are read a tile ahead and indices another one: their latency hides behind that of the arithmetic.
     MLA_DEVICE void run() {
         item_ = items_.first();
-        TokenRun tokens = open_item();
+        TokenRun tokens = open_item(false);  // its Q after its indices, which everything else waits for
         if (tokens.left <= 0) return;
-        open_tile(read(tokens), tokens.is_extra);
+        const i32 first = read(tokens);
+        prefetch_query(load_block_work(params_, item_ - items_.step()));
+        open_tile(first, tokens.is_extra);
         load_scales();
 #pragma unroll
         for (u32 slab = 0; slab < kSlabs; ++slab) {
@@ -31,7 +33,7 @@ public:
             for (u32 pair = 0; pair < kSlabPairs; ++pair) load_pair(this_lane(), slab * kSlabPairs + pair, rows.of[pair]);
         }
 #pragma unroll
-        for (i32 pass = 0; pass < kStagedPasses; ++pass) stage(this_lane(), pass, staged_row(this_lane(), pass));
+        for (i32 pass = 0; pass < kStagedPasses; ++pass) ask_for_staged(this_lane(), pass, staged_row(this_lane(), pass));
         advance(tokens);
         i32 slot = read(tokens);
         bool is_last;
@@ -71,15 +73,19 @@ private:
 
     // The next item that has tiles for this CTA. Its Q is asked for into L2, a hint: the scores warpgroup waits for it between
     // two items.
-    MLA_DEVICE TokenRun open_item() {
+    MLA_DEVICE TokenRun open_item(bool asks_for_query = true) {
         const BlockWork work = next_work(params_, items_, item_);
         if (!work.has_tiles()) return {nullptr, 0, true};
+        if (asks_for_query) prefetch_query(work);
+        return tokens_from(params_, work, work.tile_begin);
+    }
+
+    MLA_DEVICE void prefetch_query(const BlockWork& work) const {
 #pragma unroll 1
         for (u32 line = warp_ * kWarpThreads + this_lane(); line < kRows * kTileBoxes; line += kConverterWarps * kWarpThreads) {
             const QueryRow row = query_row(params_, work, line / kTileBoxes, 0);
             if (row.exists) prefetch_to_l2(box_of(row, line % kTileBoxes));
         }
-        return tokens_from(params_, work, work.tile_begin);
     }
 
     // The slot of this warp's token `lane`. Indices past the last that counts are not read.
@@ -181,7 +187,7 @@ private:
         return words[0] | static_cast<u64>(words[1]) << 32;
     }
 
-    MLA_DEVICE void stage(u32 lane, i32 pass, u64 row) {
+    MLA_DEVICE void ask_for_staged(u32 lane, i32 pass, u64 row) {
         const bool exists = row != kNoRow;
         const u8* const source = (exists ? reinterpret_cast<const u8*>(row) : params_.kv) +
                                  (kStagesCodes ? kLatent : Codec::kUncodedOffset) + lane % kStagedLanes * 16;
@@ -223,11 +229,19 @@ private:
         // With the last slab everything else of the stage is free, too.
         if constexpr (kStagedBoxes > 0 && !kUncodedIsValue) {
             copy_async_wait();
+            // A read waits for the stores and copies that its warp has asked for, so there are two at a time, and copies come last.
 #pragma unroll
-            for (i32 pass = 0; pass < kStagedPasses; ++pass)
-                convert_staged<C>(read_staged(pass, lane), pass, lane, has_units, stage);
+            for (i32 pass = 0; pass < kStagedPasses; pass += 2) {
+                const Staged first = read_staged(pass, lane), second = read_staged(pass + 1, lane);
+                convert_staged<C>(first, pass, lane, has_units, stage);
+                convert_staged<C>(second, pass + 1, lane, has_units, stage);
+            }
         }
         mbarrier_arrive(tile_full(smem_, ring_.stage));
+        if constexpr (kStagedBoxes > 0 && !kUncodedIsValue) {
+#pragma unroll
+            for (i32 pass = 0; pass < kStagedPasses; ++pass) ask_for_staged(lane, pass, staged_row(lane, pass));
+        }
         ring_.advance();
     }
 
@@ -277,7 +291,7 @@ private:
                            pair_of_half(scales, j));
     }
 
-    // A lane's chunk of a pass, and the row of what takes its place.
+    // A lane's chunk of a pass; of values, which are asked for as soon as they are read, also the row of what takes its place.
     struct Staged {
         u32 words[4];
         u64 next_row;
@@ -286,11 +300,11 @@ private:
     MLA_DEVICE Staged read_staged(i32 pass, u32 lane) const {
         Staged staged;
         load_shared_words(staged_chunk(smem_, warp_, lane, pass), staged.words);
-        staged.next_row = staged_row(lane, pass);
+        if (kUncodedIsValue) staged.next_row = staged_row(lane, pass);
         return staged;
     }
 
-    // What went through shared memory, as V or behind it; and asks for the next tile's in its place.
+    // What went through shared memory, as V, and asks for the next tile's in its place; or behind V.
     template <class C>
     MLA_DEVICE void convert_staged(Staged staged, i32 pass, u32 lane, bool has_units, u32 stage_place) {
         u32(&words)[4] = staged.words;
@@ -315,7 +329,7 @@ private:
             }
             store_shared_16b(place, uint4{words[0], words[1], words[2], words[3]});
         }
-        stage(lane, pass, staged.next_row);
+        if (kUncodedIsValue) ask_for_staged(lane, pass, staged.next_row);
     }
 
     const GatherParams& params_;

@@ -2,6 +2,7 @@
 // that meet fp16 values are fp16, the others bf16.
 #pragma once
 #include "core/row_power.h"
+#include "ptx/convert_fp8.h"
 #include "decode/gathered/work.h"
 #include "decode/gathered_fp8/wide_smem.h"
 #include "ptx/convert.h"
@@ -18,11 +19,15 @@ MLA_DEVICE uint4 load_box(const QueryRow& row, u32 box) {
     return row.load_latent(box * kBoxColumns);
 }
 
-// By the scores warpgroup, 16 rows at a time: eight threads share a row, each has 16 bytes of every box.
+// By a warpgroup, 16 rows at a time: eight threads share a row, each has 16 bytes of every box.
 class QueryLoad {
 public:
-    MLA_DEVICE void read(const GatherParams& params, const BlockWork& work, u32 pass) {
-        const QueryRow row = query_row(params, work, row_of(pass), chunk() * kChunkColumns);
+    static constexpr u32 kChunkColumns = 8, kChunks = kBoxColumns / kChunkColumns;
+    static constexpr u32 kLoadedRows = kWarpgroupThreads / kChunks;
+
+    // Asks for those from first_row on.
+    MLA_DEVICE void read(const GatherParams& params, const BlockWork& work, u32 first_row) {
+        const QueryRow row = query_row(params, work, first_row + own_row(), chunk() * kChunkColumns);
 #pragma unroll
         for (u32 box = 0; box < kTileBoxes; ++box) {
             const uint4 loaded = load_box(row, box);
@@ -33,9 +38,9 @@ public:
         }
     }
 
-    // Writes the rows, and what turns their scores to log2 units.
-    MLA_DEVICE void write(u32 smem, u32 pass, f32 scale_log2) {
-        const u32 row = row_of(pass);
+    // Writes them, and what turns their scores to log2 units.
+    MLA_DEVICE void write(u32 smem, u32 first_row, f32 scale_log2) {
+        const u32 row = first_row + own_row();
         const f32 power = power_for_row(largest()) / kFp16Headroom;
         const f32 inverse = 1.0f / power;
         if (chunk() == 0) store_shared_f32(smem + Smem::row_scales + row * sizeof(f32), power * scale_log2);
@@ -55,32 +60,29 @@ public:
         }
     }
 
-    static constexpr u32 kChunkColumns = 8, kChunks = kBoxColumns / kChunkColumns;
-    static constexpr u32 kPassRows = kWarpgroupThreads / kChunks;
-    static constexpr u32 kPasses = kRows / kPassRows;
-
 private:
     static MLA_DEVICE u32 chunk() { return threadIdx.x % kChunks; }
-    static MLA_DEVICE u32 row_of(u32 pass) { return threadIdx.x / kChunks + pass * kPassRows; }
+    static MLA_DEVICE u32 own_row() { return threadIdx.x % kWarpgroupThreads / kChunks; }
 
     MLA_DEVICE f32 largest() const {
-        f32 most = 0.0f;
+        u32 most = 0;  // magnitudes as numbers of 16 bits, in which order a bf16 has them, too
 #pragma unroll
         for (u32 box = 0; box < kTileBoxes; ++box) {
 #pragma unroll
-            for (u32 i = 0; i < 4; ++i) {
-                f32 first, second;
-                unpack2<Bf16>(words_[box][i], first, second);
-                most = fmaxf(most, fmaxf(fabsf(first), fabsf(second)));
-            }
+            for (u32 i = 0; i < 4; ++i) most = max_u16_pairs(most, words_[box][i] & 0x7FFF7FFFu);
         }
 #pragma unroll
         for (u32 distance = 1; distance < kChunks; distance *= 2)
-            most = fmaxf(most, __shfl_xor_sync(kFullWarp, most, distance));
-        return most;
+            most = max_u16_pairs(most, __shfl_xor_sync(kFullWarp, most, distance));
+        f32 first, second;
+        unpack2<Bf16>(most, first, second);
+        return __float_as_uint(first) > __float_as_uint(second) ? first : second;  // as numbers again, or NaN would not count
     }
 
     u32 words_[kTileBoxes][4];
 };
+
+// The values warpgroups, which have stored the item before meanwhile, load the last rows of an item; the scores warpgroup the others.
+constexpr u32 kScoresQueryRows = kRows - kValueWarpgroups * QueryLoad::kLoadedRows;
 
 }  // namespace mla

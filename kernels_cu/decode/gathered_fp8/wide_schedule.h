@@ -12,7 +12,8 @@ static_assert(kRows == 64, "this kernel serves 64 query rows");
 constexpr u32 kThreads = (2 + kValueWarpgroups) * kWarpgroupThreads;
 // At entry every thread has 128 registers; the roles then share the 4 * 128 = 512 out.
 constexpr int kValuesRegisters = 160;
-constexpr int kConvertersRegisters = kUncodedIsValue || kMixesCodecs ? 112 : 104;
+constexpr bool kCodesRope = kRope > 0 && Codec::kUncoded == 0;  // converters that have more to do have more registers
+constexpr int kConvertersRegisters = kUncodedIsValue || kMixesCodecs || kCodesRope ? 112 : 104;
 constexpr int kScoresRegisters = 512 - kValueWarpgroups * kValuesRegisters - kConvertersRegisters;
 
 constexpr u32 kStages = 2;  // KV tiles in fp16

@@ -15,18 +15,23 @@ public:
 
     MLA_DEVICE void run_item(i32 item) {
         i32 tiles;
-        Rows rows;
+        Rows& rows = rows_;
         SinkAndLargest results;
         {
             const BlockWork work = load_block_work(params_, item);
             if (!work.exists()) return;
             tiles = work.tile_end - work.tile_begin;
-            if (tiles > 0) load_query(work, rows);
+            if (tiles > 0) {
+                load_query(work, rows);
+            } else {
+                store_pending();
+                rows = Rows();
+            }
         }
         float scores[kThreadScores];
-        bool is_first = true;
+        bool is_first = true, holds = false;
         for (; tiles > 0; --tiles) {
-            multiply(scores, !is_first);
+            multiply(scores, holds);
             barrier();  // all warps are done with this stage's rope box, and with Q if it is the last
             const Marks marks = load_marks();
             if constexpr (kByRequest)
@@ -37,12 +42,22 @@ public:
             const bool is_last = tiles == 1;
             const SinkAndLargest::Sinks sinks = SinkAndLargest::load_sinks(params_, is_last, item, first_row());
             softmax(is_last, weighs, scores, rows, results, sinks);
-            is_first = false;
             ring_.advance();
             publish(is_last);
+            // That of an item's first tile is not held: PV has nothing else to do, and the converters wait for it.
+            if (is_first) release_probabilities();
+            holds = !is_first;
+            is_first = false;
         }
-        if (!is_first) release_probabilities();
-        store_results(load_block_work(params_, item), rows, results);
+        if (holds) release_probabilities();
+        pending_ = item;
+        results_ = results;
+    }
+
+    // Results of the item before, if there was one: while the queries of the next are on their way.
+    MLA_DEVICE void store_pending() {
+        if (pending_ >= 0) store_results(load_block_work(params_, pending_), rows_, results_);
+        pending_ = -1;
     }
 
 private:
@@ -62,14 +77,18 @@ private:
 
     static MLA_DEVICE void barrier() { named_barrier_sync(kScoresBarrier, kWarpgroupThreads); }
 
-    MLA_DEVICE void load_query(const BlockWork& work, Rows& rows) const {
+    MLA_DEVICE void load_query(const BlockWork& work, Rows& rows) {
         const f32 scale_log2 = params_.scale_log2 * cache_scale(params_);
+        QueryLoad query;
 #pragma unroll 1
-        for (u32 pass = 0; pass < QueryLoad::kPasses; ++pass) {
-            QueryLoad query;
-            query.read(params_, work, pass);
-            query.write(smem_, pass, scale_log2);
+        for (u32 row = 0; row < kScoresQueryRows; row += QueryLoad::kLoadedRows) {
+            query.read(params_, work, row);
+            if (row == 0) store_pending();
+            query.write(smem_, row, scale_log2);
         }
+        mbarrier_wait(smem_ + Smem::query_full, query_parity_);
+        query_parity_ ^= 1;
+        rows = Rows();
         fence_async_proxy();
         barrier();
 #pragma unroll
@@ -176,28 +195,7 @@ private:
                             const SinkAndLargest::Sinks& sinks) const {
         if (weighs) times_units(scores);
         float factor[2];
-#pragma unroll
-        for (int half = 0; half < 2; ++half) {
-            float tile_maximum = scores[score_index(half, 0)];
-#pragma unroll
-            for (int i = 1; i < 16; ++i) tile_maximum = fmaxf(tile_maximum, scores[score_index(half, i)]);
-            tile_maximum = quad_max(tile_maximum) * rows.scale[half];
-            results.see(half, tile_maximum);
-            factor[half] = 1.0f;
-            if (tile_maximum > rows.maximum[half] + kRescaleThreshold) {
-                factor[half] = fast_exp2(rows.maximum[half] - tile_maximum);
-                rows.maximum[half] = tile_maximum;
-            }
-            const float shift = rows.maximum[half] == minus_infinity() ? 0.0f : rows.maximum[half];
-            float tile_sum = 0.0f;
-#pragma unroll
-            for (int i = 0; i < 16; ++i) {
-                float& score = scores[score_index(half, i)];
-                score = fast_exp2(fmaf(score, rows.scale[half], -shift));
-                tile_sum += score;
-            }
-            rows.sum[half] = rows.sum[half] * factor[half] + tile_sum;
-        }
+        exponentiate(scores, rows, results, factor);
         if (weighs) weigh(scores, rows, factor);
         store_probabilities(scores);
 #pragma unroll
@@ -212,6 +210,52 @@ private:
         }
     }
 
+    // Scores to probabilities, in place, both rows side by side. A quad looks for its maximum only where some row of the warp may
+    // outgrow its own.
+    MLA_DEVICE void exponentiate(float (&scores)[kThreadScores], Rows& rows, SinkAndLargest& results, float (&factor)[2]) const {
+        float tile_maximum[2];
+        bool outgrows = false;
+#pragma unroll
+        for (int half = 0; half < 2; ++half) {
+            float pair[2];
+#pragma unroll
+            for (int odd = 0; odd < 2; ++odd) {
+                pair[odd] = scores[score_index(half, odd)];
+#pragma unroll
+                for (int i = 2 + odd; i < 16; i += 2) pair[odd] = fmaxf(pair[odd], scores[score_index(half, i)]);
+            }
+            tile_maximum[half] = fmaxf(pair[0], pair[1]) * rows.scale[half];
+            results.see(half, tile_maximum[half]);
+            outgrows |= tile_maximum[half] > rows.maximum[half] + kRescaleThreshold;
+            factor[half] = 1.0f;
+        }
+        if (__any_sync(kFullWarp, outgrows)) {
+#pragma unroll
+            for (int half = 0; half < 2; ++half) {
+                const float largest = quad_max(tile_maximum[half]);
+                if (largest > rows.maximum[half] + kRescaleThreshold) {
+                    factor[half] = fast_exp2(rows.maximum[half] - largest);
+                    rows.maximum[half] = largest;
+                    rows.sum[half] *= factor[half];
+                }
+            }
+        }
+        float tile_sum[2][2] = {};
+        const float shift[2] = {rows.maximum[0] == minus_infinity() ? 0.0f : rows.maximum[0],
+                                rows.maximum[1] == minus_infinity() ? 0.0f : rows.maximum[1]};
+#pragma unroll
+        for (int i = 0; i < 16; ++i) {
+#pragma unroll
+            for (int half = 0; half < 2; ++half) {
+                float& score = scores[score_index(half, i)];
+                score = fast_exp2(fmaf(score, rows.scale[half], -shift[half]));
+                tile_sum[half][i % 2] += score;
+            }
+        }
+#pragma unroll
+        for (int half = 0; half < 2; ++half) rows.sum[half] += tile_sum[half][0] + tile_sum[half][1];
+    }
+
     // What V's rows lack is in P, in proportion to the row's largest, which O's unit is then. `factor` is that of the maxima,
     // and becomes what O is multiplied by.
     MLA_DEVICE void weigh(float (&probabilities)[kThreadScores], Rows& rows, float (&factor)[2]) const {
@@ -223,11 +267,12 @@ private:
 #pragma unroll
             for (int i = 1; i < 16; ++i) most = fmaxf(most, probabilities[score_index(half, i)]);
             const float unit = unit_for(fmaxf(quad_max(most), rows.unit[half] * factor[half]));
-            factor[half] = factor[half] * rows.unit[half] / unit;  // in this order nothing overflows
+            const float inverse = inverse_of_unit(unit);
+            factor[half] = factor[half] * rows.unit[half] * inverse;  // in this order nothing overflows
             rows.unit[half] = unit;
             any |= unit != 1.0f;
 #pragma unroll
-            for (int i = 0; i < 16; ++i) probabilities[score_index(half, i)] /= unit;
+            for (int i = 0; i < 16; ++i) probabilities[score_index(half, i)] *= inverse;
         }
         rows.have_units = __any_sync(kFullWarp, any);
     }
@@ -261,7 +306,8 @@ private:
     // Of the tile before ring_'s.
     MLA_DEVICE void release_probabilities() const { mbarrier_arrive(probabilities_full(smem_, ring_.stage ^ 1)); }
 
-    MLA_DEVICE void store_results(const BlockWork& work, const Rows& rows, const SinkAndLargest& results) const {
+    MLA_DEVICE void store_results(const BlockWork& work, const Rows& rows, SinkAndLargest& results) const {
+        results.finish();
         if (lane() % 4 != 0) return;
         u32 first = first_row();
         pin_register(first);  // or what comes of it is kept from the start, for which no registers are left
@@ -275,6 +321,10 @@ private:
         }
     }
 
+    Rows rows_;
+    SinkAndLargest results_;
+    i32 pending_ = -1;
+    u32 query_parity_ = 0;
     const GatherParams& params_;
     u32 smem_;
     RingPosition ring_;

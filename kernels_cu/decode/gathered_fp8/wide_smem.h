@@ -1,6 +1,7 @@
 // Shared memory of the kernel for 64 rows of gathered FP8 tokens. cupy_mla/kernels adds up the same sizes.
 #pragma once
 #include "decode/claim.h"
+#include "decode/gathered/part_items.h"
 #include "decode/gathered_fp8/wide_schedule.h"
 #include "decode/ring.h"
 #include "ptx/mbarrier.h"
@@ -25,8 +26,11 @@ struct GatheredFp8WideSmem {
     static constexpr u32 tile_full = marks + kStages * kConverterWarps * sizeof(u32);
     static constexpr u32 probabilities_full = tile_full + kStages * sizeof(u64);
     static constexpr u32 slab_empty = probabilities_full + kStages * sizeof(u64);
-    static constexpr u32 claim = slab_empty + kStages * kSlabs * sizeof(u64);
-    static constexpr u32 total = claim + kClaimBytes;
+    static constexpr u32 query_full = slab_empty + kStages * kSlabs * sizeof(u64);
+    static constexpr u32 claim = query_full + sizeof(u64);
+    static constexpr u32 end = claim + kClaimBytes;
+    static constexpr u32 aligned_end = (end + alignof(PartItems) - 1) / alignof(PartItems) * alignof(PartItems);
+    static constexpr u32 total = kPartItems > 0 ? aligned_end + kPartItemsBytes : end;
 };
 using Smem = GatheredFp8WideSmem;
 static_assert(Smem::total <= kMaxSharedBytes, "the kernel's shared memory does not fit");
@@ -48,6 +52,7 @@ MLA_DEVICE u32 slab_empty(u32 smem, u32 stage, u32 slab) {
     return smem + Smem::slab_empty + (stage * kSlabs + slab) * sizeof(u64);
 }
 
+// query_full: every values thread, once its share of an item's Q is written; scores.
 MLA_DEVICE void initialise_barriers(u32 smem) {
     for (u32 stage = 0; stage < kStages; ++stage) {
         mbarrier_init(tile_full(smem, stage), kConverterWarps * kWarpThreads);
@@ -55,6 +60,7 @@ MLA_DEVICE void initialise_barriers(u32 smem) {
         for (u32 slab = 0; slab < kSlabs; ++slab)
             mbarrier_init(slab_empty(smem, stage, slab), kValueWarpgroups * kWarpgroupWarps);
     }
+    mbarrier_init(smem + Smem::query_full, kValueWarpgroups * kWarpgroupThreads);
     mbarrier_init_fence();
 }
 

@@ -1,6 +1,8 @@
 // A values warpgroup of the kernel for 64 rows of gathered FP8 tokens: O += P V for half of the latent columns; stores O.
 #pragma once
 #include "decode/gathered/work.h"
+#include "decode/gathered_fp8/token_unit.h"
+#include "decode/gathered_fp8/wide_query.h"
 #include "decode/gathered_fp8/wide_smem.h"
 #include "decode/wide/output.h"
 #include "ptx/wgmma.h"
@@ -19,15 +21,22 @@ public:
             const BlockWork work = load_block_work(params_, item);
             if (!work.exists()) return;
             tiles = work.tile_end - work.tile_begin;
+            // The scores warps are done with the queries before: they have released the last P.
+            if (tiles > 0) load_query(work);
         }
         float output[kAccumulators];
 #pragma unroll
         for (u32 i = 0; i < kAccumulators; ++i) output[i] = 0.0f;
-        for (; tiles > 0; --tiles) {
-            mbarrier_wait(probabilities_full(smem_, ring_.stage), ring_.parity);
-            scale_by(Smem::factors, output);
-            multiply(output);
-            if (tiles == 1) scale_by(Smem::inverse_sums, output);
+        if (tiles > 0) {
+            for (;;) {  // as in the wide kernel: what only the last tile needs is behind it
+                mbarrier_wait(probabilities_full(smem_, ring_.stage), ring_.parity);
+                scale_by(Smem::factors, output);
+                multiply(output);
+                if (--tiles == 0) break;
+                release(kSlabs - 1);
+                ring_.advance();
+            }
+            scale_by(Smem::inverse_sums, output);
             release(kSlabs - 1);
             ring_.advance();
         }
@@ -35,6 +44,16 @@ public:
     }
 
 private:
+    // This warpgroup's share of an item's queries.
+    MLA_DEVICE void load_query(const BlockWork& work) const {
+        const u32 warpgroup = __shfl_sync(kFullWarp, threadIdx.x / kWarpgroupThreads, 0) - 1;
+        const u32 first_row = kScoresQueryRows + warpgroup * QueryLoad::kLoadedRows;
+        QueryLoad query;
+        query.read(params_, work, first_row);
+        query.write(smem_, first_row, params_.scale_log2 * cache_scale(params_));
+        mbarrier_arrive(smem_ + Smem::query_full);
+    }
+
     MLA_DEVICE void scale_by(u32 place, float (&output)[kAccumulators]) const {
         const u32 row = smem_ + place + (ring_.stage * kRows + Out::warp() * 16 + Out::lane() / 4) * sizeof(f32);
         const float upper = load_shared_f32(row);

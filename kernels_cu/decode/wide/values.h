@@ -35,21 +35,31 @@ public:
         float output[kAccumulators];
 #pragma unroll
         for (u32 i = 0; i < kAccumulators; ++i) output[i] = 0.0f;
-        for (; tiles > 0; --tiles) {
-            mbarrier_wait(probabilities_full(smem_, ring_.stage), ring_.parity);
-            rescale(output);
-            multiply(output);
-            if (kRefines && tiles == 1 && is_refined()) Out::add_refinement(output);
-            if (Kernel::kDividesOutput && tiles == 1 && is_only()) rescale(output);
-            __syncwarp();
-            if (Out::lane() == 0) mbarrier_arrive(tile_empty(smem_, ring_.stage));
-            after_tile(ring_);
-            ring_.advance();
+        if (tiles > 0) {
+            for (;;) {  // what only the last tile needs is behind it, or all others would jump over it
+                mbarrier_wait(probabilities_full(smem_, ring_.stage), ring_.parity);
+                rescale(output);
+                multiply(output);
+                if (--tiles == 0) break;
+                end_tile(after_tile);
+            }
+            if (kRefines && is_refined()) Out::add_refinement(output);
+            if (Kernel::kDividesOutput && is_only()) rescale(output);
+            end_tile(after_tile);
         }
         Out::store(params_, item, output);
     }
 
 private:
+    // This warp is done with the tile at ring_.
+    template <class AfterTile>
+    MLA_DEVICE void end_tile(AfterTile after_tile) {
+        __syncwarp();
+        if (Out::lane() == 0) mbarrier_arrive(tile_empty(smem_, ring_.stage));
+        after_tile(ring_);
+        ring_.advance();
+    }
+
     // Of this thread's two rows. Signs say whether the item has no other tile, and whether the block is refined
     // (decode/wide/softmax.h).
     MLA_DEVICE u32 factors() const {
