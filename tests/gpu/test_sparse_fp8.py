@@ -143,6 +143,13 @@ def test_batches(batch: int, heads: int) -> None:
     run_decode(replace(DECODE, batch=batch, num_heads_q=heads, lengths="token", sinks=True))
 
 
+@pytest.mark.parametrize("layout", ["fp8_ds_mla", "fp8_model1"])
+def test_parts_of_many_items(layout: str) -> None:
+    """Some twenty items a CTA, more than the kernel for 64 rows keeps in shared memory, and some without tokens."""
+    case = replace(DECODE, batch=1300, num_heads_q=3, topk=40, layout=layout, rope_dim=LAYOUTS[layout])
+    run_decode(replace(case, lengths="token", sinks=True))
+
+
 @pytest.mark.parametrize("invalid", [0.0, 0.9, 1.0])
 @pytest.mark.parametrize("lengths", [None, "token"])
 def test_indices_that_name_no_token(invalid: float, lengths: str | None) -> None:
