@@ -143,6 +143,9 @@ class PlanMemory:
         Whether `DecodePlan.update` or `SparsePlan.update` was captured in a CUDA graph; None if the plan was written
         otherwise. Only a decode that runs, or is captured, as the update was settles the plan: what is captured does
         not run after what is not.
+    pieces : numpy array or None
+        None: a call merges partial results. Else they are left to another kernel: each call puts here, in place, what
+        its own would be given (`structs.COMBINE_PARAMS`).
 
     Parameters
     ----------
@@ -154,7 +157,7 @@ class PlanMemory:
         Address of a plan that was made already, ``kind.plan_bytes`` or more; 0: there is room for one in the workspace.
     """
 
-    __slots__ = ("is_settled", "partial_lse", "partial_out", "pointer", "updated_in_capture")
+    __slots__ = ("is_settled", "partial_lse", "partial_out", "pieces", "pointer", "updated_in_capture")
 
     def __init__(self, kind: Blueprint[Any], workspace: int, plan: int = 0) -> None:
         self.pointer = plan or workspace
@@ -162,6 +165,7 @@ class PlanMemory:
         self.partial_lse = self.partial_out + kind.partial_out_bytes
         self.is_settled = False
         self.updated_in_capture: bool | None = None
+        self.pieces: Any = None
 
 
 class CallMemory(PlanMemory):

@@ -228,6 +228,8 @@ PUSH_PARAMS = np.dtype(
         ("packets", np.int64),
         ("sizes", np.int32, 3),
         ("chunks", np.int32),
+        ("starts_next", np.int32),
+        ("unused", np.int32),
         ("meetings", MEETINGS),
     ]
 )

@@ -65,6 +65,7 @@ class ContextParallelPlan(ExchangePlan[DecodePlan]):
             **self._decode_options(total_seqlens, cu_seqlens_q, kv_scale),
             **of_plan,
         )
+        self._exchange.merges_pieces(self.decode_plan)
 
     def update(self, total_seqlens: Any, cu_seqlens_q: Any = None) -> None:
         """Plan again for new lengths, on the device and without a synchronisation; may be captured in a CUDA graph.

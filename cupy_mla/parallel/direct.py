@@ -16,6 +16,7 @@ from ..arrays.exchange import empty_like
 from ..arrays.frameworks import CUDA, current_stream
 from ..arrays.view import ArrayView
 from ..call.problem import LSE_DTYPE
+from ..decode.plan import DecodePlan
 from ..errors import InvalidArgumentError
 from ..gpu.hopper import MAX_SMS
 from ..gpu.jit.module import load
@@ -27,6 +28,8 @@ from ..kernels.exchange import (
     PACKET_BYTES,
     PUSH_SOURCE,
     WORD_BYTES,
+    combine_push_geometry,
+    combine_push_source,
     goes_in_packets,
     merges_packets,
     packets_of_row,
@@ -34,7 +37,7 @@ from ..kernels.exchange import (
     push_merge_geometry,
     push_merge_source,
 )
-from ..kernels.structs import PUSH_MERGE_PARAMS, PUSH_PARAMS
+from ..kernels.structs import COMBINE_PARAMS, PUSH_MERGE_PARAMS, PUSH_PARAMS
 from ..schedule.pieces import ceil_div
 from .exchange import ALL_TO_ALL, DIRECT, HeadExchange
 from .group import CupyGroup, TorchGroup
@@ -155,10 +158,22 @@ class DirectExchange:
         if not heads.gathered:
             self._push_params = self._for_push(queries)
             chunks = num_rows * int(self._push_params["chunks"][0])
-            self._push = self._launch(PUSH_SOURCE, push_geometry(memory.num_sms, chunks), self._push_params)
+            self._push = self._launch(PUSH_SOURCE, push_geometry(memory.num_sms, chunks), (self._push_params,))
         shared_memory = heads.world * (row_bytes + WORD_BYTES) if self._merges_packets else 0
         self._merge_params, geometry = self._for_merge(), push_merge_geometry(memory.num_sms, num_rows, shared_memory)
-        self._push_merge = self._launch(push_merge_source(heads.dtype), geometry, self._merge_params)
+        self._push_merge = self._launch(push_merge_source(heads.dtype), geometry, (self._merge_params,))
+        self._combine_push: Launch | None = None
+
+    def merges_pieces(self, plan: DecodePlan) -> None:
+        """Merge also the partial results of a plan's calls, if results go in packets: one kernel less."""
+        kind = plan.blueprint
+        if not self._merges_packets or kind is None or kind.shape.max_merges == 0:
+            return
+        geometry = combine_push_geometry(self._memory.num_sms, self.heads.world)
+        if geometry is not None:
+            plan.pieces = np.zeros(1, COMBINE_PARAMS)
+            source = combine_push_source(kind.config)
+            self._combine_push = self._launch(source, geometry, (plan.pieces, self._merge_params))
 
     def gather(self, q: Any) -> Any:
         """Queries for a call, of all ranks."""
@@ -181,7 +196,8 @@ class DirectExchange:
         *of_batch, of_head, of_token = lse.stride()
         params["lse_strides"] = _three([*of_batch, of_token, of_head], 0)
         params["aligned"] = not any(stride % step for stride in strides) and not out.data_ptr() % STORE_ALIGNMENT
-        self._push_merge(current_stream(out, self._device_id))
+        finish = self._combine_push or self._push_merge
+        finish(current_stream(out, self._device_id))
 
     def _stored_by_decode(self, first: int, step: int) -> tuple[ArrayView, ArrayView]:
         """Where the decode stores results: out [batch, world, heads, head_dim_v] and lse [batch, heads, world], of
@@ -204,6 +220,8 @@ class DirectExchange:
         row_bytes, item_size = heads.width * ITEM_SIZES[heads.dtype], ITEM_SIZES[heads.dtype]
         params["to"] = self._places.queries + heads.rank * heads.own * row_bytes
         params["packets"] = self._places.packets if self._places.has_packets else 0
+        # What waits in place for queries takes SMs, of which ranks on the same GPU need some to send theirs.
+        params["starts_next"] = self._memory.has_own_gpus
         params["to_strides"] = _three([stride * item_size for stride in queries.stride()[:-1]], 0)
         params["sizes"], params["chunks"] = _three([*heads.rows, heads.own], 1), row_bytes // CHUNK_BYTES
         self._say_where_to_meet(params, self._places.query_flags, self._places.query_calls)
@@ -225,9 +243,9 @@ class DirectExchange:
         meetings["calls"] = self._memory.own.data_ptr() + calls
         meetings["world"], meetings["rank"] = self.heads.world, self.heads.rank
 
-    def _launch(self, source: KernelSource, geometry: Geometry, params: npt.NDArray[Any]) -> Launch:
+    def _launch(self, source: KernelSource, geometry: Geometry, arguments: tuple[npt.NDArray[Any], ...]) -> Launch:
         kernel, shape = load(source, self._device_id), (geometry.grid, geometry.block, geometry.shared_memory)
-        return Launch(kernel, *shape, (params,), programmatic=True)
+        return Launch(kernel, *shape, arguments, programmatic=True)
 
 
 def _three(values: Sequence[int], missing: int) -> tuple[int, ...]:

@@ -14,6 +14,7 @@ from ..arrays.frameworks import CUDA, current_stream, torch_module
 from ..arrays.view import view
 from ..call.problem import LSE_DTYPE
 from ..decode.merge import merge_views
+from ..decode.plan import DecodePlan
 from ..errors import InvalidArgumentError
 from ..schedule.pieces import ceil_div
 from .group import FEATURE, CupyGroup, TorchGroup
@@ -87,6 +88,9 @@ class HeadExchange:
             self.queries = q if heads.gathered else empty_like(q, (*heads.every, heads.width), dtype)
             self.out = empty_like(q, (*heads.every, heads.head_dim_v), dtype)
             self.lse = empty_like(q, (*rows[:-1], heads.every[-1], rows[-1]), LSE_DTYPE)
+
+    def merges_pieces(self, plan: DecodePlan) -> None:
+        """Nothing: calls of the plan merge their partial results by themselves."""
 
     def gather(self, q: Any) -> Any:
         """Queries for a call, of all ranks: ``self.queries``, or a view of ``q`` where that has all heads."""

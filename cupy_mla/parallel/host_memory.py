@@ -31,12 +31,15 @@ class HostMemory:
     num_sms
         SMs that a kernel of each rank may wait on for the others: all of the smallest GPU, or, where several ranks are
         on one, so many of its SMs that the others still have some when all but one wait.
+    has_own_gpus
+        Whether no two ranks are on one GPU.
     """
 
     own: Any
     addresses: Any
     handle: Any
     num_sms: int
+    has_own_gpus: bool = False
 
 
 def share_memory(ranks: TorchGroup, size: int, like: Any) -> HostMemory | str:
@@ -69,7 +72,7 @@ def share_memory(ranks: TorchGroup, size: int, like: Any) -> HostMemory | str:
         _shared += 1
         handle = symmetric_memory.rendezvous(own, ranks.process_group)
         addresses = torch.tensor(handle.buffer_ptrs, dtype=torch.int64, device=like.device)
-        memory = HostMemory(own, addresses, handle, num_sms)
+        memory = HostMemory(own, addresses, handle, num_sms, len(set(gpus)) == len(gpus))
         mine = None
     except (AttributeError, ImportError, RuntimeError) as error:  # an old torch does not have it, or not all of it
         mine = f"torch's symmetric memory: {error}"

@@ -89,6 +89,10 @@ struct Task {
         item = merges[index];
         row_in_slot = (task - index * tasks_of_item) / chunks.chunks_of_row;
         chunk = task - index * tasks_of_item - row_in_slot * chunks.chunks_of_row;
+        find_pieces(params);
+    }
+
+    MLA_DEVICE void find_pieces(const Params& params) {
         const i64 first = static_cast<i64>(item.slot_begin) * params.slot_rows;
         outs = static_cast<const u8*>(params.partial_out) + (first + row_in_slot) * params.d_v * Partial::kBytes;
         lses = params.partial_lse + first * kRowWords + row_in_slot;
@@ -98,11 +102,7 @@ struct Task {
     MLA_DEVICE void merge(const Params& params, const RowChunks& chunks, i32 lane) const {
         const i32 row = first_row_block_of(item.head_block) * params.rows + row_in_slot;
         if (row >= item.seqlen_q * params.group_heads) return;
-        const i64 slot_bytes = static_cast<i64>(params.slot_rows) * params.d_v * Partial::kBytes;
-        const i64 slot_words = static_cast<i64>(params.slot_rows) * kRowWords;
-        const RowStates of_row{outs, slot_bytes, lses, slot_words, item.slot_count, true};
-        const auto states = add_scales(add_sink(params, of_row, item, row), params.slot_rows);
-        merge_chunk<Partial, Output>(states, chunks, chunk, params.d_v, lane, [&] {
+        merge_row(params, chunks, row, lane, [&] {
             const i32 token = row / params.group_heads;
             const i32 head = kv_head_of(item.head_block) * params.group_heads + row - token * params.group_heads;
             const JobPlace place = job_place(params, item);
@@ -113,6 +113,16 @@ struct Task {
                              head * params.lse_stride_head;
             return RowTarget{reinterpret_cast<u8*>(out), lse, params.aligned != 0, params.empty_lse};
         });
+    }
+
+    // Of a row that exists, to what `target` gives.
+    template <class Target>
+    MLA_DEVICE void merge_row(const Params& params, const RowChunks& chunks, i32 row, i32 lane, Target target) const {
+        const i64 slot_bytes = static_cast<i64>(params.slot_rows) * params.d_v * Partial::kBytes;
+        const i64 slot_words = static_cast<i64>(params.slot_rows) * kRowWords;
+        const RowStates of_row{outs, slot_bytes, lses, slot_words, item.slot_count, true};
+        const auto states = add_scales(add_sink(params, of_row, item, row), params.slot_rows);
+        merge_chunk<Partial, Output>(states, chunks, chunk, params.d_v, lane, target);
     }
 };
 

@@ -270,6 +270,9 @@ struct RowChunks {
     i32 octets_of_chunk;  // a power of two
     i32 chunks_of_row;
 
+    MLA_DEVICE RowChunks(i32 octets_of_chunk, i32 d_v)
+        : octets_of_chunk(octets_of_chunk), chunks_of_row(ceil_div(d_v / kOctet, octets_of_chunk)) {}
+
     MLA_DEVICE RowChunks(i64 num_rows, i32 d_v, i64 num_warps, i32 min_octets) {
         const i32 octets = d_v / kOctet;
         octets_of_chunk = 2 * kWarpThreads;
@@ -280,20 +283,28 @@ struct RowChunks {
     }
 };
 
-// Where a merged row goes.
+// Where a merged row goes: its octets, and with each of them its lse.
 struct RowTarget {
     u8* out;
     f32* lse;
     bool aligned;
     f32 empty_lse;  // instead of -inf
+
+    template <typename Out>
+    MLA_DEVICE void store(i32 octet, const Octet<Out>& values) const {
+        values.store(out + octet * (kOctet * Out::kBytes), aligned);
+    }
+
+    MLA_DEVICE void store_lse(i32 octet, f32 value) const {
+        if (octet == 0) *lse = value == minus_infinity() ? empty_lse : value;
+    }
 };
 
 // Merges the octets first, first + 1, ... of a row (as many as kOctets times the lanes of a group; those from `end` on are
-// left out) and stores them; octet 0 comes with the lse.
+// left out) and stores them.
 template <typename T, typename Out, i32 kOctets, typename States, typename Target>
 MLA_DEVICE void merge_columns(States states, i32 first, i32 end, i32 lane, LaneGroups groups, Target& target) {
     constexpr i32 kOctetBytes = kOctet * T::kBytes;
-    constexpr i32 kOutBytes = kOctet * Out::kBytes;
     const i32 octet = first + groups.lane_in_group(lane);
     const i32 loaded = min_i32(octet, end - 1);
     states.outs += loaded * kOctetBytes;
@@ -303,15 +314,14 @@ MLA_DEVICE void merge_columns(States states, i32 first, i32 end, i32 lane, LaneG
     Octet<Out> merged[kOctets];
     const f32 lse = merge_octets<T, Out, kOctets>(states, lane, groups, merged);
     if (octet >= end || lane >= groups.lanes()) return;
-    const RowTarget place = target();
-    merged[0].store(place.out + octet * kOutBytes, place.aligned);
-    if (kOctets > 1 && octet + groups.lanes() < end)
-        merged[kOctets - 1].store(place.out + (octet + groups.lanes()) * kOutBytes, place.aligned);
-    if (octet == 0) *place.lse = lse == minus_infinity() ? place.empty_lse : lse;
+    const auto place = target();
+    place.store(octet, merged[0]);
+    if (kOctets > 1 && octet + groups.lanes() < end) place.store(octet + groups.lanes(), merged[kOctets - 1]);
+    place.store_lse(octet, lse);
 }
 
-// Merges one chunk of a row of T and stores it as Out; the row's first chunk stores the lse. `states.outs` points at the
-// row's start. `target()` gives the RowTarget, asked for only when the loads are done: before, it would cost registers.
+// Merges one chunk of a row of T and stores it as Out. `states.outs` points at the row's start. `target()` gives a RowTarget or
+// what has the same members, asked for only when the loads are done: before, it would cost registers.
 template <typename T, typename Out, typename States, typename Target>
 MLA_DEVICE void merge_chunk(const States& states, const RowChunks& chunks, i32 chunk, i32 d_v, i32 lane, Target target) {
     const LaneGroups groups = LaneGroups::of<T>(states.count);

@@ -11,8 +11,8 @@ constexpr i32 kExchangeThreads = 512;  // at most, and no fewer than there are r
 struct Meetings {
     const u64* memories;  // [world] where each rank's memory lies
     i64 flags;            // from there, in bytes: u32 [CTAs, world], the last meeting that each rank's CTA came to
-    // [CTAs] of this rank alone: kernels that have met here. May be read ahead of pdl_wait: such a kernel does not let the next
-    // one start before it has ended.
+    // [CTAs] of this rank alone: kernels that have met here. May be read ahead of pdl_wait: between two kernels that count in the
+    // same places is one that does not let the next start before it has ended.
     u32* calls;
     i32 world, rank;
 

@@ -3,7 +3,7 @@
 // round before. So what is merged has just come, and nobody waits for more than that. Where the kernel ahead has stored results
 // with the ranks of their heads, all that is left is to tell that they are there, and to merge. Few rows go in packets instead.
 #include "combine/merge_octets.h"
-#include "exchange/meetings.h"
+#include "exchange/results.h"
 #include "ptx/launch.h"
 
 namespace mla {
@@ -11,29 +11,6 @@ namespace mla {
 using Element = MLA_DTYPE;  // Bf16 or Fp16
 constexpr i32 kOctetQuads = kOctet * Element::kBytes / static_cast<i32>(sizeof(uint4));
 constexpr i32 kRoundTasks = 2;  // of a warp: chunks of rows in a round
-
-// Rows are [size0, size1, heads]: (batch, token, head), or of ragged queries (0, token, head). T is the kernel's type.
-// Strides in elements. cupy_mla/kernels/structs.py mirrors it; a test compares the two.
-struct PushMergeParams {
-    const u8* outs;     // T [size0, size1, world * heads, d_v]: of all heads, over this rank's tokens. Null: they were stored
-                        // with the ranks of their heads already, and lses are not looked at
-    const f32* lses;    // [size0, world * heads, size1]
-    i64 received_outs;  // bytes from the start of a rank's memory: T [places, world, rows, d_v], by the rank that sent it
-    i64 received_lses;  // f32 [places, world, rows]
-    u8* out;            // T [size0, size1, heads, d_v]
-    i64 out_stride0, out_stride1, out_stride2;
-    f32* lse;  // [size0, size1, heads]
-    i64 lse_stride0, lse_stride1, lse_stride2;
-    // Bytes from the start of a rank's memory: [places, world, rows, packets of a row], by the rank that sent them. 0: none.
-    i64 packets;
-    i32 size0, size1, heads;
-    i32 d_v;      // a multiple of 8
-    i32 places;   // that calls take in turn
-    i32 aligned;  // 1: every row of out begins at a multiple of 16 bytes
-    Meetings meetings;
-};
-
-static_assert(sizeof(PushMergeParams) == 13 * sizeof(i64) + 6 * sizeof(i32) + sizeof(Meetings), "no padding");
 
 // States of one row, one of each rank: this rank's own lies where it was computed.
 struct RankStates : RowStates {
@@ -84,7 +61,7 @@ struct CtaExchange {
 
     MLA_DEVICE CtaExchange(const PushMergeParams& params)
         : params(params),
-          rows(static_cast<i64>(params.size0) * params.size1 * params.heads),
+          rows(params.rows()),
           row_bytes(params.d_v * Element::kBytes),
           warps(static_cast<i32>(blockDim.x) / kWarpThreads),
           chunks(rows, params.d_v, static_cast<i64>(gridDim.x) * warps, kSectorOctets<Element>),
@@ -154,10 +131,7 @@ struct RowChunk {
     MLA_DEVICE void exchange_packets(const CtaExchange& cta, const SharedRows& of_ranks, u32 place, u32 meeting) const {
         const Meetings& meetings = cta.params.meetings;
         const i32 parts = of_ranks.quads + 1, step = static_cast<i32>(blockDim.x);
-        const auto packet = [&](i32 in, i32 of, i32 part) {
-            const i64 index = ((static_cast<i64>(place) * meetings.world + of) * cta.rows + row) * parts + part;
-            return reinterpret_cast<Packet*>(meetings.memory_of(in) + cta.params.packets) + index;
-        };
+        const auto packet = [&](i32 in, i32 of, i32 part) { return cta.params.packets_of(in, of, place, row, parts) + part; };
         const i32 first = static_cast<i32>(threadIdx.x), of_others = (meetings.world - 1) * parts;
         for (i32 i = first; i < of_others; i += step) {
             const i32 turn = i / parts, part = i - turn * parts, other = meetings.rank_after(turn + 1);

@@ -13,10 +13,12 @@ struct PushParams {
     i64 packets;  // from the start of a rank's memory: of each rank as many packets as it has chunks; 0: rows go as they are
     i32 size0, size1, size2;
     i32 chunks;  // of 16 bytes, of a row
+    i32 starts_next;  // 1: the next kernel may start while packets are on their way
+    i32 unused;
     Meetings meetings;
 };
 
-static_assert(sizeof(PushParams) == 9 * sizeof(i64) + 4 * sizeof(i32) + sizeof(Meetings), "no padding");
+static_assert(sizeof(PushParams) == 9 * sizeof(i64) + 6 * sizeof(i32) + sizeof(Meetings), "no padding");
 
 // A chunk of a row, in bytes from the first row.
 struct ChunkPlace {
@@ -103,6 +105,8 @@ mla_push(const __grid_constant__ mla::PushParams params) {
     const ChunkPush push(params);
     pdl_wait();
     if (params.packets != 0) {
+        // It does not look at the counts of this kernel's meetings, as the one behind it does not.
+        if (params.starts_next != 0) pdl_launch_dependents();
         push.exchange_packets(meeting);
     } else {
         push.send_rows();

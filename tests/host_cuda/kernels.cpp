@@ -187,7 +187,7 @@ int struct_layout(const char* name, int index) {
         {"PUSH_PARAMS",
          {sizeof(PushParams), offsetof(PushParams, from), offsetof(PushParams, from_stride0), offsetof(PushParams, to),
           offsetof(PushParams, to_stride0), offsetof(PushParams, packets), offsetof(PushParams, size0),
-          offsetof(PushParams, chunks),
+          offsetof(PushParams, chunks), offsetof(PushParams, starts_next), offsetof(PushParams, unused),
           offsetof(PushParams, meetings)}},
         {"PUSH_MERGE_PARAMS",
          {sizeof(PushMergeParams), offsetof(PushMergeParams, outs), offsetof(PushMergeParams, lses),
