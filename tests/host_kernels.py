@@ -152,6 +152,12 @@ def run_push_merge(tag: str, params: np.ndarray, grid: int, block: int, rank: in
     library(tag, rank).host_push_merge(_address(params), grid, block, ctypes.c_bool(rank % 2))
 
 
+def run_combine_push(tag: str, pieces: np.ndarray, params: np.ndarray, grid: int, block: int, rank: int) -> None:
+    """mla_combine_push for bf16, with partial results of a type, likewise."""
+    arrays = _address(pieces), _address(params)
+    library(tag, rank).host_combine_push(*arrays, grid, block, ctypes.c_bool(rank % 2))
+
+
 def run_slots(params: np.ndarray, grid: int, block: int) -> None:
     """mla_slots."""
     library().host_slots(_address(params), grid, block)

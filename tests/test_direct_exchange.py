@@ -14,7 +14,7 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 import pytest
-from host_kernels import library, needs_compiler, run_merge_states, run_push, run_push_merge
+from host_kernels import library, needs_compiler, run_combine_push, run_merge_states, run_push, run_push_merge
 
 from cupy_mla.arrays.dtypes import KERNEL_TYPES
 from cupy_mla.kernels.exchange import PUSH_SOURCE, merges_packets
@@ -36,18 +36,21 @@ ASCENDING, DESCENDING = "ascending", "descending"
 
 
 class HostLaunch:
-    """As `launch.Launch`; in the place of a stream it is given a rank."""
+    """As `launch.Launch`; in the place of a stream it is given a rank, in that of mla_combine_push its partial type."""
 
     def __init__(
         self, kernel: Any, grid: Any, block: Any, shared_memory: int, arguments: Any, *, programmatic: bool
     ) -> None:
-        self.source, self.grid, self.block, self.params = kernel, grid[0], block[0], arguments[0]
+        self.source, self.grid, self.block, self.arguments = kernel, grid[0], block[0], arguments
 
     def __call__(self, rank: int) -> None:
+        launch = *self.arguments, self.grid, self.block, rank
         if self.source is PUSH_SOURCE:
-            run_push(self.params, self.grid, self.block, rank)
+            run_push(*launch)
+        elif isinstance(self.source, str):
+            run_combine_push(self.source, *launch)
         else:
-            run_push_merge(tag_of(self.source), self.params, self.grid, self.block, rank)
+            run_push_merge(tag_of(self.source), *launch)
 
 
 def tag_of(source: Any) -> str:
@@ -69,6 +72,7 @@ class Ranks:
         *,
         mapped: str | None = None,  # in which order, if ranks may be query tokens
         in_packets: bool = False,  # queries and, of at most NUM_SMS rows, results
+        head_dim_v: int = HEAD_DIM_V,
     ) -> None:
         self.of_thread, self.world, self.own, self.gathered, self.dtype = threading.local(), world, own, gathered, dtype
         patch.setattr(direct, "load", lambda source, device_id: source)
@@ -79,7 +83,7 @@ class Ranks:
         self.every = (*rows, world * own)
         q = torch.zeros(*rows, world * own if gathered else own, WIDTH, dtype=dtype)
         heads = [
-            Heads.of(q, TorchGroup(None, world, rank), gathered=gathered, head_dim_v=HEAD_DIM_V)
+            Heads.of(q, TorchGroup(None, world, rank), gathered=gathered, head_dim_v=head_dim_v)
             for rank in range(world)
         ]
         self.memories = list(torch.zeros(world, direct._Places(heads[0]).total, dtype=torch.uint8))

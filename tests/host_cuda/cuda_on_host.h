@@ -143,6 +143,8 @@ inline T __shfl_xor_sync(unsigned, T value, int mask) {
     return value;
 }
 
+inline void __syncwarp() { __shfl_xor_sync(0xFFFFFFFFu, 0u, 0); }
+
 inline unsigned atomicAdd(unsigned* address, unsigned value) {
     const unsigned old = *address;
     *address += value;

@@ -18,6 +18,7 @@
 #include "decode/gathered/params.h"
 #include "decode/fp8/params.h"
 #include "decode/params.h"
+#include "exchange/combine.cu"
 #include "exchange/merge.cu"
 #include "exchange/push.cu"
 #include "plan/plan.cu"
@@ -65,6 +66,11 @@ void host_push(const mla::PushParams* params, unsigned grid, unsigned block, boo
 
 void host_push_merge(const mla::PushMergeParams* params, unsigned grid, unsigned block, bool reverse) {
     host_cuda::launch(grid, block, reverse, [=] { mla_push_merge(*params); });
+}
+
+void host_combine_push(const mla::CombineParams* combine, const mla::PushMergeParams* params, unsigned grid, unsigned block,
+                       bool reverse) {
+    host_cuda::launch(grid, block, reverse, [=] { mla_combine_push(*combine, *params); });
 }
 
 void host_wait_slowly(unsigned microseconds) { mla::load_microseconds = microseconds; }
