@@ -112,6 +112,11 @@ def calls() -> Iterator[Call]:
         yield Call(DenseCase(LENGTHS, num_heads_q=4, seqlens_q=seqlens_q, causal=True), lengths=SHORTER)
         for layout in ("fp8_e4m3", "fp8_ds_mla"):
             yield Call(DenseCase(LENGTHS, num_heads_q=4, seqlens_q=seqlens_q, causal=True, layout=layout), 16)
+    for heads, seqlens_q in ((128, 2), (256, 3)):  # so many rows that ranks are requests
+        yield Call(small(num_heads_q=heads, seqlens_q=seqlens_q, causal=True), 16)
+        yield Call(small(num_heads_q=heads, seqlens_q=seqlens_q), 5, exchange="ag_rs", lengths=SHORTER)
+        yield Call(small(num_heads_q=heads, seqlens_q=seqlens_q, causal=True, dtype="float16"), lengths=SHORTER)
+    yield Call(small(num_heads_q=256, seqlens_q=2, causal=True), gathered=True, lengths=SHORTER)
     yield Call(small(lengths=(0, 0, 0), seqlens_q=2, causal=True))
     yield Call(small(lengths=(1,), seqlens_q=1))
 

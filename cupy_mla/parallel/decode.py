@@ -14,6 +14,7 @@ from ..call.problem import INDEX_DTYPE
 from ..decode.dense import mla_decode, plan_decode
 from ..decode.plan import DecodePlan
 from ..errors import InvalidArgumentError
+from .group import CupyGroup, TorchGroup
 from .plan import ExchangePlan, plan_given
 
 
@@ -29,6 +30,34 @@ class _Options:
     cp_interleave: int
     gathered: bool
     exchange: str
+
+
+class _Repeated:
+    """An int32 array of requests, as often as a call has them: all of a rank behind all of the rank before.
+
+    What is no such array is handed on as it is, to be refused where it is decoded.
+    """
+
+    def __init__(self, array: Any, repeats: int, ranks: TorchGroup | CupyGroup) -> None:
+        self._ranks, self._shape, self._copies = ranks, getattr(array, "shape", None), None
+        if repeats > 1 and self._is_such(array):
+            self._copies = empty_like(array, (repeats, *array.shape), INDEX_DTYPE)
+
+    def of(self, array: Any) -> Any:
+        """It, repeated now."""
+        if self._copies is not None and self._is_such(array):
+            self._ranks.copy(self._copies, array)
+        return self.latest(array)
+
+    def latest(self, array: Any) -> Any:
+        """What it was when it was last repeated."""
+        if self._copies is None or not self._is_such(array):
+            return array
+        repeats, requests, *rest = self._copies.shape
+        return self._copies.reshape(repeats * requests, *rest)
+
+    def _is_such(self, array: Any) -> bool:
+        return bool(array.shape == self._shape and view(array, "array").dtype == INDEX_DTYPE)
 
 
 class ContextParallelPlan(ExchangePlan[DecodePlan]):
@@ -57,12 +86,14 @@ class ContextParallelPlan(ExchangePlan[DecodePlan]):
         self._check_lengths(total_seqlens, getattr(block_table, "shape", ())[:1])
         self.cache_seqlens = empty_like(total_seqlens, tuple(total_seqlens.shape), INDEX_DTYPE)
         ranks.count(self.shard, total_seqlens, self.cache_seqlens)
+        of_requests, repeats = (block_table, self.cache_seqlens, total_seqlens), self._exchange.repeats
+        self._table, self._lengths, self._totals = (_Repeated(array, repeats, ranks) for array in of_requests)
         self.decode_plan = plan_decode(
             self._exchange.queries,
             kv_cache,
-            block_table,
-            self.cache_seqlens,
-            **self._decode_options(total_seqlens, cu_seqlens_q, kv_scale),
+            self._table.of(block_table),
+            self._lengths.of(self.cache_seqlens),
+            **self._decode_options(self._totals.of(total_seqlens), cu_seqlens_q, kv_scale),
             **of_plan,
         )
         self._exchange.merges_pieces(self.decode_plan)
@@ -84,8 +115,9 @@ class ContextParallelPlan(ExchangePlan[DecodePlan]):
         """
         self._check_lengths(total_seqlens, self.cache_seqlens.shape)
         self.ranks.count(self.shard, total_seqlens, self.cache_seqlens)
+        lengths, totals = self._lengths.of(self.cache_seqlens), self._totals.of(total_seqlens)
         is_masked = self.decode_plan.problem.keys.shard is not None
-        self.decode_plan.update(total_seqlens if is_masked else self.cache_seqlens, cu_seqlens_q)
+        self.decode_plan.update(totals if is_masked else lengths, cu_seqlens_q)
 
     def decode(self, arrays: tuple[Any, ...], softmax_scale: float | None) -> None:
         """This rank's part of `cp_decode`: gathers queries, and attends with all heads to its own tokens."""
@@ -93,9 +125,9 @@ class ContextParallelPlan(ExchangePlan[DecodePlan]):
         mla_decode(
             self._exchange.gather(q),
             kv_cache,
-            block_table,
-            self.cache_seqlens,
-            **self._decode_options(total_seqlens, cu_seqlens_q, kv_scale),
+            self._table.of(block_table),
+            self._lengths.latest(self.cache_seqlens),
+            **self._decode_options(self._totals.latest(total_seqlens), cu_seqlens_q, kv_scale),
             softmax_scale=softmax_scale,
             plan=self.decode_plan,
             out=self._exchange.out,

@@ -119,7 +119,7 @@ class DirectExchange:
 
     Attributes
     ----------
-    heads, as_tokens, queries, out, lse, exchange
+    heads, as_tokens, repeats, queries, out, lse, exchange
         As of `HeadExchange`.
 
     Parameters
@@ -130,7 +130,7 @@ class DirectExchange:
         Of at least as many bytes as `exchange_of` asks for.
     """
 
-    exchange = DIRECT
+    exchange, repeats = DIRECT, 1
 
     def __init__(self, q: Any, heads: Heads, memory: HostMemory, *, may_be_tokens: bool) -> None:
         self.heads, self._memory, self._places = heads, memory, _Places(heads)

@@ -24,14 +24,17 @@ ALL_TO_ALL, GATHER_AND_REDUCE, DIRECT = "a2a", "ag_rs", "direct"
 EXCHANGES = (ALL_TO_ALL, GATHER_AND_REDUCE, DIRECT)
 _SEGMENT_ALIGNMENT = 16  # bytes; rows of results are stored 16 bytes at once
 _BYTES = "uint8"
+# Query rows of a rank's heads from which a kernel computes longer than it reads: they may read the keys for themselves.
+_ROWS_OF_REQUEST = 128
 
 
 class HeadExchange:
     """Buffers of one kind of call, through which queries and results go.
 
     What goes to one rank, or comes from it, lies together. Kernels take one distance between heads, so queries of
-    several ranks are copied once more, and results too; but of one query token the heads of the ranks are as good as
-    query tokens that see the same keys, and nothing is copied.
+    several ranks are copied once more, and results too. But of one query token the heads of the ranks are as good as
+    query tokens that see the same keys, and of several, with many rows, as requests with the same pages: nothing is
+    copied.
 
     Attributes
     ----------
@@ -39,9 +42,12 @@ class HeadExchange:
         Whose heads the queries are.
     as_tokens
         Whether a call has the heads of a rank, and the ranks as its query tokens; else all heads.
+    repeats
+        How often a call has each request: the number of ranks, if it has the heads of a rank, and its requests rank
+        after rank; else 1.
     queries
-        Queries of such a call, [batch, world, heads, width] or [*rows, world * heads, width]: filled by `gather`, but
-        for queries that have all heads already.
+        Queries of such a call, [batch, world, heads, width], [world * batch, tokens, heads, width] or
+        [*rows, world * heads, width]: filled by `gather`, but for queries that have all heads already.
     out, lse
         Where such a call writes to.
 
@@ -54,7 +60,7 @@ class HeadExchange:
     exchange
         ``"a2a"``, or of torch ``"ag_rs"``.
     may_be_tokens
-        Whether a call may have the ranks as query tokens, if it has one query token.
+        Whether a call may have the ranks as query tokens, if it has one query token, or as requests.
     """
 
     def __init__(
@@ -63,19 +69,23 @@ class HeadExchange:
         self._ranks, self.heads, self.exchange = ranks, heads, exchange
         world, rows, dtype = heads.world, heads.rows, heads.dtype
         self.as_tokens = may_be_tokens and len(rows) == 2 and rows[1] == 1
+        may_be_requests = may_be_tokens and not self.as_tokens and not heads.gathered and len(rows) == 2
+        self.repeats = world if may_be_requests and rows[1] * heads.own >= _ROWS_OF_REQUEST else 1
         self._gathering = None if heads.gathered else empty_like(q, (world, *q.shape), dtype)
 
         out_shape, lse_shape = heads.result_shapes
-        results, lse_bytes = math.prod(lse_shape), ITEM_SIZES[LSE_DTYPE]
+        # Out and lse of all requests, or of one after the other: as far apart as what is for the next rank.
+        parts = rows[0] if self.repeats > 1 else 1
+        results, lse_bytes = math.prod(lse_shape) // max(parts, 1), ITEM_SIZES[LSE_DTYPE]
         out_bytes = ceil_div(results * heads.head_dim_v * ITEM_SIZES[dtype], lse_bytes) * lse_bytes
         segment = ceil_div(out_bytes + results * lse_bytes, _SEGMENT_ALIGNMENT) * _SEGMENT_ALIGNMENT
         type_of_lse = empty_like(q, (0,), LSE_DTYPE).dtype
 
         def buffer() -> tuple[Any, Any, Any]:
-            """Of a segment for each rank: the whole, out [world, *rows, heads, head_dim_v], lse [world, ...]."""
-            whole = empty_like(q, (world, segment), _BYTES)
-            out = whole.view(q.dtype)[:, : results * heads.head_dim_v]
-            lse = whole.view(type_of_lse)[:, out_bytes // lse_bytes :][:, :results]
+            """Of segments for each rank: the whole, out [world, *rows, heads, head_dim_v], lse [world, ...]."""
+            whole = empty_like(q, (world, parts, segment), _BYTES)
+            out = whole.view(q.dtype)[..., : results * heads.head_dim_v]
+            lse = whole.view(type_of_lse)[..., out_bytes // lse_bytes :][..., :results]
             return whole, out.reshape(world, *out_shape), lse.reshape(world, *lse_shape)
 
         self._sent, self._sent_out, self._sent_lse = buffer()
@@ -84,6 +94,10 @@ class HeadExchange:
             self.queries = self._queries_of(q if heads.gathered else self._gathering)
             self.out = self._sent_out[:, :, 0].swapaxes(0, 1)
             self.lse = self._sent_lse[..., 0].swapaxes(0, 1).swapaxes(1, 2)
+        elif self.repeats > 1:
+            of_ranks: tuple[Any, ...] = self._gathering, self._sent_out, self._sent_lse
+            requests = (array.reshape(world * rows[0], *array.shape[2:]) for array in of_ranks)
+            self.queries, self.out, self.lse = requests
         else:
             self.queries = q if heads.gathered else empty_like(q, (*heads.every, heads.width), dtype)
             self.out = empty_like(q, (*heads.every, heads.head_dim_v), dtype)
@@ -97,13 +111,13 @@ class HeadExchange:
         if self.heads.gathered:
             return self._queries_of(q) if self.as_tokens else q
         self._ranks.all_gather(self._gathering, q)
-        if not self.as_tokens:
+        if not self._lies_by_rank:
             self._ranks.copy(self._by_rank(self.queries), self._gathering)
         return self.queries
 
     def send(self) -> None:
         """Put what a call wrote where the collective takes it, if it is not there."""
-        if not self.as_tokens:
+        if not self._lies_by_rank:
             self._ranks.copy(self._sent_out, self._by_rank(self.out))
             self._ranks.copy(self._sent_lse, self._by_rank(self.lse))
 
@@ -126,6 +140,11 @@ class HeadExchange:
         """Merge what was received, as it lies."""
         assert self._received is not None
         merge_received(*self._received[1:], out, lse)
+
+    @property
+    def _lies_by_rank(self) -> bool:
+        """Whether a call takes and gives what is of each rank as it is sent."""
+        return self.as_tokens or self.repeats > 1
 
     def _queries_of(self, q: Any) -> Any:
         """[batch, world, heads, width] of gathered queries of one token."""
