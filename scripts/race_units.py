@@ -35,6 +35,8 @@ from cupy_mla.kernels.exchange import (
     PACKET_BYTES,
     PUSH_SOURCE,
     WORD_BYTES,
+    combine_push_geometry,
+    combine_push_source,
     packets_of_row,
     push_geometry,
     push_merge_geometry,
@@ -43,8 +45,9 @@ from cupy_mla.kernels.exchange import (
 from cupy_mla.kernels.family import DecodeFamily, KernelConfig
 from cupy_mla.kernels.fp8 import Fp8Family
 from cupy_mla.kernels.gathered import NO_EXTRA, GatheredConfig
-from cupy_mla.kernels.structs import PUSH_MERGE_PARAMS, PUSH_PARAMS
+from cupy_mla.kernels.structs import COMBINE_PARAMS, MERGE_ITEM, PLAN_HEADER, PUSH_MERGE_PARAMS, PUSH_PARAMS
 from cupy_mla.kernels.token_pages import RowPagesFamily
+from cupy_mla.kernels.wide import WIDE64
 from cupy_mla.lab.libraries import CUPY
 from cupy_mla.lab.trial import Settings, Trial
 from cupy_mla.layouts import DENSE_LAYOUTS, LAYOUTS, CacheLayout
@@ -85,7 +88,7 @@ def run_unit(unit: str, every: bool, share: tuple[int, int]) -> None:
 def problems_of(unit: str, every: bool) -> list[Callable[[], None]]:
     """What a unit runs, one after the other; each knows nothing of the others."""
     if unit == AROUND:
-        return [run_around, run_exchange, partial(run_exchange, in_packets=True)]
+        return [run_around, run_exchange, partial(run_exchange, in_packets=True), run_combine_push]
     if unit == CACHE:
         return [run_cache]
     if unit == SHARDS:
@@ -352,6 +355,46 @@ def run_exchange(*, in_packets: bool = False) -> None:
         meetings["world"], meetings["rank"] = world, rank
         for _ in range(CALLS):
             launch_kernel(load(source, 0), geometry.grid, geometry.block, geometry.shared_memory, 0, (params,))
+
+
+def run_combine_push() -> None:
+    """One of two ranks, the other of which is always ahead of it, merges the pieces of one request of two, twice: warps
+    have several units.
+    """
+    trial = Trial(0, CUPY)
+    world, rank, num_ctas, (batch, own), d_v, pieces = 2, 1, 3, (2, 7), 512, 5
+    config = next(config for config in WIDE64.standard_configs() if config.dtype == "bfloat16")
+    rows, slot_rows = batch * own, config.rows
+    packet_words = packets_of_row(d_v * ELEMENT_BYTES) * PACKET_BYTES // WORD_BYTES
+    memories = [
+        trial.upload(np.full(CALLS * world * rows * packet_words, AHEAD, np.uint32)) for _ in range(world)
+    ]
+    addresses = trial.upload(np.array([view(memory, "memory").pointer for memory in memories], np.uint64))
+    header, merge = np.zeros(1, PLAN_HEADER), np.zeros(1, MERGE_ITEM)
+    header["num_merges"], merge["request"], merge["seqlen_q"], merge["slot_count"] = 1, 1, 1, pieces
+    plan = trial.upload(np.concatenate([header.view(np.int32), merge.view(np.int32)]))
+    partial_out = trial.upload(trial.values((pieces, slot_rows, d_v), "bfloat16"))
+    partial_lse = trial.upload(trial.values((pieces, slot_rows), "float32"))
+    outs = trial.upload(trial.values((batch, 1, world * own, d_v), "bfloat16"))
+    lses = trial.upload(trial.values((batch, world * own, 1), "float32"))
+    out = trial.upload(trial.values((batch, 1, own, d_v), "bfloat16"))
+    lse = trial.upload(trial.values((batch, own, 1), "float32"))
+    combine, push = np.zeros(1, COMBINE_PARAMS), np.zeros(1, PUSH_MERGE_PARAMS)
+    combine["partial_out"], combine["partial_lse"] = view(partial_out, "out").pointer, view(partial_lse, "lse").pointer
+    combine["plan"], combine["merges_offset"] = view(plan, "plan").pointer, PLAN_HEADER.itemsize // WORD_BYTES
+    combine["slot_rows"], combine["rows"], combine["group_heads"] = slot_rows, slot_rows, world * own
+    combine["d_v"] = push["d_v"] = d_v
+    push["outs"], push["lses"] = view(outs, "outs").pointer, view(lses, "lses").pointer
+    push["out"], push["lse"], push["aligned"] = view(out, "out").pointer, view(lse, "lse").pointer, 1
+    push["out_strides"], push["lse_strides"] = (own * d_v, own * d_v, d_v), (own, 1, 1)
+    push["places"], push["sizes"], meetings = CALLS, (batch, 1, own), push["meetings"]
+    calls = trial.upload(np.zeros(num_ctas, np.uint32))
+    meetings["memories"], meetings["calls"] = view(addresses, "memories").pointer, view(calls, "calls").pointer
+    meetings["world"], meetings["rank"] = world, rank
+    kernel, geometry = load(combine_push_source(config), 0), combine_push_geometry(num_ctas, world)
+    assert geometry is not None
+    for _ in range(CALLS):
+        launch_kernel(kernel, geometry.grid, geometry.block, geometry.shared_memory, 0, (combine, push))
 
 
 def run_cache() -> None:

@@ -23,6 +23,7 @@ class Call:
     """A call, and how its queries are given."""
 
     heads: int = 16
+    requests: int = len(LENGTHS)  # the first
     seqlens_q: Any = 1
     gathered: bool = False
     sparse: bool = False
@@ -31,7 +32,7 @@ class Call:
     @property
     def case(self) -> DenseCase:
         causal = not self.sparse
-        return DenseCase(LENGTHS, num_heads_q=self.heads, seqlens_q=self.seqlens_q, causal=causal)
+        return DenseCase(LENGTHS[: self.requests], num_heads_q=self.heads, seqlens_q=self.seqlens_q, causal=causal)
 
 
 def planned_exchange(rank: int, group: Any) -> str:
@@ -101,7 +102,7 @@ def on_rank(rank: int, group: Any, call: Call) -> list[tuple[np.ndarray, np.ndar
         if call.sparse:
             tokens.copy_(torch.from_numpy(choose_tokens(LENGTHS, call.seqlens_q, TOPK, 5 if shorter else TOPK)))
         else:
-            total.copy_(torch.tensor(SHORTER if shorter else LENGTHS, dtype=torch.int32))
+            total.copy_(torch.tensor((SHORTER if shorter else LENGTHS)[: call.requests], dtype=torch.int32))
         torch.cuda.synchronize()
         graph.replay()
         results.append(found(layers))

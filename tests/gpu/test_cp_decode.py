@@ -94,6 +94,7 @@ def merge(plans: list[Any]) -> tuple[Any, Any]:
         {"num_heads_q": 128},
         {"num_heads_q": 16},
         {"num_heads_q": 64, "seqlens_q": 3, "causal": True},
+        {"num_heads_q": 128, "seqlens_q": 3, "causal": True},
         {"num_heads_q": 16, "seqlens_q": (1, 2, 0, 4, 3, 2, 1, 4), "causal": True},
     ],
     ids=str,
