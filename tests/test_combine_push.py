@@ -25,13 +25,13 @@ from cupy_mla.schedule.shape import ScheduleShape
 
 torch = pytest.importorskip("torch")
 
-from test_direct_exchange import MAX_PAUSE, Ranks, merged  # noqa: E402, F401  (a fixture)
+from test_direct_exchange import MAX_PAUSE, WIDTH, Ranks, merged  # noqa: E402, F401  (a fixture)
 
 from cupy_mla.parallel import direct  # noqa: E402
 
 pytestmark = [needs_compiler, pytest.mark.timeout(120)]
 NUM_SMS = 36
-CALLS = range(3)
+CALLS = range(4)
 
 
 @dataclass(frozen=True)
@@ -101,9 +101,10 @@ class RankOfPieces:
         return out, lse
 
 
-@pytest.mark.parametrize("tag", ["Bf16", "Fp32", SCALED, MARKED])
-@pytest.mark.parametrize("gathered", [False, True])
-@pytest.mark.parametrize("world", [1, 2, 3])
+@pytest.mark.parametrize(
+    ("world", "gathered", "tag"),
+    [(1, False, "Bf16"), (2, False, SCALED), (2, True, "Fp32"), (3, True, MARKED), (3, False, "Bf16")],
+)
 @pytest.mark.parametrize("name", CASES)
 def test_pieces_come_merged_to_the_ranks_of_their_heads(
     name: str,
@@ -114,46 +115,86 @@ def test_pieces_come_merged_to_the_ranks_of_their_heads(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """The same bits as by the kernels one after the other; ranks wait for nobody but each other."""
-    case, d_v = CASES[name], (8 if world < 3 else 5) * OCTET
-    monkeypatch.setattr(kernels, "EXCHANGE_THREADS", 2 * WARP_THREADS)  # fibers are slow, and nothing depends on it
-    monkeypatch.setattr(direct, "combine_push_source", lambda tag: tag)
-    own = case.heads // world
-    options: dict[str, Any] = {"num_sms": NUM_SMS, "in_packets": True, "head_dim_v": d_v}
-    ranks = Ranks(world, case.rows, own, gathered, torch.bfloat16, monkeypatch, **options)
-    pieces = [RankOfPieces(case, rank, tag, d_v) for rank in range(world)]
-    assert all(of_rank.has_merges == (name != "all are whole") for of_rank in pieces)
-    for rank, (exchange, of_rank) in enumerate(zip(ranks.exchanges, pieces, strict=True)):
-        plan = SimpleNamespace(blueprint=SimpleNamespace(shape=SimpleNamespace(max_merges=1), config=tag), pieces=None)
-        exchange.merges_pieces(plan)
-        assert exchange._combine_push is not None
-        of_rank.handed_over = plan.pieces
-        library(tag, rank)
-    def work(rank: int) -> list[tuple[Any, Any]]:
-        exchange, of_rank, results = ranks.exchanges[rank], pieces[rank], []
-        pauses = random.Random(rank)
-        q = torch.zeros(*case.rows, world * own if gathered else own, 128, dtype=torch.bfloat16)
+    d_v = (8 if world < 3 else 5) * OCTET
+    ranks = RanksOfPieces(CASES[name], world, gathered, tag, d_v, monkeypatch)
+    assert all(of_rank.has_merges == (name != "all are whole") for of_rank in ranks.pieces)
+    ranks.check_calls(merged)
+
+
+@pytest.mark.parametrize("gathered", [False, True])
+def test_a_quick_rank_spoils_nothing_that_a_slow_one_merges(
+    gathered: bool,
+    merged: Callable[[Any, Any], tuple[Any, Any]],  # noqa: F811
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The slow one's first thread sees that a packet has come, and the others look at theirs when the quick ranks have
+    long gone on. Of one CTA each, as in test_direct_exchange.
+    """
+    case = Case(ScheduleShape(40, 1, 16, 3, 1, 1, 1, 4096), (4000,))
+    ranks = RanksOfPieces(case, 3, gathered, "Bf16", 8 * OCTET, monkeypatch, num_sms=1)
+    slow = library("Bf16", 2)  # its threads are not gone through in reverse
+    slow.host_wait_slowly(20_000)
+    try:
+        ranks.check_calls(merged)
+    finally:
+        slow.host_wait_slowly(0)
+
+
+class RanksOfPieces:
+    """Ranks, and what the decode of each leaves."""
+
+    def __init__(
+        self,
+        case: Case,
+        world: int,
+        gathered: bool,
+        tag: str,
+        d_v: int,
+        patch: pytest.MonkeyPatch,
+        num_sms: int = NUM_SMS,
+    ) -> None:
+        patch.setattr(kernels, "EXCHANGE_THREADS", 2 * WARP_THREADS)  # fibers are slow, and nothing depends on it
+        patch.setattr(direct, "combine_push_source", lambda tag: tag)
+        own, self.rows = case.heads // world, case.rows
+        options: dict[str, Any] = {"num_sms": num_sms, "in_packets": True, "head_dim_v": d_v}
+        self.ranks = Ranks(world, case.rows, own, gathered, torch.bfloat16, patch, **options)
+        self.pieces = [RankOfPieces(case, rank, tag, d_v) for rank in range(world)]
+        self.handed_over = []
+        for rank, exchange in enumerate(self.ranks.exchanges):
+            kind = SimpleNamespace(shape=SimpleNamespace(max_merges=1), config=tag)
+            plan = SimpleNamespace(blueprint=kind, pieces=None)
+            exchange.merges_pieces(plan)
+            assert exchange._combine_push is not None
+            self.handed_over.append(plan.pieces)
+            library(tag, rank)  # a copy is made before threads ask for it
+
+    def check_calls(self, merged: Callable[[Any, Any], tuple[Any, Any]]) -> None:  # noqa: F811
+        """Calls one after the other, of which each has pieces of its own."""
+        found = self.ranks.together(self._calls)
+        for call in CALLS:
+            outs, lses = zip(*(of_rank.merged(call) for of_rank in self.pieces), strict=True)
+            for rank, of_rank in enumerate(found):
+                of_heads = (torch.stack([self.ranks.own_heads(one, rank) for one in all]) for all in (outs, lses))
+                for one, wanted in zip(of_rank[call], merged(*of_heads), strict=True):
+                    torch.testing.assert_close(one, wanted, rtol=0, atol=0)
+
+    def _calls(self, rank: int) -> list[tuple[Any, Any]]:
+        exchange, of_rank, results = self.ranks.exchanges[rank], self.pieces[rank], []
+        pauses, heads = random.Random(rank), self.ranks.own * (self.ranks.world if self.ranks.gathered else 1)
+        q = torch.zeros(*self.rows, heads, WIDTH, dtype=torch.bfloat16)
         for call in CALLS:
             time.sleep(pauses.choice([0, 1]) * MAX_PAUSE)
             exchange.gather(q)
             exchange.out.copy_(of_rank.outs[call])
             exchange.lse.copy_(of_rank.lses[call])
             of_rank.point_at(call)
-            of_rank.handed_over[...] = of_rank.params
+            self.handed_over[rank][...] = of_rank.params
             time.sleep(pauses.choice([0, 1]) * MAX_PAUSE)
             out_shape, lse_shape = exchange.heads.result_shapes
             out, lse = torch.full(out_shape, torch.nan, dtype=torch.bfloat16), torch.full(lse_shape, torch.nan)
             exchange.finish(out, lse)
             results.append((out, lse))
         return results
-
-    found = ranks.together(work)
-    for call in CALLS:
-        outs, lses = zip(*(of_rank.merged(call) for of_rank in pieces), strict=True)
-        for rank in range(world):
-            of_heads = [torch.stack([ranks.own_heads(one, rank) for one in outs])]
-            of_heads.append(torch.stack([ranks.own_heads(one, rank) for one in lses]))
-            for one, wanted in zip(found[rank][call], merged(*of_heads), strict=True):
-                torch.testing.assert_close(one, wanted, rtol=0, atol=0)
 
 
 def test_of_more_ranks_than_shared_memory_holds_there_is_none() -> None:
