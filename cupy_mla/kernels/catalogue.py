@@ -16,7 +16,7 @@ from .append import USUAL_CHUNKS, append_source, chunks_of, dequantise_source, q
 from .choose import FAMILIES, GATHERED_FAMILIES
 from .combine import MERGE_STATES_THREADS, combine_source, gathered_combine_source, merge_states_source
 from .copy_pages import UNIT_TYPES, copy_pages_source
-from .exchange import EXCHANGE_THREADS, PUSH_MERGE_TYPES, PUSH_SOURCE, push_merge_source
+from .exchange import EXCHANGE_THREADS, PUSH_MERGE_TYPES, PUSH_SOURCE, combine_push_source, push_merge_source
 from .family import DecodeFamily, KernelConfig
 from .halves import PROBE_SOURCE
 from .planner import PLAN_SOURCE, PLAN_THREADS
@@ -60,6 +60,7 @@ def all_kernels() -> list[NamedKernel]:
         for name, source, families in (
             ("combine", combine_source, FAMILIES),
             ("gathered_combine", gathered_combine_source, GATHERED_FAMILIES),
+            ("combine_push", combine_push_source, FAMILIES),
         )
         for family in families
         for config in _forms_of_partials(family)
