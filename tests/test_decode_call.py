@@ -41,6 +41,7 @@ from cupy_mla.decode.dense import run_decode
 from cupy_mla.decode.plan import plan_kind
 from cupy_mla.decode.plan_arrays import plan_array_bytes
 from cupy_mla.kernels.choose import DENSE_FAMILIES
+from cupy_mla.kernels.structs import COMBINE_PARAMS
 
 LATENT, ROPE = 512, 64
 CURRENT_STREAM = 77  # what fake_gpu says
@@ -185,6 +186,30 @@ def test_arguments_of_the_kernels_when_one_array_is_another(gpu: FakeGpu, name: 
                 assert launched["partial_out"] == plan.partial_out
                 assert launched["partial_lse"] == plan.partial_lse
                 assert launched["plan"] == plan.pointer
+
+
+@pytest.mark.parametrize("page_size", [64, 1])  # of one token: another kind of call
+def test_partial_results_may_be_left_to_another_kernel(gpu: FakeGpu, page_size: int) -> None:
+    """Which finds, in place, all that the merge of the call would have been given."""
+    arrays = packed(gpu) | {"kv_cache": gpu.array((512, page_size, 1, LATENT + ROPE))}
+    arrays["block_table"] = gpu.array((4, 1024 // page_size), "int32")
+    arrays |= {"out": gpu.array((4, 1, 16, LATENT)), "lse": gpu.array((4, 16, 1), "float32")}
+    made_for = {name: array for name, array in arrays.items() if name not in ("out", "lse")}
+    plan, other = plan_decode(**made_for), plan_decode(**made_for)
+    pieces = other.pieces = np.zeros(1, COMBINE_PARAMS)
+    gpu.take()
+    for _ in range(3):
+        pieces[...] = 0
+        mla_decode(**arrays, plan=plan)
+        _, combine = gpu.take()
+        mla_decode(**arrays, plan=other)
+        [decode] = gpu.take()
+        assert decode.kernel == ("decode" if page_size > 1 else "gathered")
+        expected = combine.arguments[0].copy()
+        for name in ("partial_out", "partial_lse"):
+            expected[name] = getattr(other, name)
+        expected["plan"] = other.pointer
+        assert pieces == expected
 
 
 @pytest.mark.parametrize(("heads", "blocks", "cluster"), [(16, 1, 1), (48, 3, 1), (96, 6, 2)])

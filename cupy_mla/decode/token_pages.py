@@ -78,7 +78,10 @@ class TokenPagesCall(DecodeCall):
             if not plan.is_settled and plan.updated_in_capture is not None:
                 plan.is_settled = is_capturing(stream) == plan.updated_in_capture
             if combine is not None:
-                combine(stream)
+                if plan.pieces is None:
+                    combine(stream)
+                else:
+                    plan.pieces[...] = self.combine_params
         finally:
             self._lock.release()
 
