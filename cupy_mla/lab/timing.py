@@ -166,7 +166,7 @@ class WallClock:
         return (time.perf_counter() - start) / replays
 
 
-def time_decode(case: Case | SparseCase, call: Call | None = None) -> Timing:
+def time_decode(case: Case | SparseCase, call: Call | None = None, replays: int = 1) -> Timing:
     """Time a case; see the module's text for what is counted.
 
     Parameters
@@ -175,8 +175,10 @@ def time_decode(case: Case | SparseCase, call: Call | None = None) -> Timing:
         What is decoded, or for another ``call`` whose cache that reads.
     call
         As `prepare_call` makes it; None: that.
+    replays
+        As of `time_replays`.
     """
-    return _time_on_cpu(case, call) if case.library is NUMPY else _time_on_gpu(case, call)
+    return _time_on_cpu(case, call) if case.library is NUMPY else _time_on_gpu(case, call, replays)
 
 
 def prepare_call(case: Case | SparseCase, **options: Any) -> Callable[[Any], tuple[Any, ...]]:
@@ -201,7 +203,7 @@ def prepare_call(case: Case | SparseCase, **options: Any) -> Callable[[Any], tup
     return call
 
 
-def _time_on_gpu(case: Case | SparseCase, call: Call | None) -> Timing:
+def _time_on_gpu(case: Case | SparseCase, call: Call | None, replays: int) -> Timing:
     calls, copies = graph_shape(case.read_bytes)
 
     def copy(part: Any) -> Any:
@@ -210,14 +212,14 @@ def _time_on_gpu(case: Case | SparseCase, call: Call | None) -> Timing:
         return result
 
     caches = [case.cold, *(each_part(copy, case.cold) for _ in range(copies - 1))]
-    return time_replays(make_timer(case.library, call or prepare_call(case), caches, calls), calls, copies)
+    return time_replays(make_timer(case.library, call or prepare_call(case), caches, calls), calls, copies, replays)
 
 
 def _time_on_cpu(case: Case | SparseCase, call: Call | None) -> Timing:
     return time_replays(make_timer(case.library, call or (lambda _: case.run()), [case.cold], 1), 1, 1)
 
 
-def time_replays(timer: Timer, calls: int, copies: int) -> Timing:
+def time_replays(timer: Timer, calls: int, copies: int, replays: int = 1) -> Timing:
     """The median of several replays.
 
     Parameters
@@ -226,6 +228,9 @@ def time_replays(timer: Timer, calls: int, copies: int) -> Timing:
         Of `make_timer`.
     calls, copies
         Calls of a replay, and the copies of the cache that they take in turn.
+    replays
+        On a GPU, so many at a time, one right behind the other: what processes that wait for each other do not begin
+        together counts once.
     """
     if isinstance(timer, WallClock):
         seconds: list[float] = []
@@ -233,6 +238,7 @@ def time_replays(timer: Timer, calls: int, copies: int) -> Timing:
             seconds.append(timer.seconds())
         protocol = f"wall time, median of {len(seconds)}"
     else:
-        seconds = [timer.seconds() for _ in range(REPLAYS)]
-        protocol = f"CUDA graph of {calls} calls, {copies} caches in turn, median of {REPLAYS} replays"
+        seconds = [timer.seconds(replays) for _ in range(REPLAYS)]
+        at_a_time = f" times {replays}" if replays > 1 else ""
+        protocol = f"CUDA graph of {calls} calls, {copies} caches in turn, median of {REPLAYS}{at_a_time} replays"
     return Timing(statistics.median(seconds), min(seconds), max(seconds), calls, protocol)
