@@ -80,7 +80,7 @@ class Ranks:
         patch.setattr(direct, "Launch", HostLaunch)
         patch.setattr(direct, "goes_in_packets", lambda num_bytes: in_packets)
         patch.setattr(direct, "merges_packets", lambda *sizes: in_packets and merges_packets(*sizes))
-        self.every = (*rows, world * own)
+        self.every, self.head_dim_v = (*rows, world * own), head_dim_v
         q = torch.zeros(*rows, world * own if gathered else own, WIDTH, dtype=dtype)
         heads = [
             Heads.of(q, TorchGroup(None, world, rank), gathered=gathered, head_dim_v=head_dim_v)
@@ -110,7 +110,7 @@ class Ranks:
             exchange.lse.copy_(lse)
             return
         batch = len(out)
-        store(exchange.out, out.view(batch, self.world, self.own, HEAD_DIM_V).view(torch.int16).numpy())
+        store(exchange.out, out.view(batch, self.world, self.own, self.head_dim_v).view(torch.int16).numpy())
         store(exchange.lse, lse.view(batch, self.world, self.own).swapaxes(1, 2).numpy())
 
     def together(self, work: Callable[[int], Any]) -> list[Any]:
@@ -199,6 +199,19 @@ def test_the_decode_may_store_results_itself(
     check_calls(ranks, (batch, 1), merged)
 
 
+@needs_compiler
+@pytest.mark.parametrize("head_dim_v", [512, 520])  # a warp's whole row, and a little more
+@pytest.mark.parametrize("batch", [23, 80])
+def test_of_two_ranks_rows_that_the_decode_stores_are_merged_at_once(
+    batch: int,
+    head_dim_v: int,
+    merged: Callable[[Any, Any], tuple[Any, Any]],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    options: dict[str, Any] = {"mapped": DESCENDING, "head_dim_v": head_dim_v}
+    check_calls(Ranks(2, (batch, 1), 3, False, torch.bfloat16, monkeypatch, **options), (batch, 1), merged)
+
+
 @pytest.mark.parametrize(("gathered", "rows"), [(True, (4, 1)), (False, (4, 2)), (False, (4,))])
 def test_of_other_queries_the_decode_stores_none_itself(
     gathered: bool, rows: tuple[int, ...], monkeypatch: pytest.MonkeyPatch
@@ -212,7 +225,7 @@ def check_calls(ranks: Ranks, rows: tuple[int, ...], merged: Callable[[Any, Any]
     world, gathered, dtype, calls = ranks.world, ranks.gathered, ranks.dtype, range(4)
     rng = np.random.default_rng(0)
     q = [normal(rng, (*ranks.every, WIDTH), dtype) for _ in calls]
-    outs = normal(rng, (len(calls), world, *ranks.every, HEAD_DIM_V), dtype)
+    outs = normal(rng, (len(calls), world, *ranks.every, ranks.head_dim_v), dtype)
     lses = normal(rng, (len(calls), world, *rows[:-1], ranks.every[-1], rows[-1]), torch.float32)
     lses[:, 0] = torch.where(lses[:, 0] > 1, -torch.inf, lses[:, 0])  # nothing seen
 

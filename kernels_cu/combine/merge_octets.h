@@ -150,6 +150,26 @@ struct SinkStates : RowStates {
     static constexpr bool kHasSink = true;
 };
 
+// What a lane has of states first, first + step, ... (kBatch of them), all loads in flight at once. Past the end the last state is
+// loaded again and not counted: a load without a condition leaves the compiler free to issue it early.
+template <typename T, i32 kBatch, i32 kOctets>
+struct LoadedStates {
+    f32 lses[kBatch];
+    Octet<T> octets[kBatch][kOctets];
+
+    template <typename States>
+    MLA_DEVICE void load(const States& states, i32 first, i32 step) {
+#pragma unroll
+        for (i32 i = 0; i < kBatch; ++i) {
+            const i32 state = min_i32(first + i * step, states.count - 1);
+            lses[i] = states.lse_of(state);
+#pragma unroll
+            for (i32 j = 0; j < kOctets; ++j)
+                octets[i][j].load(states.out_of(state) + j * states.second, states.aligned);
+        }
+    }
+};
+
 // What a lane has merged so far of its octets: sums of exp(lse_i - largest) and of the same times out_i.
 template <i32 kOctets>
 struct PartialMerge {
@@ -171,20 +191,17 @@ struct PartialMerge {
         largest = new_largest;
     }
 
-    // States first, first + step, ... (kBatch of them), all loads in flight at once. Past the end the last state is
-    // loaded again and not counted: a load without a condition leaves the compiler free to issue it early.
     template <typename T, i32 kBatch, typename States>
     MLA_DEVICE void take(const States& states, i32 first, i32 step) {
-        f32 lses[kBatch];
-        Octet<T> octets[kBatch][kOctets];
-#pragma unroll
-        for (i32 i = 0; i < kBatch; ++i) {
-            const i32 state = min_i32(first + i * step, states.count - 1);
-            lses[i] = states.lse_of(state);
-#pragma unroll
-            for (i32 j = 0; j < kOctets; ++j)
-                octets[i][j].load(states.out_of(state) + j * states.second, states.aligned);
-        }
+        LoadedStates<T, kBatch, kOctets> loaded;
+        loaded.load(states, first, step);
+        add(states, loaded, first, step);
+    }
+
+    template <typename T, i32 kBatch, typename States>
+    MLA_DEVICE void add(const States& states, LoadedStates<T, kBatch, kOctets>& loaded, i32 first, i32 step) {
+        auto& lses = loaded.lses;
+        auto& octets = loaded.octets;
 #pragma unroll
         for (i32 i = 0; i < kBatch; ++i) {
             if (first + i * step >= states.count) lses[i] = minus_infinity();
@@ -234,6 +251,20 @@ struct PartialMerge {
     }
 };
 
+// The octets of what all lanes of a row have merged, and the row's lse.
+template <typename Out, i32 kOctets, typename States>
+MLA_DEVICE f32 finish_merge(const States& states, const PartialMerge<kOctets>& merge, Octet<Out> (&merged)[kOctets]) {
+    f32 denominator = merge.weights;
+    if constexpr (States::kHasSink) denominator += fast_exp2((states.sink - merge.largest) * kLog2e);
+    const f32 scale = merge.weights == 0.0f ? 0.0f : fast_reciprocal(denominator);
+#pragma unroll
+    for (i32 j = 0; j < kOctets; ++j) {
+#pragma unroll
+        for (i32 i = 0; i < kOctet; i += 2) merged[j].set_pair(i, merge.sums[j][i] * scale, merge.sums[j][i + 1] * scale);
+    }
+    return merge.weights == 0.0f ? minus_infinity() : fmaf(fast_log2(merge.weights), kLn2, merge.largest);
+}
+
 // All lanes of the warp call this with the same row; lanes with the same place in their groups name the same octets.
 // Every lane gets the merged octets of its columns, in type Out, and returns the row's lse.
 template <typename T, typename Out, i32 kOctets, typename States>
@@ -254,15 +285,7 @@ MLA_DEVICE f32 merge_octets(const States& states, i32 lane, LaneGroups groups, O
         }
     }
     merge.join_lanes(groups.lanes());
-    f32 denominator = merge.weights;
-    if constexpr (States::kHasSink) denominator += fast_exp2((states.sink - merge.largest) * kLog2e);
-    const f32 scale = merge.weights == 0.0f ? 0.0f : fast_reciprocal(denominator);
-#pragma unroll
-    for (i32 j = 0; j < kOctets; ++j) {
-#pragma unroll
-        for (i32 i = 0; i < kOctet; i += 2) merged[j].set_pair(i, merge.sums[j][i] * scale, merge.sums[j][i + 1] * scale);
-    }
-    return merge.weights == 0.0f ? minus_infinity() : fmaf(fast_log2(merge.weights), kLn2, merge.largest);
+    return finish_merge<Out>(states, merge, merged);
 }
 
 // How rows are cut into chunks of columns, one warp each: as narrow as lets every warp do with one chunk.

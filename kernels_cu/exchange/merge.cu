@@ -4,6 +4,7 @@
 // with the ranks of their heads, all that is left is to tell that they are there, and to merge. Few rows go in packets instead.
 #include "combine/merge_octets.h"
 #include "exchange/results.h"
+#include "ptx/copy_async.h"
 #include "ptx/launch.h"
 
 namespace mla {
@@ -11,6 +12,11 @@ namespace mla {
 using Element = MLA_DTYPE;  // Bf16 or Fp16
 constexpr i32 kOctetQuads = kOctet * Element::kBytes / static_cast<i32>(sizeof(uint4));
 constexpr i32 kRoundTasks = 2;  // of a warp: chunks of rows in a round
+#ifndef MLA_ROWS_AT_ONCE
+#define MLA_ROWS_AT_ONCE 2
+#endif
+constexpr i32 kRowsAtOnce = MLA_ROWS_AT_ONCE;  // of a warp, of two ranks' that are there
+constexpr i32 kLineBytes = 128;  // of L2
 
 // States of one row, one of each rank: this rank's own lies where it was computed.
 struct RankStates : RowStates {
@@ -163,15 +169,66 @@ struct RowChunk {
     }
 
     MLA_DEVICE void merge(const CtaExchange& cta, const RankStates& states, i32 chunk, i32 lane) const {
+        merge_chunk<Element, Element>(states, cta.chunks, chunk, cta.params.d_v, lane, [&] { return target(cta); });
+    }
+
+    MLA_DEVICE RowTarget target(const CtaExchange& cta) const {
         const PushMergeParams& params = cta.params;
-        merge_chunk<Element, Element>(states, cta.chunks, chunk, params.d_v, lane, [&] {
-            const i64 out = index0 * params.out_stride0 + index1 * params.out_stride1 + head * params.out_stride2;
-            const i64 lse = index0 * params.lse_stride0 + index1 * params.lse_stride1 + head * params.lse_stride2;
-            u8* const to = params.out + out * Element::kBytes;
-            return RowTarget{to, params.lse + lse, params.aligned != 0, minus_infinity()};
-        });
+        const i64 out = index0 * params.out_stride0 + index1 * params.out_stride1 + head * params.out_stride2;
+        const i64 lse = index0 * params.lse_stride0 + index1 * params.lse_stride1 + head * params.lse_stride2;
+        return {params.out + out * Element::kBytes, params.lse + lse, params.aligned != 0, minus_infinity()};
     }
 };
+
+// Of two ranks whose rows are stored, as many that a warp has a whole row: it waits for memory once for several of them. Until the
+// other rank tells that they are there, all are asked for into L2, from which much of them has gone since.
+MLA_DEVICE bool merges_at_once(const CtaExchange& cta) {
+    return kRowsAtOnce > 0 && cta.is_stored && cta.params.meetings.world == 2 && cta.chunks.octets_of_chunk == 2 * kWarpThreads;
+}
+
+MLA_DEVICE void prefetch_rows(const CtaExchange& cta, const Received& received) {
+    const i32 lines = ceil_div(static_cast<i32>(cta.row_bytes), kLineBytes);
+    const i32 rows = cta.tasks / cta.chunks.chunks_of_row;
+    for (i32 i = threadIdx.x; i < cta.params.meetings.world * rows * lines; i += blockDim.x) {
+        const i32 row_of_all = i / lines, rank = row_of_all / rows;
+        prefetch_to_l2(received.out_of(rank, cta.first_row + row_of_all - rank * rows) + (i - row_of_all * lines) * kLineBytes);
+    }
+}
+
+MLA_DEVICE void merge_at_once(const CtaExchange& cta, const Received& received, i32 warp, i32 lane) {
+    constexpr i32 kRanks = 2, kOctets = 2;
+    const PushMergeParams& params = cta.params;
+    const i32 row_octets = params.d_v / kOctet;
+    for (i32 begin = warp; begin < cta.tasks; begin += kRowsAtOnce * cta.warps) {
+        LoadedStates<Element, kRanks, kOctets> loaded[kRowsAtOnce > 0 ? kRowsAtOnce : 1];
+#pragma unroll
+        for (i32 i = 0; i < kRowsAtOnce; ++i) {
+            const RowChunk row(cta, min_i32(begin + i * cta.warps, cta.tasks - 1));
+            const i32 octet = min_i32(row.chunk * kOctets * kWarpThreads + lane, row_octets - 1);
+            RowStates states{received.out_of(0, row.row) + octet * kOctet * Element::kBytes, cta.rows * cta.row_bytes,
+                             received.lse_of(0, row.row), cta.rows, kRanks, true};
+            states.second = (min_i32(octet + kWarpThreads, row_octets - 1) - octet) * kOctet * Element::kBytes;
+            loaded[i].load(states, 0, 1);
+        }
+#pragma unroll
+        for (i32 i = 0; i < kRowsAtOnce; ++i) {
+            const i32 task = begin + i * cta.warps;
+            if (task >= cta.tasks) break;
+            const RowChunk row(cta, task);
+            const RowStates states{nullptr, 0, nullptr, 0, kRanks, true};
+            PartialMerge<kOctets> merge{minus_infinity(), 0.0f, {}};
+            merge.add(states, loaded[i], 0, 1);
+            merge.join_lanes(kWarpThreads);
+            Octet<Element> merged[kOctets];
+            const f32 lse = finish_merge(states, merge, merged);
+            const RowTarget target = row.target(cta);
+            const i32 octet = row.chunk * kOctets * kWarpThreads + lane;
+            if (octet < row_octets) target.store(octet, merged[0]);
+            if (octet + kWarpThreads < row_octets) target.store(octet + kWarpThreads, merged[1]);
+            target.store_lse(octet, lse);
+        }
+    }
+}
 
 }  // namespace mla
 
@@ -202,6 +259,13 @@ mla_push_merge(const __grid_constant__ mla::PushMergeParams params) {
         return;
     }
     if (cta.is_stored) meetings.tell(before + rounds);
+    if (merges_at_once(cta)) {
+        prefetch_rows(cta, received);
+        meetings.wait(before + rounds);
+        merge_at_once(cta, received, warp, lane);
+        meetings.count_call();
+        return;
+    }
     for (i32 round = 0; round <= rounds; ++round) {
         const i32 end = min_i32((round + 1) * tasks_of_round, cta.tasks), begin = round * tasks_of_round + warp;
         if (!cta.is_stored && round < rounds) {
