@@ -25,7 +25,7 @@ EXCHANGES = (ALL_TO_ALL, GATHER_AND_REDUCE, DIRECT)
 _SEGMENT_ALIGNMENT = 16  # bytes; rows of results are stored 16 bytes at once
 _BYTES = "uint8"
 # Query rows of a rank's heads from which a kernel computes longer than it reads: they may read the keys for themselves.
-_ROWS_OF_REQUEST = 128
+ROWS_OF_REQUEST = 128
 
 
 class HeadExchange:
@@ -70,7 +70,7 @@ class HeadExchange:
         world, rows, dtype = heads.world, heads.rows, heads.dtype
         self.as_tokens = may_be_tokens and len(rows) == 2 and rows[1] == 1
         may_be_requests = may_be_tokens and not self.as_tokens and not heads.gathered and len(rows) == 2
-        self.repeats = world if may_be_requests and rows[1] * heads.own >= _ROWS_OF_REQUEST else 1
+        self.repeats = world if may_be_requests and rows[1] * heads.own >= ROWS_OF_REQUEST else 1
         self._gathering = None if heads.gathered else empty_like(q, (world, *q.shape), dtype)
 
         out_shape, lse_shape = heads.result_shapes
