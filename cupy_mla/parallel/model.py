@@ -9,7 +9,7 @@ network it does not hold. Copies and merges are lines through what they took on 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -20,6 +20,7 @@ from ..decode.support import problem_of
 from ..gpu import hopper
 from ..kernels.choose import choose_config, load_of
 from ..layouts import DENSE_LAYOUTS, find_layout
+from .exchange import ROWS_OF_REQUEST
 
 # us against bytes that each of two ranks received: 1, 16 and 128 requests, 64 heads of the other rank.
 _REQUESTS = np.array([1, 16, 128])
@@ -74,7 +75,8 @@ class StepTimes:
     decode
         All heads over the rank's tokens.
     copies
-        Queries and results of several query tokens to where kernels and collectives want them.
+        Queries and results of several query tokens to where kernels and collectives want them; or, where ranks are
+        requests, their pages.
     merge
         Results of all ranks.
     """
@@ -100,17 +102,19 @@ def model_times(size: CallSize, world: int, interleave: int = 1) -> StepTimes:
         No kernel takes such a call, or a number is out of range.
     """
     tokens = Shard(world, 0, interleave).count(size.tokens)  # no rank has more than the first
-    decode = _decode_us(size, tokens)
     if world == 1:
-        return StepTimes(0.0, decode, 0.0, 0.0, 0.0)
+        return StepTimes(0.0, _decode_us(size, tokens), 0.0, 0.0, 0.0)
+    own_heads = size.num_heads_q // world
+    are_requests = size.seqlen_q > 1 and size.seqlen_q * own_heads >= ROWS_OF_REQUEST
+    called = replace(size, batch=size.batch * world, num_heads_q=own_heads) if are_requests else size
     item_size, received = ITEM_SIZES[size.dtype], (world - 1) / world
     query_bytes = size.rows * (size.latent_dim + size.rope_dim) * item_size
     result_bytes = size.rows * (size.latent_dim * item_size + ITEM_SIZES[LSE_DTYPE])
-    copies = [] if size.seqlen_q == 1 else [query_bytes, result_bytes]
+    copies: list[int] = [] if size.seqlen_q == 1 else [0] if are_requests else [query_bytes, result_bytes]
     rows = size.rows / world
     return StepTimes(
         gather=_collective_us(query_bytes * received, _GATHER_BYTES, _GATHER_US),
-        decode=decode,
+        decode=_decode_us(called, tokens),
         copies=sum(_COPY_START + copied / _COPY_BYTES_PER_US for copied in copies),
         exchange=_collective_us(result_bytes * received, _EXCHANGE_BYTES, _EXCHANGE_US),
         merge=_MERGE_START + rows * (_MERGE_PER_ROW + world * _MERGE_PER_ROW_READ),
