@@ -12,10 +12,7 @@ namespace mla {
 using Element = MLA_DTYPE;  // Bf16 or Fp16
 constexpr i32 kOctetQuads = kOctet * Element::kBytes / static_cast<i32>(sizeof(uint4));
 constexpr i32 kRoundTasks = 2;  // of a warp: chunks of rows in a round
-#ifndef MLA_ROWS_AT_ONCE
-#define MLA_ROWS_AT_ONCE 2
-#endif
-constexpr i32 kRowsAtOnce = MLA_ROWS_AT_ONCE;  // of a warp, of two ranks' that are there
+constexpr i32 kRowsAtOnce = 2;  // that a warp merges of two ranks, where they are there; 3 and 4 are slower
 constexpr i32 kLineBytes = 128;  // of L2
 
 // States of one row, one of each rank: this rank's own lies where it was computed.
@@ -183,7 +180,7 @@ struct RowChunk {
 // Of two ranks whose rows are stored, as many that a warp has a whole row: it waits for memory once for several of them. Until the
 // other rank tells that they are there, all are asked for into L2, from which much of them has gone since.
 MLA_DEVICE bool merges_at_once(const CtaExchange& cta) {
-    return kRowsAtOnce > 0 && cta.is_stored && cta.params.meetings.world == 2 && cta.chunks.octets_of_chunk == 2 * kWarpThreads;
+    return cta.is_stored && cta.params.meetings.world == 2 && cta.chunks.octets_of_chunk == 2 * kWarpThreads;
 }
 
 MLA_DEVICE void prefetch_rows(const CtaExchange& cta, const Received& received) {
@@ -200,7 +197,7 @@ MLA_DEVICE void merge_at_once(const CtaExchange& cta, const Received& received, 
     const PushMergeParams& params = cta.params;
     const i32 row_octets = params.d_v / kOctet;
     for (i32 begin = warp; begin < cta.tasks; begin += kRowsAtOnce * cta.warps) {
-        LoadedStates<Element, kRanks, kOctets> loaded[kRowsAtOnce > 0 ? kRowsAtOnce : 1];
+        LoadedStates<Element, kRanks, kOctets> loaded[kRowsAtOnce];
 #pragma unroll
         for (i32 i = 0; i < kRowsAtOnce; ++i) {
             const RowChunk row(cta, min_i32(begin + i * cta.warps, cta.tasks - 1));
