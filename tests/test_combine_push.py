@@ -115,7 +115,7 @@ def test_pieces_come_merged_to_the_ranks_of_their_heads(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """The same bits as by the kernels one after the other; ranks wait for nobody but each other."""
-    d_v = (8 if world < 3 else 5) * OCTET
+    d_v = {1: 8, 2: 12, 3: 5}[world] * OCTET  # a warp's share of a row, one and a half, and less
     ranks = RanksOfPieces(CASES[name], world, gathered, tag, d_v, monkeypatch)
     assert all(of_rank.has_merges == (name != "all are whole") for of_rank in ranks.pieces)
     ranks.check_calls(merged)

@@ -177,7 +177,8 @@ def test_constants_are_the_same_on_both_sides() -> None:
         assert getattr(structs, name) == kernel_constant(name), name
     for name in ("MERGE_STATES_THREADS", "OCTET"):
         assert getattr(combine, name) == kernel_constant(name), name
-    assert kernel_constant("EXCHANGE_THREADS") == exchange.EXCHANGE_THREADS
+    for name in ("EXCHANGE_THREADS", "_UNIT_OCTETS"):
+        assert getattr(exchange, name) == kernel_constant(name), name
     assert exchange.EXCHANGE_THREADS // 2 > MAX_WORLD  # as few there may be
     for name in ("PLAN_THREADS", "_JOB_COLUMNS", "_SCRATCH_BYTES", "_SECTION_INTS"):
         assert getattr(planner, name) == kernel_constant(name), name

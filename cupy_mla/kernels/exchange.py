@@ -18,7 +18,7 @@ CHUNK_BYTES, WORD_BYTES, PACKET_BYTES = 16, 4, 32
 # Bytes to a rank that take no longer over NVLink than a flag that sets out behind them.
 _MOST_IN_PACKETS = 2**18
 _MOST_SHARED = 48 * 1024  # bytes that a CTA gets without asking
-_UNIT_OCTETS = 4  # that a warp of mla_combine_push merges
+_UNIT_OCTETS = 8  # that a warp of mla_combine_push merges
 PUSH_MERGE_TYPES = ("bfloat16", "float16")
 
 

@@ -6,7 +6,7 @@
 
 namespace mla {
 
-constexpr i32 kUnitOctets = 4;  // of a row, which a warp merges
+constexpr i32 kUnitOctets = 8;  // of a row, which a warp merges; of 4 or 16, one request takes 1.4 us more
 constexpr i32 kOctetBytes = kOctet * Output::kBytes;
 static_assert(kOctetBytes == sizeof(uint4), "a packet for each octet");
 

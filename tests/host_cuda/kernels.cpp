@@ -233,6 +233,7 @@ int kernel_constant(const char* name) {
         {"MAX_SHARED_BYTES", kMaxSharedBytes},
         {"CTA_SHARED_BYTES", kCtaSharedBytes},
         {"OCTET", kOctet},
+        {"_UNIT_OCTETS", kUnitOctets},
         {"WHOLE_JOB", kWholeJob},
         {"_JOB_COLUMNS", JobTable::kColumns},
         {"_SCRATCH_BYTES", static_cast<int>(sizeof(PlanScratch))},
