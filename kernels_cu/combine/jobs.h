@@ -14,6 +14,12 @@ using Partial = MLA_PARTIAL;  // Fp32, Output, or Fp16 with powers of two
 // As many as leave room for two warps in the quarter of an SM that holds two of the decode kernel's; cupy_mla/kernels/combine.py
 constexpr i32 kRegisters = MLA_REGISTERS;
 
+// Rows are cut into as many chunks as there are warps for so many of each. Every chunk reads the lses of all pieces anew, and what a
+// warp does besides merging takes as long for a narrow one: with a warp for each, dense decoding of one request takes 1 to 1.5 us
+// more. Of gathered tokens that is not known.
+MLA_DEVICE u32 warps_per_chunk(const CombineParams&) { return 2; }
+MLA_DEVICE u32 warps_per_chunk(const GatherCombineParams&) { return 1; }
+
 // Whose rows a job has: a batch entry, from a query token of it on.
 struct JobPlace {
     i32 batch, token;
@@ -137,7 +143,8 @@ MLA_DEVICE void merge_jobs(const Params& params) {
     const i32 num_merges = plan_header(params.plan)->num_merges;
     const MergeItem* const merges = plan_merges(params.plan, params.merges_offset);
     const u32 num_warps = gridDim.x * (blockDim.x / kWarpThreads);
-    const RowChunks chunks(static_cast<i64>(num_merges) * params.slot_rows, params.d_v, num_warps, kSectorOctets<Partial>);
+    const RowChunks chunks(static_cast<i64>(num_merges) * params.slot_rows, params.d_v, num_warps / warps_per_chunk(params),
+                           kSectorOctets<Partial>);
     const u32 num_tasks = num_merges * params.slot_rows * chunks.chunks_of_row;
     u32 next = warp * gridDim.x + blockIdx.x;  // few tasks spread over all SMs
     Task<Params> task = {};
