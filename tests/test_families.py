@@ -32,7 +32,7 @@ from cupy_mla.kernels.choose import (
 from cupy_mla.kernels.combine import combine_source, gathered_combine_source
 from cupy_mla.kernels.family import ALL_COLUMNS, STANDARD_DIMS, ColumnParts, DecodeFamily, KernelConfig
 from cupy_mla.kernels.fp8 import FP8_SPLIT16, Fp8Family
-from cupy_mla.kernels.gathered import GATHERED_WIDE64, gathered_config
+from cupy_mla.kernels.gathered import GATHERED_WIDE64, GatheredConfig, gathered_config
 from cupy_mla.kernels.gathered_narrow import GATHERED_NARROW16, GATHERED_NARROW32
 from cupy_mla.kernels.narrow import NARROW16, NARROW32
 from cupy_mla.kernels.token_pages import RowPagesFamily
@@ -432,12 +432,13 @@ def test_the_roles_of_prefill_without_a_rope_part_have_the_registers_that_the_ke
 def test_the_roles_of_gathered_rows_have_the_registers_that_the_kernel_gives_them() -> None:
     text = (kernels_root() / "decode/gathered/narrow_schedule.h").read_text()
 
-    def numbers_of(name: str) -> tuple[str, str, str]:
-        [numbers] = re.findall(rf"\bk{name}Registers = kTakesTurns \? (\d+) : kRows == 16 \? (\d+) : (\d+);", text)
+    def numbers_of(name: str) -> tuple[str, ...]:
+        choices = r"kTakesTurns \? (\d+) : kRowsAlongM \? (\d+) : kRows == 16 \? (\d+) : (\d+);"
+        [numbers] = re.findall(rf"\bk{name}Registers = {choices}", text)
         return numbers
 
-    kinds = ("static", GATHERED_NARROW16), ("planned", GATHERED_NARROW16), ("static", GATHERED_NARROW32)
-    for index, (schedule, family) in enumerate(kinds):
+    kinds = tuple(itertools.product((GATHERED_NARROW16, GATHERED_NARROW32), ("static", "planned")))
+    for (family, schedule), index in zip(kinds, (0, 2, 1, 3), strict=True):
         name = f"{family.name}_bfloat16_512+64_page1_{schedule}"
         [config] = [config for config in family.standard_configs() if config.name == name]
         roles = family.roles(config)
@@ -445,6 +446,26 @@ def test_the_roles_of_gathered_rows_have_the_registers_that_the_kernel_gives_the
             assert role.registers == int(numbers_of(role.name.capitalize())[index])
         held = sum(role.registers * role.threads for role in roles)
         assert held == int(numbers_of("Entry")[index]) * config.threads
+
+
+@pytest.mark.parametrize(
+    ("latent_dim", "rope_dim", "planned", "refined", "entry"),
+    [
+        (512, 64, False, False, "row_prefill"),
+        (64, 0, False, False, "row_prefill"),
+        (512, 128, False, False, "narrow"),  # ten boxes of Q are too many for registers
+        (512, 64, False, True, "narrow"),
+        (512, 64, True, False, "narrow"),
+    ],
+)
+def test_prefill_of_32_rows_has_q_in_registers_where_it_fits(
+    latent_dim: int, rope_dim: int, planned: bool, refined: bool, entry: str
+) -> None:
+    config = GatheredConfig(
+        *(GATHERED_NARROW32, latent_dim, rope_dim, "bfloat16", 1), causal=False, planned=planned, refined=refined
+    )
+    assert config.source().entry == f"decode/gathered/{entry}.cu"
+    assert config.shared_memory <= hopper.MAX_SHARED_BYTES
 
 
 @pytest.mark.parametrize("family", [GATHERED_NARROW16, GATHERED_NARROW32], ids=lambda family: family.name)

@@ -60,6 +60,8 @@ OTHER_CONFIGS += [
         (GATHERED_NARROW16, 64, 0, 1, False),
         (GATHERED_NARROW16, 512, 256, 64, True),
         (GATHERED_NARROW32, 384, 64, 2, False),
+        (GATHERED_NARROW32, 64, 0, 61, False),
+        (GATHERED_NARROW32, 512, 128, 1, False),
         (GATHERED_NARROW32, 512, 128, 256, True),
     )
 ]

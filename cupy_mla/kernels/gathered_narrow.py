@@ -1,6 +1,7 @@
 """The narrow kernels of gathered tokens: 16 or 32 query rows a CTA (kernels_cu/decode/gathered/narrow.cu).
 
-Prefill of 16 rows has a kernel of its own: two scores warpgroups take tiles in turn (narrow_prefill.cu).
+Prefill has kernels of its own: of 16 rows two scores warpgroups take tiles in turn (narrow_prefill.cu); of 32 rows they
+lie along wgmma's M, with Q in registers, unless tiles have more than nine boxes or P is refined (row_prefill.cu).
 """
 
 from __future__ import annotations
@@ -43,6 +44,12 @@ _ROLES = ("scores", "values", "loaders")
 _WARPGROUPS, _TURN_WARPGROUPS = (1, 1, 1), (2, 1, 1)
 _TURN_REGISTERS = (128, 152, 104)
 _TURN_ROWS = 16
+# Of prefill kernels whose rows lie along M.
+_ROW_ENTRY, _ROW_FUNCTION = "decode/gathered/row_prefill.cu", "mla_gathered_row_prefill"
+_ROW_REGISTERS = (240, 208, 56)
+_REGISTER_BOXES = 9  # of Q
+_ROW_VALUES = 2  # of a row, that the CTAs of a cluster leave for each other
+_ZEROS_BYTES = 16
 _MAX_LATENT_DIM = 512  # of the output, in the registers of the values warpgroup
 _MAX_GROUP_BOXES = 4
 _RING_BOXES = 18  # with a plan, where two tiles are not more
@@ -88,19 +95,23 @@ class GatheredNarrowFamily(DecodeFamily):
 
     def roles(self, config: KernelConfig) -> tuple[Role, ...]:
         """Three warpgroups, or four."""
-        takes_turns = self._takes_turns(_is_planned(config))
-        warpgroups = _TURN_WARPGROUPS if takes_turns else _WARPGROUPS
-        registers = _TURN_REGISTERS if takes_turns else self.registers
+        warpgroups, registers = _WARPGROUPS, self.registers
+        if self._takes_turns(_is_planned(config)):
+            warpgroups, registers = _TURN_WARPGROUPS, _TURN_REGISTERS
+        elif self._has_rows_along_m(config):
+            registers = _ROW_REGISTERS
         return tuple(
             Role(name, count * hopper.WARPGROUP_THREADS, each)
             for name, count, each in zip(_ROLES, warpgroups, registers, strict=True)
         )
 
     def source(self, config: KernelConfig) -> KernelSource:
-        """One of two kernels."""
-        if not self._takes_turns(_is_planned(config)):
-            return DecodeFamily.source(self, config)
-        return KernelSource(_PREFILL_ENTRY, _PREFILL_FUNCTION, self.defines(config))
+        """One of three kernels."""
+        if self._has_rows_along_m(config):
+            return KernelSource(_ROW_ENTRY, _ROW_FUNCTION, self.defines(config))
+        if self._takes_turns(_is_planned(config)):
+            return KernelSource(_PREFILL_ENTRY, _PREFILL_FUNCTION, self.defines(config))
+        return DecodeFamily.source(self, config)
 
     def has_float_partials(self, rows: int) -> bool:
         """For few rows, where the kernel has registers for it."""
@@ -114,8 +125,10 @@ class GatheredNarrowFamily(DecodeFamily):
 
     def shared_memory(self, config: KernelConfig) -> int:
         """The total of decode/gathered/narrow_smem.h: as many groups of KV boxes as fit, most beside a merge."""
-        boxes = (config.latent_dim + config.rope_dim) // BOX_COLUMNS
-        planned = _is_planned(config)
+        boxes, planned = (config.latent_dim + config.rope_dim) // BOX_COLUMNS, _is_planned(config)
+        if self._has_rows_along_m(config):
+            fixed = self._row_bytes()
+            return fixed + (hopper.MAX_SHARED_BYTES - fixed) // _group_bytes(boxes) * _group_bytes(boxes)
         return self._fixed_bytes(boxes, self._takes_turns(planned)) + self._groups(boxes, planned) * _group_bytes(boxes)
 
     def defines(self, config: KernelConfig) -> tuple[tuple[str, str], ...]:
@@ -138,13 +151,25 @@ class GatheredNarrowFamily(DecodeFamily):
     def _takes_turns(self, planned: bool) -> bool:
         return not planned and self.rows == _TURN_ROWS
 
+    def _has_rows_along_m(self, config: KernelConfig) -> bool:
+        fits = config.latent_dim + config.rope_dim <= _REGISTER_BOXES * BOX_COLUMNS and not config.refined
+        return fits and not _is_planned(config) and self.rows != _TURN_ROWS
+
+    def _buffer_bytes(self) -> int:
+        """Of P, and of what goes with it, but for words that say whether factors are 1."""
+        return self.rows * (BOX_COLUMNS * ELEMENT_BYTES + 2 * FLOAT_BYTES) + 3 * BARRIER_BYTES
+
+    def _row_bytes(self) -> int:
+        """All but the ring where rows lie along M: a word of each scores warp for each buffer."""
+        of_buffers = _BUFFERS * (self._buffer_bytes() + _WARPS * _WORD_BYTES)
+        return of_buffers + _ZEROS_BYTES + _ROW_VALUES * self.rows * FLOAT_BYTES + CLAIM_BYTES
+
     def _fixed_bytes(self, boxes: int, takes_turns: bool) -> int:
         """All but the ring: queries, P, what goes between warps and between warpgroups."""
         row_box = self.rows * BOX_COLUMNS * ELEMENT_BYTES
         of_rows = self.rows * FLOAT_BYTES  # a value of each
         exchange = _WARPS * of_rows
-        of_buffer = row_box + 2 * of_rows + 3 * BARRIER_BYTES + _WORD_BYTES
-        fixed = boxes * row_box + exchange + _BUFFERS * of_buffer + CLAIM_BYTES
+        fixed = boxes * row_box + exchange + _BUFFERS * (self._buffer_bytes() + _WORD_BYTES) + CLAIM_BYTES
         if not takes_turns:
             return fixed
         # The second warpgroup's own exchange; two barriers for turns and two for queries; maxima; what is handed over.

@@ -69,7 +69,9 @@ public:
         i32 slot = read(work, work.tile_begin);
         while (work.has_tiles()) {
             const BlockWork next = next_work(params_, items_, item);
-            if (kTakesTurns)
+            if (kRowsAlongM)
+                load_query_groups(work);
+            else if (kTakesTurns)
                 load_query(work);
             else if (next.has_tiles())
                 prefetch_query(params_, next, warp_ * kWarpThreads + lane_);
@@ -138,6 +140,33 @@ private:
             copy_query_chunks(params_, work, smem_, row_in_block, chunk);
         }
         copy_async_arrive(query_full_barrier(smem_));
+    }
+
+    // The same through the ring, two boxes of Q in the place of one of a tile, or four.
+    MLA_DEVICE void load_query_groups(const BlockWork& work) {
+        constexpr u32 kPlaceBoxes = kGroupBytes / kRowBoxBytes;
+        const u32 chunk = lane_ % kLineLanes;
+#pragma unroll
+        for (u32 group = 0; group != kQueryGroups; ++group) {
+            const GroupRing::Place place = ring_.place(group);
+            mbarrier_wait(empty_barrier(smem_, place.index), place.parity ^ 1);
+#pragma unroll
+            for (u32 first = 0; first < kRows; first += kLoaderWarps * kPassTokens) {
+                const u32 row_in_block = first + warp_ * kPassTokens + lane_ / kLineLanes;
+                const QueryRow row = query_row(params_, work, row_in_block, chunk * kChunkColumns);
+                const u32 destination = smem_ + Smem::ring + place.index * kGroupBytes + box_chunk_offset(row_in_block, chunk);
+                const u32 bytes = row.exists ? 16 : 0;
+#pragma unroll
+                for (u32 box = group * kPlaceBoxes; box < kTileBoxes && box < (group + 1) * kPlaceBoxes; ++box)
+                    copy_async_16b<false>(destination + box % kPlaceBoxes * kRowBoxBytes,
+                                          box < kLatentBoxes ? row.latent + box * kBoxColumns
+                                                             : row.rope + (box - kLatentBoxes) * kBoxColumns,
+                                          bytes);
+            }
+            copy_async_arrive(full_barrier(smem_, place.index));
+            if (lane_ == 0) mbarrier_arrive(full_barrier(smem_, place.index));
+        }
+        ring_.skip_query();
     }
 
     // The slot of token lane % 16 of this warp's share of a tile. Indices past the last that counts are not read.

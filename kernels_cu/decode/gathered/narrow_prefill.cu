@@ -1,4 +1,4 @@
-// Sparse prefill for 16 query rows a CTA, operands swapped; kernels_cu/DESIGN.md tells the schedule. Four warpgroups:
+// Sparse prefill for 16 query rows a CTA, operands swapped; kernels_cu/DESIGN_PREFILL.md tells the schedule. Four warpgroups:
 //   0, 1  scores, a tile each in turn: S^T = K Q^T, softmax, P
 //   2     values: O^T += V^T P^T, output
 //   3     loaders: gather the rows of each tile's tokens, as far ahead as the ring reaches, and queries

@@ -35,11 +35,12 @@ private:
             if (thread_ < kRows) store_max_logit(params_, work, thread_, minus_infinity());
             return;
         }
+        ring_.skip_query();  // the scores warps free it
         float output[kLatentBoxes][kFragment];
         for (i32 tile = work.tile_begin; tile < work.tile_end; ++tile) {
             const bool is_first = tile == work.tile_begin;
             mbarrier_wait(probabilities_full_barrier(smem_, buffers_.index), buffers_.parity);
-            if (!is_first && load_shared_u32(smem_ + Smem::rescales + buffers_.index * sizeof(u32)))
+            if (!is_first && any_rescales())
                 rescale_by(Smem::factors, output);
             const bool is_last = tile + 1 == work.tile_end;
             accumulate(!is_first, is_last ? kStagedGroups : 0, output);
@@ -59,6 +60,15 @@ private:
         store(work, item, inverse, output);
         ring_.advance();
         buffers_.advance();
+    }
+
+    MLA_DEVICE bool any_rescales() const {
+        u32 words[Smem::rescales_bytes / sizeof(u32)];
+        load_shared_words(rescales(smem_, buffers_.index), words);
+        u32 any = 0;
+#pragma unroll
+        for (const u32 word : words) any |= word;
+        return any != 0;
     }
 
     // The output turns into rows in the place of the last tile's first boxes.
