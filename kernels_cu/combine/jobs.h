@@ -17,7 +17,9 @@ constexpr i32 kRegisters = MLA_REGISTERS;
 // Rows are cut into as many chunks as there are warps for so many of each. Every chunk reads the lses of all pieces anew, and what a
 // warp does besides merging takes as long for a narrow one: with a warp for each, dense decoding of one request takes 1 to 1.5 us
 // more. Of gathered tokens that is not known.
-MLA_DEVICE u32 warps_per_chunk(const CombineParams&) { return 2; }
+// CTAs of four warps, which a family asks for where rows are few, have no more than half of the usual warps anyhow.
+constexpr u32 kFewThreads = 128;
+MLA_DEVICE u32 warps_per_chunk(const CombineParams&) { return blockDim.x <= kFewThreads ? 1 : 2; }
 MLA_DEVICE u32 warps_per_chunk(const GatherCombineParams&) { return 1; }
 
 // Whose rows a job has: a batch entry, from a query token of it on.
@@ -142,17 +144,26 @@ MLA_DEVICE void merge_jobs(const Params& params) {
     // known when the partial results are there.
     const i32 num_merges = plan_header(params.plan)->num_merges;
     const MergeItem* const merges = plan_merges(params.plan, params.merges_offset);
-    const u32 num_warps = gridDim.x * (blockDim.x / kWarpThreads);
+    if (num_merges == 0) {  // where CTAs of the decode kernel leave no room, all this comes after it
+        pdl_launch_dependents();
+        pdl_wait();
+        return;
+    }
+    const u32 block_warps = blockDim.x / kWarpThreads, num_warps = gridDim.x * block_warps;
     const RowChunks chunks(static_cast<i64>(num_merges) * params.slot_rows, params.d_v, num_warps / warps_per_chunk(params),
                            kSectorOctets<Partial>);
     const u32 num_tasks = num_merges * params.slot_rows * chunks.chunks_of_row;
-    u32 next = warp * gridDim.x + blockIdx.x;  // few tasks spread over all SMs
+    // Few tasks are spread over all SMs, and neighbours are one CTA's: chunks of a row need the same lses, which one line of L2 has
+    // for all rows of a slot. Where each warp of the GPU asked L2 for them they waited for one another.
+    const u32 tasks_of_block = (num_tasks + gridDim.x - 1) / gridDim.x;
+    const u32 begin = blockIdx.x * tasks_of_block, first = begin + warp;
+    const u32 end = begin + tasks_of_block < num_tasks ? begin + tasks_of_block : num_tasks;
     Task<Params> task = {};
-    if (next < num_tasks) task.find(params, merges, chunks, next);
+    if (first < end) task.find(params, merges, chunks, first);
     pdl_launch_dependents();
     pdl_wait();
-    for (; next < num_tasks; next += num_warps) {
-        if (next >= num_warps) task.find(params, merges, chunks, next);
+    for (u32 next = first; next < end; next += block_warps) {
+        if (next > first) task.find(params, merges, chunks, next);
         task.merge(params, chunks, lane);
     }
 }
