@@ -33,6 +33,12 @@ MLA_DEVICE void load_global_16b(const void* source, u32 exists, u32 (&words)[4],
         : "memory");
 }
 
+MLA_DEVICE uint4 load_global_16b(const void* source, bool exists) {
+    u32 words[4];
+    load_global_16b(source, exists, words);
+    return uint4{words[0], words[1], words[2], words[3]};
+}
+
 // A word that another kernel may be about to write: past L1, so that a later load finds what was written.
 MLA_DEVICE i32 load_global_relaxed(const i32* source) {
     i32 word;

@@ -6,6 +6,7 @@
 #include "decode/narrow/smem.h"
 #include "decode/narrow/store.h"
 #include "decode/narrow/swapped.h"
+#include "ptx/launch.h"
 #include "ptx/mbarrier.h"
 #include "ptx/warp.h"
 #include "ptx/wgmma.h"
@@ -17,8 +18,10 @@ public:
     MLA_DEVICE ConsumerRole(const DecodeParams& params, u32 smem, u32 thread)
         : params_(params), smem_(smem), thread_(thread), warp_(thread / kWarpThreads), lane_(thread % kWarpThreads) {}
 
+    // Waits for the kernels ahead once it knows where the queries lie.
     MLA_DEVICE void run_item(const BlockWork& work) {
         if (work.tile_begin >= work.tile_end) {
+            pdl_wait();
             store_empty(params_, work, thread_);
             return;
         }
@@ -50,7 +53,9 @@ private:
         // The space still holds the previous item's output. No barrier is needed before this: a thread overwrites only the
         // chunks that it has read itself (QueryRows and store_output_rows deal them out alike).
         QueryRows query;
-        query.read(params_, work, thread_);
+        query.find(params_, work, thread_);
+        pdl_wait();
+        query.read();
         query.write(smem_ + NarrowSmem::query, thread_);
         fence_async_proxy();
         barrier();  // Q is complete before any warp's wgmma reads it

@@ -72,10 +72,16 @@ private:
             mbarrier_arrive_expect_bytes(full_barrier(smem_, slot.index), valid_chunks * kChunkTokens * kBoxRowBytes);
         }
         __syncwarp();
+        if constexpr (kChunks == 1) {
+            // Known to be the same in all of the warp: else each copy is asked for in a loop over those that differ, 130 clocks.
+            const i32 page = __shfl_sync(kFullWarp, pages.number[0], 0);
+            if (lane_ < valid_chunks) load_chunk(work, first_key, 0, page);
+        } else {
 #pragma unroll
-        for (u32 i = 0; i < kChunksPerLane; ++i) {
-            const u32 chunk = lane_ + i * kWarpThreads;
-            if (chunk < valid_chunks) load_chunk(work, first_key, chunk, pages.number[i]);
+            for (u32 i = 0; i < kChunksPerLane; ++i) {
+                const u32 chunk = lane_ + i * kWarpThreads;
+                if (chunk < valid_chunks) load_chunk(work, first_key, chunk, pages.number[i]);
+            }
         }
         __syncwarp();
         ring_.advance();

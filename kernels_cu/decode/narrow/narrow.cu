@@ -43,11 +43,11 @@ mla_decode_narrow(const __grid_constant__ mla::TensorMap kv_latent, const __grid
             if (++item < item_end) work = load_block_work(params, item);
         }
     } else {
-        pdl_wait();
         ConsumerRole consumer(params, smem, threadIdx.x);
         while (item < item_end) {
             if (work.exists()) consumer.run_item(work);
             if (++item < item_end) work = load_block_work(params, item);
         }
+        pdl_wait();  // whoever waits for this kernel waits for those before it, too
     }
 }

@@ -4,6 +4,8 @@
 #include "decode/narrow/swapped.h"
 #include "decode/rows.h"
 #include "ptx/convert.h"
+#include "ptx/copy_async.h"
+#include "ptx/load.h"
 #include "ptx/mbarrier.h"
 #include "ptx/warp.h"
 
@@ -21,16 +23,35 @@ MLA_DEVICE uint4 load_shared_16b(u32 address) {
 // Q of the block, latent boxes first; zero for rows that do not exist.
 class QueryRows {
 public:
+    // Where they lie, which is a division and some 100 instructions. Nothing but an access keeps ptxas from doing it later than it is
+    // said, behind a wait.
     template <class Params>
-    MLA_DEVICE void read(const Params& params, const BlockWork& work, u32 thread) {
+    MLA_DEVICE void find(const Params& params, const BlockWork& work, u32 thread) {
         const u32 column = thread % kChunksPerBoxRow * kChunkColumns;
 #pragma unroll
         for (u32 pass = 0; pass < kRowPasses; ++pass) {
             const QueryRow row = query_row(params, work, thread / kChunksPerBoxRow + pass * kRowsPerPass, column);
+            latent_[pass] = row.latent;
+            rope_[pass] = row.rope;
+            exists_[pass] = row.exists;
+            pin_register(latent_[pass]);
+            pin_register(rope_[pass]);
+            if (!row.exists) continue;
+            prefetch_to_l2(latent_[pass]);
+            if (kRopeBoxes > 0) prefetch_to_l2(rope_[pass]);
+        }
+    }
+
+    // No read-only loads: ptxas moves these ahead of a wait.
+    MLA_DEVICE void read() {
 #pragma unroll
-            for (u32 box = 0; box < kTileBoxes; ++box)
-                chunks_[pass][box] = box < kLatentBoxes ? row.load_latent(box * kBoxColumns)
-                                                        : row.load_rope((box - kLatentBoxes) * kBoxColumns);
+        for (u32 pass = 0; pass < kRowPasses; ++pass) {
+#pragma unroll
+            for (u32 box = 0; box < kTileBoxes; ++box) {
+                const u16* const source = box < kLatentBoxes ? latent_[pass] + box * kBoxColumns
+                                                             : rope_[pass] + (box - kLatentBoxes) * kBoxColumns;
+                chunks_[pass][box] = load_global_16b(source, exists_[pass]);
+            }
         }
     }
 
@@ -46,6 +67,9 @@ public:
     }
 
 private:
+    const u16* latent_[kRowPasses];
+    const u16* rope_[kRowPasses];
+    bool exists_[kRowPasses];
     uint4 chunks_[kRowPasses][kTileBoxes];
 };
 
