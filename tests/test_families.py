@@ -16,6 +16,7 @@ from cupy_mla.call.arguments import CUDA_MAX_LATENT, CUDA_MAX_WIDTH, CUDA_WIDTH_
 from cupy_mla.call.options import COMPUTES
 from cupy_mla.call.problem import DecodeProblem, PagedKeys, Queries
 from cupy_mla.call.sparse_problem import GatheredKeys, SparseProblem
+from cupy_mla.decode.plan import schedule_shape
 from cupy_mla.decode.sparse_plan import sparse_schedule_shape
 from cupy_mla.errors import InvalidArgumentError
 from cupy_mla.gpu import hopper
@@ -29,9 +30,14 @@ from cupy_mla.kernels.choose import (
     choose_gathered_config,
     load_of,
 )
-from cupy_mla.kernels.combine import combine_source, gathered_combine_source
+from cupy_mla.kernels.combine import (
+    COMBINE_REGISTERS,
+    combine_geometry,
+    combine_source,
+    gathered_combine_source,
+)
 from cupy_mla.kernels.family import ALL_COLUMNS, STANDARD_DIMS, ColumnParts, DecodeFamily, KernelConfig
-from cupy_mla.kernels.fp8 import FP8_SPLIT16, Fp8Family
+from cupy_mla.kernels.fp8 import FP8_EXACT16, FP8_SPLIT16, FP8_SPLIT64, Fp8Family
 from cupy_mla.kernels.gathered import GATHERED_WIDE64, GatheredConfig, gathered_config
 from cupy_mla.kernels.gathered_narrow import GATHERED_NARROW16, GATHERED_NARROW32
 from cupy_mla.kernels.narrow import NARROW16, NARROW32
@@ -407,6 +413,44 @@ def test_a_cta_fits_an_sm(config: KernelConfig) -> None:
     assert config.registers <= hopper.SM_REGISTERS
     assert config.threads % hopper.WARP_THREADS == 0
     assert all(role.registers % hopper.REGISTER_UNIT == 0 for role in config.family.roles(config))
+
+
+@pytest.mark.parametrize(
+    ("family", "batch", "tokens", "heads", "expected"),
+    [
+        (NARROW16, 1, 4096, 128, (132, 256)),
+        (FP8_EXACT16, 1, 4096, 128, (132, 128)),
+        (FP8_EXACT16, 8, 256, 64, (132, 256)),  # of more rows
+        (FP8_EXACT16, 1, 16384, 16, (132, 256)),  # in more pieces
+        (FP8_SPLIT64, 1, 4096, 128, (132, 640)),
+        (WIDE64, 1, 4096, 128, (132, 640)),
+    ],
+)
+def test_few_rows_in_few_pieces_have_a_merge_of_fewer_warps(
+    family: DecodeFamily, batch: int, tokens: int, heads: int, expected: tuple[int, int]
+) -> None:
+    case = replace(problem(batch, tokens, heads), layout=FP8_E4M3 if isinstance(family, Fp8Family) else BF16)
+    shape = schedule_shape(case, family.configure(case, heads), NUM_SMS)
+    geometry = combine_geometry(family, shape, NUM_SMS)
+    assert (geometry.grid[0], geometry.block[0]) == expected
+
+
+def test_with_a_fixed_split_its_pieces_count() -> None:
+    case = replace(problem(1, 16384, 16), layout=FP8_E4M3)
+    shapes = [schedule_shape(case, FP8_EXACT16.configure(case, 16), NUM_SMS, None, split) for split in (64, 256)]
+    assert [shape.pieces_of_job for shape in shapes] == [256, 64]
+    assert [combine_geometry(FP8_EXACT16, shape, NUM_SMS).block[0] for shape in shapes] == [256, 128]
+
+
+@pytest.mark.parametrize(
+    "config",
+    [config for config in standard_configs() if isinstance(config.family, Fp8Family) and config.family.rows == 16],
+    ids=lambda config: config.name,
+)
+def test_a_merge_of_few_rows_fits_beside_16_rows_of_an_e4m3_cache(config: KernelConfig) -> None:
+    _, threads = config.family.combine_shape(NUM_SMS, rows=16, pieces=16)
+    assert config.registers + threads * COMBINE_REGISTERS <= hopper.SM_REGISTERS
+    assert config.shared_memory + hopper.CTA_SHARED_BYTES <= hopper.MAX_SHARED_BYTES
 
 
 def test_the_wide_kernel_s_roles_have_the_registers_that_the_kernel_gives_them() -> None:

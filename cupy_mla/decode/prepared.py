@@ -191,7 +191,7 @@ class DecodeCall:
         params["d_v"] = kind.problem.queries.head_dim_v
         # The address of out is a multiple of it; `check_output` sees to that.
         params["aligned"] = all(step * ELEMENT_BYTES % STORE_ALIGNMENT == 0 for step in strides.out)
-        geometry = combine_geometry(kind.num_sms, kind.config.family.combine_threads)
+        geometry = combine_geometry(kind.config.family, kind.shape, kind.num_sms)
         return Launch(
             kind.combine_kernel, geometry.grid, geometry.block, geometry.shared_memory, (params,), programmatic=True
         )

@@ -6,14 +6,15 @@ from ..arrays.dtypes import KERNEL_TYPES
 from ..gpu.jit.source import KernelSource
 from ..gpu.launch import Geometry
 from ..schedule.pieces import ceil_div
-from .family import KernelConfig, scale_defines
+from ..schedule.shape import ScheduleShape
+from .family import DecodeFamily, KernelConfig, scale_defines
 
 MERGE_STATES_THREADS = 256
 OCTET = 8  # columns that a lane merges: d_v is a multiple of this
 STORE_ALIGNMENT = 16  # bytes; rows of the output that begin at multiples of it are stored faster
 
 # Most of a thread, as a CTA of the 16-row kernel, of 144 registers a thread, leaves room for. Fewer would be spilled.
-_REGISTERS = 96
+COMBINE_REGISTERS = 96
 
 
 def combine_source(config: KernelConfig) -> KernelSource:
@@ -21,7 +22,7 @@ def combine_source(config: KernelConfig) -> KernelSource:
     defines = (
         ("MLA_DTYPE", KERNEL_TYPES[config.dtype]),
         ("MLA_PARTIAL", KERNEL_TYPES[config.partial_dtype]),
-        ("MLA_REGISTERS", str(_REGISTERS)),
+        ("MLA_REGISTERS", str(COMBINE_REGISTERS)),
         *scale_defines(config),
     )
     return KernelSource("combine/combine.cu", "mla_combine", defines)
@@ -37,12 +38,13 @@ def merge_states_source(dtype: str) -> KernelSource:
     return KernelSource("combine/merge_states.cu", "mla_merge_states", (("MLA_DTYPE", KERNEL_TYPES[dtype]),))
 
 
-def combine_geometry(num_sms: int, threads: int) -> Geometry:
-    """How mla_combine is launched: one CTA per SM, of ``DecodeFamily.combine_threads``.
+def combine_geometry(family: DecodeFamily, shape: ScheduleShape, num_sms: int) -> Geometry:
+    """How mla_combine is launched after a kernel of this family, as that says.
 
     Not at all when ``shape.max_merges`` is 0.
     """
-    return Geometry((num_sms, 1, 1), (threads, 1, 1))
+    ctas, threads = family.combine_shape(num_sms, shape.max_merges * shape.rows_per_job, shape.pieces_of_job)
+    return Geometry((ctas, 1, 1), (threads, 1, 1))
 
 
 def merge_states_geometry(num_sms: int, num_rows: int, d_v: int) -> Geometry:

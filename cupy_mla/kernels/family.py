@@ -80,7 +80,7 @@ class DecodeFamily(ABC):
     cost : CostModel
         By which it is chosen and its work is cut.
     combine_threads : int
-        Threads of a CTA of the merge that runs after it: as many as its CTAs leave room for.
+        Threads of a CTA of the merge that runs after it: as many as its CTAs leave room for, or as fill an SM.
     """
 
     name: str
@@ -101,6 +101,20 @@ class DecodeFamily(ABC):
     @abstractmethod
     def shared_memory(self, config: KernelConfig) -> int:
         """Bytes of dynamic shared memory of a CTA."""
+
+    def combine_shape(self, num_sms: int, rows: int, pieces: int) -> tuple[int, int]:
+        """How many CTAs the merge that runs after it has, and their threads.
+
+        Parameters
+        ----------
+        num_sms
+            Multiprocessors of the GPU.
+        rows
+            Most rows that are merged.
+        pieces
+            Of each, about.
+        """
+        return num_sms, self.combine_threads
 
     def for_two_scales(self, config: KernelConfig) -> KernelConfig:
         """What serves calls of the same plan whose cache has a scale for each part, if their ratio may be no power of

@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 
 _NAMES = {SPLIT: "split", EXACT: "exact", FP8: "query"}  # by way to compute
 # Of the scores, values and loader roles, by rows, and where a values thread has more than 64 accumulators.
-_REGISTERS = {16: (152, 160, 40), 32: (200, 144, 24), 64: (200, 144, 24)}
+_REGISTERS = {16: (152, 112, 40), 32: (200, 144, 24), 64: (200, 144, 24)}
 _MANY_ACCUMULATORS = (136, 176, 24)
 _WIDE_ROWS = 64
 # Two warpgroups share the values' columns in boxes of 128; the rope columns are one row of the 64-byte swizzle.
@@ -48,6 +48,8 @@ _PROBABILITY_BUFFERS = {16: 4, 32: 2, 64: 2}  # by rows
 _SCORES_WARPS = 4
 _FLAG_BYTES = 4
 _COMBINE_THREADS = 256
+# As many as fit beside a CTA of 16 rows. Few rows in few pieces each are merged sooner so (kernels_cu/TRIED_FP8.md).
+_BESIDE_THREADS, _FEW_ROWS, _FEW_PIECES = 128, 256, 64
 _WIDE_COMBINE_THREADS = 640  # as of the wide kernel for 16-bit caches: none fits beside it
 
 
@@ -100,6 +102,11 @@ class Fp8Family(DecodeFamily):
     def has_float_partials(self, rows: int) -> bool:
         """For few rows, as the narrow kernel."""
         return self.rows == FEWEST_ROWS and rows <= FLOAT_PARTIAL_ROWS
+
+    def combine_shape(self, num_sms: int, rows: int, pieces: int) -> tuple[int, int]:
+        """Of few rows, after the kernel of 16, CTAs that fit beside its own."""
+        is_beside = self.rows == FEWEST_ROWS and rows <= _FEW_ROWS and pieces <= _FEW_PIECES
+        return num_sms, _BESIDE_THREADS if is_beside else self.combine_threads
 
     def refines(self, dtype: str, rows: int) -> bool:
         """Never: probabilities are fp16."""

@@ -176,6 +176,13 @@ class ScheduleShape:
         return min(self._max_cuts, self.max_jobs)
 
     @property
+    def pieces_of_job(self) -> int:
+        """About how many pieces each job is cut into of jobs fewer than the parts, as long as they may be."""
+        if self.fixed_split_tiles:
+            return max(self._max_fixed_pieces, 1)
+        return min(ceil_div(self.num_parts, max(self.max_jobs, 1)), max(self.max_tiles, 1))
+
+    @property
     def max_items(self) -> int:
         """Most pieces."""
         if self.fixed_split_tiles:

@@ -2,7 +2,7 @@
 #include "decode/fp8/roles.h"
 #include "decode/fp8/scores.h"
 
-extern "C" __global__ void __launch_bounds__(mla::kThreads, 1)
+extern "C" __global__ void __maxnreg__(mla::kEntryRegisters)
 mla_decode_fp8(const __grid_constant__ mla::TensorMap kv_latent, const __grid_constant__ mla::TensorMap kv_rope,
                const __grid_constant__ mla::Fp8Params params) {
     extern __shared__ __align__(1024) mla::u8 shared[];

@@ -45,16 +45,24 @@ private:
         mbarrier_wait(barrier_of(smem_, Fp8Smem::tile_empty, ring_.index()), ring_.parity() ^ 1);  // passes in the first lap
         if (lane() == 0) mbarrier_arrive_expect_bytes(full, valid_chunks * kChunkTokens * (kLatent + kRope));
         __syncwarp();
-        if (lane() < valid_chunks) {
-            const u32 token = lane() * kChunkTokens;
-            const u32 stage = stage_address(smem_, ring_.index());
-            const KvPlace place(params_, first_key + static_cast<i32>(token), page, work.kv_head);
-            tma_load_5d(stage + token / kAtomRows * kLatentGroupBytes, latent_, full, 0, 0, 0, place.group, place.latent);
-            if constexpr (kRope > 0)
-                tma_load_5d(stage + kStageRope + token * kRope, rope_, full, 0, 0, 0, place.group, place.rope);
+        if constexpr (kChunks == 1) {
+            // Known to be the same in all of the warp: else each copy is asked for in a loop over those that differ.
+            page = __shfl_sync(kFullWarp, page, 0);
+            if (lane() < valid_chunks) load_chunk(work, first_key, 0, page, full);
+        } else {
+            if (lane() < valid_chunks) load_chunk(work, first_key, lane(), page, full);
         }
         __syncwarp();
         ring_.advance();
+    }
+
+    MLA_DEVICE void load_chunk(const BlockWork& work, i32 first_key, u32 chunk, i32 page, u32 full) const {
+        const u32 token = chunk * kChunkTokens;
+        const u32 stage = stage_address(smem_, ring_.index());
+        const KvPlace place(params_, first_key + static_cast<i32>(token), page, work.kv_head);
+        tma_load_5d(stage + token / kAtomRows * kLatentGroupBytes, latent_, full, 0, 0, 0, place.group, place.latent);
+        if constexpr (kRope > 0)
+            tma_load_5d(stage + kStageRope + token * kRope, rope_, full, 0, 0, 0, place.group, place.rope);
     }
 
     const TensorMap* latent_;

@@ -48,7 +48,7 @@ MLA_DEVICE void run_fp8_role(const TensorMap* kv_latent, const TensorMap* kv_rop
 template <class Scores>
 MLA_DEVICE void run_fp8_roles(const TensorMap* kv_latent, const TensorMap* kv_rope, const Fp8Params& params, u8* shared) {
     const u32 smem = shared_address(shared);
-    const i32* part_begin = enter(params, shared + Fp8Smem::claim, [&] {
+    const i32* part_begin = enter<!kLaunchesLate>(params, shared + Fp8Smem::claim, [&] {
         initialise_barriers(smem);
         prefetch_maps(kv_latent, kv_rope);
     });

@@ -27,11 +27,15 @@ constexpr bool kRopeApart = false;
 constexpr u32 kScoresWarps = kWarpgroupWarps;
 constexpr u32 kValueWarpgroups = 2;
 constexpr u32 kThreads = (1 + kValueWarpgroups + 1) * kWarpgroupThreads;
-// At entry every thread has 128 registers; the roles share the 512 out.
+// Registers of a thread at entry, which the roles share out. With 16 rows a CTA of the merge, 128 threads, fits beside.
+constexpr int kEntryRegisters = kRows == 16 ? 104 : 128;
 constexpr bool kManyAccumulators = kWide && kLatent > 256;  // a values thread has 128 of them, the others 64 and fewer
 constexpr int kScoresRegisters = kManyAccumulators ? 136 : kRows == 16 ? 152 : 200;
-constexpr int kValuesRegisters = kManyAccumulators ? 176 : kRows == 16 ? 160 : 144;
+constexpr int kValuesRegisters = kManyAccumulators ? 176 : kRows == 16 ? 112 : 144;
 constexpr int kLoaderRegisters = kRows == 16 ? 40 : 24;
+static_assert(kScoresRegisters + 2 * kValuesRegisters + kLoaderRegisters <= 4 * kEntryRegisters, "no more than there are");
+// Where the merge fits beside, its CTAs come, and ask for the plan, when the first queries are made: before, they hold these up.
+constexpr bool kLaunchesLate = kRows == 16;
 
 // Scores and values hold two stages. At few rows TMA needs three more under way to keep HBM busy; at 64 Q takes their room.
 constexpr u32 kStages = !kWide ? 5 : kQueryParts == 1 ? 4 : 3;

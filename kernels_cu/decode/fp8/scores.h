@@ -30,6 +30,7 @@ public:
             const i32 first_key = work.tile_begin * kTileTokens;
             tiles = {work.tile_end - work.tile_begin, block_visible_end(params_, work) - first_key, work.seqlen_k - first_key};
             split = Fp8Query::make(params_, work, smem_, threadIdx.x, buffer_.is_at_start());
+            if (kLaunchesLate) pdl_launch_dependents();
         }
         float scale[kThreadRows];  // of the rows' scores, to log2 units
 #pragma unroll
@@ -257,28 +258,41 @@ private:
         reduce_across_warps(smem_ + Fp8Smem::exchange, warp_, lane_, kScoresBarrier, values, reduce);
     }
 
-    // Hands the values warpgroups what O is to be multiplied by, and writes the lse. All warps know all rows: each serves
-    // some of them.
-    MLA_DEVICE void finish(i32 item, RowStatistics& rows) {
+    // Hands the values warpgroups what O is to be multiplied by, and writes the lse. All warps know all rows: each serves some,
+    // chosen, not branched to: code that runs once waits for each line of it. The item is there when the sums are.
+    MLA_DEVICE void finish(i32 item, const RowStatistics& rows) {
+        const BlockWork work = load_block_work(params_, item);
+        const f32 latent_scale = params_.latent_scale();
         barrier();  // all have read the maxima
-        across_warps(rows.sum, [](float a, float b) { return a + b; });
+        float sum[kThreadRows];
+#pragma unroll
+        for (u32 i = 0; i < kThreadRows; ++i) sum[i] = rows.sum[i];
+        across_warps(sum, [](float a, float b) { return a + b; });
         mbarrier_wait(smem_ + Fp8Smem::sums_empty, items_parity_ ^ 1);
         items_parity_ ^= 1;
+        constexpr u32 kServed = kThreadRows / kScoresWarps;
+        float lse[kServed];
 #pragma unroll
-        for (u32 i = 0; i < kThreadRows; ++i) {
-            if (!serves(i)) continue;
-            store_shared_f32(smem_ + Fp8Smem::inverse_sums + row_of_lane(lane_, i) * sizeof(f32),
-                             rows.sum[i] == 0.0f ? 0.0f : params_.latent_scale() / rows.sum[i]);
+        for (u32 i = 0; i < kServed; ++i) {
+            const float maximum = own_row(i, rows.maximum), own = own_row(i, sum);
+            const float inverse = own == 0.0f ? 0.0f : latent_scale * fast_reciprocal(own);
+            lse[i] = lse_of(params_, work, maximum, own);
+            if (lane_ < 4) store_shared_f32(smem_ + Fp8Smem::inverse_sums + served_row(i) * sizeof(f32), inverse);
         }
         __syncwarp();
         mbarrier_arrive(smem_ + Fp8Smem::sums_full);  // each thread for what it has written itself, or racecheck reports it
-        const BlockWork work = load_block_work(params_, item);
 #pragma unroll
-        for (u32 i = 0; i < kThreadRows; ++i) {
-            if (serves(i)) store_lse(params_, work, row_of_lane(lane_, i), lse_of(params_, work, rows.maximum[i], rows.sum[i]));
+        for (u32 i = 0; i < kServed; ++i) {
+            if (lane_ < 4) store_lse(params_, work, served_row(i), lse[i]);
         }
     }
-    MLA_DEVICE bool serves(u32 i) const { return i % kScoresWarps == warp_ && lane_ < 4; }
+    MLA_DEVICE float own_row(u32 i, const float (&values)[kThreadRows]) const {
+        const float a = values[i * kScoresWarps], b = values[i * kScoresWarps + 1], c = values[i * kScoresWarps + 2],
+                    d = values[i * kScoresWarps + 3];
+        const float even = warp_ % 2 ? b : a, odd = warp_ % 2 ? d : c;
+        return warp_ / 2 % 2 ? odd : even;
+    }
+    MLA_DEVICE u32 served_row(u32 i) const { return row_of_lane(lane_, i * kScoresWarps + warp_); }
 
     const Fp8Params& params_;
     u32 smem_, warp_, lane_;

@@ -138,22 +138,41 @@ private:
         for (u32 i = 0; i < kAddresses; ++i) addresses[i] = row_address(work, lane() + i * kWarpThreads);
     }
 
-    // Normalises and stores one row after the other.
+    // Normalises and stores. Where rows lie and their factors are read for some rows at once, as many as there are registers for:
+    // one latency, not one a row.
     MLA_DEVICE void store(const u64 (&addresses)[kAddresses], const float (&output)[kMBlocks][kFragment]) {
+        constexpr u32 kAhead = kWide ? 4 : kThreadRows;
+        u64 places[kAhead];
+        find_places(0, addresses, places);
         mbarrier_wait(smem_ + Fp8Smem::sums_full, sums_parity_);
         sums_parity_ ^= 1;
         pdl_wait();
 #pragma unroll
-        for (u32 i = 0; i < kThreadRows; ++i) {
-            const u32 row = row_of_lane(lane(), i);
-            const float inverse = load_shared_f32(smem_ + Fp8Smem::inverse_sums + row * sizeof(f32));
-            float columns[kLaneColumns];
+        for (u32 first = 0; first < kThreadRows; first += kAhead) {
+            if (first > 0) find_places(first, addresses, places);
+            float inverse[kAhead];
 #pragma unroll
-            for (u32 c = 0; c < kLaneColumns; ++c) columns[c] = output[c / 2][row_element(i) + c % 2 * 2] * inverse;
-            store_row(__shfl_sync(kFullWarp, addresses[i * 4 / kWarpThreads], row % kWarpThreads), columns);
+            for (u32 i = 0; i < kAhead; ++i)
+                inverse[i] = load_shared_f32(smem_ + Fp8Smem::inverse_sums + row_of_lane(lane(), first + i) * sizeof(f32));
+#pragma unroll
+            for (u32 i = 0; i < kAhead; ++i) {
+                float columns[kLaneColumns];
+#pragma unroll
+                for (u32 c = 0; c < kLaneColumns; ++c)
+                    columns[c] = output[c / 2][row_element(first + i) + c % 2 * 2] * inverse[i];
+                store_row(places[i], columns);
+            }
         }
         __syncwarp();
         if (lane() == 0) mbarrier_arrive(smem_ + Fp8Smem::sums_empty);
+    }
+
+    // Of this thread's rows from its `first` on.
+    template <u32 Count>
+    static MLA_DEVICE void find_places(u32 first, const u64 (&addresses)[kAddresses], u64 (&places)[Count]) {
+#pragma unroll
+        for (u32 i = 0; i < Count; ++i)
+            places[i] = __shfl_sync(kFullWarp, addresses[(first + i) * 4 / kWarpThreads], row_of_lane(lane(), first + i) % kWarpThreads);
     }
 
     MLA_DEVICE u64 row_address(const BlockWork& work, u32 row) const { return result_address(params_, work, row); }

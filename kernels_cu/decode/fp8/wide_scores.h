@@ -207,6 +207,7 @@ private:
 
     // Hands the values warpgroups what O is to be multiplied by, and writes the lse.
     MLA_DEVICE void finish(i32 item, const Rows& rows) {
+        const f32 latent_scale = params_.latent_scale();
         mbarrier_wait(smem_ + Fp8Smem::sums_empty, items_parity_ ^ 1);
         items_parity_ ^= 1;
         const float sums[2] = {quad_sum(rows.sum[0]), quad_sum(rows.sum[1])};
@@ -215,7 +216,7 @@ private:
 #pragma unroll
             for (u32 half = 0; half < 2; ++half)
                 store_shared_f32(smem_ + Fp8Smem::inverse_sums + row(half) * sizeof(f32),
-                                 sums[half] == 0.0f ? 0.0f : params_.latent_scale() / sums[half]);
+                                 sums[half] == 0.0f ? 0.0f : latent_scale * fast_reciprocal(sums[half]));
         }
         mbarrier_arrive(smem_ + Fp8Smem::sums_full);
         if (!serves) return;
