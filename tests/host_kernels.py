@@ -14,7 +14,7 @@ import pytest
 
 from cupy_mla.gpu.jit.source import kernels_root
 from cupy_mla.kernels.combine import MERGE_STATES_THREADS
-from cupy_mla.kernels.family import ALL_COLUMNS
+from cupy_mla.kernels.family import ALL_COLUMNS, ColumnParts, scale_defines
 from cupy_mla.kernels.planner import plan_params, plan_sections, read_plan
 from cupy_mla.schedule.make import Schedule
 from cupy_mla.schedule.shape import ScheduleShape
@@ -25,11 +25,16 @@ OPTIONS = ("-std=c++17", "-O2", "-Wall", "-Wextra", "-Werror", "-Wno-unknown-pra
 needs_compiler = pytest.mark.skipif(shutil.which("g++") is None, reason="no g++ to compile kernels for the CPU")
 
 
-# fp16 partial results with a power of two for each part of a row's columns, and with one for all, which is in the row's
-# lse (kernels_cu/core/partial_format.h).
-SCALED, MARKED = "Scaled", "Marked"
+# fp16 partial results with a power of two for each part of a row's columns; with one for all, which is in the row's
+# lse; and with one for each half, which has an lse of its own (kernels_cu/core/partial_format.h).
+SCALED, MARKED, HALVES = "Scaled", "Marked", "Halves"
 SCALE_COLUMNS, SCALE_PARTS = 16, 3
-_SCALES = {SCALED: (SCALE_COLUMNS, SCALE_PARTS), MARKED: (ALL_COLUMNS.columns, ALL_COLUMNS.count)}
+HALF_COLUMNS = 256
+_SCALES = {
+    SCALED: ColumnParts(SCALE_COLUMNS, SCALE_PARTS),
+    MARKED: ALL_COLUMNS,
+    HALVES: ColumnParts(HALF_COLUMNS, 2, in_lse=True),
+}
 
 
 @functools.cache
@@ -39,8 +44,8 @@ def _folder() -> tempfile.TemporaryDirectory[str]:
 
 @functools.cache
 def library(tag: str = "Bf16", copy: int = 0) -> ctypes.CDLL:
-    """The kernels; mla_merge_states is for the type of this tag, mla_combine for bf16, or for `SCALED` or
-    `MARKED`.
+    """The kernels; mla_merge_states is for the type of this tag, mla_combine for bf16, or for `SCALED`,
+    `MARKED` or `HALVES`.
 
     Threads that run kernels at the same time each need a copy of their own.
     """
@@ -50,8 +55,7 @@ def library(tag: str = "Bf16", copy: int = 0) -> ctypes.CDLL:
     includes = ("-I", str(HOST_CUDA), "-I", str(kernels_root()), "-include", str(HOST_CUDA / "cuda_on_host.h"))
     defines = [f"-DMERGE_STATES_DTYPE={tag}"]
     if tag in _SCALES:
-        columns, parts = _SCALES[tag]
-        defines = ["-DMERGE_STATES_DTYPE=Fp16", f"-DMLA_SCALE_COLUMNS={columns}", f"-DMLA_SCALE_PARTS={parts}"]
+        defines = ["-DMERGE_STATES_DTYPE=Fp16", *(f"-D{name}={value}" for name, value in scale_defines(_SCALES[tag]))]
     command = ["g++", *OPTIONS, *defines, *includes, str(HOST_CUDA / "kernels.cpp"), "-o", str(path)]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
@@ -82,11 +86,11 @@ GUARD_INTS = 64
 GUARD = 0x5A5A5A5A
 
 
-def mark_for(exponent: int) -> tuple[int, float]:
-    """The mark of a row's lse for partial results of half of which no thread's sum reaches 2^(exponent - 126), and what
-    they are multiplied by.
+def mark_for(exponent: int, tag: str = MARKED) -> tuple[int, float]:
+    """The mark of a row's lse for partial results of which, stored as they usually are, no thread's sum
+    reaches 2^(exponent - 126), and what they are multiplied by then.
     """
-    kernels = library(MARKED)
+    kernels = library(tag)
     kernels.host_factor_of.restype = ctypes.c_float
     mark = int(kernels.host_mark_for(exponent))
     return mark, float(kernels.host_factor_of(mark))

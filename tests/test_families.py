@@ -175,12 +175,14 @@ def test_probabilities_of_few_rows_are_refined_where_they_are_bf16(family: Decod
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
-@pytest.mark.parametrize(("heads", "expected"), [(1, True), (16, True), (17, False), (128, False)])
-def test_partial_results_of_few_rows_of_the_wide_kernel_are_scaled(heads: int, dtype: str, expected: bool) -> None:
+@pytest.mark.parametrize(("heads", "is_few"), [(1, True), (16, True), (17, False), (128, False)])
+def test_partial_results_of_the_wide_kernel_are_scaled(heads: int, dtype: str, is_few: bool) -> None:
+    """Few rows have exponents beside the lse, the others powers in an lse for each half of the columns."""
     config = choose_config(problem(8, 1024, heads, dtype=dtype), NUM_SMS, None, None, "wide64")
-    assert (config.scale_parts is not None) == (expected and dtype == "bfloat16")
-    assert config.partial_dtype == ("float16" if config.scale_parts else dtype)
-    assert config.partial_lse_bytes == (8 if config.scale_parts else 4)
+    is_bf16 = dtype == "bfloat16"
+    assert config.scale_parts == (ColumnParts(256, 2, in_lse=not is_few) if is_bf16 else None)
+    assert config.partial_dtype == "float16"
+    assert config.partial_lse_bytes == (8 if is_bf16 else 4)
 
 
 @pytest.mark.parametrize("kernel", ["narrow16", "narrow32"])

@@ -137,6 +137,24 @@ OTHER_CONFIGS += SCALED_CONFIGS
 OTHER_CONFIGS += [
     replace(next(config for config in family.standard_configs() if config.causal), sharded=True) for family in FAMILIES
 ]
+# Of many rows in the wide kernel, other widths and masks than the standard ones.
+OTHER_CONFIGS += [
+    KernelConfig(
+        *(WIDE64, latent, rope, "bfloat16", page_size, causal),
+        scale_parts=WIDE64.scale_parts(latent, "bfloat16", 64),
+        sharded=sharded,
+    )
+    for latent, rope, page_size, causal, sharded in (
+        (128, 64, 64, True, False),
+        (128, 0, 16, False, False),
+        (256, 0, 64, True, False),
+        (512, 64, 1, False, False),
+        (512, 64, 2, True, True),
+        (512, 64, 64, True, True),
+        (512, 0, 64, True, True),
+        (512, 64, 16, True, True),
+    )
+]
 # These have no register to spare.
 OTHER_CONFIGS += [
     KernelConfig(WIDE64, 512, 64, "bfloat16", 64, True, sharded=True),

@@ -8,6 +8,8 @@ import ml_dtypes
 import numpy as np
 import pytest
 from host_kernels import (
+    HALF_COLUMNS,
+    HALVES,
     MARKED,
     SCALE_COLUMNS,
     SCALE_PARTS,
@@ -66,6 +68,11 @@ def with_flash_mla_lses(lses: np.ndarray) -> np.ndarray:
     return mixed
 
 
+def width_for(tag: str) -> int:
+    """Columns of a row: few, as they are slow, but as many as the form is for."""
+    return 2 * HALF_COLUMNS if tag == HALVES else 8 * OCTET
+
+
 def random_partials(
     rng: np.random.Generator, tag: str, *shape: int
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
@@ -80,6 +87,13 @@ def random_partials(
         bits[:] = np.where(np.isfinite(lses), bits & ~np.uint32(15) | marks, bits)
         powers = 16 * marks[..., None].astype(int) - 127
         return outs, lses, np.ldexp(outs.astype(np.float64), powers), lses
+    if tag == HALVES:
+        marks = rng.integers(5, 12, (shape[0], 2, shape[1]), dtype=np.uint32)  # of a slot, each half has its rows'
+        words = np.repeat(lses[:, None], 2, axis=1)
+        bits = words.view(np.uint32)
+        bits[:] = np.where(np.isfinite(words), bits & ~np.uint32(15) | marks, bits)
+        powers = 16 * marks.swapaxes(1, 2)[..., np.arange(shape[2]) // HALF_COLUMNS].astype(int) - 128
+        return outs, words, np.ldexp(outs.astype(np.float64), powers), lses
     exponents = rng.integers(60, 190, (*shape[:2], SCALE_PARTS), dtype=np.uint8)
     is_scaled = (rng.random(shape[:2]) < 0.5) & np.isfinite(lses)
     bits = lses.view(np.uint32) & np.where(np.isfinite(lses), ~np.uint32(1), ~np.uint32(0)) | is_scaled
@@ -172,6 +186,7 @@ def test_a_mark_says_by_what_values_were_divided() -> None:
         assert largest <= 2**15
         assert largest > 0.5 or exponent < 14
         assert (mark == 8) == (126 <= exponent <= 141)
+        assert mark_for(exponent, HALVES) == (mark, 2 * factor)  # of values, not of half of them
     assert mark_for(255)[0] == 15  # of sums that are infinite
 
 
@@ -187,10 +202,10 @@ COMBINE_SHAPES = {
 
 @pytest.mark.parametrize("name", COMBINE_SHAPES)
 @pytest.mark.parametrize("out_padding", [0, 1])
-@pytest.mark.parametrize("tag", [*TYPES, SCALED, MARKED])
+@pytest.mark.parametrize("tag", [*TYPES, SCALED, MARKED, HALVES])
 def test_combine(name: str, out_padding: int, tag: str) -> None:
     shape = dataclasses.replace(COMBINE_SHAPES[name], max_seqlen_k=4096)
-    d_v = 8 * OCTET
+    d_v = width_for(tag)
     rng = np.random.default_rng(len(name))
     lengths = rng.integers(1000, 4097, shape.batch)
     offsets = np.array([0, 3, 3, 4, 7]) if shape.ragged else None
@@ -238,10 +253,10 @@ def test_combine(name: str, out_padding: int, tag: str) -> None:
 
 
 @pytest.mark.parametrize("has_sinks", [False, True])
-@pytest.mark.parametrize("tag", [*TYPES, SCALED, MARKED])
+@pytest.mark.parametrize("tag", [*TYPES, SCALED, MARKED, HALVES])
 def test_combine_of_gathered_tokens(tag: str, has_sinks: bool) -> None:
     """Requests are query tokens, two of a batch entry; a sink divides the output and is not in the lse."""
-    batch, seqlen_q, d_v = 3, 2, 8 * OCTET
+    batch, seqlen_q, d_v = 3, 2, width_for(tag)
     shape = ScheduleShape(40, 2, 16, 20, 1, batch * seqlen_q, 1, 4096)
     rng = np.random.default_rng(11)
     lengths = rng.integers(1000, 4097, shape.batch)

@@ -23,7 +23,7 @@ def combine_source(config: KernelConfig) -> KernelSource:
         ("MLA_DTYPE", KERNEL_TYPES[config.dtype]),
         ("MLA_PARTIAL", KERNEL_TYPES[config.partial_dtype]),
         ("MLA_REGISTERS", str(COMBINE_REGISTERS)),
-        *scale_defines(config),
+        *scale_defines(config.scale_parts),
     )
     return KernelSource("combine/combine.cu", "mla_combine", defines)
 

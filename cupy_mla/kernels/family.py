@@ -56,13 +56,18 @@ class Role:
 
 @dataclass(frozen=True, slots=True)
 class ColumnParts:
-    """Parts of a row's columns, each in one warp: column c is in part ``c // columns % count``."""
+    """Parts of a row's columns, each in one warp: column c is in part ``c // columns % count``.
+
+    ``in_lse``: the power of two of a part is in the row's lse, of which there is one for each part.
+    """
 
     columns: int
     count: int
+    in_lse: bool = False
 
 
-ALL_COLUMNS = ColumnParts(columns=1, count=1)  # one part, whose power of two is in the lse: core/partial_format.h
+# One part, whose power of two is in the lse: core/partial_format.h.
+ALL_COLUMNS = ColumnParts(columns=1, count=1, in_lse=True)
 
 
 @dataclass(frozen=True, slots=True)
@@ -198,7 +203,7 @@ class DecodeFamily(ABC):
             ("MLA_ROWS", str(self.rows)),
             ("MLA_FLOAT_PARTIALS", str(int(config.float_partials))),
             ("MLA_REFINED_ROWS", str(self.refined_rows if config.refined else 0)),
-            *scale_defines(config),
+            *scale_defines(config.scale_parts),
             *((("MLA_SHARDED", "1"),) if config.sharded else ()),
             ("MLA_SHARED_BYTES", str(config.shared_memory)),
         )
@@ -312,7 +317,9 @@ class KernelConfig:
         """What the name of a kernel says of partial results that are not of ``dtype``."""
         if self.scale_parts is not None:
             parts = self.scale_parts
-            return "_scaled" if parts == ALL_COLUMNS else f"_scaled{parts.columns}x{parts.count}"
+            if parts == ALL_COLUMNS:
+                return "_scaled"
+            return f"_{'marked' if parts.in_lse else 'scaled'}{parts.columns}x{parts.count}"
         return "_float" if self.float_partials else ""
 
     @property
@@ -322,9 +329,11 @@ class KernelConfig:
 
     @property
     def partial_lse_bytes(self) -> int:
-        """Of a row of partial results: its lse, and the exponents of its parts."""
-        has_exponents = self.scale_parts is not None and self.scale_parts != ALL_COLUMNS
-        return FLOAT_BYTES + (_EXPONENTS_BYTES if has_exponents else 0)
+        """Of a row of partial results: its lse, and the exponents of its parts; or its lses."""
+        parts = self.scale_parts
+        if parts is None or parts.in_lse:
+            return FLOAT_BYTES * (1 if parts is None else parts.count)
+        return FLOAT_BYTES + _EXPONENTS_BYTES
 
     @property
     def chunk_tokens(self) -> int:
@@ -346,10 +355,14 @@ class KernelConfig:
         return self.family.source(self)
 
 
-def scale_defines(config: KernelConfig) -> tuple[tuple[str, str], ...]:
+def scale_defines(parts: ColumnParts | None) -> tuple[tuple[str, str], ...]:
     """The macros of core/partial_format.h."""
-    parts = config.scale_parts or ColumnParts(columns=1, count=0)
-    return ("MLA_SCALE_COLUMNS", str(parts.columns)), ("MLA_SCALE_PARTS", str(parts.count))
+    parts = parts or ColumnParts(columns=1, count=0)
+    return (
+        ("MLA_SCALE_COLUMNS", str(parts.columns)),
+        ("MLA_SCALE_PARTS", str(parts.count)),
+        ("MLA_POWER_IN_LSE", str(int(parts.in_lse))),
+    )
 
 
 def why_not_dense(problem: DecodeProblem | SparseProblem) -> str | None:

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
-from ..gpu.hopper import WARPGROUP_THREADS
+from ..gpu.hopper import WARP_THREADS, WARPGROUP_THREADS
 from ..schedule.pieces import TILE_COST, PieceCosts
 from .cost import CostModel
 from .family import (
@@ -28,9 +28,7 @@ if TYPE_CHECKING:
     from ..call.sparse_problem import SparseProblem
 
 VALUES_WARPGROUPS = 2
-# Few rows have up to 3.1e-3 of error where P and partial results are bf16; over many the mean counts. For all rows fp16
-# partial results would cost 0.2 to 1 us (kernels_cu/TRIED_ROUNDINGS.md).
-_FEW_ROWS = 16
+_FEW_ROWS = 16  # up to these P is refined, and partial results have exponents (kernels_cu/core/partial_format.h)
 _ROLES = (Role("scores", WARPGROUP_THREADS, 184), Role("values", VALUES_WARPGROUPS * WARPGROUP_THREADS, 160))
 # Two warpgroups share the values' columns, in a width that wgmma has; a stage has one rope box, which P replaces.
 _LATENT_DIMS = (128, 256, 512)
@@ -39,6 +37,7 @@ STAGES = 3
 _MAX_REGISTER_STEPS = 31
 _STEP_COLUMNS = 16
 _LOADER_STATE_BYTES = 32
+_ITEM_BYTES = 4  # the number of one, by each scores warp
 _LOADER_WARPS = 4  # where a page does not hold a swizzle atom's tokens
 
 
@@ -76,8 +75,11 @@ class WideFamily(DecodeFamily):
         return _FEW_ROWS
 
     def scale_parts(self, latent_dim: int, dtype: str, rows: int, *, of_share: bool = False) -> ColumnParts | None:
-        """For few rows of bf16: two warpgroups share the columns."""
-        return wide_scale_parts(latent_dim, dtype, rows)
+        """Of bf16, so that split results are as accurate as whole ones; of shares, whose masks take registers, for few rows."""
+        if rows <= _FEW_ROWS or of_share:
+            return wide_scale_parts(latent_dim, dtype, rows)
+        parts = wide_scale_parts(latent_dim, dtype, rows, of_share=True)
+        return parts if parts is None else replace(parts, in_lse=True)
 
     def shared_memory(self, config: KernelConfig) -> int:
         """The total of decode/wide/smem.h."""
@@ -88,7 +90,9 @@ class WideFamily(DecodeFamily):
         query = shared_steps * self.rows * _STEP_COLUMNS * ELEMENT_BYTES
         factors = STAGES * self.rows * FLOAT_BYTES
         barriers = 3 * STAGES * BARRIER_BYTES
-        return ring + query + factors + self.loader_bytes(config) + barriers + CLAIM_BYTES
+        has_lses = config.scale_parts is not None and config.scale_parts.in_lse
+        stored = WARPGROUP_THREADS // WARP_THREADS * _ITEM_BYTES if has_lses else 0
+        return ring + query + factors + self.loader_bytes(config) + barriers + CLAIM_BYTES + stored
 
     def loader_bytes(self, config: KernelConfig) -> int:
         """What those who bring the tiles keep in shared memory."""

@@ -49,7 +49,12 @@ struct ScaledStates : States {
     i32 slot_rows;
     u32 shifts[2] = {};  // of the exponents of the caller's octets
 
+    // With an lse for each part, both octets of a lane are of one part, and it reads that part's.
+    static constexpr i32 kPairOctets = kLseCopies > 1 ? kScaleColumns / kOctet / 2 : kWarpThreads;
+    static constexpr f32 kFactor = kMergedFactor;
+
     MLA_DEVICE void select(i32 first, i32 second) {
+        if constexpr (kLseCopies > 1) States::lses += first / (2 * kPairOctets) * slot_rows;
         shifts[0] = shift_of(first);
         shifts[1] = shift_of(second);
     }

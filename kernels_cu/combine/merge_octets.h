@@ -142,6 +142,8 @@ struct RowStates {
     // What says what the values of a state of that lse are to be multiplied by, here by nothing; and that factor of an octet.
     MLA_DEVICE u32 scales_of(i32, f32) const { return 0; }
     MLA_DEVICE f32 scale_of(u32, i32) const { return 1.0f; }
+    static constexpr f32 kFactor = 1.0f;               // of merged values
+    static constexpr i32 kPairOctets = kWarpThreads;  // the most from a lane's first octet to its second: a power of two
 };
 
 // The row has a sink, natural logarithm: one state more in the denominator, without output and not in the lse.
@@ -256,7 +258,7 @@ template <typename Out, i32 kOctets, typename States>
 MLA_DEVICE f32 finish_merge(const States& states, const PartialMerge<kOctets>& merge, Octet<Out> (&merged)[kOctets]) {
     f32 denominator = merge.weights;
     if constexpr (States::kHasSink) denominator += fast_exp2((states.sink - merge.largest) * kLog2e);
-    const f32 scale = merge.weights == 0.0f ? 0.0f : fast_reciprocal(denominator);
+    const f32 scale = merge.weights == 0.0f ? 0.0f : fast_reciprocal(denominator) * States::kFactor;
 #pragma unroll
     for (i32 j = 0; j < kOctets; ++j) {
 #pragma unroll
@@ -328,10 +330,15 @@ struct RowTarget {
 template <typename T, typename Out, i32 kOctets, typename States, typename Target>
 MLA_DEVICE void merge_columns(States states, i32 first, i32 end, i32 lane, LaneGroups groups, Target& target) {
     constexpr i32 kOctetBytes = kOctet * T::kBytes;
-    const i32 octet = first + groups.lane_in_group(lane);
+    i32 octet = first + groups.lane_in_group(lane);
+    i32 distance = groups.lanes();
+    if constexpr (kOctets > 1 && States::kPairOctets < kWarpThreads) {
+        octet += groups.lane_in_group(lane) & -States::kPairOctets;
+        distance = min_i32(distance, States::kPairOctets);
+    }
     const i32 loaded = min_i32(octet, end - 1);
     states.outs += loaded * kOctetBytes;
-    const i32 second = min_i32(octet + groups.lanes(), end - 1);
+    const i32 second = min_i32(octet + distance, end - 1);
     states.second = (second - loaded) * kOctetBytes;
     states.select(loaded, second);
     Octet<Out> merged[kOctets];
@@ -339,7 +346,7 @@ MLA_DEVICE void merge_columns(States states, i32 first, i32 end, i32 lane, LaneG
     if (octet >= end || lane >= groups.lanes()) return;
     const auto place = target();
     place.store(octet, merged[0]);
-    if (kOctets > 1 && octet + groups.lanes() < end) place.store(octet + groups.lanes(), merged[kOctets - 1]);
+    if (kOctets > 1 && octet + distance < end) place.store(octet + distance, merged[kOctets - 1]);
     place.store_lse(octet, lse);
 }
 

@@ -4,7 +4,8 @@
 // are the values as they are, or half of them. Where these are too large, or all too small, they are divided by other powers of
 // two. The last bits of the row's lse, which no weight notices, tell the merge. There are two forms:
 // - One power for all that a CTA has of a piece, 2^(16 * mark - 127): four bits of the lse. The merge reads nothing else and
-//   does not branch, so it is what calls of a whole cache have.
+//   does not branch, so it is what calls of a whole cache have. Where two warpgroups have half of the columns each, a row has an
+//   lse for each of them, so that neither need know of the other's power.
 // - One for each part of a row's columns, those of a warp, so that no part is less accurate for another's sake. The lse's
 //   last bit says whether there are any; they lie behind the lses of the slot, as exponents of float32, a row's in one word.
 #pragma once
@@ -12,15 +13,17 @@
 
 namespace mla {
 
-// Column c belongs to part c / kScaleColumns % kScaleParts. One part: the first form. No parts: the values are as they are.
+// Column c belongs to part c / kScaleColumns % kScaleParts. No parts: the values are as they are.
 constexpr u32 kScaleParts = MLA_SCALE_PARTS;
 constexpr u32 kScaleColumns = MLA_SCALE_COLUMNS;
 constexpr bool kPartialIsScaled = kScaleParts > 0;
-constexpr bool kPowerIsInLse = kScaleParts == 1;
-constexpr u32 kRowWords = kScaleParts > 1 ? 2 : 1;  // of a row of a slot: its lse, and its exponents
+constexpr bool kPowerIsInLse = MLA_POWER_IN_LSE != 0;  // the first form
+constexpr u32 kLseCopies = kPowerIsInLse ? kScaleParts : 1;  // of a row of a slot: one with the power of each part
+constexpr u32 kRowWords = kPowerIsInLse ? kLseCopies : kScaleParts > 1 ? 2 : 1;  // of a row of a slot: lses; or lse, exponents
+static_assert(!kPowerIsInLse || kPartialIsScaled, "of what has a power");
 constexpr u32 kMarkBits = kPowerIsInLse ? 4 : 1;    // of an lse
 constexpr u32 kMarkMask = (1 << kMarkBits) - 1;
-constexpr u32 kUsualMark = kPowerIsInLse ? 8 : 0;   // values are divided by 2, or by nothing
+constexpr u32 kUsualMark = kPowerIsInLse ? 8 : 0;   // values are to be multiplied by 2, or by nothing
 constexpr u32 kScaledMark = 1;                      // of the second form: there are exponents
 static_assert(kScaleParts <= 4, "a word holds so many exponents");
 
@@ -50,7 +53,9 @@ MLA_DEVICE f32 inverse_power(u32 exponent) { return power_of_exponent(2 * kExpon
 
 // Of the form whose power is in the lse: what values are multiplied by whose mark is the usual one; the mark for such products
 // below 2^(exponent - 126), so that they stay below 2^15; and what it asks them to be multiplied by then.
-constexpr f32 kUsualFactor = 0.5f;
+// With several lses nobody multiplies by the usual 1, and the merge multiplies its result by what is left.
+constexpr f32 kUsualFactor = kLseCopies > 1 ? 1.0f : 0.5f;
+constexpr f32 kMergedFactor = 0.5f / kUsualFactor;
 MLA_DEVICE u32 mark_for(u32 exponent) {
     const u32 mark = (exponent + 2) >> kMarkBits;
     return mark < 1 ? 1 : mark > kMarkMask ? kMarkMask : mark;

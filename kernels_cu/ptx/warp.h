@@ -150,6 +150,16 @@ MLA_DEVICE void load_shared_words(u32 address, u32 (&words)[4]) {
                  : "memory");
 }
 
+// A word that tells others what this thread has written before, and how these read it.
+MLA_DEVICE void store_shared_release(u32 address, i32 value) {
+    asm volatile("st.release.cta.shared::cta.b32 [%0], %1;" ::"r"(address), "r"(value) : "memory");
+}
+MLA_DEVICE i32 load_shared_acquire(u32 address) {
+    i32 value;
+    asm volatile("ld.acquire.cta.shared::cta.b32 %0, [%1];" : "=r"(value) : "r"(address) : "memory");
+    return value;
+}
+
 // 2^x, log2(x) and 1 / x of the special-function unit (relative error about 2^-22; subnormals flushed).
 MLA_DEVICE float fast_exp2(float x) {
     float y;

@@ -19,19 +19,20 @@ pytestmark = pytest.mark.timeout(60)
 
 LATENT, WIDTH, PAGE_SIZE = 512, 576, 64
 LENGTHS = (1500, 700, 65)
-HEADS = {
-    **{"narrow16": 16, "narrow32": 32, "wide64": 8},
-    **{"gathered_narrow16": 16, "gathered_narrow32": 32, "gathered_wide64": 64},
-}
+KERNELS = [("narrow16", 16), ("narrow32", 32), ("wide64", 8), ("wide64", 64)]  # and heads
+GATHERED = [("gathered_narrow16", 16), ("gathered_narrow32", 32), ("gathered_wide64", 64)]
 COLUMNS = np.arange(LATENT)
-# Which columns share a power of two (core/partial_format.h): those of one part, or of one warp of it.
-PARTS = {kernel: COLUMNS // 256 if kernel.endswith("wide64") else COLUMNS // 16 % 4 for kernel in HEADS}
 FIFTH = 1.2
 SHARE = {"cp_world": 2}  # of which the arrays are one rank's
-CALLS: list[tuple[str, dict[str, int]]] = [
-    *((kernel, SHARE) for kernel in HEADS),
-    *((kernel, {}) for kernel in HEADS if not kernel.startswith("gathered")),
+CALLS: list[tuple[str, int, dict[str, int]]] = [
+    *((*kernel, SHARE) for kernel in (*KERNELS, *GATHERED)),
+    *((*kernel, {}) for kernel in KERNELS),
 ]
+
+
+def parts_of(kernel: str) -> np.ndarray:
+    """Which columns share a power of two (core/partial_format.h): those of one part, or of one warp of it."""
+    return COLUMNS // 256 if kernel.endswith("wide64") else COLUMNS // 16 % 4
 
 
 def column_factors(magnitude: float, columns: np.ndarray) -> np.ndarray:
@@ -80,12 +81,12 @@ def exact(arrays: tuple[np.ndarray, ...]) -> np.ndarray:
 
 @pytest.mark.parametrize("one_part", [False, True])
 @pytest.mark.parametrize("exponent", [-60, -20, -12, 0, 15, 20, 60])
-@pytest.mark.parametrize(("kernel", "share"), CALLS)
+@pytest.mark.parametrize(("kernel", "heads", "share"), CALLS)
 def test_split_results_are_as_accurate_as_whole_ones(
-    kernel: str, share: dict[str, int], exponent: int, one_part: bool
+    kernel: str, heads: int, share: dict[str, int], exponent: int, one_part: bool
 ) -> None:
-    parts = PARTS[kernel]
-    arrays = inputs(HEADS[kernel], column_factors(2.0**exponent, parts == 1 if one_part else COLUMNS >= 0))
+    parts = parts_of(kernel)
+    arrays = inputs(heads, column_factors(2.0**exponent, parts == 1 if one_part else COLUMNS >= 0))
     wanted = exact(arrays)
     split, whole = (decode(arrays, kernel, share, tokens) for tokens in (64, PAGE_SIZE * arrays[2].shape[1]))
     judged = np.zeros_like(parts) if kernel.startswith("narrow") and not share else parts  # one power for all columns
@@ -99,11 +100,13 @@ def test_split_results_are_as_accurate_as_whole_ones(
 
 
 @pytest.mark.parametrize("magnitude", [1.0, 2.0**-20])  # of values; divided by powers of two, or not
-@pytest.mark.parametrize(("kernel", "share"), CALLS)
-def test_a_head_that_is_no_number_is_alone_in_it(kernel: str, share: dict[str, int], magnitude: float) -> None:
-    arrays = inputs(HEADS[kernel], column_factors(magnitude, COLUMNS >= 0))
+@pytest.mark.parametrize(("kernel", "heads", "share"), CALLS)
+def test_a_head_that_is_no_number_is_alone_in_it(
+    kernel: str, heads: int, share: dict[str, int], magnitude: float
+) -> None:
+    arrays = inputs(heads, column_factors(magnitude, COLUMNS >= 0))
     expected = decode(arrays, kernel, share, 64)
-    arrays[0][:, :, : HEADS[kernel] // 2] = np.nan
+    arrays[0][:, :, : heads // 2] = np.nan
     got: Any = decode(arrays, kernel, share, 64)
-    assert np.isnan(got[:, :, : HEADS[kernel] // 2]).all()
-    np.testing.assert_array_equal(got[:, :, HEADS[kernel] // 2 :], expected[:, :, HEADS[kernel] // 2 :])
+    assert np.isnan(got[:, :, : heads // 2]).all()
+    np.testing.assert_array_equal(got[:, :, heads // 2 :], expected[:, :, heads // 2 :])

@@ -6,6 +6,7 @@
 #ifndef MLA_SCALE_PARTS
 #define MLA_SCALE_PARTS 0
 #define MLA_SCALE_COLUMNS 1
+#define MLA_POWER_IN_LSE 0
 #endif
 #include "cache/local_slots.cu"
 #include "cache/slots.cu"

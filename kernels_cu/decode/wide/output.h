@@ -24,7 +24,7 @@ public:
     static MLA_DEVICE u32 first_column() { return (thread() / kWarpgroupThreads - 1) * kValueColumns; }
     static MLA_DEVICE u32 thread() {
         u32 thread = threadIdx.x;
-        if (kGathered) pin_register(thread);
+        if (kGathered || kLseCopies > 1) pin_register(thread);
         return thread;
     }
 
@@ -52,10 +52,11 @@ public:
     static MLA_DEVICE void wait_for_room() {}
 
     static MLA_DEVICE void store(const Params& params, i32 item, float (&output)[kAccumulators]) {
-        if (kPartialIsScaled) pin_register(item);  // looked up after the last tile: there are no registers to keep it in
+        constexpr bool kHasExponents = kPartialIsScaled && !kPowerIsInLse;
+        if (kHasExponents) pin_register(item);  // looked up after the last tile: there are no registers to keep it in
         // Packing first frees the registers that the addresses below need.
         u32 packed[kAccumulators / 2];
-        if (kPartialIsScaled && load_block_work(params, item).is_partial()) {
+        if (kHasExponents && load_block_work(params, item).is_partial()) {
             const u32 exponent = fit_half(output);
             pack<Fp16>(output, packed);
             const BlockWork work = load_block_work(params, item);

@@ -27,6 +27,10 @@ constexpr u32 kStepsAfterRelease = kSteps > 20 ? 10 : 4;
 constexpr bool kCopiesWholeTokens = kGroupTokens == kAtomRows;
 constexpr u32 kLoaderWarps = kCopiesWholeTokens ? 1 : kWarpgroupWarps;
 
+// Which kernels have registers for what the others read again or compute with more instructions. Where a tile is one chunk, and
+// without what a shard and refined rows need, nothing is spilled.
+constexpr bool kHasRegisters = kChunks == 1 && !kSharded && !kRefines;
+
 // Gathered tokens: every values warp brings eight of a tile's, whose rows are one swizzle atom in every box.
 constexpr u32 kGatherWarps = kValueWarpgroups * kWarpgroupWarps;
 static_assert(kGatherWarps * kAtomRows == kTileTokens, "each values warp has an atom's tokens");

@@ -14,7 +14,7 @@ namespace mla {
 // Nothing besides a row's output and lse.
 struct NoResults {
     struct Sinks {
-        MLA_DEVICE float normalise(int, float sum, float) const { return 1.0f / sum; }
+        MLA_DEVICE float normalise(int, float sum, float) const { return kHasRegisters ? reciprocal_of_sum(sum) : 1.0f / sum; }
     };
     static MLA_DEVICE Sinks load_sinks(const DecodeParams&, bool, i32, u32) { return {}; }
     MLA_DEVICE void see(int, float) {}
@@ -72,7 +72,7 @@ public:
             publish(tiles == 1);
         }
         if (!first) release_probabilities();
-        store_results(load_block_work(params_, item), row, maximum, sum, results);
+        store_results(load_block_work(params_, item), item, row, maximum, sum, results);
     }
 
 private:
@@ -189,9 +189,15 @@ private:
         mbarrier_arrive(probabilities_full(smem_, ring_.stage == 0 ? kStages - 1 : ring_.stage - 1));
     }
 
-    MLA_DEVICE void store_results(const BlockWork& work, u32 row, const float (&maximum)[2], const float (&sum)[2],
+    MLA_DEVICE void store_results(const BlockWork& work, i32 item, u32 row, const float (&maximum)[2], const float (&sum)[2],
                                   const Results& results) {
         Kernel::Out::wait_for_room();
+        if constexpr (kLseCopies > 1) {
+            if (__any_sync(kFullWarp, work.is_partial())) {
+                store_lses(work, item, row, maximum, sum, results);
+                return;
+            }
+        }
         if (lane() % 4 != 0) return;
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
@@ -201,6 +207,22 @@ private:
             *lse_row(params_, work, in_block) = mark_lse(work, lse_of(params_, work, maximum[half], sum[half]), kScaledMark);
             results.store(params_, work, in_block, half);
         }
+    }
+
+    // Of a partial result: one for each values warpgroup, which may mark its own otherwise once it sees that they are there.
+    MLA_DEVICE void store_lses(const BlockWork& work, i32 item, u32 row, const float (&maximum)[2], const float (&sum)[2],
+                               const Results& results) {
+        const u32 copy = lane() % 4;
+#pragma unroll
+        for (int half = 0; half < 2; ++half) {
+            const i32 in_block = row_at(work, row + half * 8);
+            if (copy >= kLseCopies || !row_exists(work, in_block)) continue;
+            const f32 lse = mark_lse(work, lse_of(params_, work, maximum[half], sum[half]), kUsualMark);
+            lse_row(params_, work, in_block)[copy * slot_rows(params_)] = lse;
+            if (copy == 0) results.store(params_, work, in_block, half);
+        }
+        __syncwarp();
+        if (lane() == 0) store_shared_release(stored_item(smem_, warp()), item);
     }
 
     const Params& params_;

@@ -28,11 +28,14 @@ struct WideSmem {
     static constexpr u32 tile_empty = tile_full + kStages * sizeof(u64);          // values -> loader
     static constexpr u32 probabilities_full = tile_empty + kStages * sizeof(u64); // scores -> values
     static constexpr u32 claim = probabilities_full + kStages * sizeof(u64);  // the part that this CTA has claimed
-    static constexpr u32 total = claim + kClaimBytes;
+    static constexpr u32 stored = claim + kClaimBytes;  // of each scores warp: the cut item whose lses it has stored last
+    static constexpr u32 total = stored + (kLseCopies > 1 ? kWarpgroupWarps * sizeof(i32) : 0);
 };
 static_assert(WideSmem::total <= kMaxSharedBytes, "the wide kernel's shared memory does not fit");
 static_assert(WideSmem::total == MLA_SHARED_BYTES, "cupy_mla/kernels adds up other sizes");
 
+// Written by a scores warp, read by values warps of the same rows, where they mark its lses (decode/wide/scaled_partial.h).
+MLA_DEVICE u32 stored_item(u32 smem, u32 warp) { return smem + WideSmem::stored + warp * sizeof(i32); }
 MLA_DEVICE u32 stage_address(u32 smem, u32 stage) { return smem + WideSmem::stages + stage * kStageBytes; }
 // Arrives: each loader warp, with the bytes to come, then TMA's bytes; gathered: kGatherArrivals. Waits: scores.
 MLA_DEVICE u32 tile_full(u32 smem, u32 stage) { return smem + WideSmem::tile_full + stage * sizeof(u64); }
@@ -52,6 +55,9 @@ MLA_DEVICE void initialise_barriers(u32 smem, u32 tile_arrivals) {
         mbarrier_init(probabilities_full(smem, stage), kWarpgroupThreads);
     }
     mbarrier_init_fence();
+    if constexpr (kLseCopies > 1) {
+        for (u32 warp = 0; warp < kWarpgroupWarps; ++warp) store_shared_u32(stored_item(smem, warp), ~0u);  // none
+    }
 }
 
 using RingPosition = RingOf<kStages>;

@@ -12,6 +12,13 @@ constexpr int kThreadScores = 32;  // of a tile of 64 rows and 64 tokens
 // Column i (of the thread's 16) of row `half` among the thread's scores.
 constexpr MLA_DEVICE int score_index(int half, int i) { return i / 2 * 4 + half * 2 + i % 2; }
 
+// 1 / sum, rounded as by an exact division, without its branches for what no sum here is: a sum is at least 1, the weight of a row's
+// largest score, and at most 2^8 times the row's tokens; or it is not a number, and stays that.
+MLA_DEVICE f32 reciprocal_of_sum(f32 sum) {
+    const f32 estimate = fast_reciprocal(sum);
+    return fmaf(estimate, fmaf(-sum, estimate, 1.0f), estimate);
+}
+
 // What O must be multiplied by before this tile's P V is added, and P before it is stored.
 struct RowFactors {
     float rescale[2];

@@ -1,6 +1,7 @@
 // A values warpgroup: O += P V for half of the latent columns; rescales O when the running maximum moved; stores O.
 #pragma once
 #include "decode/wide/output.h"
+#include "decode/wide/scaled_partial.h"
 #include "decode/wide/smem.h"
 #include "ptx/mbarrier.h"
 #include "ptx/warp.h"
@@ -21,11 +22,12 @@ public:
     // `after_tile(position)` runs when this warp is done with the tile at that ring position.
     template <class AfterTile>
     MLA_DEVICE void run_item(i32 item, AfterTile after_tile) {
-        i32 tiles;
+        i32 tiles, slot;
         {
             const BlockWork work = load_block_work(params_, item);
             if (!work.exists()) return;
             tiles = work.tile_end - work.tile_begin;
+            slot = work.slot;
         }
         if (kGathered && tiles > 0) {  // the item's first stage has its queries
             mbarrier_wait(probabilities_full(smem_, ring_.stage), ring_.parity);
@@ -46,6 +48,13 @@ public:
             if (kRefines && is_refined()) Out::add_refinement(output);
             if (Kernel::kDividesOutput && is_only()) rescale(output);
             end_tile(after_tile);
+        }
+        if constexpr (kLseCopies > 1) {
+            if (__any_sync(kFullWarp, slot != kWholeJob)) {  // as the compiler sees, all lanes or none
+                ScaledPartial<Params, Out>::store(params_, smem_, item, slot, output);
+                return;
+            }
+            if (kHasRegisters) pin_register(item);  // found again: where its results lie would be kept over the loop
         }
         Out::store(params_, item, output);
     }

@@ -35,22 +35,24 @@ mla_decode_wide(const __grid_constant__ mla::TensorMap kv_latent, const __grid_c
         initialise_barriers(smem, kLoaderWarps);  // and the bytes to come
         prefetch_maps(&kv_latent, &kv_rope);
     });
+    const i32 bounds[2] = {part_begin[0], part_begin[1]};
+    const auto bound = [&](i32 side) { return kHasRegisters ? bounds[side] : part_begin[side]; };
     pdl_wait();
     const u32 warpgroup = __shfl_sync(kFullWarp, threadIdx.x / kWarpgroupThreads, 0);
 
     if (warpgroup == 0) {
         registers_increase<kScoresRegisters>();
         ScoresRole<DenseWide> scores(params, smem);
-        for (i32 item = part_begin[0]; item < part_begin[1]; ++item) scores.run_item(item);
+        for (i32 item = bound(0); item < bound(1); ++item) scores.run_item(item);
     } else {
         registers_decrease<kValuesRegisters>();
         ValuesRole<DenseWide> values(params, smem);
         TileLoader loader(&kv_latent, &kv_rope, params, smem, reinterpret_cast<LoaderState*>(shared + WideSmem::loader));
         if (is_loader_warp()) {
-            loader.start(part_begin[0], part_begin[1]);
+            loader.start(bound(0), bound(1));
             for (u32 stage = 0; stage < kStages; ++stage) loader.load_next(stage);
         }
-        for (i32 item = part_begin[0]; item < part_begin[1]; ++item) {
+        for (i32 item = bound(0); item < bound(1); ++item) {
             values.run_item(item, [&](const RingPosition& done) {
                 if (!is_loader_warp()) return;
                 mbarrier_wait(tile_empty(smem, done.stage), done.parity);
