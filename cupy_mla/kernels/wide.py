@@ -75,7 +75,7 @@ class WideFamily(DecodeFamily):
         return _FEW_ROWS
 
     def scale_parts(self, latent_dim: int, dtype: str, rows: int, *, of_share: bool = False) -> ColumnParts | None:
-        """Of bf16, so that split results are as accurate as whole ones; of shares, whose masks take registers, for few rows."""
+        """Of bf16: split results are as accurate as whole ones. Of shares, whose masks take registers, for few rows."""
         if rows <= _FEW_ROWS or of_share:
             return wide_scale_parts(latent_dim, dtype, rows)
         parts = wide_scale_parts(latent_dim, dtype, rows, of_share=True)
