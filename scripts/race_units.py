@@ -374,7 +374,7 @@ def run_combine_push() -> None:
     header["num_merges"], merge["request"], merge["seqlen_q"], merge["slot_count"] = 1, 1, 1, pieces
     plan = trial.upload(np.concatenate([header.view(np.int32), merge.view(np.int32)]))
     partial_out = trial.upload(trial.values((pieces, slot_rows, d_v), "bfloat16"))
-    partial_lse = trial.upload(trial.values((pieces, slot_rows), "float32"))
+    partial_lse = trial.upload(trial.values((pieces, slot_rows, config.partial_lse_bytes // WORD_BYTES), "float32"))
     outs = trial.upload(trial.values((batch, 1, world * own, d_v), "bfloat16"))
     lses = trial.upload(trial.values((batch, world * own, 1), "float32"))
     out = trial.upload(trial.values((batch, 1, own, d_v), "bfloat16"))

@@ -141,7 +141,7 @@ OTHER_CONFIGS += [
 OTHER_CONFIGS += [
     KernelConfig(
         *(WIDE64, latent, rope, "bfloat16", page_size, causal),
-        scale_parts=WIDE64.scale_parts(latent, "bfloat16", 64),
+        scale_parts=WIDE64.scale_parts(latent, "bfloat16", 64, of_share=sharded),
         sharded=sharded,
     )
     for latent, rope, page_size, causal, sharded in (
