@@ -135,7 +135,12 @@ SCALED_CONFIGS: list[KernelConfig] = [
 OTHER_CONFIGS += SCALED_CONFIGS
 # Masks that go by places in whole requests, of which the cache has a shard: in every kernel of dense decode.
 OTHER_CONFIGS += [
-    replace(next(config for config in family.standard_configs() if config.causal), sharded=True) for family in FAMILIES
+    replace(
+        next(config for config in family.standard_configs() if config.causal),
+        scale_parts=family.scale_parts(512, "bfloat16", family.rows, of_share=True),
+        sharded=True,
+    )
+    for family in FAMILIES
 ]
 # Of many rows in the wide kernel, other widths and masks than the standard ones.
 OTHER_CONFIGS += [

@@ -9,9 +9,10 @@ namespace mla {
 static_assert(kLseCopies == 1 || (kLseCopies == kValueWarpgroups && kScaleColumns == kValueColumns),
               "each values warpgroup has one of the parts");
 static_assert(kLseCopies == 1 || !kRefines, "rows lie one after the other");
+static_assert(kLseCopies == 1 || !kSharded, "partial results of shares have no powers of two in their lses");
 
 // Where no registers are left for O while it is stored, it is looked at before, which takes half a microsecond more.
-constexpr bool kLooksFirst = kSharded || (kRope == 0 && !kHasRegisters);
+constexpr bool kLooksFirst = kRope == 0 && !kHasRegisters;
 
 template <class Params, class Out>
 class ScaledPartial {
