@@ -62,13 +62,15 @@ private:
         buffers_.advance();
     }
 
+    // With rows along M there is a word of each scores warp, and lane 0 reads them, which announces that the buffer is free: racecheck
+    // follows whoever reads and arrives himself.
     MLA_DEVICE bool any_rescales() const {
-        u32 words[Smem::rescales_bytes / sizeof(u32)];
-        load_shared_words(rescales(smem_, buffers_.index), words);
+        u32 words[Smem::rescales_bytes / sizeof(u32)] = {};
+        if (!kRowsAlongM || lane_ == 0) load_shared_words(rescales(smem_, buffers_.index), words);
         u32 any = 0;
 #pragma unroll
         for (const u32 word : words) any |= word;
-        return any != 0;
+        return kRowsAlongM ? __any_sync(kFullWarp, any != 0) : any != 0;
     }
 
     // The output turns into rows in the place of the last tile's first boxes.
