@@ -128,8 +128,11 @@ class GatheredNarrowFamily(DecodeFamily):
         boxes, planned = (config.latent_dim + config.rope_dim) // BOX_COLUMNS, _is_planned(config)
         if self._has_rows_along_m(config):
             fixed = self._row_bytes()
-            return fixed + (hopper.MAX_SHARED_BYTES - fixed) // _group_bytes(boxes) * _group_bytes(boxes)
-        return self._fixed_bytes(boxes, self._takes_turns(planned)) + self._groups(boxes, planned) * _group_bytes(boxes)
+            group_bytes = _group_bytes(boxes, frees_boxes=True)
+            return fixed + (hopper.MAX_SHARED_BYTES - fixed) // group_bytes * group_bytes
+        takes_turns = self._takes_turns(planned)
+        group_bytes = _group_bytes(boxes, frees_boxes=takes_turns)
+        return self._fixed_bytes(boxes, takes_turns) + self._groups(boxes, planned) * group_bytes
 
     def defines(self, config: KernelConfig) -> tuple[tuple[str, str], ...]:
         """The macros of decode/config.h and decode/gathered/work.h."""
@@ -180,7 +183,7 @@ class GatheredNarrowFamily(DecodeFamily):
         takes_turns = self._takes_turns(planned)
         spared = 0 if takes_turns else hopper.CTA_SHARED_BYTES
         room = hopper.MAX_SHARED_BYTES - spared - self._fixed_bytes(boxes, takes_turns)
-        groups = max(room, 0) // _group_bytes(boxes)
+        groups = max(room, 0) // _group_bytes(boxes, frees_boxes=takes_turns)
         wanted = max(_RING_BOXES, 2 * boxes) // _group_boxes(boxes)
         return min(groups, wanted) if planned else groups
 
@@ -195,9 +198,11 @@ def _group_boxes(boxes: int) -> int:
     return next(divisor for divisor in range(_MAX_GROUP_BOXES, 0, -1) if boxes % divisor == 0)
 
 
-def _group_bytes(boxes: int) -> int:
+def _group_bytes(boxes: int, *, frees_boxes: bool) -> int:
     """Of a group, its barriers and the bits of its tile's tokens."""
-    return _group_boxes(boxes) * BOX_BYTES + 2 * BARRIER_BYTES + _WARPS * _WORD_BYTES
+    barriers = 1 + (_group_boxes(boxes) if frees_boxes else 1)
+    barriers += barriers % 2  # what follows is read 16 bytes at once
+    return _group_boxes(boxes) * BOX_BYTES + barriers * BARRIER_BYTES + _WARPS * _WORD_BYTES
 
 
 # Start, tile and merge from 1, 16 and 128 requests of 2048 tokens; the rest as in the dense narrow kernel.

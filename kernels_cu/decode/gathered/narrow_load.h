@@ -149,7 +149,8 @@ private:
 #pragma unroll
         for (u32 group = 0; group != kQueryGroups; ++group) {
             const GroupRing::Place place = ring_.place(group);
-            mbarrier_wait(empty_barrier(smem_, place.index), place.parity ^ 1);
+#pragma unroll
+            for (u32 i = 0; i < kGroupFrees; ++i) mbarrier_wait(empty_barrier(smem_, place.index, i), place.parity ^ 1);
 #pragma unroll
             for (u32 first = 0; first < kRows; first += kLoaderWarps * kPassTokens) {
                 const u32 row_in_block = first + warp_ * kPassTokens + lane_ / kLineLanes;
@@ -205,19 +206,23 @@ private:
 #pragma unroll
         for (u32 group = 0; group < kTileGroups; ++group) {
             const GroupRing::Place place = ring_.place(group);
-            mbarrier_wait(empty_barrier(smem_, place.index), place.parity ^ 1);  // passes at once in the first lap
-            if (group == 0 && lane_ == 0) store_shared_u32(valid_word(smem_, ring_, warp_), valid);
             const u32 boxes = box_address(smem_, ring_, group * kGroupBoxes);
 #pragma unroll
-            for (u32 pass = 0; pass < kPasses; ++pass) {
-                const u32 destination = boxes + (pass % 2 ? odd_row_ : even_row_) + pass / 2 * kSwizzleAtomBytes;
-                const u8* source = rows[pass];
+            for (u32 freed = 0; freed < kGroupFrees; ++freed) {
+                mbarrier_wait(empty_barrier(smem_, place.index, freed), place.parity ^ 1);  // passes at once in the first lap
+                if (group == 0 && freed == 0 && lane_ == 0) store_shared_u32(valid_word(smem_, ring_, warp_), valid);
+                const u32 begin = group * kGroupBoxes + freed * kFreedBoxes;
 #pragma unroll
-                for (u32 box = group * kGroupBoxes; box < (group + 1) * kGroupBoxes; ++box) {
-                    if (kByRequest && box == kLatentBoxes)  // from here on it is another array, in place of these boxes
-                        source = row_of_pass(rope_address, pass) - kLatentBoxes * kBoxRowBytes;
-                    copy_async_16b<kWholeLines>(destination + box % kGroupBoxes * kBoxBytes, source + box * kBoxRowBytes,
-                                                bytes[pass]);
+                for (u32 pass = 0; pass < kPasses; ++pass) {
+                    const u32 destination = boxes + (pass % 2 ? odd_row_ : even_row_) + pass / 2 * kSwizzleAtomBytes;
+                    const u8* source = rows[pass];
+#pragma unroll
+                    for (u32 box = begin; box < begin + kFreedBoxes; ++box) {
+                        if (kByRequest && box == kLatentBoxes)  // from here on it is another array, in place of these boxes
+                            source = row_of_pass(rope_address, pass) - kLatentBoxes * kBoxRowBytes;
+                        copy_async_16b<kWholeLines>(destination + box % kGroupBoxes * kBoxBytes, source + box * kBoxRowBytes,
+                                                    bytes[pass]);
+                    }
                 }
             }
             copy_async_arrive(full_barrier(smem_, place.index));

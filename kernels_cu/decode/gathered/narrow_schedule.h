@@ -40,7 +40,11 @@ constexpr u32 kMaxGroupBoxes = 4;
 constexpr u32 kGroupBoxes = largest_divisor(kTileBoxes, kMaxGroupBoxes);
 constexpr u32 kGroupBytes = kGroupBoxes * kBoxBytes;
 constexpr u32 kTileGroups = kTileBoxes / kGroupBoxes;
-static_assert(kTileGroups <= kWarpThreads, "one lane per group of a tile releases it");
+// Whether boxes are freed one by one, each while PV multiplies the next, so that more is on its way: in prefill's own kernels.
+constexpr bool kFreesBoxes = kTakesTurns || kRowsAlongM;
+constexpr u32 kFreedBoxes = kFreesBoxes ? 1 : kGroupBoxes;  // together
+constexpr u32 kGroupFrees = kGroupBoxes / kFreedBoxes;      // of a group
+static_assert(kTileBoxes / kFreedBoxes <= kWarpThreads, "a lane for each part of a tile that is freed");
 
 // Groups that an item's Q takes ahead of its first tile, where it comes through the ring.
 constexpr u32 kQueryGroups = kRowsAlongM ? (kTileBoxes * kRowBoxBytes + kGroupBytes - 1) / kGroupBytes : 0;

@@ -26,7 +26,8 @@ struct GatheredNarrowSmem {
                                        2 * factor_bytes + buffer_barriers * sizeof(u64) + kBuffers * rescales_bytes +
                                        turn_bytes + row_bytes + kClaimBytes;
     static constexpr u32 valid_bytes = kLoaderWarps * sizeof(u32);
-    static constexpr u32 group_bytes = kGroupBytes + 2 * sizeof(u64) + valid_bytes;
+    static constexpr u32 group_barriers = (2 + kGroupFrees) / 2 * 2;  // of which one may be unused: what follows is read 16 bytes at once
+    static constexpr u32 group_bytes = kGroupBytes + group_barriers * sizeof(u64) + valid_bytes;
     static constexpr u32 fitting_groups = (kSharedBytes - fixed_bytes) / group_bytes;
     static constexpr u32 groups = MLA_PLANNED && kRingGroups < fitting_groups ? kRingGroups : fitting_groups;
 
@@ -39,7 +40,7 @@ struct GatheredNarrowSmem {
     static constexpr u32 inverse_sums = factors + factor_bytes;  // after an item's last tile, for the buffer of that tile
     static constexpr u32 full = inverse_sums + factor_bytes;
     static constexpr u32 empty = full + groups * sizeof(u64);
-    static constexpr u32 probabilities_full = empty + groups * sizeof(u64);
+    static constexpr u32 probabilities_full = empty + groups * (group_barriers - 1) * sizeof(u64);
     static constexpr u32 probabilities_empty = probabilities_full + kBuffers * sizeof(u64);
     static constexpr u32 sums_full = probabilities_empty + kBuffers * sizeof(u64);
     static constexpr u32 valid = sums_full + kBuffers * sizeof(u64);  // bits of each loader warp's tokens, at a tile's first group
@@ -103,9 +104,12 @@ MLA_DEVICE u32 box_address(u32 smem, const GroupRing& ring, u32 box) {
 // groups of Q.
 MLA_DEVICE u32 full_barrier(u32 smem, u32 place) { return smem + Smem::full + place * sizeof(u64); }
 constexpr u32 kFullArrivals = kLoaderWarps * (kWarpThreads + 1);
-// empty: one lane of each values warp for all, once its PV has read the group (QK has before, or there would be no P), or every
-// values thread, once it has read the output that was staged there; loaders.
-MLA_DEVICE u32 empty_barrier(u32 smem, u32 place) { return smem + Smem::empty + place * sizeof(u64); }
+// empty, of each part of a group that is freed by itself: one lane of each values warp for all, once its PV has read it (QK has
+// before, or there would be no P), or every values thread, once it has read the output that was staged there; of Q every scores thread;
+// loaders.
+MLA_DEVICE u32 empty_barrier(u32 smem, u32 place, u32 freed = 0) {
+    return smem + Smem::empty + (place * kGroupFrees + freed) * static_cast<u32>(sizeof(u64));
+}
 // Those of NarrowSoftmax:
 MLA_DEVICE u32 probabilities_full_barrier(u32 smem, u32 buffer) { return smem + Smem::probabilities_full + buffer * sizeof(u64); }
 MLA_DEVICE u32 probabilities_empty_barrier(u32 smem, u32 buffer) {
@@ -122,7 +126,7 @@ MLA_DEVICE u32 query_empty_barrier(u32 smem) { return smem + Smem::query_empty; 
 MLA_DEVICE void initialise_barriers(u32 smem) {
     for (u32 group = 0; group < Smem::groups; ++group) {
         mbarrier_init(full_barrier(smem, group), kFullArrivals);
-        mbarrier_init(empty_barrier(smem, group), kWarpgroupThreads);
+        for (u32 i = 0; i < kGroupFrees; ++i) mbarrier_init(empty_barrier(smem, group, i), kWarpgroupThreads);
     }
     for (u32 buffer = 0; buffer < kBuffers; ++buffer) {
         mbarrier_init(probabilities_full_barrier(smem, buffer), kRowsAlongM ? kWarpgroupThreads : kProbabilityArrivals);

@@ -43,7 +43,7 @@ private:
             if (!is_first && any_rescales())
                 rescale_by(Smem::factors, output);
             const bool is_last = tile + 1 == work.tile_end;
-            accumulate(!is_first, is_last ? kStagedGroups : 0, output);
+            accumulate(!is_first, is_last ? kStagedFrees : 0, output);
             if (!is_last) {
                 release_probabilities();
                 ring_.advance();
@@ -76,7 +76,7 @@ private:
     // The output turns into rows in the place of the last tile's first boxes.
     static constexpr u32 kBoxesPerStagedBox = kBoxBytes / kRowBoxBytes;
     static constexpr u32 kStagedBoxes = (kLatentBoxes + kBoxesPerStagedBox - 1) / kBoxesPerStagedBox;
-    static constexpr u32 kStagedGroups = (kStagedBoxes + kGroupBoxes - 1) / kGroupBoxes;
+    static constexpr u32 kStagedFrees = (kStagedBoxes + kFreedBoxes - 1) / kFreedBoxes;
 
     MLA_DEVICE u32 staged_box(u32 box) const {
         return box_address(smem_, ring_, box / kBoxesPerStagedBox) + box % kBoxesPerStagedBox * kRowBoxBytes;
@@ -96,7 +96,7 @@ private:
         rescale(factor, output);
     }
 
-    // PV of the tile at ring_. Groups from `first_freed` on are freed one by one as they have been multiplied.
+    // PV of the tile at ring_. Boxes (or groups) from `first_freed` on are freed one by one as they have been multiplied.
     MLA_DEVICE void accumulate(bool onto_output, u32 first_freed, float (&output)[kLatentBoxes][kFragment]) const {
         const u64 p = descriptor_at(kBoxKMajor, smem_ + Smem::probabilities + buffers_.index * kRowBoxBytes);
 #pragma unroll
@@ -105,11 +105,28 @@ private:
 #pragma unroll
         for (u32 box = 0; box < kTileBoxes; ++box) {
             if (box < kLatentBoxes) accumulate_box(box_address(smem_, ring_, box), p, onto_output, output[box]);
-            if (box % kGroupBoxes == kGroupBoxes - 1) wgmma_commit();
+            if (kFreesBoxes && box < kLatentBoxes)
+                free_box_before(box, first_freed);
+            else if (!kFreesBoxes && box % kGroupBoxes == kGroupBoxes - 1)
+                wgmma_commit();
         }
-        free_groups<0>(first_freed);
+        if (kFreesBoxes) {
+            wgmma_wait<0>();
+            release(first_freed < kLatentBoxes ? kLatentBoxes - 1 : first_freed, kTileBoxes);
+        } else {
+            free_groups<0>(first_freed);
+        }
 #pragma unroll
         for (u32 box = 0; box < kLatentBoxes; ++box) wgmma_pin(output[box]);
+    }
+
+    // The one before, while the box is multiplied. Products are not let far ahead of who asks for them: behind all it would be too late.
+    MLA_DEVICE void free_box_before(u32 box, u32 first_freed) const {
+        wgmma_commit();
+        if (box == 0) return;
+        wgmma_wait<1>();
+        if (box > first_freed) release(box - 1, box);
+        if (box + 1 < kLatentBoxes) wgmma_fence();  // past a branch
     }
 
     template <u32 kGroup>
@@ -119,17 +136,22 @@ private:
         if constexpr (kGroup + 1 < kTileGroups) free_groups<kGroup + 1>(first_freed);
     }
 
-    // PV of this warp has read these groups of the tile for the last time.
+    // Of the i-th of a tile's boxes, or groups.
+    MLA_DEVICE u32 empty_barrier_of(u32 i) const {
+        return empty_barrier(smem_, ring_.place(i / kGroupFrees).index, i % kGroupFrees);
+    }
+
+    // PV of this warp has read these boxes, or groups, of the tile for the last time.
     MLA_DEVICE void release(u32 begin, u32 end) const {
         __syncwarp();
-        const u32 group = begin + lane_;
-        if (group < end) mbarrier_arrive(empty_barrier(smem_, ring_.place(group).index), kWarpThreads);
+        const u32 i = begin + lane_;
+        if (i < end) mbarrier_arrive(empty_barrier_of(i), kWarpThreads);
     }
 
     // This lane has read what was staged: racecheck follows whoever reads and arrives himself.
     MLA_DEVICE void release_staged() const {
 #pragma unroll
-        for (u32 group = 0; group < kStagedGroups; ++group) mbarrier_arrive(empty_barrier(smem_, ring_.place(group).index));
+        for (u32 i = 0; i < kStagedFrees; ++i) mbarrier_arrive(empty_barrier_of(i));
     }
 
     MLA_DEVICE void release_probabilities() const {
@@ -140,7 +162,7 @@ private:
     MLA_DEVICE void store(const BlockWork& work, i32 item, float (&inverse)[kThreadRows],
                           float (&output)[kLatentBoxes][kFragment]) const {
         if (kPartialIsFloat && work.is_partial()) {
-            release(0, kStagedGroups);
+            release(0, kStagedFrees);
             store_float_partial(params_, work, warp_, lane_, output);
             return;
         }

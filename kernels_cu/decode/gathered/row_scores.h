@@ -34,7 +34,7 @@ public:
     }
 
 private:
-    // Of this thread's row; the sum and the largest score are over its own tokens.
+    // Of this thread's row; the sum is over its own tokens.
     struct Row {
         float maximum = minus_infinity(), sum = 0.0f, largest = minus_infinity();
     };
@@ -52,6 +52,7 @@ private:
         Row row;
         float even[kThreadScores], odd[kThreadScores];
         issue(q, ring_, even);
+        look_for_absent();
         await(even);
         i32 left = work.tile_end - work.tile_begin;
         for (; left > 2; left -= 2) {
@@ -78,23 +79,33 @@ private:
     MLA_DEVICE void take_tiles(const u32 (&q)[kSteps][4], float (&scores)[kThreadScores], float (&next)[kThreadScores], Row& row) {
         const GroupRing ahead = next_tile();
         TileRow of_tile;
-        if (!kTakesTurnsWithin) soften(scores, row, of_tile);
+        hide_absent(scores);
+        if (!kTakesTurnsWithin) make_probabilities(scores, row, of_tile);
         bool has_come = false;
         wgmma_pin(next);
 #pragma unroll
         for (u32 box = 0; box < kTileBoxes; ++box) {
+            if (kTakesTurnsWithin && box == kHandOverBox) hand_over(scores, of_tile);
             issue_box(q, ahead, box, has_come, next);
-            if (kTakesTurnsWithin && box < kSoftmaxSteps) soften_step(box, scores, row, of_tile);
+            // Without a branch: past one, wgmma has to be told of its registers again, which costs more than what it saves.
+            if (kTakesTurnsWithin && box <= kParts) soften_step(box, scores, row, of_tile);
         }
         wgmma_commit();
-        ring_.advance();
-        buffers_.advance();
+        if (!kTakesTurnsWithin || kHandOverBox >= kTileBoxes) hand_over(scores, of_tile);
+        leave_tile();
+        look_for_absent();
         await(next);
     }
 
     MLA_DEVICE void finish_tile(float (&scores)[kThreadScores], Row& row) {
         TileRow of_tile;
-        soften(scores, row, of_tile);
+        hide_absent(scores);
+        make_probabilities(scores, row, of_tile);
+        hand_over(scores, of_tile);
+        leave_tile();
+    }
+
+    MLA_DEVICE void leave_tile() {
         ring_.advance();
         buffers_.advance();
     }
@@ -123,7 +134,8 @@ private:
                     load_matrix_x4(is_zero ? smem_ + Smem::zeros : address, q[box * kBoxSteps + step]);
                 }
             }
-            mbarrier_arrive(empty_barrier(smem_, place.index));
+#pragma unroll
+            for (u32 i = 0; i < kGroupFrees; ++i) mbarrier_arrive(empty_barrier(smem_, place.index, i));
         }
         ring_.skip_query();
     }
@@ -147,7 +159,8 @@ private:
             has_come = __all_sync(kFullWarp, mbarrier_test_wait(full_barrier(smem_, last.index), last.parity));
             fence_async_proxy();  // cp.async writes as ordinary stores do
         }
-        wgmma_fence();
+        // Past a barrier, and (by ptxas) past the last of the softmax's steps between products.
+        if (box % kGroupBoxes == 0 || box == kParts || box == kParts + 1) wgmma_fence();
         const u64 k = descriptor_at(kBoxKMajor, box_address(smem_, ring, box));
 #pragma unroll
         for (u32 in_box = 0; in_box < kBoxSteps; ++in_box) {
@@ -162,11 +175,18 @@ private:
         wgmma_pin(scores);
     }
 
-    // What is no token of the tile at ring_. Its values are zeros already.
-    MLA_DEVICE void hide_absent(float (&scores)[kThreadScores]) const {
+    // Whether all of the tile at ring_ are tokens. Its first group has come.
+    MLA_DEVICE void look_for_absent() {
         u32 words[kLoaderWarps];
         load_shared_words(valid_word(smem_, ring_, 0), words);
-        if ((words[0] & words[1] & words[2] & words[3]) == kAllValid) return;
+        has_absent_ = !__all_sync(kFullWarp, (words[0] & words[1] & words[2] & words[3]) == kAllValid);
+    }
+
+    // What is no token of the tile at ring_. Its values are zeros already.
+    MLA_DEVICE void hide_absent(float (&scores)[kThreadScores]) const {
+        if (!has_absent_) return;
+        u32 words[kLoaderWarps];
+        load_shared_words(valid_word(smem_, ring_, 0), words);
         const u32 first = lane_ % kQuadLanes * 2;  // of the two tokens of each eight
 #pragma unroll
         for (u32 i = 0; i < 2 * kPairs; ++i) {
@@ -175,44 +195,36 @@ private:
         }
     }
 
-    // The softmax of the tile at ring_: its maximum, its exponentials in parts, and P to the buffer at hand.
+    // The softmax of the tile at ring_: its maximum, then its exponentials in parts, box by box of the next tile.
     static constexpr u32 kParts = 2;
-    static constexpr u32 kSoftmaxSteps = 1 + kParts + 1;
-    static constexpr bool kTakesTurnsWithin = kTileBoxes > kSoftmaxSteps;  // with products, box by box
+    static constexpr bool kTakesTurnsWithin = kTileBoxes > kParts + 1;
+    // P is handed over ahead of the first group behind half of the next tile, once it is made.
+    static constexpr u32 kEarliest = (kTileBoxes + 1) / 2 > kParts ? (kTileBoxes + 1) / 2 : kParts + 1;
+    static constexpr u32 kHandOverBox = (kEarliest + kGroupBoxes - 1) / kGroupBoxes * kGroupBoxes;
 
-    MLA_DEVICE void soften(float (&scores)[kThreadScores], Row& row, TileRow& of_tile) const {
+    MLA_DEVICE void make_probabilities(float (&scores)[kThreadScores], Row& row, TileRow& of_tile) const {
 #pragma unroll
-        for (u32 step = 0; step < kSoftmaxSteps; ++step) soften_step(step, scores, row, of_tile);
+        for (u32 step = 0; step <= kParts; ++step) soften_step(step, scores, row, of_tile);
     }
 
     MLA_DEVICE void soften_step(u32 step, float (&scores)[kThreadScores], Row& row, TileRow& of_tile) const {
         if (step == 0)
             raise_maximum(scores, row, of_tile);
-        else if (step <= kParts)
-            exponentiate_part(step - 1, of_tile.shift, scores, row);
         else
-            hand_over(scores, of_tile);
+            exponentiate_part(step - 1, of_tile.shift, scores, row);
     }
 
-    MLA_DEVICE void raise_maximum(float (&scores)[kThreadScores], Row& row, TileRow& of_tile) const {
-#pragma unroll
-        for (u32 i = 0; i < 2 * kPairs; ++i) scores[element(i)] *= params_.scale_log2;
-        hide_absent(scores);
+    MLA_DEVICE void raise_maximum(const float (&scores)[kThreadScores], Row& row, TileRow& of_tile) const {
         float pair[2] = {scores[element(0)], scores[element(1)]};
 #pragma unroll
         for (u32 i = 2; i < 2 * kPairs; ++i) pair[i % 2] = fmaxf(pair[i % 2], scores[element(i)]);
-        const float own = fmaxf(pair[0], pair[1]);
-        row.largest = fmaxf(row.largest, own);
-        of_tile.factor = 1.0f;
-        of_tile.moves = __any_sync(kFullWarp, own > row.maximum + kRescaleThreshold);
-        if (of_tile.moves) {
-            const float maximum = quad_max(own);
-            if (maximum > row.maximum + kRescaleThreshold) {
-                of_tile.factor = fast_exp2(row.maximum - maximum);
-                row.maximum = maximum;
-                row.sum *= of_tile.factor;
-            }
-        }
+        const float largest = quad_max(fmaxf(pair[0], pair[1])) * params_.scale_log2;
+        row.largest = fmaxf(row.largest, largest);
+        const bool moves = largest > row.maximum + kRescaleThreshold;
+        of_tile.factor = moves ? fast_exp2(row.maximum - largest) : 1.0f;
+        row.maximum = moves ? largest : row.maximum;
+        row.sum *= of_tile.factor;
+        of_tile.moves = __any_sync(kFullWarp, moves);
         // A row that has seen no key: its scores are -inf, and -inf - -inf would be NaN.
         of_tile.shift = row.maximum == minus_infinity() ? 0.0f : row.maximum;
     }
@@ -223,7 +235,7 @@ private:
 #pragma unroll
         for (u32 i = part * kPartTokens; i < (part + 1) * kPartTokens; ++i) {
             float& score = scores[element(i)];
-            score = fast_exp2(score - shift);
+            score = fast_exp2(fmaf(score, params_.scale_log2, -shift));
             sum[i % 2] += score;
         }
         row.sum += sum[0] + sum[1];
@@ -266,7 +278,6 @@ private:
     // After an item's last tile: what O is multiplied by (the sum's inverse) to the values warpgroup, then lse and largest score.
     MLA_DEVICE void finish(const BlockWork& work, Row& row) const {
         row.sum = quad_sum(row.sum);
-        row.largest = quad_max(row.largest);
         if (lane_ % kQuadLanes != 0) return;
         const u32 last = buffers_.index ^ 1;
         const i32 index = this->row();
@@ -281,6 +292,7 @@ private:
     u32 smem_, warp_, lane_;
     Buffers buffers_;
     GroupRing ring_;
+    bool has_absent_ = false;  // of the tile at ring_
 };
 
 }  // namespace mla
