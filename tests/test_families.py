@@ -37,7 +37,7 @@ from cupy_mla.kernels.combine import (
     gathered_combine_source,
 )
 from cupy_mla.kernels.family import ALL_COLUMNS, STANDARD_DIMS, ColumnParts, DecodeFamily, KernelConfig
-from cupy_mla.kernels.fp8 import FP8_EXACT16, FP8_SPLIT16, FP8_SPLIT64, Fp8Family
+from cupy_mla.kernels.fp8 import FP8_EXACT16, FP8_EXACT64, FP8_SPLIT16, FP8_SPLIT64, Fp8Family
 from cupy_mla.kernels.gathered import GATHERED_WIDE64, GatheredConfig, gathered_config
 from cupy_mla.kernels.gathered_narrow import GATHERED_NARROW16, GATHERED_NARROW32
 from cupy_mla.kernels.narrow import NARROW16, NARROW32
@@ -382,7 +382,7 @@ def test_fp8_caches_go_to_the_kernel_that_computes_as_asked(
     heads: int, rows: int, compute: str, kernel: str, split: int | None
 ) -> None:
     config = choose_config(fp8(problem(132, 8192, heads), compute), NUM_SMS, None, split)
-    assert name(config) == f"{kernel}{32 if compute == 'exact' and rows == 64 else rows}"  # there is none of 64 rows
+    assert name(config) == f"{kernel}{rows}"
 
 
 @pytest.mark.parametrize(
@@ -425,6 +425,7 @@ def test_a_cta_fits_an_sm(config: KernelConfig) -> None:
         (FP8_EXACT16, 8, 256, 64, (132, 256)),  # of more rows
         (FP8_EXACT16, 1, 16384, 16, (132, 256)),  # in more pieces
         (FP8_SPLIT64, 1, 4096, 128, (132, 640)),
+        (FP8_EXACT64, 1, 4096, 128, (132, 640)),
         (WIDE64, 1, 4096, 128, (132, 640)),
     ],
 )

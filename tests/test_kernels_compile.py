@@ -24,7 +24,7 @@ from cupy_mla.kernels.catalogue import all_kernels, standard_configs
 from cupy_mla.kernels.choose import FAMILIES
 from cupy_mla.kernels.combine import combine_source, gathered_combine_source
 from cupy_mla.kernels.family import ColumnParts, KernelConfig
-from cupy_mla.kernels.fp8 import FP8_SPLIT64
+from cupy_mla.kernels.fp8 import FP8_EXACT64, FP8_SPLIT64
 from cupy_mla.kernels.gathered import GATHERED_WIDE64, GatheredConfig
 from cupy_mla.kernels.gathered_fp8 import GATHERED_FP8_NARROW16, GATHERED_FP8_NARROW32
 from cupy_mla.kernels.gathered_fp8_wide import GATHERED_FP8_WIDE64
@@ -165,6 +165,16 @@ OTHER_CONFIGS += [
     KernelConfig(WIDE64, 512, 64, "bfloat16", 64, True, sharded=True),
     KernelConfig(WIDE64, 512, 64, "bfloat16", 64, True, scale_parts=ColumnParts(256, 2), refined=True, sharded=True),
     KernelConfig(FP8_SPLIT64, 512, 64, "bfloat16", 64, True, sharded=True),
+    *(
+        KernelConfig(FP8_EXACT64, latent, rope, "bfloat16", page_size, True, sharded=sharded, two_scales=rope > 0)
+        for latent, rope, page_size, sharded in (
+            (512, 0, 128, False),
+            (512, 64, 16, False),
+            (512, 64, 64, True),
+            (256, 64, 64, True),
+            (256, 0, 32, False),
+        )
+    ),
 ]
 # What the narrow kernels have of a shard: partial results with powers of two.
 SHARE_CONFIGS = [

@@ -140,10 +140,12 @@ class Fp8Family(DecodeFamily):
         tiles = stages * TILE_TOKENS * width
         query = self.rows * width * (self._query_parts if wide else ELEMENT_BYTES)
         probabilities = buffers * self.rows * BOX_COLUMNS * ELEMENT_BYTES
-        # Of each row: a value of each scores warp (up to 32 rows), factors of each P, the factor of Q, the inverse sum.
-        floats = ((0 if wide else _SCORES_WARPS) + buffers + 2) * self.rows * FLOAT_BYTES
+        # Of each row: a value of each scores warp where they share rows (and its maximum, where no registers are left
+        # for it), factors of each P, the factor of Q, the inverse sum.
+        shares = not wide or self.compute == EXACT
+        floats = (_SCORES_WARPS * (shares + (shares and wide)) + buffers + 2) * self.rows * FLOAT_BYTES
         barriers = 2 * (stages + buffers + 1) * BARRIER_BYTES
-        flags = _FLAG_BYTES * (buffers * (_SCORES_WARPS if wide else 1) + (self.compute != EXACT))
+        flags = _FLAG_BYTES * (buffers * (1 if shares else _SCORES_WARPS) + (self.compute != EXACT))
         return tiles + query + probabilities + floats + barriers + flags + CLAIM_BYTES
 
     def standard_configs(self) -> list[KernelConfig]:
@@ -160,10 +162,11 @@ class Fp8Family(DecodeFamily):
 
 
 def _family(rows: int, compute: str, cost: CostModel) -> Fp8Family:
+    form = "" if rows < _WIDE_ROWS else "_wide_exact" if compute == EXACT else "_wide"
     return Fp8Family(
         name=f"fp8_{_NAMES[compute]}{rows}",
-        entry="decode/fp8/wide.cu" if rows == _WIDE_ROWS else "decode/fp8/fp8.cu",
-        function="mla_decode_fp8_wide" if rows == _WIDE_ROWS else "mla_decode_fp8",
+        entry=f"decode/fp8/{form.lstrip('_') or 'fp8'}.cu",
+        function=f"mla_decode_fp8{form}",
         rows=rows,
         cost=cost,
         combine_threads=_WIDE_COMBINE_THREADS if rows == _WIDE_ROWS else _COMBINE_THREADS,
@@ -180,6 +183,7 @@ FP8_SPLIT16 = _family(16, SPLIT, CostModel(start=3.5, tile=1.18, item=3.4, merge
 FP8_EXACT16 = _family(16, EXACT, CostModel(start=2.6, tile=1.32, item=3.0, merge=3.0, pieces=_PIECES16))
 FP8_SPLIT32 = _family(32, SPLIT, CostModel(start=7.4, tile=1.3, item=5.9, merge=3.6, pieces=_PIECES32))
 FP8_EXACT32 = _family(32, EXACT, CostModel(start=6.7, tile=1.42, item=5.6, merge=3.4, pieces=_PIECES32))
+FP8_EXACT64 = _family(64, EXACT, CostModel(start=7.0, tile=2.1, item=9.5, merge=5.5, pieces=_PIECES64))
 FP8_SPLIT64 = _family(64, SPLIT, CostModel(start=6.8, tile=1.72, item=9.5, merge=5.5, pieces=_PIECES64))
 FP8_QUERY16 = _family(16, FP8, CostModel(start=4.5, tile=1.08, item=3.4, merge=0.9, pieces=_PIECES16))
 FP8_QUERY32 = _family(32, FP8, CostModel(start=5.8, tile=1.12, item=5.6, merge=2.1, pieces=_PIECES32))

@@ -4,7 +4,7 @@
 
 namespace mla {
 
-static_assert(kRows == 16 || kRows == 32 || kRows == 64, "16 or 32 query rows: fp8.cu; 64: wide.cu");
+static_assert(kRows == 16 || kRows == 32 || kRows == 64, "16 or 32 query rows: fp8.cu; 64: wide.cu, wide_exact.cu");
 constexpr bool kWide = kRows == 64;
 
 // How Q K^T is computed. Split: on fp8 tensor cores, q as the sum of a high and a low e4m3 part, or as the high part alone,
@@ -40,7 +40,8 @@ constexpr bool kLaunchesLate = kRows == 16;
 // Scores and values hold two stages. At few rows TMA needs three more under way to keep HBM busy; at 64 Q takes their room.
 constexpr u32 kStages = !kWide ? 5 : kQueryParts == 1 ? 4 : 3;
 constexpr u32 kProbabilityBuffers = kRows == 16 ? 4 : 2;
-constexpr u32 kMovedWords = kWide ? kScoresWarps : 1;  // of each P: who says that factors are not 1
+constexpr bool kSwapped = !kWide || !kSplitQuery;  // S^T = K Q^T: a scores warp has tokens of all rows, else rows of all tokens
+constexpr u32 kMovedWords = kSwapped ? 1 : kScoresWarps;  // of each P: who says that factors are not 1
 
 // Partial sums of Q K^T leave the fp8 tensor cores after so many k32 steps of 18: more lose bits, fewer cost time.
 constexpr u32 kPromotionSteps = kWide ? 6 : 3;

@@ -39,7 +39,8 @@ MLA_DEVICE u32 split_chunk_offset(u32 place, u32 box, u32 chunk) {
                               : kByteBoxes * kSplitBoxBytes + rope_chunk_offset(place, chunk);
 }
 
-constexpr u32 kExchangeBytes = kWide ? 0 : kScoresWarps * kRows * sizeof(f32);  // a value per (scores warp, row)
+constexpr u32 kExchangeBytes = !kSwapped ? 0 : kScoresWarps * kRows * sizeof(f32);  // a value per (scores warp, row)
+constexpr u32 kMaximaBytes = kWide && kSwapped ? kScoresWarps * kRows * sizeof(f32) : 0;  // the same where no registers are left
 constexpr u32 kOutlierBytes = kSplitQuery ? sizeof(u32) : 0;
 
 struct Fp8Smem {
@@ -47,7 +48,8 @@ struct Fp8Smem {
     static constexpr u32 query = stages + kStages * kStageBytes;
     static constexpr u32 probabilities = query + kQueryBytes;  // P^T [kRows][64 tokens] of the last tiles
     static constexpr u32 exchange = probabilities + kProbabilityBuffers * kRowBoxBytes;
-    static constexpr u32 factors = exchange + kExchangeBytes;  // of each P: rescale O by them first
+    static constexpr u32 maxima = exchange + kExchangeBytes;
+    static constexpr u32 factors = maxima + kMaximaBytes;  // of each P: rescale O by them first
     static constexpr u32 row_scales = factors + kProbabilityBuffers * kRows * sizeof(f32);  // of Q
     static constexpr u32 inverse_sums = row_scales + kRows * sizeof(f32);
     static constexpr u32 tile_full = inverse_sums + kRows * sizeof(f32);           // TMA -> scores, values

@@ -49,17 +49,13 @@ MLA_DEVICE void accumulate_box(u32 box_address, u64 probabilities, bool accumula
                                 probabilities + descriptor_offset(step * kStepBytes), accumulate || step > 0);
 }
 
-// Of the thread's rows. The maximum is the same in all threads that hold the row; the sum covers the thread's tokens.
-struct RowStatistics {
+// Of the thread's rows: the same in all threads that hold the row.
+struct RowMaxima {
     float maximum[kThreadRows];
-    float sum[kThreadRows];
 
-    MLA_DEVICE RowStatistics() {
+    MLA_DEVICE RowMaxima() {
 #pragma unroll
-        for (u32 i = 0; i < kThreadRows; ++i) {
-            maximum[i] = minus_infinity();
-            sum[i] = 0.0f;
-        }
+        for (u32 i = 0; i < kThreadRows; ++i) maximum[i] = minus_infinity();
     }
 
     // Moves the maxima of the rows whose tile maximum is above the threshold; factor = 2^(old - new), 1 if it stays.
@@ -75,13 +71,23 @@ struct RowStatistics {
     }
 };
 
+// And sums, of the thread's tokens.
+struct RowStatistics : RowMaxima {
+    float sum[kThreadRows];
+
+    MLA_DEVICE RowStatistics() {
+#pragma unroll
+        for (u32 i = 0; i < kThreadRows; ++i) sum[i] = 0.0f;
+    }
+};
+
 // Of this thread's scores of each of its rows.
 MLA_DEVICE void column_maxima(const float (&scores)[kFragment], float (&maxima)[kThreadRows]) {
 #pragma unroll
     for (u32 i = 0; i < kThreadRows; ++i) maxima[i] = fmaxf(scores[row_element(i)], scores[row_element(i) + 2]);
 }
 
-MLA_DEVICE void exponentiate(const float (&scores)[kFragment], const RowStatistics& rows, float (&probabilities)[kFragment]) {
+MLA_DEVICE void exponentiate(const float (&scores)[kFragment], const RowMaxima& rows, float (&probabilities)[kFragment]) {
 #pragma unroll
     for (u32 i = 0; i < kThreadRows; ++i) {
         // A row that has seen no key: its scores are -inf, and -inf - -inf would be NaN.
