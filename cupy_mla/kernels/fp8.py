@@ -183,7 +183,7 @@ FP8_SPLIT16 = _family(16, SPLIT, CostModel(start=3.5, tile=1.18, item=3.4, merge
 FP8_EXACT16 = _family(16, EXACT, CostModel(start=2.6, tile=1.32, item=3.0, merge=3.0, pieces=_PIECES16))
 FP8_SPLIT32 = _family(32, SPLIT, CostModel(start=7.4, tile=1.3, item=5.9, merge=3.6, pieces=_PIECES32))
 FP8_EXACT32 = _family(32, EXACT, CostModel(start=6.7, tile=1.42, item=5.6, merge=3.4, pieces=_PIECES32))
-FP8_EXACT64 = _family(64, EXACT, CostModel(start=7.0, tile=2.1, item=9.5, merge=5.5, pieces=_PIECES64))
+FP8_EXACT64 = _family(64, EXACT, CostModel(start=7.0, tile=1.9, item=9.5, merge=5.5, pieces=_PIECES64))
 FP8_SPLIT64 = _family(64, SPLIT, CostModel(start=6.8, tile=1.72, item=9.5, merge=5.5, pieces=_PIECES64))
 FP8_QUERY16 = _family(16, FP8, CostModel(start=4.5, tile=1.08, item=3.4, merge=0.9, pieces=_PIECES16))
 FP8_QUERY32 = _family(32, FP8, CostModel(start=5.8, tile=1.12, item=5.6, merge=2.1, pieces=_PIECES32))

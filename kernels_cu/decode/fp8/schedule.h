@@ -12,6 +12,7 @@ constexpr bool kWide = kRows == 64;
 // blocks of queries with outliers (query.h).
 constexpr bool kSplitQuery = MLA_SPLIT_QUERY;
 constexpr u32 kQueryParts = MLA_QUERY_PARTS;
+constexpr bool kSwapped = !kWide || !kSplitQuery;  // S^T = K Q^T: a scores warp has tokens of all rows, else rows of all tokens
 
 // Latent and rope part of the cache may have a scale each. Q's rope columns are multiplied by the ratio of the two, which fp16
 // rounds unless it is a power of two. A kernel of its own multiplies the rope columns' sums instead: its other order of
@@ -40,7 +41,6 @@ constexpr bool kLaunchesLate = kRows == 16;
 // Scores and values hold two stages. At few rows TMA needs three more under way to keep HBM busy; at 64 Q takes their room.
 constexpr u32 kStages = !kWide ? 5 : kQueryParts == 1 ? 4 : 3;
 constexpr u32 kProbabilityBuffers = kRows == 16 ? 4 : 2;
-constexpr bool kSwapped = !kWide || !kSplitQuery;  // S^T = K Q^T: a scores warp has tokens of all rows, else rows of all tokens
 constexpr u32 kMovedWords = kSwapped ? 1 : kScoresWarps;  // of each P: who says that factors are not 1
 
 // Partial sums of Q K^T leave the fp8 tensor cores after so many k32 steps of 18: more lose bits, fewer cost time.

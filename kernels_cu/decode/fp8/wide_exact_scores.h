@@ -26,11 +26,9 @@ public:
             tiles = {work.tile_end - work.tile_begin, block_visible_end(params_, work) - work.tile_begin * kTileTokens};
             Fp8Query::make(params_, work, smem_, thread(), buffer_.is_at_start());
         }
-        float sums[kThreadRows];
-#pragma unroll
-        for (u32 i = 0; i < kThreadRows; ++i) sums[i] = 0.0f;
-        run_tiles(item, tiles, sums);
-        finish(item, sums);
+        float row_sums[kThreadRows] = {};  // of this thread's tokens
+        run_tiles(item, tiles, row_sums);
+        finish(item, row_sums);
     }
 
 private:
@@ -58,25 +56,23 @@ private:
         const float rope_ratio = kRopeApart ? params_.rope_ratio() : 1.0f;
         for (bool is_first = true; tiles.left > 0; tiles.next(), is_first = false) {
             mbarrier_wait(barrier_of(smem_, Fp8Smem::tile_full, stage_.index()), stage_.parity());
-            float scores[kFragment];
-            multiply(rope_ratio, scores);
-            scale(scores);
+            float scores[kFragment], scales[kThreadRows];
+            multiply(rope_ratio, scores, scales);
             if (tiles.visible_end < kTileTokens) mask(item, tiles, scores);
+            if (kCausal) load_rows(smem_ + Fp8Smem::row_scales, scales);
             __syncwarp();
             if (lane() == 0) mbarrier_arrive(barrier_of(smem_, Fp8Smem::tile_empty, stage_.index()));
-            softmax(is_first, scores, row_sums);
-            mbarrier_arrive(barrier_of(smem_, Fp8Smem::probabilities_full, buffer_.index()));
+            softmax(is_first, scores, scales, row_sums);
             stage_.advance();
             buffer_.advance();
         }
     }
 
     // K made in registers, four k16 steps at a time: 16 bytes of two tokens a thread. Apart, the rope columns come first: their sums
-    // are done, and multiplied, when the next step's K is made.
-    MLA_DEVICE void multiply(float rope_ratio, float (&scores)[kFragment]) const {
-        u32 query = smem_ + Fp8Smem::query;
-        pin_register(query);  // else the compiler keeps the descriptors of all steps
-        const u64 q = descriptor_at(kBoxKMajor, query);
+    // are done, and multiplied, when the next step's K is made. What turns the rows' scores to log2 units is read while the last steps
+    // are multiplied, into the registers of K's codes, unless a mask needs these.
+    MLA_DEVICE void multiply(float rope_ratio, float (&scores)[kFragment], float (&scales)[kThreadRows]) const {
+        const u64 q = descriptor_at(kBoxKMajor, smem_ + Fp8Smem::query);
         const u32 stage = stage_address(smem_, stage_.index());
         u32 raw[2][2][4];
         u32 a[2][kBoxSteps][4];
@@ -110,6 +106,7 @@ private:
                                      q + descriptor_offset(box * kRowBoxBytes + step * kStepBytes), turn + step > 0);
             wgmma_commit();
         }
+        if (!kCausal) load_rows(smem_ + Fp8Smem::row_scales, scales);
         wgmma_wait<0>();
         wgmma_pin(scores);
     }
@@ -127,17 +124,6 @@ private:
             load_shared_words(stage + (box < kLatentBoxes ? latent_offset(half, box)
                                                           : kStageRope + rope_chunk_offset(token_of(half), lane() % 4)),
                               raw[half]);
-    }
-
-    // To log2 units.
-    MLA_DEVICE void scale(float (&scores)[kFragment]) const {
-        float scales[kThreadRows];
-        load_rows(smem_ + Fp8Smem::row_scales, scales);
-#pragma unroll
-        for (u32 i = 0; i < kThreadRows; ++i) {
-            scores[row_element(i)] *= scales[i];
-            scores[row_element(i) + 2] *= scales[i];
-        }
     }
 
     // A number of each of a thread's rows.
@@ -184,57 +170,76 @@ private:
     }
 
     // Scores to P in shared memory, statistics, and the factors by which O is to be rescaled. Rows' maxima are looked for only
-    // where a score may have outgrown its row's; all threads vote.
-    MLA_DEVICE void softmax(bool is_first, float (&scores)[kFragment], float (&row_sums)[kThreadRows]) {
+    // where a score may have outgrown its row's; all threads vote. Scales are positive (query.h).
+    MLA_DEVICE void softmax(bool is_first, float (&scores)[kFragment], const float (&scales)[kThreadRows],
+                            float (&row_sums)[kThreadRows]) {
         RowMaxima rows;
         bool move_maxima = is_first;
         if (!is_first) {
             load_rows(maxima(), rows.maximum);
-            float above = minus_infinity();
+            float above[kThreadRows];
 #pragma unroll
             for (u32 i = 0; i < kThreadRows; ++i)  // from -inf any visible key moves it; no number is never the largest
-                above = fmaxf(above, fmaxf(scores[row_element(i)], scores[row_element(i) + 2]) - rows.maximum[i]);
-            move_maxima = named_barrier_or(kScoresBarrier, kWarpgroupThreads, above > kRescaleThreshold);
+                above[i] = fmaf(fmaxf(scores[row_element(i)], scores[row_element(i) + 2]), scales[i], -rows.maximum[i]);
+#pragma unroll
+            for (u32 i = 4; i < kThreadRows; ++i) above[i % 4] = fmaxf(above[i % 4], above[i]);
+            const float most = fmaxf(fmaxf(above[0], above[1]), fmaxf(above[2], above[3]));
+            move_maxima = named_barrier_or(kScoresBarrier, kWarpgroupThreads, most > kRescaleThreshold);
         }
         mbarrier_wait(barrier_of(smem_, Fp8Smem::probabilities_empty, buffer_.index()), buffer_.parity() ^ 1);
-        if (move_maxima) {
-            float tile_maxima[kThreadRows], factor[kThreadRows];
-            column_maxima(scores, tile_maxima);
-            reduce_across_warps(smem_ + Fp8Smem::exchange, warp(), lane(), kScoresBarrier, tile_maxima,
-                                [](float a, float b) { return fmaxf(a, b); });
-            rows.raise(tile_maxima, factor);
-            __syncwarp();  // all lanes have read what was
-            store_rows(maxima(), rows.maximum);
-#pragma unroll
-            for (u32 i = 0; i < kThreadRows; ++i) row_sums[i] *= factor[i];
-            if (warp() == 0) store_rows(smem_ + Fp8Smem::factors + buffer_.index() * kRows * sizeof(f32), factor);
-            __syncwarp();
-        }
-        if (thread() == 0) {  // of an item's first tile there is nothing to rescale
+        if (move_maxima) this->move_maxima(scores, scales, rows, row_sums);
+        if (thread() == 0)  // of an item's first tile there is nothing to rescale
             store_shared_u32(smem_ + Fp8Smem::moved + buffer_.index() * sizeof(u32), move_maxima && !is_first);
+#pragma unroll
+        for (u32 i = 0; i < kThreadRows; ++i) {
+            // A row that has seen no key: its scores are -inf, and -inf - -inf would be NaN.
+            const float shift = rows.maximum[i] == minus_infinity() ? 0.0f : rows.maximum[i];
+#pragma unroll
+            for (u32 half = 0; half < 2; ++half) {
+                float& score = scores[row_element(i) + half * 2];
+                score = fast_exp2(fmaf(score, scales[i], -shift));
+            }
         }
-        exponentiate(scores, rows, scores);
         store_fragment_transposed<Operand>(smem_ + Fp8Smem::probabilities + buffer_.index() * kRowBoxBytes, warp(), lane(), scores);
         fence_async_proxy();
+        mbarrier_arrive(barrier_of(smem_, Fp8Smem::probabilities_full, buffer_.index()));  // each thread what it has written itself
 #pragma unroll
         for (u32 i = 0; i < kThreadRows; ++i) row_sums[i] += scores[row_element(i)] + scores[row_element(i) + 2];
     }
 
+    MLA_DEVICE void move_maxima(const float (&scores)[kFragment], const float (&scales)[kThreadRows], RowMaxima& rows,
+                                float (&row_sums)[kThreadRows]) const {
+        float tile_maxima[kThreadRows], factor[kThreadRows];
+        column_maxima(scores, tile_maxima);
+#pragma unroll
+        for (u32 i = 0; i < kThreadRows; ++i) tile_maxima[i] *= scales[i];
+        reduce_across_warps(smem_ + Fp8Smem::exchange, warp(), lane(), kScoresBarrier, tile_maxima,
+                            [](float a, float b) { return fmaxf(a, b); });
+        rows.raise(tile_maxima, factor);
+        __syncwarp();  // all lanes have read what was
+        store_rows(maxima(), rows.maximum);
+#pragma unroll
+        for (u32 i = 0; i < kThreadRows; ++i) row_sums[i] *= factor[i];
+        if (warp() == 0) store_rows(smem_ + Fp8Smem::factors + buffer_.index() * kRows * sizeof(f32), factor);
+        __syncwarp();
+    }
+
     // Hands the values warpgroups what O is to be multiplied by, and writes the lse. All warps know all rows: each serves some,
-    // chosen, not branched to: code that runs once waits for each line of it.
+    // chosen, not branched to: code that runs once waits for each line of it. Thread numbers are not thread(): rows chosen by what
+    // the compiler does not know make all descriptors leave the uniform registers, over all tiles.
     MLA_DEVICE void finish(i32 item, float (&row_sums)[kThreadRows]) {
+        const u32 warp = threadIdx.x / kWarpThreads, lane = threadIdx.x % kWarpThreads;
         const f32 latent_scale = params_.latent_scale();
         barrier();  // all have read the maxima
-        reduce_across_warps(smem_ + Fp8Smem::exchange, warp(), lane(), kScoresBarrier, row_sums,
-                            [](float a, float b) { return a + b; });
+        reduce_across_warps(smem_ + Fp8Smem::exchange, warp, lane, kScoresBarrier, row_sums, [](float a, float b) { return a + b; });
         mbarrier_wait(smem_ + Fp8Smem::sums_empty, items_parity_ ^ 1);
         items_parity_ ^= 1;
         constexpr u32 kServed = kThreadRows / kScoresWarps;
 #pragma unroll
         for (u32 i = 0; i < kServed; ++i) {
-            const float own = own_row(i, row_sums);
-            const float inverse = own == 0.0f ? 0.0f : latent_scale * fast_reciprocal(own);
-            if (lane() < 4) store_shared_f32(smem_ + Fp8Smem::inverse_sums + served_row(i) * sizeof(f32), inverse);
+            const float sum = own_row(i, warp, row_sums);
+            const float inverse = sum == 0.0f ? 0.0f : latent_scale * fast_reciprocal(sum);
+            if (lane < kQuadLanes) store_shared_f32(smem_ + Fp8Smem::inverse_sums + served_row(i, warp, lane) * sizeof(f32), inverse);
         }
         __syncwarp();
         mbarrier_arrive(smem_ + Fp8Smem::sums_full);  // each thread for what it has written itself, or racecheck reports it
@@ -242,18 +247,18 @@ private:
         const BlockWork work = load_block_work(params_, item);
 #pragma unroll
         for (u32 i = 0; i < kServed; ++i) {
-            const float maximum = load_shared_f32(maxima() + served_row(i) * sizeof(f32));
-            const float lse = lse_of(params_, work, maximum, own_row(i, row_sums));
-            if (lane() < 4) store_lse(params_, work, served_row(i), lse);
+            const u32 row = served_row(i, warp, lane);
+            const float lse = lse_of(params_, work, load_shared_f32(maxima() + row * sizeof(f32)), own_row(i, warp, row_sums));
+            if (lane < kQuadLanes) store_lse(params_, work, row, lse);
         }
     }
-    static MLA_DEVICE float own_row(u32 i, const float (&values)[kThreadRows]) {
+    static MLA_DEVICE float own_row(u32 i, u32 warp, const float (&values)[kThreadRows]) {
         const float a = values[i * kScoresWarps], b = values[i * kScoresWarps + 1], c = values[i * kScoresWarps + 2],
                     d = values[i * kScoresWarps + 3];
-        const float even = warp() % 2 ? b : a, odd = warp() % 2 ? d : c;
-        return warp() / 2 % 2 ? odd : even;
+        const float even = warp % 2 ? b : a, odd = warp % 2 ? d : c;
+        return warp / 2 % 2 ? odd : even;
     }
-    static MLA_DEVICE u32 served_row(u32 i) { return row_of_lane(lane(), i * kScoresWarps + warp()); }
+    static MLA_DEVICE u32 served_row(u32 i, u32 warp, u32 lane) { return row_of_lane(lane, i * kScoresWarps + warp); }
 
     const Fp8Params& params_;
     u32 smem_;

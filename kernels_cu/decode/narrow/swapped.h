@@ -87,7 +87,7 @@ MLA_DEVICE void column_maxima(const float (&scores)[kFragment], float (&maxima)[
     for (u32 i = 0; i < kThreadRows; ++i) maxima[i] = fmaxf(scores[row_element(i)], scores[row_element(i) + 2]);
 }
 
-MLA_DEVICE void exponentiate(const float (&scores)[kFragment], const RowMaxima& rows, float (&probabilities)[kFragment]) {
+MLA_DEVICE void exponentiate(const float (&scores)[kFragment], const RowStatistics& rows, float (&probabilities)[kFragment]) {
 #pragma unroll
     for (u32 i = 0; i < kThreadRows; ++i) {
         // A row that has seen no key: its scores are -inf, and -inf - -inf would be NaN.
