@@ -35,11 +35,19 @@ MLA_DEVICE JobPlace job_place(const GatherCombineParams& params, const MergeItem
     return {batch, item.request - batch * params.seqlen_q};
 }
 
-MLA_DEVICE RowStates add_sink(const CombineParams&, const RowStates& states, const MergeItem&, i32) { return states; }
+// States of the kernel ahead. What comes before their loads is done when it ends.
+struct AwaitedStates : RowStates {
+    static MLA_DEVICE void wait() { pdl_wait(); }
+};
+
+template <class States>
+MLA_DEVICE States add_sink(const CombineParams&, const States& states, const MergeItem&, i32) { return states; }
 
 // A row of a job of one query token is a head.
-MLA_DEVICE SinkStates add_sink(const GatherCombineParams& params, const RowStates& states, const MergeItem& item, i32 row) {
+template <class States>
+MLA_DEVICE SinkStates<States> add_sink(const GatherCombineParams& params, const States& states, const MergeItem& item, i32 row) {
     const i32 head = kv_head_of(item.head_block) * params.group_heads + row;
+    states.wait();  // for the sinks, too
     return {states, params.attn_sink == nullptr ? minus_infinity() : params.attn_sink[head]};
 }
 
@@ -93,6 +101,7 @@ template <class Params>
 struct Task {
     MergeItem item;
     i32 row_in_slot, chunk;
+    i32 row, token;  // of the request
     const u8* outs;  // of the row's first state
     const f32* lses;
 
@@ -102,6 +111,8 @@ struct Task {
         item = merges[index];
         row_in_slot = (task - index * tasks_of_item) / chunks.chunks_of_row;
         chunk = task - index * tasks_of_item - row_in_slot * chunks.chunks_of_row;
+        row = first_row_block_of(item.head_block) * params.rows + row_in_slot;
+        token = static_cast<u32>(row) / static_cast<u32>(params.group_heads);
         find_pieces(params);
     }
 
@@ -113,10 +124,8 @@ struct Task {
 
     // Rows past the request's end do not exist: the decode kernel never wrote their partials.
     MLA_DEVICE void merge(const Params& params, const RowChunks& chunks, i32 lane) const {
-        const i32 row = first_row_block_of(item.head_block) * params.rows + row_in_slot;
         if (row >= item.seqlen_q * params.group_heads) return;
-        merge_row(params, chunks, row, lane, [&] {
-            const i32 token = row / params.group_heads;
+        merge_row<AwaitedStates>(params, chunks, row, lane, [&] {
             const i32 head = kv_head_of(item.head_block) * params.group_heads + row - token * params.group_heads;
             const JobPlace place = job_place(params, item);
             const i64 position = place.token + token;
@@ -129,11 +138,13 @@ struct Task {
     }
 
     // Of a row that exists, to what `target` gives.
-    template <class Target>
+    template <class States, class Target>
     MLA_DEVICE void merge_row(const Params& params, const RowChunks& chunks, i32 row, i32 lane, Target target) const {
         const i64 slot_bytes = static_cast<i64>(params.slot_rows) * params.d_v * Partial::kBytes;
         const i64 slot_words = static_cast<i64>(params.slot_rows) * kRowWords;
-        const RowStates of_row{outs, slot_bytes, lses, slot_words, item.slot_count, true};
+        States of_row;
+        of_row.outs = outs, of_row.out_stride = slot_bytes, of_row.lses = lses, of_row.lse_stride = slot_words;
+        of_row.count = item.slot_count, of_row.aligned = true;
         const auto states = add_scales(add_sink(params, of_row, item, row), params.slot_rows);
         merge_chunk<Partial, Output>(states, chunks, chunk, params.d_v, lane, target);
     }
@@ -166,11 +177,11 @@ MLA_DEVICE void merge_jobs(const Params& params) {
     Task<Params> task = {};
     if (first < end) task.find(params, merges, chunks, first);
     pdl_launch_dependents();
-    pdl_wait();
     for (u32 next = first; next < end; next += block_warps) {
         if (next > first) task.find(params, merges, chunks, next);
         task.merge(params, chunks, lane);
     }
+    pdl_wait();  // whoever waits for this kernel waits for those before it, too
 }
 
 }  // namespace mla

@@ -135,6 +135,8 @@ struct RowStates {
     bool aligned;
     i32 second = 0;
     static constexpr bool kHasSink = false;
+    // Called ahead of the first read of them.
+    static MLA_DEVICE void wait() {}
     MLA_DEVICE const u8* out_of(i32 state) const { return outs + state * out_stride; }
     MLA_DEVICE f32 lse_of(i32 state) const { return lses[state * lse_stride]; }
     // Which octets of the row the caller's first and second are.
@@ -147,7 +149,8 @@ struct RowStates {
 };
 
 // The row has a sink, natural logarithm: one state more in the denominator, without output and not in the lse.
-struct SinkStates : RowStates {
+template <class States>
+struct SinkStates : States {
     f32 sink;
     static constexpr bool kHasSink = true;
 };
@@ -196,6 +199,7 @@ struct PartialMerge {
     template <typename T, i32 kBatch, typename States>
     MLA_DEVICE void take(const States& states, i32 first, i32 step) {
         LoadedStates<T, kBatch, kOctets> loaded;
+        states.wait();
         loaded.load(states, first, step);
         add(states, loaded, first, step);
     }

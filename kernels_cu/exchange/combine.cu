@@ -104,7 +104,7 @@ struct Unit {
     MLA_DEVICE void merge_pieces(i32 rank, bool is_split, const Task<CombineParams>& task, i32 row_of_request,
                                  const UnitTarget& target, i32 lane) const {
         if (is_split) {
-            task.merge_row(combine, chunks, row_of_request, lane, [&] { return target; });
+            task.merge_row<RowStates>(combine, chunks, row_of_request, lane, [&] { return target; });
             return;
         }
         if (lane >= octets()) return;
