@@ -37,7 +37,7 @@ from cupy_mla.kernels.combine import (
     gathered_combine_source,
 )
 from cupy_mla.kernels.family import ALL_COLUMNS, STANDARD_DIMS, ColumnParts, DecodeFamily, KernelConfig
-from cupy_mla.kernels.fp8 import FP8_EXACT16, FP8_EXACT64, FP8_SPLIT16, FP8_SPLIT64, Fp8Family
+from cupy_mla.kernels.fp8 import FP8_EXACT16, FP8_EXACT64, FP8_SPLIT16, FP8_SPLIT64, FP8_TURNS16, Fp8Family
 from cupy_mla.kernels.gathered import GATHERED_WIDE64, GatheredConfig, gathered_config
 from cupy_mla.kernels.gathered_narrow import GATHERED_NARROW16, GATHERED_NARROW32
 from cupy_mla.kernels.narrow import NARROW16, NARROW32
@@ -382,7 +382,16 @@ def test_fp8_caches_go_to_the_kernel_that_computes_as_asked(
     heads: int, rows: int, compute: str, kernel: str, split: int | None
 ) -> None:
     config = choose_config(fp8(problem(132, 8192, heads), compute), NUM_SMS, None, split)
+    if compute == "exact" and rows == 16 and split is None:
+        kernel = "fp8_turns"  # as long items have time for
     assert name(config) == f"{kernel}{rows}"
+
+
+@pytest.mark.parametrize(("tokens", "kernel"), [(256, "fp8_exact16"), (8192, "fp8_turns16")])
+def test_scores_are_made_in_turns_where_items_are_long(tokens: int, kernel: str) -> None:
+    case = fp8(problem(132, tokens, 16), "exact")
+    assert name(choose_config(case, NUM_SMS)) == kernel
+    assert name(choose_config(case, NUM_SMS, None, tokens)) == kernel
 
 
 @pytest.mark.parametrize(
@@ -424,6 +433,8 @@ def test_a_cta_fits_an_sm(config: KernelConfig) -> None:
         (FP8_EXACT16, 1, 4096, 128, (132, 128)),
         (FP8_EXACT16, 8, 256, 64, (132, 256)),  # of more rows
         (FP8_EXACT16, 1, 16384, 16, (132, 256)),  # in more pieces
+        (FP8_EXACT16, 1, 1024, 128, (132, 256)),  # of a tile each
+        (FP8_TURNS16, 1, 4096, 128, (132, 256)),
         (FP8_SPLIT64, 1, 4096, 128, (132, 640)),
         (FP8_EXACT64, 1, 4096, 128, (132, 640)),
         (WIDE64, 1, 4096, 128, (132, 640)),
@@ -447,11 +458,15 @@ def test_with_a_fixed_split_its_pieces_count() -> None:
 
 @pytest.mark.parametrize(
     "config",
-    [config for config in standard_configs() if isinstance(config.family, Fp8Family) and config.family.rows == 16],
+    [
+        config
+        for config in standard_configs()
+        if isinstance(config.family, Fp8Family) and config.family.rows == 16 and config.family.scores_warpgroups == 1
+    ],
     ids=lambda config: config.name,
 )
 def test_a_merge_of_few_rows_fits_beside_16_rows_of_an_e4m3_cache(config: KernelConfig) -> None:
-    _, threads = config.family.combine_shape(NUM_SMS, rows=16, pieces=16)
+    _, threads = config.family.combine_shape(NUM_SMS, rows=16, pieces=16, tiles=2)
     assert config.registers + threads * COMBINE_REGISTERS <= hopper.SM_REGISTERS
     assert config.shared_memory + hopper.CTA_SHARED_BYTES <= hopper.MAX_SHARED_BYTES
 

@@ -18,6 +18,7 @@ from cupy_mla.arrays.view import ArrayView, contiguous_strides
 from cupy_mla.gpu import driver
 from cupy_mla.kernels import tensor_maps
 from cupy_mla.kernels.family import KernelConfig
+from cupy_mla.kernels.fp8 import FP8_EXACT16, FP8_SPLIT16, FP8_TURNS16, Fp8Family
 from cupy_mla.kernels.narrow import NARROW16
 from cupy_mla.kernels.tensor_maps import PageSteps, kv_tensor_map
 from cupy_mla.kernels.wide import WIDE64
@@ -60,10 +61,12 @@ def described(monkeypatch: pytest.MonkeyPatch) -> list[Description]:
     names = SimpleNamespace
     fake = SimpleNamespace(
         CUtensorMapDataType=names(
-            CU_TENSOR_MAP_DATA_TYPE_BFLOAT16="bfloat16", CU_TENSOR_MAP_DATA_TYPE_FLOAT16="float16"
+            CU_TENSOR_MAP_DATA_TYPE_BFLOAT16="bfloat16",
+            CU_TENSOR_MAP_DATA_TYPE_FLOAT16="float16",
+            CU_TENSOR_MAP_DATA_TYPE_UINT8="uint8",
         ),
         CUtensorMapInterleave=names(CU_TENSOR_MAP_INTERLEAVE_NONE=0),
-        CUtensorMapSwizzle=names(CU_TENSOR_MAP_SWIZZLE_128B=3),
+        CUtensorMapSwizzle=names(CU_TENSOR_MAP_SWIZZLE_64B=2, CU_TENSOR_MAP_SWIZZLE_128B=3),
         CUtensorMapL2promotion=names(CU_TENSOR_MAP_L2_PROMOTION_L2_128B=2),
         CUtensorMapFloatOOBfill=names(CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE=0),
         cuuint64_t=int,
@@ -144,6 +147,20 @@ def test_one_copy_brings_whole_tokens_where_pages_hold_swizzle_atoms(
     columns, tokens, boxes, groups, _ = described[0].box
     assert tokens * groups == config.chunk_tokens
     assert columns * boxes * copies == 512
+
+
+@pytest.mark.parametrize(("family", "copies"), [(FP8_EXACT16, 2), (FP8_TURNS16, 1), (FP8_SPLIT16, 1)])
+@pytest.mark.parametrize("latent_dim", [256, 512])
+def test_a_tile_of_an_e4m3_cache_comes_in_two_parts_where_calls_are_short(
+    described: list[Description], family: Fp8Family, copies: int, latent_dim: int
+) -> None:
+    config = KernelConfig(family, latent_dim, 64, "bfloat16", 64, False)
+    for width, expected in ((latent_dim, copies), (64, 1)):  # the rope part has one box
+        shape = (2, 64, 1, width)
+        kv_tensor_map(ArrayView(0, shape, contiguous_strides(shape), "float8_e4m3fn", "cuda", 0, None), config)
+        columns, tokens, boxes, groups, _ = described[-1].box
+        assert tokens * groups == 64
+        assert columns * boxes * expected == width
 
 
 @given(

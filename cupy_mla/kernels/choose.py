@@ -19,6 +19,7 @@ from .fp8 import (
     FP8_SPLIT16,
     FP8_SPLIT32,
     FP8_SPLIT64,
+    FP8_TURNS16,
 )
 from .gathered import GATHERED_WIDE64, gathered_config
 from .gathered_fp8 import GATHERED_FP8_NARROW16, GATHERED_FP8_NARROW32
@@ -46,7 +47,7 @@ DENSE_FAMILIES: tuple[DecodeFamily, ...] = (
     *(TOKEN_PAGES_NARROW16, TOKEN_PAGES_NARROW32, TOKEN_PAGES_WIDE64),
 )
 FP8_FAMILIES: tuple[DecodeFamily, ...] = (
-    *(FP8_SPLIT16, FP8_SPLIT32, FP8_SPLIT64, FP8_EXACT16, FP8_EXACT32, FP8_EXACT64),
+    *(FP8_SPLIT16, FP8_SPLIT32, FP8_SPLIT64, FP8_EXACT16, FP8_EXACT32, FP8_EXACT64, FP8_TURNS16),
     *(FP8_QUERY16, FP8_QUERY32, FP8_QUERY64),
     *(ROW_PAGES16, ROW_PAGES32, ROW_PAGES64),
     *(ROW_TILES16, ROW_TILES32),
@@ -127,7 +128,8 @@ def choose_config(
         block_rows = min(
             (family.rows for family in families if rows <= family.rows), default=max(family.rows for family in families)
         )
-        family = min((family for family in families if family.rows == block_rows), key=lambda family: family.cost.tile)
+        same = [family for family in families if family.rows == block_rows]
+        family = min(same, key=lambda family: family.cost.piece_time(fixed_split_tokens))
         return family.configure(problem, rows)
     load = load_of(problem, max_seqlen_k)
     family = min(families, key=lambda family: family.cost.call_time(load, family.rows, num_sms))

@@ -43,7 +43,8 @@ def combine_geometry(family: DecodeFamily, shape: ScheduleShape, num_sms: int) -
 
     Not at all when ``shape.max_merges`` is 0.
     """
-    ctas, threads = family.combine_shape(num_sms, shape.max_merges * shape.rows_per_job, shape.pieces_of_job)
+    rows = shape.max_merges * shape.rows_per_job
+    ctas, threads = family.combine_shape(num_sms, rows, shape.pieces_of_job, shape.tiles_of_piece)
     return Geometry((ctas, 1, 1), (threads, 1, 1))
 
 

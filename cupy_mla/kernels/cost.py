@@ -63,6 +63,10 @@ class CostModel:
     merge: float
     pieces: PieceCosts
 
+    def piece_time(self, tokens_k: int) -> float:
+        """About how many microseconds a piece of so many tokens takes, one of several of a CTA."""
+        return self.item + self.tile * ceil_div(tokens_k, TILE_TOKENS)
+
     def call_time(self, load: Load, block_rows: int, num_sms: int) -> float:
         """About how many microseconds a call takes, its requests whole or cut, with so many query rows a CTA.
 

@@ -107,7 +107,7 @@ class DecodeFamily(ABC):
     def shared_memory(self, config: KernelConfig) -> int:
         """Bytes of dynamic shared memory of a CTA."""
 
-    def combine_shape(self, num_sms: int, rows: int, pieces: int) -> tuple[int, int]:
+    def combine_shape(self, num_sms: int, rows: int, pieces: int, tiles: int) -> tuple[int, int]:
         """How many CTAs the merge that runs after it has, and their threads.
 
         Parameters
@@ -116,8 +116,8 @@ class DecodeFamily(ABC):
             Multiprocessors of the GPU.
         rows
             Most rows that are merged.
-        pieces
-            Of each, about.
+        pieces, tiles
+            Of each row, and of each of its pieces, about.
         """
         return num_sms, self.combine_threads
 
@@ -144,6 +144,11 @@ class DecodeFamily(ABC):
     def copies_whole_tokens(self, config: KernelConfig) -> bool:
         """Whether one copy of a chunk brings all latent columns; else it brings one box."""
         return False
+
+    @property
+    def tile_parts(self) -> int:
+        """Copies of whole tokens that bring their latent columns, one after the other."""
+        return 1
 
     def shares_tokens(self, config: KernelConfig) -> bool:
         """Of gathered tokens without a plan, whether a cluster of CTAs can share a query token."""

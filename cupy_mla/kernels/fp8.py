@@ -38,6 +38,7 @@ _NAMES = {SPLIT: "split", EXACT: "exact", FP8: "query"}  # by way to compute
 # Of the scores, values and loader roles, by rows, and where a values thread has more than 64 accumulators.
 _REGISTERS = {16: (152, 112, 40), 32: (200, 144, 24), 64: (200, 144, 24)}
 _MANY_ACCUMULATORS = (136, 176, 24)
+_TURNS = (128, 96, 32)  # where two scores warpgroups take turns
 _WIDE_ROWS = 64
 # Two warpgroups share the values' columns in boxes of 128; the rope columns are one row of the 64-byte swizzle.
 _LATENT_DIMS = (256, 512)
@@ -45,10 +46,14 @@ _ROPE_DIMS = (0, 64)
 _STAGES = 5
 _WIDE_STAGES = {1: 4, 2: 3}  # at 64 rows, by parts of Q
 _PROBABILITY_BUFFERS = {16: 4, 32: 2, 64: 2}  # by rows
+_TURN_BUFFERS = 2
+_SHORT_PARTS = 2
+_HANDED_VALUES = 5  # of a row, from one to the other, for each of two items
 _SCORES_WARPS = 4
 _FLAG_BYTES = 4
 _COMBINE_THREADS = 256
-# As many as fit beside a CTA of 16 rows. Few rows in few pieces each are merged sooner so (kernels_cu/TRIED_FP8.md).
+# As many as fit beside a CTA of 16 rows. Few rows in few pieces of several tiles are merged sooner so
+# (kernels_cu/TRIED_FP8_ROWS16.md).
 _BESIDE_THREADS, _FEW_ROWS, _FEW_PIECES = 128, 256, 64
 _WIDE_COMBINE_THREADS = 640  # as of the wide kernel for 16-bit caches: none fits beside it
 
@@ -61,9 +66,12 @@ class Fp8Family(DecodeFamily):
     ----------
     compute : str
         ``"split"``, ``"exact"`` or ``"fp8"``, as in `cupy_mla.mla_decode`.
+    scores_warpgroups : int
+        1, or 2 that take tiles in turn.
     """
 
     compute: str
+    scores_warpgroups: int = 1
 
     def why_unsupported(self, problem: DecodeProblem | SparseProblem) -> str | None:
         """Other layouts, ways to compute, widths, and pages that share a swizzle atom."""
@@ -86,26 +94,41 @@ class Fp8Family(DecodeFamily):
         return FP8_PARAMS
 
     def roles(self, config: KernelConfig) -> tuple[Role, ...]:
-        """One warpgroup for the scores, two for the values; a warp of the fourth loads tiles."""
+        """One or two warpgroups for the scores, two for the values; a warp of the last loads tiles."""
         many = self.rows == _WIDE_ROWS and config.latent_dim > _LATENT_DIMS[0]
-        scores, values, loader = _MANY_ACCUMULATORS if many else _REGISTERS[self.rows]
+        scores, values, loader = _MANY_ACCUMULATORS if many else _TURNS if self._takes_turns else _REGISTERS[self.rows]
         return (
-            Role("scores", WARPGROUP_THREADS, scores),
+            Role("scores", self.scores_warpgroups * WARPGROUP_THREADS, scores),
             Role("values", 2 * WARPGROUP_THREADS, values),
             Role("loader", WARPGROUP_THREADS, loader),
         )
+
+    @property
+    def _takes_turns(self) -> bool:
+        return self.scores_warpgroups > 1
 
     def copies_whole_tokens(self, config: KernelConfig) -> bool:
         """Always."""
         return True
 
+    @property
+    def tile_parts(self) -> int:
+        """Two where calls are short."""
+        return _SHORT_PARTS if self._is_short else 1
+
+    @property
+    def _is_short(self) -> bool:
+        """Whether it is the kernel of short calls."""
+        return self.rows == FEWEST_ROWS and self.compute == EXACT and not self._takes_turns
+
     def has_float_partials(self, rows: int) -> bool:
         """For few rows, as the narrow kernel."""
         return self.rows == FEWEST_ROWS and rows <= FLOAT_PARTIAL_ROWS
 
-    def combine_shape(self, num_sms: int, rows: int, pieces: int) -> tuple[int, int]:
-        """Of few rows, after the kernel of 16, CTAs that fit beside its own."""
-        is_beside = self.rows == FEWEST_ROWS and rows <= _FEW_ROWS and pieces <= _FEW_PIECES
+    def combine_shape(self, num_sms: int, rows: int, pieces: int, tiles: int) -> tuple[int, int]:
+        """Of few rows, after the kernel of 16, CTAs that fit beside its own, if it takes long enough for that."""
+        is_narrow = self.rows == FEWEST_ROWS and not self._takes_turns
+        is_beside = is_narrow and tiles > 1 and rows <= _FEW_ROWS and pieces <= _FEW_PIECES
         return num_sms, _BESIDE_THREADS if is_beside else self.combine_threads
 
     def refines(self, dtype: str, rows: int) -> bool:
@@ -122,6 +145,7 @@ class Fp8Family(DecodeFamily):
             *FP8_E4M3.defines,
             ("MLA_SPLIT_QUERY", str(int(self.compute != EXACT))),
             ("MLA_QUERY_PARTS", str(self._query_parts)),
+            ("MLA_SCORES_WARPGROUPS", str(self.scores_warpgroups)),
             *((("MLA_TWO_SCALES", "1"),) if config.two_scales else ()),
         )
         return (*DecodeFamily.defines(self, config), *own)
@@ -135,18 +159,24 @@ class Fp8Family(DecodeFamily):
         """The total of decode/fp8/smem.h."""
         width = config.latent_dim + config.rope_dim
         wide = self.rows == _WIDE_ROWS
-        buffers = _PROBABILITY_BUFFERS[self.rows]
+        buffers = _TURN_BUFFERS if self._takes_turns else _PROBABILITY_BUFFERS[self.rows]
+        sums = self.scores_warpgroups  # places of them
         stages = _WIDE_STAGES[self._query_parts] if wide else _STAGES
         tiles = stages * TILE_TOKENS * width
         query = self.rows * width * (self._query_parts if wide else ELEMENT_BYTES)
         probabilities = buffers * self.rows * BOX_COLUMNS * ELEMENT_BYTES
         # Of each row: a value of each scores warp where they share rows (and its maximum, where no registers are left
-        # for it), factors of each P, the factor of Q, the inverse sum.
+        # for it), factors of each P, the factor of Q, the inverse sum; of turns the maximum, and what is handed over.
         shares = not wide or self.compute == EXACT
-        floats = (_SCORES_WARPS * (shares + (shares and wide)) + buffers + 2) * self.rows * FLOAT_BYTES
-        barriers = 2 * (stages + buffers + 1) * BARRIER_BYTES
-        flags = _FLAG_BYTES * (buffers * (1 if shares else _SCORES_WARPS) + (self.compute != EXACT))
-        return tiles + query + probabilities + floats + barriers + flags + CLAIM_BYTES
+        row_floats = _SCORES_WARPS * (shares * self.scores_warpgroups + (shares and wide)) + buffers + 1 + sums
+        barriers = stages * (self.tile_parts + 1) + 2 * (buffers + sums)
+        if self._takes_turns:
+            row_floats += 1 + sums * _HANDED_VALUES
+            barriers += self.scores_warpgroups
+        votes = self.compute != EXACT or self._is_short
+        flags = _FLAG_BYTES * (buffers * (1 if shares else _SCORES_WARPS) + votes)
+        floats = row_floats * self.rows * FLOAT_BYTES
+        return tiles + query + probabilities + floats + barriers * BARRIER_BYTES + flags + CLAIM_BYTES
 
     def standard_configs(self) -> list[KernelConfig]:
         """All pages and widths for the split kernel, which is chosen unasked; DeepSeek's width in pages of 64 else."""
@@ -161,30 +191,32 @@ class Fp8Family(DecodeFamily):
         ]
 
 
-def _family(rows: int, compute: str, cost: CostModel) -> Fp8Family:
+def _family(rows: int, compute: str, cost: CostModel, scores_warpgroups: int = 1) -> Fp8Family:
     form = "" if rows < _WIDE_ROWS else "_wide_exact" if compute == EXACT else "_wide"
     return Fp8Family(
-        name=f"fp8_{_NAMES[compute]}{rows}",
+        name=f"fp8_{_NAMES[compute] if scores_warpgroups == 1 else 'turns'}{rows}",
         entry=f"decode/fp8/{form.lstrip('_') or 'fp8'}.cu",
         function=f"mla_decode_fp8{form}",
         rows=rows,
         cost=cost,
         combine_threads=_WIDE_COMBINE_THREADS if rows == _WIDE_ROWS else _COMBINE_THREADS,
         compute=compute,
+        scores_warpgroups=scores_warpgroups,
     )
 
 
-# Fitted to 135 cases on an H200, then moved by what a later form of the kernels takes in two to eleven of them, each
-# (kernels_cu/TRIED_FP8.md, "Choosing again"); with rounded queries and 16 or 32 rows as those of split ones.
+# Fitted to 72 cases on an H200, so that the best of the kernels that were measured is taken
+# (kernels_cu/TRIED_FP8_ROWS16.md, "The choice"); with rounded queries as an earlier form of split ones.
 _PIECES16 = PieceCosts(piece_overhead=3 * TILE_COST // 2, split_overhead=3 * TILE_COST // 2)
 _PIECES32 = PieceCosts(piece_overhead=2 * TILE_COST, split_overhead=3 * TILE_COST)
 _PIECES64 = PieceCosts(piece_overhead=4 * TILE_COST, split_overhead=5 * TILE_COST, packs=True)
-FP8_SPLIT16 = _family(16, SPLIT, CostModel(start=3.5, tile=1.18, item=3.4, merge=2.3, pieces=_PIECES16))
-FP8_EXACT16 = _family(16, EXACT, CostModel(start=2.6, tile=1.32, item=3.0, merge=3.0, pieces=_PIECES16))
-FP8_SPLIT32 = _family(32, SPLIT, CostModel(start=7.4, tile=1.3, item=5.9, merge=3.6, pieces=_PIECES32))
-FP8_EXACT32 = _family(32, EXACT, CostModel(start=6.7, tile=1.42, item=5.6, merge=3.4, pieces=_PIECES32))
-FP8_EXACT64 = _family(64, EXACT, CostModel(start=7.0, tile=1.9, item=9.5, merge=5.5, pieces=_PIECES64))
-FP8_SPLIT64 = _family(64, SPLIT, CostModel(start=6.8, tile=1.72, item=9.5, merge=5.5, pieces=_PIECES64))
+FP8_SPLIT16 = _family(16, SPLIT, CostModel(start=3.9, tile=0.85, item=2.7, merge=2.1, pieces=_PIECES16))
+FP8_EXACT16 = _family(16, EXACT, CostModel(start=3.2, tile=1.3, item=2.5, merge=2.2, pieces=_PIECES16))
+FP8_TURNS16 = _family(16, EXACT, CostModel(start=3.9, tile=1.16, item=3.1, merge=1.8, pieces=_PIECES16), 2)
+FP8_SPLIT32 = _family(32, SPLIT, CostModel(start=6.6, tile=1.36, item=3.6, merge=2.2, pieces=_PIECES32))
+FP8_EXACT32 = _family(32, EXACT, CostModel(start=7.6, tile=1.61, item=7.2, merge=2.1, pieces=_PIECES32))
+FP8_EXACT64 = _family(64, EXACT, CostModel(start=7.5, tile=2.25, item=8.5, merge=4.3, pieces=_PIECES64))
+FP8_SPLIT64 = _family(64, SPLIT, CostModel(start=7.3, tile=2.11, item=8.5, merge=4.2, pieces=_PIECES64))
 FP8_QUERY16 = _family(16, FP8, CostModel(start=4.5, tile=1.08, item=3.4, merge=0.9, pieces=_PIECES16))
 FP8_QUERY32 = _family(32, FP8, CostModel(start=5.8, tile=1.12, item=5.6, merge=2.1, pieces=_PIECES32))
 FP8_QUERY64 = _family(64, FP8, CostModel(start=6.7, tile=1.45, item=8.3, merge=5.5, pieces=_PIECES64))

@@ -112,6 +112,8 @@ def kv_tensor_map(pages: ArrayView, config: KernelConfig) -> TensorMap:
         The driver refused the description.
     """
     boxes = pages.shape[-1] // _box_columns(pages.shape, pages.dtype) if config.copies_whole_tokens else 1
+    if boxes > 1:
+        boxes //= config.family.tile_parts
     groups = config.chunk_tokens // config.group_tokens
     described = pages.pointer, pages.shape, pages.strides, pages.dtype
     return _encode(*described, pages.device_id, config.group_tokens, boxes, groups)

@@ -183,6 +183,11 @@ class ScheduleShape:
         return min(ceil_div(self.num_parts, max(self.max_jobs, 1)), max(self.max_tiles, 1))
 
     @property
+    def tiles_of_piece(self) -> int:
+        """About how many tiles each of these pieces has."""
+        return self.fixed_split_tiles or ceil_div(self.max_tiles, self.pieces_of_job)
+
+    @property
     def max_items(self) -> int:
         """Most pieces."""
         if self.fixed_split_tiles:

@@ -27,7 +27,7 @@ constexpr u32 kThreadBoxes = (kTileBoxes + kBoxThreads - 1) / kBoxThreads;
 constexpr u32 kQueryPassRows = kWarpgroupThreads / kQueryRowThreads, kQueryPasses = kRows / kQueryPassRows;
 constexpr u32 kHelpers = kWide ? 2 : 1;  // values warpgroups
 constexpr u32 kScoresPasses = kQueryPasses / 2, kHelperPasses = (kQueryPasses - kScoresPasses) / kHelpers;
-constexpr u32 kQueryThreads = (1 + kHelpers) * kWarpgroupThreads;
+constexpr u32 kQueryThreads = (kScoresWarpgroups + kHelpers) * kWarpgroupThreads;
 static_assert(kScoresPasses + kHelpers * kHelperPasses == kQueryPasses, "each row is made once");
 static_assert(kLatentBoxes % kBoxThreads == 0, "all threads have as many latent boxes");
 
@@ -48,6 +48,12 @@ public:
         if (helper >= kHelpers) return;
         const u32 pass = kScoresPasses + helper * kHelperPasses;
         make_share(params, work, smem, thread, pass, pass + kHelperPasses, true);
+    }
+
+    // By a scores warpgroup that makes none.
+    static MLA_DEVICE void await(bool is_first) {
+        pdl_wait();
+        barrier(is_first);
     }
 
 private:
@@ -74,8 +80,17 @@ private:
         if (kRope > 0) prefetch_to_l2(source.rope);
     }
 
+    // How rows are written: as two e4m3 parts, as fp16 with a power of two each, as fp16 without.
+    enum Form { kSplit, kScaled, kPlain };
+    static constexpr Form kFirstForm = kSplitQuery ? kSplit : kWritesPlain ? kPlain : kScaled;
+
     struct Magnitude {
         f32 largest, squares;  // of a row
+        // Whether fp16 has it not as it is: bf16 values below 2^-17 of a row that is no smaller than this lose bits that nothing shows.
+        MLA_DEVICE bool needs_power() const {
+            constexpr f32 kLargest = 32768.0f, kSmallest = 1.0f / 64.0f;
+            return !(largest <= kLargest && (largest >= kSmallest || largest == 0.0f));
+        }
         MLA_DEVICE bool has_outlier() const {
             constexpr f32 kColumns = kLatent + kRope;
             return largest * largest * kColumns > kOutlier * kOutlier * squares;
@@ -86,16 +101,16 @@ private:
     // Few have outliers, so rows are written split before it is known whether they may be.
     static MLA_DEVICE bool make_share(const Fp8Params& params, const BlockWork& work, u32 smem, u32 thread, u32 pass,
                                       u32 pass_end, bool is_first) {
-        const bool outlier = Fp8Query(params, work, smem, thread, pass).make_passes<kSplitQuery>(work, pass, pass_end);
+        const bool outlier = Fp8Query(params, work, smem, thread, pass).make_passes<kFirstForm>(work, pass, pass_end);
         fence_async_proxy();
-        if constexpr (!kSplitQuery) {
+        if constexpr (!kVotes) {
             barrier(is_first);
             return false;
         }
         const bool split = !any_outlier(smem, outlier, is_first);
         if constexpr (!kWide) {
             if (!split) {
-                Fp8Query(params, work, smem, thread, pass).make_passes<false>(work, pass, pass_end);
+                Fp8Query(params, work, smem, thread, pass).make_passes<kScaled>(work, pass, pass_end);
                 fence_async_proxy();
                 barrier(is_first);
             }
@@ -103,9 +118,10 @@ private:
         return split;
     }
 
-    // Of all threads that make an item's rows.
+    // Of all threads that make an item's rows, or multiply them.
     static MLA_DEVICE void barrier(bool is_first) {
-        named_barrier_sync(is_first ? kQueryBarrier : kScoresBarrier, is_first ? kQueryThreads : kWarpgroupThreads);
+        named_barrier_sync(is_first ? kQueryBarrier : kTakesTurns ? kItemBarrier : kScoresBarrier,
+                           is_first ? kQueryThreads : kScoresWarpgroups * kWarpgroupThreads);
     }
 
     // Of a first item through shared memory: two roles would reach a barrier that also says it at two places of the code, which
@@ -119,7 +135,7 @@ private:
 
     // Returns whether one of this thread's rows has an outlier. The next pass, if there is one, is read ahead of the arithmetic of
     // this one; at 64 rows no registers are left for that.
-    template <bool Split>
+    template <Form kForm>
     MLA_DEVICE bool make_passes(const BlockWork& work, u32 pass, u32 pass_end) {
         bool outlier = false;
         uint4 chunks[kThreadBoxes], next[kThreadBoxes];
@@ -134,9 +150,14 @@ private:
             } else if (pass + 1 < pass_end) {
                 read(source_of(work, pass + 1), next);
             }
-            const Magnitude magnitude = measure(chunks);
-            outlier |= magnitude.has_outlier();
-            write<Split>(pass, magnitude.largest, chunks);
+            if constexpr (kForm == kPlain) {
+                write<kPlain>(pass, 0.0f, chunks);
+                outlier |= measure(chunks).needs_power();
+            } else {
+                const Magnitude magnitude = measure(chunks);
+                outlier |= magnitude.has_outlier();
+                write<kForm>(pass, magnitude.largest, chunks);
+            }
 #pragma unroll
             for (u32 index = 0; index < kThreadBoxes && !kWide; ++index) chunks[index] = next[index];
         }
@@ -206,22 +227,23 @@ private:
     }
 
     // `largest`: the row's largest value.
-    template <bool Split>
+    template <Form kForm>
     MLA_DEVICE void write(u32 pass, f32 largest, const uint4 (&chunks)[kThreadBoxes]) const {
         const u32 row = row_ + pass * kQueryPassRows;
-        const f32 power = power_for_row(largest), inverse = inverse_power(power);  // a row without a power has a scale of NaN
+        const f32 power = kForm == kPlain ? 1.0f : power_for_row(largest);
+        const f32 inverse = kForm == kPlain ? 1.0f : inverse_power(power);  // a row without a power has a scale of NaN
         if (first_box_ == 0 && chunk_ == 0)
             store_shared_f32(smem_ + Fp8Smem::row_scales + row * sizeof(f32),
-                             power / (Split ? 1.0f : kFp16Headroom) * params_.latent_scale() * params_.scale_log2);
+                             power / (kForm == kScaled ? kFp16Headroom : 1.0f) * params_.latent_scale() * params_.scale_log2);
 #pragma unroll
         for (u32 index = 0; index < kThreadBoxes; ++index) {
             if (is_rope(index) && first_box_ != 0) continue;
             f32 values[kChunkColumns];
             unpack(chunks[index], is_rope(index) ? rope_ratio_ * inverse : inverse, values);
-            if constexpr (Split)
+            if constexpr (kForm == kSplit)
                 write_split(smem_ + Fp8Smem::query, row, box(index), chunk_, values);
             else
-                write_exact(smem_ + Fp8Smem::query, row, box(index), chunk_, values);
+                write_exact<kForm>(smem_ + Fp8Smem::query, row, box(index), chunk_, values);
         }
     }
 
@@ -260,11 +282,13 @@ private:
     // Eight columns of a row in fp16, in the order in which a thread finds K's columns: it takes 16 stored bytes of K, of
     // which word s is its share of step s. So column 16 (2 t + j) + 4 s + 2 h + e of a box of 128 is position
     // 16 s + 8 h + 2 t + e of box j of 64; of the rope columns, 16 t + 4 s + 2 h + e is position 16 s + 8 h + 2 t + e.
+    template <Form kForm>
     static MLA_DEVICE void write_exact(u32 query, u32 row, u32 box, u32 chunk, const f32 (&values)[kChunkColumns]) {
         const bool is_latent = box < kLatentBoxes;
         const u32 sixteenth = is_latent ? box % 2 * 4 + chunk / 2 : chunk / 2;
         const u32 t = is_latent ? sixteenth / 2 : sixteenth;
         const u32 target = is_latent ? box / 2 * 2 + sixteenth % 2 : box;
+        constexpr f32 kHeadroom = kForm == kPlain ? 1.0f : kFp16Headroom;
 #pragma unroll
         for (u32 i = 0; i < kChunkColumns; i += 4) {
             f32 x[4] = {values[i], values[i + 1], values[i + 2], values[i + 3]};
@@ -273,7 +297,7 @@ private:
             for (u32 half = 0; half < 2; ++half) {
                 const u32 step = chunk % 2 * 2 + i / 4;
                 store_shared_u32(query + target * kRowBoxBytes + box_chunk_offset(row, step * 2 + half) + t * sizeof(u32),
-                                 pack2<Fp16>(x[half * 2] * kFp16Headroom, x[half * 2 + 1] * kFp16Headroom));
+                                 pack2<Fp16>(x[half * 2] * kHeadroom, x[half * 2 + 1] * kHeadroom));
             }
         }
     }

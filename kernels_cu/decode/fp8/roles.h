@@ -1,7 +1,7 @@
-// What a CTA of a kernel for e4m3 caches does: the roles of its four warpgroups.
-//   0    scores: Q K^T, softmax, P, as `Scores` does it
-//   1, 2 values: O^T += V^T P^T, half of the columns each
-//   3    its first warp asks TMA for the KV tiles
+// What a CTA of a kernel for e4m3 caches does: the roles of its warpgroups.
+//   0 (and 1)  scores: Q K^T, softmax, P, as `Scores` does it; two of them take turns
+//   next two   values: O^T += V^T P^T, half of the columns each
+//   last       its first warp asks TMA for the KV tiles
 #pragma once
 #include "decode/entry.h"
 #include "decode/fp8/load.h"
@@ -24,13 +24,13 @@ MLA_DEVICE void run_fp8_role(const TensorMap* kv_latent, const TensorMap* kv_rop
                              Bound bound) {
     const u32 warpgroup = __shfl_sync(kFullWarp, threadIdx.x / kWarpgroupThreads, 0);
 
-    if (warpgroup == 0) {
+    if (warpgroup < kScoresWarpgroups) {
         registers_increase<kScoresRegisters>();
-        Scores scores(params, smem);
+        Scores scores(params, smem, warpgroup);
         for_each_item(bound, [&](i32 item) { scores.run_item(item); });
-    } else if (warpgroup <= kValueWarpgroups) {
-        registers_increase<kValuesRegisters>();
-        ValuesRole values(params, smem, warpgroup - 1);
+    } else if (warpgroup < kScoresWarpgroups + kValueWarpgroups) {
+        if constexpr (kValuesRegisters > kEntryRegisters) registers_increase<kValuesRegisters>();
+        ValuesRole values(params, smem, warpgroup - kScoresWarpgroups);
         for_each_item(bound, [&](i32 item) { values.run_item(item); });
     } else {
         registers_decrease<kLoaderRegisters>();

@@ -1,18 +1,16 @@
 // The scores warpgroup of the fp8 kernel: S^T = K Q^T for one tile after the other, online softmax, P in fp16 to shared
 // memory. Operands are swapped, as in the narrow kernel.
 #pragma once
-#include "decode/fp8/query.h"
-#include "decode/masks.h"
+#include "decode/fp8/tile_scores.h"
 #include "ptx/wgmma_fp8.h"
 
 namespace mla {
 
 constexpr u32 kPartFragment = kQueryParts * kFragment;  // of the products of all parts of Q
 
-class ScoresRole {
+class ScoresRole : TileScores {
 public:
-    MLA_DEVICE ScoresRole(const Fp8Params& params, u32 smem)
-        : params_(params), smem_(smem), warp_(threadIdx.x / kWarpThreads), lane_(threadIdx.x % kWarpThreads) {}
+    MLA_DEVICE ScoresRole(const Fp8Params& params, u32 smem, u32) : TileScores(params, smem, threadIdx.x) {}
 
     // The item is read again where a mask or its end needs it: over its tiles it would cost registers.
     MLA_DEVICE void run_item(i32 item) {
@@ -30,7 +28,7 @@ public:
             const i32 first_key = work.tile_begin * kTileTokens;
             tiles = {work.tile_end - work.tile_begin, block_visible_end(params_, work) - first_key, work.seqlen_k - first_key};
             split = Fp8Query::make(params_, work, smem_, threadIdx.x, buffer_.is_at_start());
-            if (kLaunchesLate) pdl_launch_dependents();
+            if (kLaunchesLate && !kLaunchesFromLoader) pdl_launch_dependents();
         }
         float scale[kThreadRows];  // of the rows' scores, to log2 units
 #pragma unroll
@@ -61,7 +59,7 @@ private:
     MLA_DEVICE void run_tiles(i32 item, Tiles tiles, const float (&scale)[kThreadRows], RowStatistics& rows) {
         const float rope_ratio = kRopeApart ? params_.rope_ratio() : 1.0f;
         for (bool is_first = true; tiles.left > 0; tiles.next(), is_first = false) {
-            mbarrier_wait(barrier_of(smem_, Fp8Smem::tile_full, stage_.index()), stage_.parity());
+            await_part(0);
             float scores[kFragment];
             if constexpr (Split)
                 multiply_split(scores);
@@ -72,7 +70,7 @@ private:
                 scores[row_element(i)] *= scale[i];
                 scores[row_element(i) + 2] *= scale[i];
             }
-            if (tiles.visible_end < kTileTokens) mask(item, tiles, scores);
+            if (tiles.visible_end < kTileTokens) mask(item, tiles.sequence_end, scores);
             __syncwarp();
             if (lane_ == 0) mbarrier_arrive(barrier_of(smem_, Fp8Smem::tile_empty, stage_.index()));
             softmax(is_first, scores, rows);
@@ -103,7 +101,7 @@ private:
                 if (step >= kSteps) break;
                 const u32 box = step / kBoxSteps, in_box = step % kBoxSteps * kStepBytes;
                 if (step < kLatentSteps)
-                    wgmma_e4m3_ss(current, k + descriptor_offset(box * kSwizzleAtomBytes + in_box),
+                    wgmma_e4m3_ss(current, k + descriptor_offset(box_offset(box) + in_box),
                                   q + descriptor_offset(box * kSplitBoxBytes + in_box), i > 0);
                 else
                     wgmma_e4m3_ss(current, k_rope + descriptor_offset(in_box), q_rope + descriptor_offset(in_box), i > 0);
@@ -125,87 +123,6 @@ private:
             scores[i] += kQueryParts == 1 ? part[i] : fmaf(part[kPartFragment - kFragment + i], 1.0f / kLowPart, part[i]);
     }
 
-    // On fp16 tensor cores, K made in registers. Four k16 steps at a time: 16 bytes of two tokens a thread. Apart, the rope
-    // columns come first: their sums are done, and multiplied, when the next step's K is made.
-    MLA_DEVICE void multiply_exact(float rope_ratio, float (&scores)[kFragment]) const {
-        const u64 q = descriptor_at(kBoxKMajor, smem_ + Fp8Smem::query);
-        u32 raw[2][2][4];
-        u32 a[2][kBoxSteps][4];
-        wgmma_pin(scores);
-        load_keys(box_in_turn(0), raw[0]);
-#pragma unroll
-        for (u32 turn = 0; turn < kTileBoxes; ++turn) {
-            const u32 box = box_in_turn(turn);
-            if (turn + 1 < kTileBoxes) load_keys(box_in_turn(turn + 1), raw[(turn + 1) % 2]);
-            if (turn >= 2) wgmma_wait<1>();
-            const u32(&words)[2][4] = raw[turn % 2];
-            u32(&fragment)[kBoxSteps][4] = a[turn % 2];
-#pragma unroll
-            for (u32 step = 0; step < kBoxSteps; ++step) {
-                fragment[step][0] = e4m3_pair_low(words[0][step]);
-                fragment[step][1] = e4m3_pair_low(words[1][step]);
-                fragment[step][2] = e4m3_pair_high(words[0][step]);
-                fragment[step][3] = e4m3_pair_high(words[1][step]);
-            }
-            if (kRopeApart && turn == kRopeBoxes) {
-                wgmma_wait<0>();
-                wgmma_pin(scores);
-#pragma unroll
-                for (u32 i = 0; i < kFragment; ++i) scores[i] *= rope_ratio;
-                wgmma_pin(scores);
-            }
-            wgmma_fence();
-#pragma unroll
-            for (u32 step = 0; step < kBoxSteps; ++step)
-                wgmma_rs<Operand, 0>(scores, fragment[step][0], fragment[step][1], fragment[step][2], fragment[step][3],
-                                     q + descriptor_offset(box * kRowBoxBytes + step * kStepBytes), turn + step > 0);
-            wgmma_commit();
-        }
-        wgmma_wait<0>();
-        wgmma_pin(scores);
-    }
-    static MLA_DEVICE constexpr u32 box_in_turn(u32 turn) { return kRopeApart ? (turn + kLatentBoxes) % kTileBoxes : turn; }
-
-    // The tokens of a tile that this thread has scores of, and where its 16 bytes of their 64 columns of a latent box lie in a
-    // stage; query.h says which columns they are.
-    MLA_DEVICE u32 token_of(u32 half) const { return warp_ * kWarpTokens + half * 8 + lane_ / 4; }
-    MLA_DEVICE u32 latent_offset(u32 half, u32 box) const {
-        return latent_chunk_offset(token_of(half), box / 2, lane_ % 4 * 2 + box % 2);
-    }
-
-    MLA_DEVICE void load_keys(u32 box, u32 (&raw)[2][4]) const {
-        const u32 stage = stage_address(smem_, stage_.index());
-#pragma unroll
-        for (u32 half = 0; half < 2; ++half) {
-            load_shared_words(stage + (box < kLatentBoxes ? latent_offset(half, box)
-                                                          : kStageRope + rope_chunk_offset(token_of(half), lane_ % 4)),
-                              raw[half]);
-        }
-    }
-
-    // Hidden scores are overwritten, not added to: K past a sequence's end may be NaN. V past it may be too, or left over from
-    // another tile, and 0 * NaN is NaN: each thread clears what load_keys gives it of these tokens, so that it overwrites only
-    // what it has read itself; the values warps read it after P, which follows.
-    MLA_DEVICE void mask(i32 item, const Tiles& tiles, float (&scores)[kFragment]) const {
-        const BlockWork work = load_block_work(params_, item);
-        const i32 key = work.seqlen_k - tiles.sequence_end + static_cast<i32>(warp_ * kWarpTokens + lane_ / 4);
-#pragma unroll
-        for (u32 i = 0; i < kThreadRows; ++i) {
-            const i32 end = row_visible_end(params_, work, row_of_lane(lane_, i));
-            float& upper = scores[row_element(i)];
-            float& lower = scores[row_element(i) + 2];
-            upper = key < end ? upper : minus_infinity();
-            lower = key + 8 < end ? lower : minus_infinity();
-        }
-#pragma unroll
-        for (u32 half = 0; half < 2; ++half) {
-            if (static_cast<i32>(token_of(half)) < tiles.sequence_end) continue;
-#pragma unroll
-            for (u32 box = 0; box < kLatentBoxes; ++box)
-                store_shared_16b(stage_address(smem_, stage_.index()) + latent_offset(half, box), uint4{0, 0, 0, 0});
-        }
-    }
-
     // Scores to P in shared memory, statistics, and the factors by which O is to be rescaled. P is first made with the old
     // maxima, which nearly always stand; a vote tells whether any row outgrew its own.
     MLA_DEVICE void softmax(bool is_first, const float (&scores)[kFragment], RowStatistics& rows) {
@@ -219,14 +136,14 @@ private:
 #pragma unroll
             for (u32 i = 0; i < kThreadRows; ++i)
                 outgrown |= maxima[i] > rows.maximum[i] + kRescaleThreshold;  // from -inf any visible key moves it
-            store_probabilities(scores, rows, probabilities);
+            store_probabilities(buffer_.index(), scores, rows, probabilities);
             move_maxima = named_barrier_or(kScoresBarrier, kWarpgroupThreads, outgrown);
         }
         if (move_maxima) {
             float factor[kThreadRows];
             across_warps(maxima, [](float a, float b) { return fmaxf(a, b); });
             rows.raise(maxima, factor);
-            store_probabilities(scores, rows, probabilities);
+            store_probabilities(buffer_.index(), scores, rows, probabilities);
             const u32 factors = smem_ + Fp8Smem::factors + buffer_.index() * kRows * sizeof(f32);
 #pragma unroll
             for (u32 i = 0; i < kThreadRows; ++i) {
@@ -245,21 +162,12 @@ private:
             rows.sum[i] += probabilities[row_element(i)] + probabilities[row_element(i) + 2];
     }
 
-    MLA_DEVICE void store_probabilities(const float (&scores)[kFragment], const RowStatistics& rows,
-                                        float (&probabilities)[kFragment]) const {
-        exponentiate(scores, rows, probabilities);
-        store_fragment_transposed<Operand>(smem_ + Fp8Smem::probabilities + buffer_.index() * kRowBoxBytes, warp_, lane_,
-                                           probabilities);
-        fence_async_proxy();
-    }
-
     template <class Reduce>
     MLA_DEVICE void across_warps(float (&values)[kThreadRows], Reduce reduce) const {
         reduce_across_warps(smem_ + Fp8Smem::exchange, warp_, lane_, kScoresBarrier, values, reduce);
     }
 
-    // Hands the values warpgroups what O is to be multiplied by, and writes the lse. All warps know all rows: each serves some,
-    // chosen, not branched to: code that runs once waits for each line of it. The item is there when the sums are.
+    // The item is there when the sums are.
     MLA_DEVICE void finish(i32 item, const RowStatistics& rows) {
         const BlockWork work = load_block_work(params_, item);
         const f32 latent_scale = params_.latent_scale();
@@ -270,34 +178,10 @@ private:
         across_warps(sum, [](float a, float b) { return a + b; });
         mbarrier_wait(smem_ + Fp8Smem::sums_empty, items_parity_ ^ 1);
         items_parity_ ^= 1;
-        constexpr u32 kServed = kThreadRows / kScoresWarps;
-        float lse[kServed];
-#pragma unroll
-        for (u32 i = 0; i < kServed; ++i) {
-            const float maximum = own_row(i, rows.maximum), own = own_row(i, sum);
-            const float inverse = own == 0.0f ? 0.0f : latent_scale * fast_reciprocal(own);
-            lse[i] = lse_of(params_, work, maximum, own);
-            if (lane_ < 4) store_shared_f32(smem_ + Fp8Smem::inverse_sums + served_row(i) * sizeof(f32), inverse);
-        }
-        __syncwarp();
-        mbarrier_arrive(smem_ + Fp8Smem::sums_full);  // each thread for what it has written itself, or racecheck reports it
-#pragma unroll
-        for (u32 i = 0; i < kServed; ++i) {
-            if (lane_ < 4) store_lse(params_, work, served_row(i), lse[i]);
-        }
+        serve(work, latent_scale, rows.maximum, sum, 0);
     }
-    MLA_DEVICE float own_row(u32 i, const float (&values)[kThreadRows]) const {
-        const float a = values[i * kScoresWarps], b = values[i * kScoresWarps + 1], c = values[i * kScoresWarps + 2],
-                    d = values[i * kScoresWarps + 3];
-        const float even = warp_ % 2 ? b : a, odd = warp_ % 2 ? d : c;
-        return warp_ / 2 % 2 ? odd : even;
-    }
-    MLA_DEVICE u32 served_row(u32 i) const { return row_of_lane(lane_, i * kScoresWarps + warp_); }
 
-    const Fp8Params& params_;
-    u32 smem_, warp_, lane_;
     u32 items_parity_ = 0;
-    RingPosition<kStages> stage_;
     RingPosition<kProbabilityBuffers> buffer_;
 };
 

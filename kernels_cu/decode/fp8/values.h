@@ -44,7 +44,8 @@ public:
 #pragma unroll
             for (u32 i = 0; i < kFragment; ++i) output[block][i] = 0.0f;
         do {
-            mbarrier_wait(barrier_of(smem_, Fp8Smem::tile_full, stage_.index()), stage_.parity());
+#pragma unroll
+            for (u32 part = 0; part < kTileParts; ++part) mbarrier_wait(part_full(smem_, stage_.index(), part), stage_.parity());
             mbarrier_wait(barrier_of(smem_, Fp8Smem::probabilities_full, buffer_.index()), buffer_.parity());
             rescale(output);
             multiply(output);
@@ -61,9 +62,10 @@ public:
     }
 
 private:
-    // Wide: from the special register each time, as no register is left to keep what comes of it in.
+    // Counted from the last scores warpgroup. Wide: from the special register each time, as no register is left to keep what comes of
+    // it in.
     static MLA_DEVICE u32 thread() {
-        u32 thread = threadIdx.x;
+        u32 thread = threadIdx.x - (kScoresWarpgroups - 1) * kWarpgroupThreads;
         if (kWide) pin_register(thread);
         return thread;
     }
@@ -145,8 +147,7 @@ private:
         constexpr u32 kAhead = kWide ? 4 : kThreadRows;
         u64 places[kAhead];
         find_places(0, addresses, places);
-        mbarrier_wait(smem_ + Fp8Smem::sums_full, sums_parity_);
-        sums_parity_ ^= 1;
+        mbarrier_wait(barrier_of(smem_, Fp8Smem::sums_full, sums_.index()), sums_.parity());
         pdl_wait();
 #pragma unroll
         for (u32 first = 0; first < kThreadRows; first += kAhead) {
@@ -154,7 +155,7 @@ private:
             float inverse[kAhead];
 #pragma unroll
             for (u32 i = 0; i < kAhead; ++i)
-                inverse[i] = load_shared_f32(smem_ + Fp8Smem::inverse_sums + row_of_lane(lane(), first + i) * sizeof(f32));
+                inverse[i] = load_shared_f32(smem_ + Fp8Smem::inverse_sums + (sums_.index() * kRows + row_of_lane(lane(), first + i)) * sizeof(f32));
 #pragma unroll
             for (u32 i = 0; i < kAhead; ++i) {
                 float columns[kLaneColumns];
@@ -165,7 +166,8 @@ private:
             }
         }
         __syncwarp();
-        if (lane() == 0) mbarrier_arrive(smem_ + Fp8Smem::sums_empty);
+        if (lane() == 0) mbarrier_arrive(barrier_of(smem_, Fp8Smem::sums_empty, sums_.index()));
+        sums_.advance();
     }
 
     // Of this thread's rows from its `first` on.
@@ -183,7 +185,7 @@ private:
 
     const Fp8Params& params_;
     u32 smem_, index_;
-    u32 sums_parity_ = 0;
+    RingPosition<kSumsPlaces> sums_;
     RingPosition<kStages> stage_;
     RingPosition<kProbabilityBuffers> buffer_;
 };

@@ -9,7 +9,7 @@ namespace mla {
 
 class WideExactScoresRole {
 public:
-    MLA_DEVICE WideExactScoresRole(const Fp8Params& params, u32 smem) : params_(params), smem_(smem) {}
+    MLA_DEVICE WideExactScoresRole(const Fp8Params& params, u32 smem, u32) : params_(params), smem_(smem) {}
 
     // The item is read again where a mask or its end needs it: over its tiles it would cost registers. Half of the first one's
     // queries are the values warps' to load.

@@ -90,7 +90,7 @@ private:
             const Step step(index);
             const bool is_latent = step.column < kLatentSteps;
             const u32 box = step.column / kBoxSteps, in_box = step.column % kBoxSteps * kStepBytes;
-            const u64 k = is_latent ? operands.k + descriptor_offset(box * kSwizzleAtomBytes + in_box)
+            const u64 k = is_latent ? operands.k + descriptor_offset(box_offset(box) + in_box)
                                     : operands.k_rope + descriptor_offset((step.column - kLatentSteps) * kStepBytes);
             const u64 q = is_latent ? operands.q + descriptor_offset(box * kSplitBoxBytes + step.part * kRows * kBoxRowBytes + in_box)
                                     : operands.q_rope + descriptor_offset(step.part * kRows * kRopeRowBytes +

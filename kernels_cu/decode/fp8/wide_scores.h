@@ -11,7 +11,7 @@ namespace mla {
 
 class WideScoresRole {
 public:
-    MLA_DEVICE WideScoresRole(const Fp8Params& params, u32 smem) : params_(params), smem_(smem) {}
+    MLA_DEVICE WideScoresRole(const Fp8Params& params, u32 smem, u32) : params_(params), smem_(smem) {}
 
     // The item is read again where a mask or its end needs it: over its tiles it would cost registers. Half of the first one's
     // queries are the values warps' to load.
@@ -93,7 +93,7 @@ private:
     // If the tile is late there is no product to keep the tensor cores free for, and PV frees a stage for the loader: so P of
     // the tile before is released at once, and not once more.
     MLA_DEVICE void wait_for_tile(bool& holds_previous) const {
-        const u32 full = barrier_of(smem_, Fp8Smem::tile_full, stage_.index());
+        const u32 full = part_full(smem_, stage_.index(), 0);
         if (mbarrier_test_wait(full, stage_.parity())) return;
         if (holds_previous) release_probabilities();
         holds_previous = false;
