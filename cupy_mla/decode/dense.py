@@ -191,12 +191,12 @@ def plan_decode(
         the same bits in any batch. None: cut where it balances the GPU best.
     kernel
         The decode kernel: "narrow16", "narrow32" or "wide64" (16, 32 or 64 query rows a CTA); for FP8 caches
-        "fp8_split16", "fp8_split32", "fp8_split64", "fp8_exact16", "fp8_exact32", "fp8_exact64", for
-        ``compute="fp8"`` "fp8_query16", "fp8_query32" or "fp8_query64", for tokens that hold their scales
-        "row_pages16", "row_pages32" or "row_pages64", and of 656 or 528 bytes with float32 scales "row_tiles16" or
-        "row_tiles32"; for pages of one token also "token_pages16", "token_pages32" or "token_pages64"; or "auto", the
-        one that should take the least time. On the CPU, where there is but one, the name is checked and changes
-        nothing.
+        "fp8_split16", "fp8_split32", "fp8_split64", "fp8_exact16", "fp8_turns16" (exact, for long requests),
+        "fp8_exact32", "fp8_exact64", for ``compute="fp8"`` "fp8_query16", "fp8_query32" or "fp8_query64", for tokens
+        that hold their scales "row_pages16", "row_pages32" or "row_pages64", and of 656 or 528 bytes with float32
+        scales "row_tiles16" or "row_tiles32"; for pages of one token also "token_pages16", "token_pages32" or
+        "token_pages64"; or "auto", the one that should take the least time. On the CPU, where there is but one, the
+        name is checked and changes nothing.
 
     Returns
     -------
