@@ -35,9 +35,20 @@ MLA_DEVICE JobPlace job_place(const GatherCombineParams& params, const MergeItem
     return {batch, item.request - batch * params.seqlen_q};
 }
 
-// States of the kernel ahead. What comes before their loads is done when it ends.
+// States of the kernel ahead. What comes before their loads is done when it ends. Of gathered tokens, which may have sinks to be read,
+// all is waited for at once.
 struct AwaitedStates : RowStates {
     static MLA_DEVICE void wait() { pdl_wait(); }
+};
+template <class Params>
+constexpr bool kAwaitsLoads = kSameType<Params, CombineParams>;
+template <bool kAwaits>
+struct StatesOf {
+    using Type = RowStates;
+};
+template <>
+struct StatesOf<true> {
+    using Type = AwaitedStates;
 };
 
 template <class States>
@@ -47,7 +58,6 @@ MLA_DEVICE States add_sink(const CombineParams&, const States& states, const Mer
 template <class States>
 MLA_DEVICE SinkStates<States> add_sink(const GatherCombineParams& params, const States& states, const MergeItem& item, i32 row) {
     const i32 head = kv_head_of(item.head_block) * params.group_heads + row;
-    states.wait();  // for the sinks, too
     return {states, params.attn_sink == nullptr ? minus_infinity() : params.attn_sink[head]};
 }
 
@@ -101,7 +111,7 @@ template <class Params>
 struct Task {
     MergeItem item;
     i32 row_in_slot, chunk;
-    i32 row, token;  // of the request
+    i32 row, token;  // of the request, found ahead of the wait
     const u8* outs;  // of the row's first state
     const f32* lses;
 
@@ -111,8 +121,10 @@ struct Task {
         item = merges[index];
         row_in_slot = (task - index * tasks_of_item) / chunks.chunks_of_row;
         chunk = task - index * tasks_of_item - row_in_slot * chunks.chunks_of_row;
-        row = first_row_block_of(item.head_block) * params.rows + row_in_slot;
-        token = static_cast<u32>(row) / static_cast<u32>(params.group_heads);
+        if constexpr (kAwaitsLoads<Params>) {
+            row = row_of_request(params);
+            token = static_cast<u32>(row) / static_cast<u32>(params.group_heads);
+        }
         find_pieces(params);
     }
 
@@ -122,10 +134,16 @@ struct Task {
         lses = params.partial_lse + first * kRowWords + row_in_slot;
     }
 
+    MLA_DEVICE i32 row_of_request(const Params& params) const {
+        return first_row_block_of(item.head_block) * params.rows + row_in_slot;
+    }
+
     // Rows past the request's end do not exist: the decode kernel never wrote their partials.
     MLA_DEVICE void merge(const Params& params, const RowChunks& chunks, i32 lane) const {
+        const i32 row = kAwaitsLoads<Params> ? this->row : row_of_request(params);
         if (row >= item.seqlen_q * params.group_heads) return;
-        merge_row<AwaitedStates>(params, chunks, row, lane, [&] {
+        merge_row<typename StatesOf<kAwaitsLoads<Params>>::Type>(params, chunks, row, lane, [&] {
+            const i32 token = kAwaitsLoads<Params> ? this->token : row / params.group_heads;
             const i32 head = kv_head_of(item.head_block) * params.group_heads + row - token * params.group_heads;
             const JobPlace place = job_place(params, item);
             const i64 position = place.token + token;
@@ -177,11 +195,12 @@ MLA_DEVICE void merge_jobs(const Params& params) {
     Task<Params> task = {};
     if (first < end) task.find(params, merges, chunks, first);
     pdl_launch_dependents();
+    if constexpr (!kAwaitsLoads<Params>) pdl_wait();
     for (u32 next = first; next < end; next += block_warps) {
         if (next > first) task.find(params, merges, chunks, next);
         task.merge(params, chunks, lane);
     }
-    pdl_wait();  // whoever waits for this kernel waits for those before it, too
+    if constexpr (kAwaitsLoads<Params>) pdl_wait();  // whoever waits for this kernel waits for those before it, too
 }
 
 }  // namespace mla
