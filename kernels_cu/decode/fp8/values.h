@@ -8,10 +8,10 @@
 namespace mla {
 
 // A is made for so many M blocks of one k16 step at a time, in so many sets of registers in turn. Made for two at 64 rows, in as
-// many registers, ptxas serialises wgmma. Where QK takes the tensor cores as long as PV, fewer products of PV queued leave it more of
-// them: what the next tile's P waits for.
+// many registers, ptxas serialises wgmma. At 64 rows fewer products of PV queued leave QK more of the tensor cores: the longer QK, the
+// fewer.
 constexpr u32 kUnitBlocks = kWide ? 1 : 2;
-constexpr u32 kUnits = kWide && kSwapped ? 1 : 4 / kUnitBlocks;
+constexpr u32 kUnits = kWide && kSwapped ? 1 : 2;
 
 class ValuesRole {
 public:
