@@ -130,11 +130,12 @@ private:
     static MLA_DEVICE void load_rows(u32 place, float (&values)[kThreadRows]) {
         const u32 address = place + row_of_lane(lane(), 0) * sizeof(f32);
 #pragma unroll
-        for (u32 i = 0; i < kThreadRows; i += 2)
-            load_shared_pair(address + row_of_lane(0, i) * sizeof(f32), values[i], values[i + 1]);
-    }
-    static MLA_DEVICE void load_shared_pair(u32 address, float& first, float& second) {
-        asm volatile("ld.shared.v2.f32 {%0, %1}, [%2];" : "=f"(first), "=f"(second) : "r"(address) : "memory");
+        for (u32 i = 0; i < kThreadRows; i += 2) {
+            u32 pair[2];
+            load_shared_words(address + row_of_lane(0, i) * sizeof(f32), pair);
+            values[i] = __uint_as_float(pair[0]);
+            values[i + 1] = __uint_as_float(pair[1]);
+        }
     }
     static MLA_DEVICE void store_rows(u32 place, const float (&values)[kThreadRows]) {
         if (lane() >= kQuadLanes) return;
