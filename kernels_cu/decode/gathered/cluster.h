@@ -22,7 +22,7 @@ MLA_DEVICE u32 shared_output(u32 smem, u32 row, u32 column) {
 }
 
 // Those of the CTAs of a cluster, as merge_octets.h takes them: addresses are of this CTA's own.
-struct ClusterStates : SinkStates {
+struct ClusterStates : SinkStates<RowStates> {
     MLA_DEVICE const u8* out_of(i32 rank) const { return in_cta(outs, rank); }
     MLA_DEVICE f32 lse_of(i32 rank) const { return *in_cta(lses, rank); }
 };
