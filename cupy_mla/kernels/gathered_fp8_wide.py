@@ -32,14 +32,9 @@ if TYPE_CHECKING:
 
 # Registers of a thread. All four warpgroups share what they have at entry, 128 each.
 _ENTRY_REGISTERS = 4 * 128
-# Of the values warps and of the converters, by what there is besides codes of the latent part.
-_REGISTERS = {
-    "codes of the rope part": (160, 112),
-    "rope part": (160, 104),
-    "values without codes": (168, 96),
-    "two layouts": (176, 80),
-    "nothing": (168, 80),
-}
+_VALUES_REGISTERS = 160
+# Of the converters: of codes of the latent part alone, and where they have more to do.
+_CONVERTERS_REGISTERS = {False: 104, True: 112}
 # A load of a warp is of one token; a stage has one rope box, which P replaces.
 _LATENT_DIM = 512
 _ROPE_DIMS = (0, BOX_COLUMNS)
@@ -49,7 +44,6 @@ _WARPS = 4  # of the converters
 _PIECE_STEP = 256  # columns between the two pieces that a lane has of a token
 _WORD_BYTES = 4
 _ADDRESS_BYTES = 8
-_SHARING_BYTES = 3 * BARRIER_BYTES  # two of which are barriers
 # Items of a CTA's part that lie in shared memory, behind their bounds (decode/gathered/part_items.h).
 _MAX_PART_ITEMS = 16
 _ITEM_BYTES = 32
@@ -73,11 +67,13 @@ class GatheredFp8WideFamily(DecodeFamily):
     def roles(self, config: KernelConfig) -> tuple[Role, ...]:
         """One warpgroup for the scores, two for the values, one that converts tokens."""
         assert isinstance(config, GatheredConfig)
-        values, converters = _REGISTERS[_kind(config)]
-        scores = _ENTRY_REGISTERS - VALUES_WARPGROUPS * values - converters
+        mixes = config.extra_layout not in (None, config.layout)
+        codes_rope = config.rope_dim > 0 and not isinstance(config.layout, BlockScaled)
+        converters = _CONVERTERS_REGISTERS[mixes or codes_rope or _has_uncoded_values(config)]
+        scores = _ENTRY_REGISTERS - VALUES_WARPGROUPS * _VALUES_REGISTERS - converters
         return (
             Role("scores", hopper.WARPGROUP_THREADS, scores),
-            Role("values", VALUES_WARPGROUPS * hopper.WARPGROUP_THREADS, values),
+            Role("values", VALUES_WARPGROUPS * hopper.WARPGROUP_THREADS, _VALUES_REGISTERS),
             Role("converters", hopper.WARPGROUP_THREADS, converters),
         )
 
@@ -108,19 +104,18 @@ class GatheredFp8WideFamily(DecodeFamily):
         latent_boxes, rope_boxes = config.latent_dim // BOX_COLUMNS, config.rope_dim // BOX_COLUMNS
         layouts = [layout for layout in (config.layout, config.extra_layout) if isinstance(layout, BlockScaled)]
         scale_pairs = max((_PIECE_STEP // layout.block for layout in layouts), default=0)  # of a token
-        # Stages, Q, the rope part that is on its way.
-        boxes = _STAGES * (latent_boxes + 1) + latent_boxes + 2 * rope_boxes
+        # What is not a code of the latent part goes through shared memory.
+        staged_boxes = rope_boxes + _has_uncoded_values(config)
+        boxes = _STAGES * (latent_boxes + 1) + latent_boxes + rope_boxes + staged_boxes  # stages, Q, what is on its way
         row_floats = 2 * _STAGES + 1  # factors and inverse sums, the scale of Q
         # Units, scales, an address.
         token_bytes = _STAGES * FLOAT_BYTES + scale_pairs * _WORD_BYTES + _ADDRESS_BYTES
         barriers = _STAGES * (2 + _SLABS) + 1  # and of Q
-        shares = config.rope_dim == 0  # the values warps convert, too
         return (
             boxes * BOX_BYTES
             + row_floats * self.rows * FLOAT_BYTES
             + token_bytes * TILE_TOKENS
             + _STAGES * _WARPS * _WORD_BYTES
-            + shares * _SHARING_BYTES
             + barriers * BARRIER_BYTES
             + CLAIM_BYTES
         )
@@ -140,15 +135,6 @@ class GatheredFp8WideFamily(DecodeFamily):
 
 def _aligned(size: int) -> int:
     return ceil_div(size, _ITEM_ALIGNMENT) * _ITEM_ALIGNMENT
-
-
-def _kind(config: GatheredConfig) -> str:
-    """A key of _REGISTERS."""
-    if config.rope_dim > 0:
-        return "rope part" if isinstance(config.layout, BlockScaled) else "codes of the rope part"
-    if config.extra_layout not in (None, config.layout):
-        return "two layouts"
-    return "values without codes" if _has_uncoded_values(config) else "nothing"
 
 
 def _has_uncoded_values(config: GatheredConfig) -> bool:

@@ -3,14 +3,9 @@
 //   0    scores: S = Q K^T, softmax, P
 //   1, 2 values: O += P V, half of the columns each
 //   3    converters: read the rows of each tile's tokens as they are stored, and write them as fp16
-#include "decode/gathered_fp8/wide_scores.h"
-#if MLA_ROPE > 0
 #include "decode/gathered_fp8/wide_convert.h"
+#include "decode/gathered_fp8/wide_scores.h"
 #include "decode/gathered_fp8/wide_values.h"
-#else
-#include "decode/gathered_fp8/wide_share_convert.h"
-#include "decode/gathered_fp8/wide_share_values.h"
-#endif
 
 extern "C" __global__ void __launch_bounds__(mla::kThreads, 1)
 mla_gathered_fp8_wide(const __grid_constant__ mla::GatherParams params) {
@@ -27,7 +22,8 @@ mla_gathered_fp8_wide(const __grid_constant__ mla::GatherParams params) {
         scores.store_pending();
     } else if (warpgroup <= kValueWarpgroups) {
         registers_increase<kValuesRegisters>();
-        ValuesRole(params, smem).run(items);
+        ValuesRole values(params, smem);
+        for (i32 item = items.first(); item < items.end(); item += items.step()) values.run_item(item);
     } else {
         registers_decrease<kConvertersRegisters>();
         Converter(params, items, smem).run();

@@ -1,4 +1,4 @@
-// The converter warps of the kernel for 64 rows of gathered FP8 tokens with a rope part: they walk the items tile by tile, ahead of the
+// The converter warps of the kernel for 64 rows of gathered FP8 tokens: they walk the items tile by tile, ahead of the
 // arithmetic and across items, read each token's row into registers, and write it as fp16 once PV has freed its place.
 #pragma once
 #include "decode/gathered/narrow_work.h"
@@ -197,8 +197,9 @@ private:
     // Writes what has been read to the stage at ring_, a slab at a time as PV frees it, and asks for the next tile's in its place.
     template <class C>
     MLA_DEVICE void convert(i32 next_slot, bool next_is_extra) {
+        if (kUncodedIsValue) copy_async_wait();
         f32 unit;
-        const bool has_units = scales_.prepare<C>(unit, Rest{});
+        const bool has_units = scales_.prepare<C>(unit);
         const u32 marks = valid_ | (has_units ? kHasUnits : 0);
         open_tile(next_slot, next_is_extra);
         load_scales();
@@ -212,6 +213,8 @@ private:
             // Ahead of the stores, behind which they would wait.
             if (slab * kSlabPairs % TokenScales::kAtOnce == 0) scales_.read<C>(lane, slab * kSlabPairs, scales);
             const SlabRows rows = read_rows(lane, slab);
+            Staged staged;
+            if constexpr (kUncodedIsValue) staged = read_staged(slab, lane);
             mbarrier_wait(slab_empty(smem_, ring_.stage, slab), ring_.parity ^ 1);  // passes at once in the first lap
             if (slab == 0) announce(marks, unit);
 #pragma unroll
@@ -221,9 +224,10 @@ private:
                 __syncwarp();
                 load_pair(lane, pair, rows.of[in_slab]);
             }
+            if constexpr (kUncodedIsValue) convert_staged<C>(staged, slab, lane, has_units, stage);
         }
         // With the last slab everything else of the stage is free, too.
-        if constexpr (kStagedBoxes > 0) {
+        if constexpr (kStagedBoxes > 0 && !kUncodedIsValue) {
             copy_async_wait();
             // A read waits for the stores and copies that its warp has asked for, so there are two at a time, and copies come last.
 #pragma unroll
@@ -234,7 +238,7 @@ private:
             }
         }
         mbarrier_arrive(tile_full(smem_, ring_.stage));
-        if constexpr (kStagedBoxes > 0) {
+        if constexpr (kStagedBoxes > 0 && !kUncodedIsValue) {
 #pragma unroll
             for (i32 pass = 0; pass < kStagedPasses; ++pass) ask_for_staged(lane, pass, staged_row(lane, pass));
         }
@@ -287,40 +291,45 @@ private:
                            pair_of_half(scales, j));
     }
 
-    // A lane's chunk of a pass.
+    // A lane's chunk of a pass; of values, which are asked for as soon as they are read, also the row of what takes its place.
     struct Staged {
         u32 words[4];
+        u64 next_row;
     };
 
     MLA_DEVICE Staged read_staged(i32 pass, u32 lane) const {
         Staged staged;
         load_shared_words(staged_chunk(smem_, warp_, lane, pass), staged.words);
+        if (kUncodedIsValue) staged.next_row = staged_row(lane, pass);
         return staged;
     }
 
-    // What went through shared memory, behind V.
+    // What went through shared memory, as V, and asks for the next tile's in its place; or behind V.
     template <class C>
     MLA_DEVICE void convert_staged(Staged staged, i32 pass, u32 lane, bool has_units, u32 stage_place) {
         u32(&words)[4] = staged.words;
         const u32 token = token_of(warp_, lane / kStagedLanes);
-        const u32 slab = pass * kStagedTokens / kShareTokens * kSlabTokens * kBoxRowBytes;
+        const u32 row = kUncodedIsValue ? latent_row(token, kPieceBoxes) : kStageRope + token * kBoxRowBytes;
+        const u32 slab = pass * kStagedTokens / kShareTokens * (kUncodedIsValue ? kSlabBytes : kSlabTokens * kBoxRowBytes);
         const u32 chunk = lane % kStagedLanes * (8 / kStagedLanes) ^ token % kAtomRows;
-        const u32 place = stage_place + kStageRope + token * kBoxRowBytes + slab + (chunk << 4);
+        const u32 place = stage_place + row + slab + (chunk << 4);
         if constexpr (kStagesCodes) {
             store_piece<C>(true, place, 0, words, 0);
         } else {
-            if (has_units) {
-                const f32 inverse =
-                    inverse_of_unit(load_shared_f32(unit_place(pass * kStagedTokens + lane / kStagedLanes)));
+            if (kUncodedIsValue || has_units) {
+                f32 inverse = 1.0f;
+                if (has_units) inverse = inverse_of_unit(load_shared_f32(unit_place(pass * kStagedTokens + lane / kStagedLanes)));
 #pragma unroll
                 for (u32 word = 0; word < 4; ++word) {
                     f32 first, second;
                     unpack2<Bf16>(words[word], first, second);
-                    words[word] = pack2<Bf16>(first * inverse, second * inverse);
+                    words[word] = kUncodedIsValue ? pack2<Fp16>(first * inverse, second * inverse)
+                                                  : pack2<Bf16>(first * inverse, second * inverse);
                 }
             }
             store_shared_16b(place, uint4{words[0], words[1], words[2], words[3]});
         }
+        if (kUncodedIsValue) ask_for_staged(lane, pass, staged.next_row);
     }
 
     const GatherParams& params_;

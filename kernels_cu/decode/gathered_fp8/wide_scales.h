@@ -28,20 +28,20 @@ public:
     }
 
     // Takes the units of this warp's tokens, and puts what scales are over them in shared memory, as pairs of fp16. Whether any
-    // unit is not 1; `unit` is that of the token `lane`. Uncoded values of V count.
+    // unit is not 1; `unit` is that of the token `lane`. Uncoded values of V are there by now, and count.
     template <class C>
-    MLA_DEVICE bool prepare(f32& unit, const Rest& rest) {
+    MLA_DEVICE bool prepare(f32& unit) {
         unit = 1.0f;
         if constexpr (C::kHasScales) {
             __syncwarp();  // all have read those of the tile before
             u32 pairs[kScalePairs<C>];
             bool fits = C::fp16_scales(stored<C>(), pairs);
             store<C>(pairs);
-            if constexpr (kUncodedIsValue) fits &= uncoded_fit(rest);
+            if constexpr (kUncodedIsValue) fits &= uncoded_fit();
             bool have_units = false;
             if constexpr (C::kNeedsUnits) {
                 have_units = __any_sync(kFullWarp, !fits);
-                if (have_units) take_units<C>(unit, rest);
+                if (have_units) take_units<C>(unit);
             }
             __syncwarp();
             return have_units;
@@ -54,8 +54,7 @@ public:
     template <class C>
     MLA_DEVICE void read(u32 lane, u32 first, u32 (&words)[kAtOnce]) const {
         if constexpr (C::kHasScales)
-            load_shared_words(scale_place<C>(smem_, warp_, half_of(lane), first_column(lane) / kColumnsPerScale<C>) + first * sizeof(u32),
-                              words);
+            load_shared_words(words_of_pairs<C>(half_of(lane), first_column(lane) / kColumnsPerScale<C>) + first * sizeof(u32), words);
     }
 
 private:
@@ -69,22 +68,30 @@ private:
         return reinterpret_cast<u32(&)[kStoredWords<C>]>(stored_);
     }
 
+    // Of the first or second token of each pair, the words of the scales `word` and `word` + kScalePairs. A warp's share is where
+    // it is whatever the codec: another warp may still be in the tile before, of the other codec.
+    template <class C>
+    MLA_DEVICE u32 words_of_pairs(u32 half, u32 word) const {
+        const u32 share = smem_ + Smem::scales + warp_ * kWarpTokens * Smem::scale_bytes;
+        return share + (half * kScalePairs<C> + word) * kPairs * sizeof(u32);
+    }
+
     template <class C>
     MLA_DEVICE void store(const u32 (&pairs)[kScalePairs<C>]) const {
         const u32 lane = this_lane();
         if (lane >= kWarpTokens) return;
 #pragma unroll
         for (u32 i = 0; i < kScalePairs<C>; ++i)
-            store_shared_u32(scale_place<C>(smem_, warp_, lane % kPairTokens, i) + lane / kPairTokens * sizeof(u32), pairs[i]);
+            store_shared_u32(words_of_pairs<C>(lane % kPairTokens, i) + lane / kPairTokens * sizeof(u32), pairs[i]);
     }
 
     // The slow path: some token has one.
     template <class C>
-    MLA_DEVICE void take_units(f32& unit, const Rest& rest) {
+    MLA_DEVICE void take_units(f32& unit) {
         ScaleRange range{true, 0.0f};
 #pragma unroll
         for (u32 i = 0; i < C::kScales; ++i) widen(range, C::scale(stored<C>(), i));
-        if constexpr (kUncodedIsValue) widen_by_uncoded(range, largest_uncoded(rest));
+        if constexpr (kUncodedIsValue) widen_by_uncoded(range, largest_uncoded());
         const f32 inverse = take_unit(range, unit);
         u32 pairs[kScalePairs<C>];
 #pragma unroll
@@ -96,34 +103,35 @@ private:
     }
 
     // Magnitudes as numbers of 16 bits, in which order a bf16 has them, too: the largest of this lane's chunk of a pass.
-    static MLA_DEVICE u32 largest_of_chunk(const u32 (&words)[4]) {
-        u32 largest = 0;
+    MLA_DEVICE u32 largest_of_chunk(u32 pass) const {
+        u32 words[4], largest = 0;
+        load_shared_words(staged_chunk(smem_, warp_, this_lane(), pass), words);
 #pragma unroll
         for (u32 i = 0; i < 4; ++i) largest = max_u16_pairs(largest, words[i] & 0x7FFF7FFFu);
         return largest;
     }
 
     // Whether fp16 holds what this lane has of uncoded values.
-    static MLA_DEVICE bool uncoded_fit(const Rest& rest) {
+    MLA_DEVICE bool uncoded_fit() const {
         constexpr u32 kLargestFp16 = 0x477F;  // 65280, the largest bf16 that an fp16 holds
         u32 largest = 0;
 #pragma unroll
-        for (u32 pass = 0; pass < kRestPasses; ++pass) largest = max_u16_pairs(largest, largest_of_chunk(rest[pass]));
+        for (i32 pass = 0; pass < kStagedPasses; ++pass) largest = max_u16_pairs(largest, largest_of_chunk(pass));
         return both_at_most(largest, kLargestFp16);
     }
 
     // Of this lane's token.
-    static MLA_DEVICE f32 largest_uncoded(const Rest& rest) {
+    MLA_DEVICE f32 largest_uncoded() const {
         const u32 lane = this_lane();
         u32 its_largest = 0;
 #pragma unroll
-        for (u32 pass = 0; pass < kRestPasses; ++pass) {
-            u32 largest = largest_of_chunk(rest[pass]);
+        for (i32 pass = 0; pass < kStagedPasses; ++pass) {
+            u32 largest = largest_of_chunk(pass);
 #pragma unroll
-            for (u32 distance = 1; distance < kRestLanes; distance *= 2)
+            for (u32 distance = 1; distance < kStagedLanes; distance *= 2)
                 largest = max_u16_pairs(largest, __shfl_xor_sync(kFullWarp, largest, distance));
-            largest = __shfl_sync(kFullWarp, largest, lane % kRestTokens * kRestLanes);
-            if (lane / kRestTokens == pass) its_largest = largest;
+            largest = __shfl_sync(kFullWarp, largest, lane % kStagedTokens * kStagedLanes);
+            if (lane / kStagedTokens == static_cast<u32>(pass)) its_largest = largest;
         }
         f32 first, second;
         unpack2<Bf16>(its_largest, first, second);

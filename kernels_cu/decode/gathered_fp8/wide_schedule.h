@@ -11,29 +11,23 @@ static_assert(kRows == 64, "this kernel serves 64 query rows");
 // Warpgroup 0: scores; 1 and 2: values; 3: converters, which bring tokens and turn them into fp16.
 constexpr u32 kThreads = (2 + kValueWarpgroups) * kWarpgroupThreads;
 // At entry every thread has 128 registers; the roles then share the 4 * 128 = 512 out.
-// Slabs of a tile (below) that the values warps convert: with a rope part it was slower (TRIED_GATHERED_DECODE.md).
-constexpr u32 kShareSlabs = kRopeBoxes > 0 ? 0 : 2;
-constexpr bool kShares = kShareSlabs > 0;
-constexpr int kValuesRegisters = !kShares ? 160 : kMixesCodecs ? 176 : 168;
+constexpr int kValuesRegisters = 160;
 constexpr bool kCodesRope = kRope > 0 && Codec::kUncoded == 0;  // converters that have more to do have more registers
-constexpr int kConvertersRegisters = kShares ? (kUncodedIsValue ? 96 : 80) : kCodesRope ? 112 : 104;
+constexpr int kConvertersRegisters = kUncodedIsValue || kMixesCodecs || kCodesRope ? 112 : 104;
 constexpr int kScoresRegisters = 512 - kValueWarpgroups * kValuesRegisters - kConvertersRegisters;
 
 constexpr u32 kStages = 2;  // KV tiles in fp16
 constexpr u32 kTileBoxes = kLatentBoxes + kRopeBoxes;
-// The converters have codes of the latent part in registers, and values without codes; a rope part goes through shared memory.
+// The converters have codes of the latent part in registers; what else there is goes through shared memory.
 constexpr u32 kPieceBoxes = kCodedBoxes < kLatentBoxes ? kCodedBoxes : kLatentBoxes;
-constexpr u32 kRestBoxes = kLatentBoxes - kPieceBoxes;
-constexpr u32 kStagedBoxes = kRopeBoxes;
-static_assert(kRestBoxes + kStagedBoxes <= 1, "it is a box at most");
+constexpr u32 kStagedBoxes = kTileBoxes - kPieceBoxes;
+static_assert(kStagedBoxes <= 1, "it is a box at most");
 // V, and whatever is coded, becomes fp16; what is left stays bf16.
 constexpr u32 kFp16Boxes = kUncodedIsValue ? kTileBoxes : kCodedBoxes;
 constexpr u32 kBoxSteps = kBoxRowBytes / kStepBytes;
 constexpr u32 kSteps = kTileBoxes * kBoxSteps;
-// PV of tile t is released when all but this many k16 steps of QK(t + 1) are done, as in the wide kernel; where the values warps
-// convert it is not held, as that wants to begin.
+// PV of tile t is released when all but this many k16 steps of QK(t + 1) are done, as in the wide kernel.
 constexpr u32 kStepsAfterRelease = 8;
-constexpr bool kHoldsP = !kShares;
 
 // With 512 threads wgmma takes no more than half of a values warpgroup's columns at once.
 constexpr u32 kProductColumns = kValueColumns < 128 ? kValueColumns : 128;
@@ -46,15 +40,10 @@ constexpr u32 kSlabs = kTileTokens / kSlabTokens;
 constexpr u32 kConverterWarps = kWarpgroupWarps;
 constexpr u32 kShareTokens = kSlabTokens / kConverterWarps;  // of a slab, of a converter warp
 constexpr u32 kWarpTokens = kSlabs * kShareTokens;           // of a tile, of a converter warp
-// Of the last slabs, which PV frees last, the values warps convert a pair of tokens each: they wait for most of a tile otherwise,
-// and the converters are what everything else waits for.
-constexpr u32 kConverterSlabs = kSlabs - kShareSlabs;
-constexpr u32 kValueWarps = kValueWarpgroups * kWarpgroupWarps;
 
 // What a converter has of two neighbouring tokens: two pieces of 16 columns, so many columns apart.
 constexpr u32 kPieceColumns = 16;
 constexpr u32 kPairTokens = 2;
-static_assert(kSlabTokens == kValueWarps * kPairTokens, "a values warp has a pair of a slab");
 constexpr u32 kLanePieces = kLatent * kPairTokens / kPieceColumns / kWarpThreads;
 constexpr u32 kPieceStep = kWarpThreads / kPairTokens * kPieceColumns;
 // Neighbouring columns that share a scale, and a token's scales as pairs, which are of the two pieces of a lane.

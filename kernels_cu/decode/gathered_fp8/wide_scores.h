@@ -45,8 +45,8 @@ public:
             ring_.advance();
             publish(is_last);
             // That of an item's first tile is not held: PV has nothing else to do, and the converters wait for it.
-            if (is_first || !kHoldsP) release_probabilities();
-            holds = kHoldsP && !is_first;
+            if (is_first) release_probabilities();
+            holds = !is_first;
             is_first = false;
         }
         if (holds) release_probabilities();

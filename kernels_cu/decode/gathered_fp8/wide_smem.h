@@ -23,11 +23,7 @@ struct GatheredFp8WideSmem {
     static constexpr u32 scales = units + kStages * kTileTokens * sizeof(f32);  // of the tokens that are being converted
     static constexpr u32 rows = scales + kTileTokens * scale_bytes;  // addresses of the tokens that are asked for
     static constexpr u32 marks = rows + kTileTokens * sizeof(u64);    // of each stage's tokens
-    // Where the values warps convert: what `rows` are of, and two barriers.
-    static constexpr u32 next_tile = marks + kStages * kConverterWarps * sizeof(u32);
-    static constexpr u32 rows_there = next_tile + kShares * sizeof(u64);
-    static constexpr u32 first_rows_read = rows_there + kShares * sizeof(u64);
-    static constexpr u32 tile_full = first_rows_read + kShares * sizeof(u64);
+    static constexpr u32 tile_full = marks + kStages * kConverterWarps * sizeof(u32);
     static constexpr u32 probabilities_full = tile_full + kStages * sizeof(u64);
     static constexpr u32 slab_empty = probabilities_full + kStages * sizeof(u64);
     static constexpr u32 query_full = slab_empty + kStages * kSlabs * sizeof(u64);
@@ -44,17 +40,10 @@ static_assert(Smem::total == MLA_SHARED_BYTES, "cupy_mla/kernels adds up other s
 constexpr u32 kAllValid = (1u << kWarpTokens) - 1;
 constexpr u32 kHasUnits = 1u << kWarpTokens;
 
-// What there is of the tile whose rows are asked for: nothing (there is none), or these.
-constexpr u32 kTileExists = 1, kTileIsExtra = 2;
-
 MLA_DEVICE u32 stage_address(u32 smem, u32 stage) { return smem + Smem::stages + stage * kStageBytes; }
 
 // Barriers. Who arrives, who waits:
-// rows_there: every converter thread, once its share of a tile's row addresses is written, and of the scales of the tile before;
-// values. The converters write the next ones when tile_full tells that the values warps have read these, and those of the first
-// tile, for which there is no such tile, after first_rows_read.
-// tile_full: every converter thread, and every values thread where these convert, once its share of the tile is written; scores,
-// and converters that share.
+// tile_full: every converter thread, once its share of the tile is written; scores.
 MLA_DEVICE u32 tile_full(u32 smem, u32 stage) { return smem + Smem::tile_full + stage * sizeof(u64); }
 // probabilities_full: every scores thread, once its share of P, factors and inverse sums is written; values.
 MLA_DEVICE u32 probabilities_full(u32 smem, u32 stage) { return smem + Smem::probabilities_full + stage * sizeof(u64); }
@@ -66,14 +55,10 @@ MLA_DEVICE u32 slab_empty(u32 smem, u32 stage, u32 slab) {
 // query_full: every values thread, once its share of an item's Q is written; scores.
 MLA_DEVICE void initialise_barriers(u32 smem) {
     for (u32 stage = 0; stage < kStages; ++stage) {
-        mbarrier_init(tile_full(smem, stage), (kConverterWarps + kShares * kValueWarps) * kWarpThreads);
+        mbarrier_init(tile_full(smem, stage), kConverterWarps * kWarpThreads);
         mbarrier_init(probabilities_full(smem, stage), kWarpgroupThreads);
         for (u32 slab = 0; slab < kSlabs; ++slab)
             mbarrier_init(slab_empty(smem, stage, slab), kValueWarpgroups * kWarpgroupWarps);
-    }
-    if (kShares) {
-        mbarrier_init(smem + Smem::rows_there, kConverterWarps * kWarpThreads);
-        mbarrier_init(smem + Smem::first_rows_read, kValueWarps * kWarpThreads);
     }
     mbarrier_init(smem + Smem::query_full, kValueWarpgroups * kWarpgroupThreads);
     mbarrier_init_fence();

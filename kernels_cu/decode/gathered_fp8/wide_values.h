@@ -15,11 +15,6 @@ class ValuesRole {
 public:
     MLA_DEVICE ValuesRole(const GatherParams& params, u32 smem) : params_(params), smem_(smem) {}
 
-    MLA_DEVICE void run(const Items& items) {
-        for (i32 item = items.first(); item < items.end(); item += items.step()) run_item(item);
-    }
-
-private:
     MLA_DEVICE void run_item(i32 item) {
         i32 tiles;
         {
@@ -48,6 +43,7 @@ private:
         Out::store(params_, item, output);
     }
 
+private:
     // This warpgroup's share of an item's queries.
     MLA_DEVICE void load_query(const BlockWork& work) const {
         const u32 warpgroup = __shfl_sync(kFullWarp, threadIdx.x / kWarpgroupThreads, 0) - 1;

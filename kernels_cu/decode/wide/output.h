@@ -51,19 +51,11 @@ public:
     // Before a row's results besides O are stored.
     static MLA_DEVICE void wait_for_room() {}
 
-    // As it is stored.
-    using Packed = u32[kAccumulators / 2];
-
     static MLA_DEVICE void store(const Params& params, i32 item, float (&output)[kAccumulators]) {
-        Packed packed;
-        pack(params, item, output, packed);
-        store(params, item, packed);
-    }
-
-    // Packing first frees the registers that the addresses of the output need.
-    static MLA_DEVICE void pack(const Params& params, i32 item, float (&output)[kAccumulators], Packed& packed) {
         constexpr bool kHasExponents = kPartialIsScaled && !kPowerIsInLse;
         if (kHasExponents) pin_register(item);  // looked up after the last tile: there are no registers to keep it in
+        // Packing first frees the registers that the addresses below need.
+        u32 packed[kAccumulators / 2];
         if (kHasExponents && load_block_work(params, item).is_partial()) {
             const u32 exponent = fit_half(output);
             pack<Fp16>(output, packed);
@@ -74,9 +66,6 @@ public:
         } else {
             pack<Output>(output, packed);
         }
-    }
-
-    static MLA_DEVICE void store(const Params& params, i32 item, const Packed& packed) {
         const BlockWork work = load_block_work(params, item);
         const u32 lane_in_quad = lane() % 4;
 #pragma unroll
@@ -113,7 +102,7 @@ private:
     }
 
     template <class T>
-    static MLA_DEVICE void pack(const float (&output)[kAccumulators], Packed& packed) {
+    static MLA_DEVICE void pack(const float (&output)[kAccumulators], u32 (&packed)[kAccumulators / 2]) {
 #pragma unroll
         for (u32 i = 0; i < kAccumulators / 2; ++i) {
             packed[i] = pack2<T>(output[2 * i], output[2 * i + 1]);
