@@ -53,6 +53,8 @@ SUMMARY = re.compile(
 )
 # Bindings of a later CUDA ask the driver for functions that it does not have, and do without: memcheck reports each.
 LOOKUP = re.compile(r"on CUDA API call to cuGetProcAddress")
+BETWEEN_REPORTS = re.compile(r"^=========\s*$", re.MULTILINE)
+TOLD_LINES, TOLD_CHARACTERS = 12, 600  # of a process that failed: what the tool said first, and the end of the rest
 SANITIZER_SECONDS = 300
 SHARE_PROBLEMS = 16  # that a process runs one after the other
 SINGLY = ("racecheck",)  # one problem a process: GBs each
@@ -124,7 +126,7 @@ def run_tools(tools: tuple[str, ...], units: list[str], every: bool, jobs: int) 
             return -1, f"not done after {SANITIZER_SECONDS} s"
         summary = SUMMARY.findall(done.stdout)
         if done.returncode or not summary:
-            return -1, f"exit code {done.returncode}\n{(done.stdout + done.stderr)[-600:]}"
+            return -1, f"exit code {done.returncode}\n{first_reports(done.stdout)}{done.stderr[-TOLD_CHARACTERS:]}"
         errors, raced, warned = summary[-1]
         count = int(errors) - len(LOOKUP.findall(done.stdout)) if errors else int(raced)
         return count, f"{warned} warnings" if count == 0 else done.stdout
@@ -144,8 +146,16 @@ def run_tools(tools: tuple[str, ...], units: list[str], every: bool, jobs: int) 
             print(f"{tool:10} {name:22} {verdict}" + (f", {text}" if warned else ""), flush=True)
             if count != 0:
                 found += 1
-                print(*[f"    {line}" for line in text.splitlines()[-12:]], sep="\n", flush=True)
+                lines = text.splitlines() if count < 0 else text.splitlines()[-TOLD_LINES:]
+                print(*[f"    {line}" for line in lines], sep="\n", flush=True)
     return found
+
+
+def first_reports(output: str) -> str:
+    """What a tool said first but for look-ups: a process that it ended says later only that it failed."""
+    reports = [report for report in BETWEEN_REPORTS.split(output) if not LOOKUP.search(report)]
+    lines = [line for report in reports for line in report.splitlines() if line.strip()]
+    return "".join(f"{line}\n" for line in lines[:TOLD_LINES])
 
 
 def shares_of(unit: str, every: bool, tool: str) -> list[tuple[int, int]]:

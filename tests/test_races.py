@@ -31,7 +31,9 @@ case "$*" in
 *"--work around "*) lookup; lookup; echo "========= ERROR SUMMARY: 2 errors" ;;
 *"--work hazards "*) lookup; echo "========= Invalid read"; echo "========= ERROR SUMMARY: 2 errors" ;;
 *"--tool racecheck "*) echo "========= RACECHECK SUMMARY: 1 hazard displayed (0 errors, 1 warnings)" ;;
-*) echo "killed" >&2; exit 7 ;;
+*)
+    lookup; echo "========="; echo "========= Barrier error"; for i in $(seq 99); do echo "========= frame $i"; done
+    echo "killed" >&2; exit 7 ;;
 esac
 """
 
@@ -232,6 +234,9 @@ def test_each_result_is_printed_when_it_is_known_and_failures_are_counted(
     assert sorted(verdicts[:-1]) == [["narrow32", "3 errors"], ["wide64", "did not run"]]
     assert any("Invalid read" in line for line in lines)
     assert any("killed" in line for line in lines)
+    # Of a process that failed, what the tool said first.
+    assert any("Barrier error" in line for line in lines)
+    assert not any("cuGetProcAddress" in line or "frame 99" in line for line in lines)
     assert races.run_tools(("racecheck",), ["cache"], False, 1) == 0
     assert capsys.readouterr().out.split() == ["racecheck", "cache", "clean,", "1", "warnings"]
     # What bindings ask a driver for that is older than they are is no error of ours; others beside it are.
