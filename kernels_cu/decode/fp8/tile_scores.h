@@ -1,6 +1,7 @@
 // What scores warpgroups of up to 32 query rows share: S^T = K Q^T of a tile on fp16 tensor cores, masks, and the rows that a warp
 // serves at an item's end.
 #pragma once
+#include "decode/fp8/exact_product.h"
 #include "decode/fp8/query.h"
 #include "decode/masks.h"
 #include "ptx/wgmma.h"
@@ -15,52 +16,16 @@ protected:
 
     MLA_DEVICE void await_part(u32 part) const { mbarrier_wait(part_full(smem_, stage_.index(), part), stage_.parity()); }
 
-    // On fp16 tensor cores, K made in registers. Four k16 steps at a time: 16 bytes of two tokens a thread. Apart, the rope
-    // columns come first: their sums are done, and multiplied, when the next step's K is made.
     MLA_DEVICE void multiply_exact(float rope_ratio, float (&scores)[kFragment]) const {
-        const u64 q = descriptor_at(kBoxKMajor, smem_ + Fp8Smem::query);
         constexpr u32 kPartTurns = kRopeApart ? 0 : kLatentBoxes / kTileParts;  // of the first part
         if (kTileParts > 1 && kRopeApart) await_part(1);
-        u32 raw[2][2][4];
-        u32 a[2][kBoxSteps][4];
-        wgmma_pin(scores);
-        load_keys(box_in_turn(0), raw[0]);
-#pragma unroll
-        for (u32 turn = 0; turn < kTileBoxes; ++turn) {
-            const u32 box = box_in_turn(turn);
-            if (kTileParts > 1 && turn + 1 == kPartTurns) {  // no wgmma may be under way over a wait
-                wgmma_wait<0>();
-                await_part(1);
-            }
-            if (turn + 1 < kTileBoxes) load_keys(box_in_turn(turn + 1), raw[(turn + 1) % 2]);
-            if (turn >= 2) wgmma_wait<1>();
-            const u32(&words)[2][4] = raw[turn % 2];
-            u32(&fragment)[kBoxSteps][4] = a[turn % 2];
-#pragma unroll
-            for (u32 step = 0; step < kBoxSteps; ++step) {
-                fragment[step][0] = e4m3_pair_low(words[0][step]);
-                fragment[step][1] = e4m3_pair_low(words[1][step]);
-                fragment[step][2] = e4m3_pair_high(words[0][step]);
-                fragment[step][3] = e4m3_pair_high(words[1][step]);
-            }
-            if (kRopeApart && turn == kRopeBoxes) {
-                wgmma_wait<0>();
-                wgmma_pin(scores);
-#pragma unroll
-                for (u32 i = 0; i < kFragment; ++i) scores[i] *= rope_ratio;
-                wgmma_pin(scores);
-            }
-            wgmma_fence();
-#pragma unroll
-            for (u32 step = 0; step < kBoxSteps; ++step)
-                wgmma_rs<Operand, 0>(scores, fragment[step][0], fragment[step][1], fragment[step][2], fragment[step][3],
-                                     q + descriptor_offset(box * kRowBoxBytes + step * kStepBytes), turn + step > 0);
-            wgmma_commit();
-        }
-        wgmma_wait<0>();
-        wgmma_pin(scores);
+        const auto ahead = [&](u32 turn) {
+            if (kTileParts == 1 || turn + 1 != kPartTurns) return;
+            wgmma_wait<0>();  // no wgmma may be under way over a wait
+            await_part(1);
+        };
+        multiply_keys(smem_, rope_ratio, scores, [&](u32 box, u32 (&raw)[2][4]) { load_keys(box, raw); }, ahead, [] {});
     }
-    static MLA_DEVICE constexpr u32 box_in_turn(u32 turn) { return kRopeApart ? (turn + kLatentBoxes) % kTileBoxes : turn; }
 
     // The tokens of a tile that this thread has scores of, and where its 16 bytes of their 64 columns of a latent box lie in a
     // stage; query.h says which columns they are.

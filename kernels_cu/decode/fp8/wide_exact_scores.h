@@ -1,6 +1,7 @@
 // The scores warpgroup of the exact kernel for 64 query rows: S^T = K Q^T for one tile after the other, K made in registers, online
 // softmax, P in fp16 to shared memory. Operands are swapped: a thread has 16 query rows and two tokens of a tile.
 #pragma once
+#include "decode/fp8/exact_product.h"
 #include "decode/fp8/query.h"
 #include "decode/masks.h"
 #include "ptx/wgmma.h"
@@ -68,49 +69,15 @@ private:
         }
     }
 
-    // K made in registers, four k16 steps at a time: 16 bytes of two tokens a thread. Apart, the rope columns come first: their sums
-    // are done, and multiplied, when the next step's K is made. What turns the rows' scores to log2 units is read while the last steps
-    // are multiplied, into the registers of K's codes, unless a mask needs these.
+    // What turns the rows' scores to log2 units is read while the last steps are multiplied, into the registers of K's codes, unless a
+    // mask needs these.
     MLA_DEVICE void multiply(float rope_ratio, float (&scores)[kFragment], float (&scales)[kThreadRows]) const {
-        const u64 q = descriptor_at(kBoxKMajor, smem_ + Fp8Smem::query);
         const u32 stage = stage_address(smem_, stage_.index());
-        u32 raw[2][2][4];
-        u32 a[2][kBoxSteps][4];
-        wgmma_pin(scores);
-        load_keys(stage, box_in_turn(0), raw[0]);
-#pragma unroll
-        for (u32 turn = 0; turn < kTileBoxes; ++turn) {
-            const u32 box = box_in_turn(turn);
-            if (turn + 1 < kTileBoxes) load_keys(stage, box_in_turn(turn + 1), raw[(turn + 1) % 2]);
-            if (turn >= 2) wgmma_wait<1>();
-            const u32(&words)[2][4] = raw[turn % 2];
-            u32(&fragment)[kBoxSteps][4] = a[turn % 2];
-#pragma unroll
-            for (u32 step = 0; step < kBoxSteps; ++step) {
-                fragment[step][0] = e4m3_pair_low(words[0][step]);
-                fragment[step][1] = e4m3_pair_low(words[1][step]);
-                fragment[step][2] = e4m3_pair_high(words[0][step]);
-                fragment[step][3] = e4m3_pair_high(words[1][step]);
-            }
-            if (kRopeApart && turn == kRopeBoxes) {
-                wgmma_wait<0>();
-                wgmma_pin(scores);
-#pragma unroll
-                for (u32 i = 0; i < kFragment; ++i) scores[i] *= rope_ratio;
-                wgmma_pin(scores);
-            }
-            wgmma_fence();
-#pragma unroll
-            for (u32 step = 0; step < kBoxSteps; ++step)
-                wgmma_rs<Operand, 0>(scores, fragment[step][0], fragment[step][1], fragment[step][2], fragment[step][3],
-                                     q + descriptor_offset(box * kRowBoxBytes + step * kStepBytes), turn + step > 0);
-            wgmma_commit();
-        }
-        if (!kCausal) load_rows(smem_ + Fp8Smem::row_scales, scales);
-        wgmma_wait<0>();
-        wgmma_pin(scores);
+        const auto meanwhile = [&] {
+            if (!kCausal) load_rows(smem_ + Fp8Smem::row_scales, scales);
+        };
+        multiply_keys(smem_, rope_ratio, scores, [&](u32 box, u32 (&raw)[2][4]) { load_keys(stage, box, raw); }, [](u32) {}, meanwhile);
     }
-    static MLA_DEVICE constexpr u32 box_in_turn(u32 turn) { return kRopeApart ? (turn + kLatentBoxes) % kTileBoxes : turn; }
 
     // The tokens of a tile that a thread has scores of, and where its 16 bytes of their 64 columns of a latent box lie in a
     // stage; query.h says which columns they are.
