@@ -14,7 +14,8 @@ MLA_DEVICE constexpr u32 box_in_turn(u32 turn) { return kRopeApart ? (turn + kLa
 // when the next step's K is made. `load_keys` reads a box's codes; `ahead` is called before those of a turn's next box are read, and
 // `meanwhile` while the last steps are multiplied.
 template <class LoadKeys, class Ahead, class Meanwhile>
-MLA_DEVICE void multiply_keys(u32 smem, float rope_ratio, float (&scores)[kFragment], LoadKeys load_keys, Ahead ahead, Meanwhile meanwhile) {
+MLA_DEVICE void multiply_keys(u32 smem, float rope_ratio, float (&scores)[kFragment], LoadKeys load_keys, Ahead ahead,
+                              Meanwhile meanwhile) {
     const u64 q = descriptor_at(kBoxKMajor, smem + Fp8Smem::query);
     u32 raw[2][2][4];
     u32 a[2][kBoxSteps][4];

@@ -67,10 +67,11 @@ private:
         const KvPlace place(params_, first_key + static_cast<i32>(token), page, work.kv_head);
 #pragma unroll
         for (u32 part = 0; part < kTileParts; ++part)
-            tma_load_5d(stage + part * kStagePart + token / kAtomRows * kLatentGroupBytes, latent_, part_full(smem_, ring_.index(), part), 0, 0,
-                        part * kPartBoxes, place.group, place.latent);
+            tma_load_5d(stage + part * kStagePart + token / kAtomRows * kLatentGroupBytes, latent_,
+                        part_full(smem_, ring_.index(), part), 0, 0, part * kPartBoxes, place.group, place.latent);
         if constexpr (kRope > 0)
-            tma_load_5d(stage + kStageRope + token * kRope, rope_, part_full(smem_, ring_.index(), kTileParts - 1), 0, 0, 0, place.group, place.rope);
+            tma_load_5d(stage + kStageRope + token * kRope, rope_, part_full(smem_, ring_.index(), kTileParts - 1), 0, 0, 0, place.group,
+                        place.rope);
     }
 
     const TensorMap* latent_;

@@ -3,6 +3,7 @@
 #pragma once
 #include "decode/fp8/exact_product.h"
 #include "decode/fp8/query.h"
+#include "decode/fp8/served_rows.h"
 #include "decode/masks.h"
 #include "ptx/wgmma.h"
 
@@ -76,41 +77,31 @@ protected:
         fence_async_proxy();
     }
 
-    // Hands the values warpgroups what O is to be multiplied by, and writes the lse. All warps know all rows: each serves some,
-    // chosen, not branched to: code that runs once waits for each line of it. `place`: of the sums, where there are several.
+    // Hands the values warpgroups what O is to be multiplied by, and writes the lse. `place`: of the sums, where there are
+    // several.
     MLA_DEVICE void serve(const BlockWork& work, f32 latent_scale, const float (&maxima)[kThreadRows],
                           const float (&sums)[kThreadRows], u32 place) const {
-        constexpr u32 kServed = kThreadRows / kScoresWarps;
         const u32 inverse_sums = smem_ + Fp8Smem::inverse_sums + place * kRows * sizeof(f32);
-        float lse[kServed];
+        float lse[kServedRows];
 #pragma unroll
-        for (u32 i = 0; i < kServed; ++i) {
-            const float maximum = own_row(i, maxima), own = own_row(i, sums);
+        for (u32 i = 0; i < kServedRows; ++i) {
+            const float maximum = served_value(i, warp_, maxima), own = served_value(i, warp_, sums);
             const float inverse = own == 0.0f ? 0.0f : latent_scale * fast_reciprocal(own);
             lse[i] = lse_of(params_, work, maximum, own);
-            if (lane_ < 4) store_shared_f32(inverse_sums + served_row(i) * sizeof(f32), inverse);
+            if (lane_ < kRowLanes) store_shared_f32(inverse_sums + served_row(i, warp_, lane_) * sizeof(f32), inverse);
         }
         __syncwarp();
         // Each thread for what it has written itself, or racecheck reports it.
         mbarrier_arrive(barrier_of(smem_, Fp8Smem::sums_full, place));
 #pragma unroll
-        for (u32 i = 0; i < kServed; ++i) {
-            if (lane_ < 4) store_lse(params_, work, served_row(i), lse[i]);
+        for (u32 i = 0; i < kServedRows; ++i) {
+            if (lane_ < kRowLanes) store_lse(params_, work, served_row(i, warp_, lane_), lse[i]);
         }
     }
 
     const Fp8Params& params_;
     u32 smem_, warp_, lane_;
     RingPosition<kStages> stage_;
-
-private:
-    MLA_DEVICE float own_row(u32 i, const float (&values)[kThreadRows]) const {
-        const float a = values[i * kScoresWarps], b = values[i * kScoresWarps + 1], c = values[i * kScoresWarps + 2],
-                    d = values[i * kScoresWarps + 3];
-        const float even = warp_ % 2 ? b : a, odd = warp_ % 2 ? d : c;
-        return warp_ / 2 % 2 ? odd : even;
-    }
-    MLA_DEVICE u32 served_row(u32 i) const { return row_of_lane(lane_, i * kScoresWarps + warp_); }
 };
 
 }  // namespace mla

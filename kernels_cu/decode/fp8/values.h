@@ -155,7 +155,8 @@ private:
             float inverse[kAhead];
 #pragma unroll
             for (u32 i = 0; i < kAhead; ++i)
-                inverse[i] = load_shared_f32(smem_ + Fp8Smem::inverse_sums + (sums_.index() * kRows + row_of_lane(lane(), first + i)) * sizeof(f32));
+                inverse[i] = load_shared_f32(smem_ + Fp8Smem::inverse_sums +
+                                             (sums_.index() * kRows + row_of_lane(lane(), first + i)) * sizeof(f32));
 #pragma unroll
             for (u32 i = 0; i < kAhead; ++i) {
                 float columns[kLaneColumns];

@@ -3,6 +3,7 @@
 #pragma once
 #include "decode/fp8/exact_product.h"
 #include "decode/fp8/query.h"
+#include "decode/fp8/served_rows.h"
 #include "decode/masks.h"
 #include "ptx/wgmma.h"
 
@@ -192,9 +193,8 @@ private:
         __syncwarp();
     }
 
-    // Hands the values warpgroups what O is to be multiplied by, and writes the lse. All warps know all rows: each serves some,
-    // chosen, not branched to: code that runs once waits for each line of it. Thread numbers are not thread(): rows chosen by what
-    // the compiler does not know make all descriptors leave the uniform registers, over all tiles.
+    // Hands the values warpgroups what O is to be multiplied by, and writes the lse. Thread numbers are not thread(): rows chosen by
+    // what the compiler does not know make all descriptors leave the uniform registers, over all tiles.
     MLA_DEVICE void finish(i32 item, float (&row_sums)[kThreadRows]) {
         const u32 warp = threadIdx.x / kWarpThreads, lane = threadIdx.x % kWarpThreads;
         const f32 latent_scale = params_.latent_scale();
@@ -202,31 +202,23 @@ private:
         reduce_across_warps(smem_ + Fp8Smem::exchange, warp, lane, kScoresBarrier, row_sums, [](float a, float b) { return a + b; });
         mbarrier_wait(smem_ + Fp8Smem::sums_empty, items_parity_ ^ 1);
         items_parity_ ^= 1;
-        constexpr u32 kServed = kThreadRows / kScoresWarps;
 #pragma unroll
-        for (u32 i = 0; i < kServed; ++i) {
-            const float sum = own_row(i, warp, row_sums);
+        for (u32 i = 0; i < kServedRows; ++i) {
+            const float sum = served_value(i, warp, row_sums);
             const float inverse = sum == 0.0f ? 0.0f : latent_scale * fast_reciprocal(sum);
-            if (lane < kQuadLanes) store_shared_f32(smem_ + Fp8Smem::inverse_sums + served_row(i, warp, lane) * sizeof(f32), inverse);
+            if (lane < kRowLanes) store_shared_f32(smem_ + Fp8Smem::inverse_sums + served_row(i, warp, lane) * sizeof(f32), inverse);
         }
         __syncwarp();
         mbarrier_arrive(smem_ + Fp8Smem::sums_full);  // each thread for what it has written itself, or racecheck reports it
         pin_register(item);  // no register is left to keep its address in
         const BlockWork work = load_block_work(params_, item);
 #pragma unroll
-        for (u32 i = 0; i < kServed; ++i) {
+        for (u32 i = 0; i < kServedRows; ++i) {
             const u32 row = served_row(i, warp, lane);
-            const float lse = lse_of(params_, work, load_shared_f32(maxima() + row * sizeof(f32)), own_row(i, warp, row_sums));
-            if (lane < kQuadLanes) store_lse(params_, work, row, lse);
+            const float lse = lse_of(params_, work, load_shared_f32(maxima() + row * sizeof(f32)), served_value(i, warp, row_sums));
+            if (lane < kRowLanes) store_lse(params_, work, row, lse);
         }
     }
-    static MLA_DEVICE float own_row(u32 i, u32 warp, const float (&values)[kThreadRows]) {
-        const float a = values[i * kScoresWarps], b = values[i * kScoresWarps + 1], c = values[i * kScoresWarps + 2],
-                    d = values[i * kScoresWarps + 3];
-        const float even = warp % 2 ? b : a, odd = warp % 2 ? d : c;
-        return warp / 2 % 2 ? odd : even;
-    }
-    static MLA_DEVICE u32 served_row(u32 i, u32 warp, u32 lane) { return row_of_lane(lane, i * kScoresWarps + warp); }
 
     const Fp8Params& params_;
     u32 smem_;
